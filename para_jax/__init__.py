@@ -1,0 +1,54 @@
+"""Prompt-Aware Representation Adjustment (PARA): one frozen language model for very many tenants, in JAX.
+
+>>> import para_jax
+>>> backbone = para_jax.Backbone.from_pretrained(para_jax.tiny_backbone_path())
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Names and where they live. They are imported on first use, so that `import para_jax` and `para-jax --help` are quick.
+_PUBLIC = {
+    "AdapterBank": "para_jax.adapters.bank",
+    "Backbone": "para_jax.backbones.decoder",
+    "BackboneConfig": "para_jax.backbones.config",
+    "ParaConfig": "para_jax.adapters.para",
+    "ParaJaxError": "para_jax.errors",
+    "load_adapter": "para_jax.adapters.files",
+    "save_adapter": "para_jax.adapters.files",
+}
+
+__all__ = [*_PUBLIC, "tiny_backbone_path"]
+
+if TYPE_CHECKING:
+    from para_jax.adapters.bank import AdapterBank as AdapterBank
+    from para_jax.adapters.files import load_adapter as load_adapter
+    from para_jax.adapters.files import save_adapter as save_adapter
+    from para_jax.adapters.para import ParaConfig as ParaConfig
+    from para_jax.backbones.config import BackboneConfig as BackboneConfig
+    from para_jax.backbones.decoder import Backbone as Backbone
+    from para_jax.errors import ParaJaxError as ParaJaxError
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'para_jax' has no attribute {name!r}")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+def tiny_backbone_path() -> str:
+    """The folder of the 4M-parameter Llama-architecture model that ships with the package, with its tokenizer.
+
+    >>> Path(tiny_backbone_path(), "config.json").is_file()
+    True
+    """
+    return str(Path(__file__).parent / "assets" / "tiny-books")

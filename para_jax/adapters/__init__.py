@@ -1,0 +1,1 @@
+"""Adapters: one file per method, and the bank that stacks every tenant's."""

@@ -1,0 +1,80 @@
+"""What a method has to provide, and the methods there are."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+
+from para_jax.adjustment import Adjustment
+from para_jax.errors import ParaJaxError, unknown
+
+if TYPE_CHECKING:
+    from flax import nnx
+    from jax import Array
+    from jaxtyping import Bool, Float
+
+
+class Site(NamedTuple):
+    """The width of a linear projection: `y = x W^T` with x (..., inputs) and y (..., outputs)."""
+
+    inputs: int
+    outputs: int
+
+
+class BackboneShape(Protocol):
+    """What an adapter needs to know of a backbone; `BackboneConfig` is one."""
+
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def num_hidden_layers(self) -> int: ...
+    @property
+    def sites(self) -> Mapping[str, Site]: ...
+
+
+class AdapterLayer(Protocol):
+    """One layer's trained weights of one tenant, a Flax module; stacked over layers and tenants by `vmap`."""
+
+    def prepare(self, hidden_td: Float[Array, "t d"], prompt_mask_t: Bool[Array, "t"]) -> Adjustment: ...
+
+
+class MethodConfig(Protocol):
+    """The hyper-parameters of a method: a frozen dataclass with PEFT's field names where PEFT has one."""
+
+    method: ClassVar[str]
+    target_modules: tuple[str, ...]
+
+    def layer(self, shape: BackboneShape, rngs: nnx.Rngs) -> AdapterLayer: ...
+
+
+def check_targets(target_modules: tuple[str, ...], shape: BackboneShape) -> None:
+    """Raises ParaJaxError for a target that is no site of the backbone, or for no target at all."""
+    if not target_modules:
+        raise ParaJaxError(f"target_modules is empty; choose among {', '.join(shape.sites)}")
+    for target in target_modules:
+        if target not in shape.sites:
+            raise unknown("entry of target_modules", target, shape.sites)
+
+
+def methods() -> dict[str, type[Any]]:
+    """Every method by the name that adapter_config.json and the command line use."""
+    from para_jax.adapters.para import ParaConfig
+
+    return {config.method: config for config in (ParaConfig,)}
+
+
+def config_from_dict(method: str, fields: Mapping[str, Any]) -> Any:
+    """The method's config with these fields; lists become tuples.
+
+    >>> config_from_dict("para", {"r": 4, "target_modules": ["q_proj"]}).target_modules
+    ('q_proj',)
+    """
+    if method not in methods():
+        raise unknown("method", method, methods())
+    config = methods()[method]
+    known = [f.name for f in dataclasses.fields(config)]
+    for name in fields:
+        if name not in known:
+            raise unknown(f"option of method {method!r}", name, known)
+    return config(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})

@@ -1,0 +1,1 @@
+"""The frozen language model: one decoder module, driven by its config."""

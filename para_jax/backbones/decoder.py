@@ -1,0 +1,334 @@
+"""The decoder: embeddings, blocks, head; a full forward pass, prefill and single decode steps in one code path.
+
+Weights keep the (outputs, inputs) orientation of Hugging Face checkpoints; XLA's CPU products read it about 1.5
+times faster than its transpose at the row counts of decoding. q, k and v are one product, as are gate and up.
+Layers are a list that programs unroll, or stacked arrays that they scan: docs/backbone.md has the measurements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from para_jax.adapters.bank import AdapterBank, Rows
+from para_jax.adjustment import Adjustment
+from para_jax.backbones import rope
+from para_jax.backbones.attention import attention
+from para_jax.backbones.cache import Cache
+from para_jax.backbones.config import BackboneConfig
+from para_jax.errors import ParaJaxError
+
+if TYPE_CHECKING:
+    from jax import Array
+    from jaxtyping import Bool, Float, Int
+
+Dtype = Literal["auto", "float32", "bfloat16"]
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["cache", "adjustments"], meta_fields=[])
+@dataclass(frozen=True)
+class DecodeState:
+    """All that a batch in flight holds: its keys and values, and each layer's Adjustment. No tenant, no adapter."""
+
+    cache: Cache
+    adjustments: Any
+
+    def rows(self, index_b: Int[Array, "b"]) -> DecodeState:
+        """The state of these rows of the batch, as beam search reorders and repeats them."""
+        axis = 0 if isinstance(self.adjustments, tuple) else 1
+        return DecodeState(
+            self.cache.rows(index_b), jax.tree.map(lambda x: jnp.take(x, index_b, axis=axis), self.adjustments)
+        )
+
+
+class Block(nnx.Module):
+    """One Transformer layer. Weights, with k key/value heads of g query heads each, hd features a head:
+
+    attention_norm (d,), qkv (k, g + 2, hd, d), out (d, k * g * hd), mlp_norm (d,), gate_up (2, f, d), down (d, f).
+    """
+
+    def __init__(self, config: BackboneConfig, dtype: jnp.dtype, key: Array):
+        d, f, hd, k = config.hidden_size, config.intermediate_size, config.head_dim, config.num_key_value_heads
+        g = config.num_attention_heads // k
+        keys = jax.random.split(key, 4)
+
+        def normal(key: Array, *shape: int) -> nnx.Param:
+            return nnx.Param((0.02 * jax.random.normal(key, shape, jnp.float32)).astype(dtype))
+
+        self.config = config
+        self.attention_norm = nnx.Param(jnp.ones((d,), dtype))
+        self.qkv = normal(keys[0], k, g + 2, hd, d)
+        self.out = normal(keys[1], d, k * g * hd)
+        self.mlp_norm = nnx.Param(jnp.ones((d,), dtype))
+        self.gate_up = normal(keys[2], 2, f, d)
+        self.down = normal(keys[3], d, f)
+
+    def __call__(
+        self,
+        x_btd: Float[Array, "b t d"],
+        adjustment: Adjustment,
+        angles: tuple[Float[Array, "b t hd"], Float[Array, "b t hd"]],
+        attend: Callable[[Array, Array, Array], Array],
+    ) -> Float[Array, "b t d"]:
+        """`attend` takes q (b, t, k, g, hd) and k, v (b, k, t, hd) of these tokens and returns (b, t, k * g * hd)."""
+        c = self.config
+        b, t, _ = x_btd.shape
+        k, hd = c.num_key_value_heads, c.head_dim
+        g = c.num_attention_heads // k
+
+        qkv = _product(rms_norm(x_btd, self.attention_norm[...], c.rms_norm_eps), self.qkv[...])
+        q = adjustment.apply("q_proj", qkv[..., :g, :].reshape(b, t, -1)).reshape(b, t, k * g, hd)
+        k_ = adjustment.apply("k_proj", qkv[..., g, :].reshape(b, t, -1)).reshape(b, t, k, hd)
+        v = adjustment.apply("v_proj", qkv[..., g + 1, :].reshape(b, t, -1)).reshape(b, t, k, hd)
+        q = rope.rotate(q, *angles).reshape(b, t, k, g, hd)
+        mixed = attend(q, rope.rotate(k_, *angles).swapaxes(1, 2), v.swapaxes(1, 2))
+        x_btd = x_btd + adjustment.apply("o_proj", _product(mixed, self.out[...]))
+
+        gate_up = _product(rms_norm(x_btd, self.mlp_norm[...], c.rms_norm_eps), self.gate_up[...])
+        gate = adjustment.apply("gate_proj", gate_up[..., 0, :])
+        up = adjustment.apply("up_proj", gate_up[..., 1, :])
+        return x_btd + adjustment.apply("down_proj", _product(jax.nn.silu(gate) * up, self.down[...]))
+
+
+class Backbone(nnx.Module):
+    """A frozen Llama-architecture language model; a pytree of arrays that programs take as an argument.
+
+    Weights: embed (v, d), blocks, norm (d,), and head (v, d) unless it is tied to embed.
+
+    >>> from para_jax import Backbone, tiny_backbone_path
+    >>> backbone = Backbone.from_pretrained(tiny_backbone_path())
+    >>> backbone(jnp.array([[5, 6, 7]])).shape
+    (1, 3, 4096)
+    """
+
+    def __init__(
+        self, config: BackboneConfig, key: Array, dtype: Dtype = "auto", stacked: bool | None = None
+    ):
+        """Random weights, N(0, 0.02). `from_pretrained` is for a checkpoint."""
+        compute = compute_dtype(dtype)
+        self.config = config
+        self.stacked = default_stacked() if stacked is None else stacked
+        top, *layers = jax.random.split(key, 1 + config.num_hidden_layers)
+        embed, head = jax.random.split(top)
+        shape = (config.vocab_size, config.hidden_size)
+        self.embed = nnx.Param((0.02 * jax.random.normal(embed, shape, jnp.float32)).astype(compute))
+        if self.stacked:
+            self.blocks = jax.vmap(lambda k: Block(config, compute, k))(jnp.stack(layers))
+        else:
+            self.blocks = nnx.List([Block(config, compute, k) for k in layers])
+        self.norm = nnx.Param(jnp.ones((config.hidden_size,), compute))
+        if not config.tie_word_embeddings:
+            self.head = nnx.Param((0.02 * jax.random.normal(head, shape, jnp.float32)).astype(compute))
+
+    @classmethod
+    def from_pretrained(
+        cls, path_or_hub_id: str | Path, dtype: Dtype = "auto", stacked: bool | None = None
+    ) -> Backbone:
+        """Reads a Hugging Face checkpoint: config.json and safetensors, one file or an index of several.
+
+        Args:
+          path_or_hub_id: a folder, or a hub id that is downloaded.
+          dtype: of weights and computation; "auto" is bfloat16 on TPU and GPU, float32 on CPU.
+          stacked: whether layers are stacked and scanned or kept apart and unrolled; by default as is fastest.
+
+        Raises ParaJaxError for what is no checkpoint, an architecture not supported, or missing, extra or
+        misshapen tensors (all of them are listed).
+        """
+        # Reading files is the business of convert/, which builds on this module.
+        from para_jax.convert.checkpoint import load_backbone
+
+        return load_backbone(path_or_hub_id, dtype, stacked)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.embed.dtype
+
+    def __call__(
+        self,
+        tokens_bt: Int[Array, "b t"],
+        *,
+        mask: Bool[Array, "b t"] | None = None,
+        prompt_mask: Bool[Array, "b t"] | None = None,
+        bank: AdapterBank | None = None,
+        tenants: Sequence[str | None] | None = None,
+    ) -> Float[Array, "b t v"]:
+        """Float32 logits of every token.
+
+        Args:
+          tokens_bt: token ids.
+          mask: which of them are tokens and not padding, on either side; all, if not given.
+          prompt_mask: which tokens adapters are prepared from; all, if not given.
+          bank, tenants: the adapters, and for each row its tenant's name or None.
+        """
+        mask = jnp.ones(tokens_bt.shape, bool) if mask is None else mask
+        prompt_mask = mask if prompt_mask is None else prompt_mask & mask
+        hidden, _, _ = self.forward(tokens_bt, mask, prompt_mask, batch_rows(bank, tenants, tokens_bt.shape[0]))
+        return self.logits(hidden)
+
+    def forward(
+        self,
+        tokens_bt: Int[Array, "b t"],
+        mask_bt: Bool[Array, "b t"],
+        prompt_mask_bt: Bool[Array, "b t"],
+        rows: Rows,
+        cache: Cache | None = None,
+        remat: bool = False,
+    ) -> tuple[Float[Array, "b t d"], Any, Cache | None]:
+        """Prepares the rows' adapters layer by layer and runs all tokens.
+
+        Returns the final hidden states after the norm, the Adjustments, and the cache with these tokens in it if
+        one was given. `remat` recomputes each layer in the backward pass instead of keeping what it made.
+        """
+        position_bt = jnp.maximum(jnp.cumsum(mask_bt, axis=1, dtype=jnp.int32) - 1, 0)
+        angles = rope.angles(self.config, position_bt)
+        t = tokens_bt.shape[1]
+        visible_bts = jnp.tril(jnp.ones((t, t), bool)) & mask_bt[:, None, :]
+        column = None if cache is None else cache.column
+
+        def body(carry: Any, layer: Any, block: Block, adapters: Any) -> tuple[Any, Adjustment]:
+            x_btd, cache = carry
+            adjustment = rows.prepare(adapters, x_btd, prompt_mask_bt).astype(x_btd.dtype)
+            new = []
+
+            def attend(q: Array, k: Array, v: Array) -> Array:
+                new.extend((k, v))
+                return attention(q, k, v, visible_bts)
+
+            x_btd = block(x_btd, adjustment, angles, attend)
+            if cache is not None:
+                cache = cache.write(layer, column, *new)
+            return (x_btd, cache), adjustment
+
+        carry = (self.embed[...][tokens_bt], cache)
+        (x_btd, cache), adjustments = self._over_layers(body, carry, self._layered(rows.per_layer()), remat)
+        if cache is not None:
+            cache = cache.admit(mask_bt)
+        return rms_norm(x_btd, self.norm[...], self.config.rms_norm_eps), adjustments, cache
+
+    def prefill(
+        self, tokens_bt: Int[Array, "b t"], mask_bt: Bool[Array, "b t"], rows: Rows, length: int
+    ) -> tuple[Float[Array, "b v"], DecodeState]:
+        """Runs prompts that stand flush right and makes room for `length` columns in all.
+
+        Returns the float32 logits of the token after each prompt, and the state to decode from.
+        """
+        cache = Cache.create(self.config, tokens_bt.shape[0], length, self.dtype, self.stacked)
+        hidden, adjustments, cache = self.forward(tokens_bt, mask_bt, mask_bt, rows, cache)
+        assert cache is not None
+        return self.logits(hidden[:, -1:])[:, 0], DecodeState(cache, adjustments)
+
+    def decode(self, token_b: Int[Array, "b"], state: DecodeState) -> tuple[Float[Array, "b v"], DecodeState]:
+        """One token for every row: float32 logits of the next, and the state after it."""
+        column = state.cache.column
+        angles = rope.angles(self.config, state.cache.position_b[:, None])
+        cache = state.cache.admit(jnp.ones((token_b.shape[0], 1), bool))
+        visible_bts = cache.valid_bs[:, None, :]
+
+        def body(carry: Any, layer: Any, block: Block, adjustment: Adjustment) -> tuple[Any, None]:
+            x_btd, cache = carry
+            after = []
+
+            def attend(q: Array, k: Array, v: Array) -> Array:
+                after.append(cache.write(layer, column, k, v))
+                return attention(q, *after[0].read(layer), visible_bts)
+
+            x_btd = block(x_btd, adjustment, angles, attend)
+            return (x_btd, after[0]), None
+
+        carry = (self.embed[...][token_b[:, None]], cache)
+        (x_btd, cache), _ = self._over_layers(body, carry, state.adjustments)
+        hidden = rms_norm(x_btd, self.norm[...], self.config.rms_norm_eps)
+        return self.logits(hidden)[:, 0], DecodeState(cache, state.adjustments)
+
+    def logits(self, hidden_btd: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
+        """The head, float32 out."""
+        head = self.embed if self.config.tie_word_embeddings else self.head
+        return _product(hidden_btd, head[...], jnp.float32)
+
+    def _layered(self, stacked: Any) -> Any:
+        """Per-layer inputs in the form `_over_layers` takes: apart if the blocks are, stacked if they are."""
+        if self.stacked:
+            return stacked
+        return tuple(jax.tree.map(lambda x: x[i], stacked) for i in range(self.config.num_hidden_layers))
+
+    def _over_layers(self, body: Callable[..., Any], carry: Any, inputs: Any, remat: bool = False) -> tuple[Any, Any]:
+        """`body(carry, index, block, input) -> carry, output` over the layers; outputs apart or stacked, as they are."""
+        if self.stacked:
+            step = jax.checkpoint(lambda c, x: body(c, *x)) if remat else lambda c, x: body(c, *x)
+            return jax.lax.scan(step, carry, (jnp.arange(self.config.num_hidden_layers), self.blocks, inputs))
+        body = jax.checkpoint(body, static_argnums=(1,)) if remat else body
+        outputs = []
+        for index, block in enumerate(self.blocks):
+            carry, output = body(carry, index, block, inputs[index])
+            outputs.append(output)
+        return carry, tuple(outputs)
+
+
+def batch_rows(bank: AdapterBank | None, tenants: Sequence[str | None] | None, batch: int) -> Rows:
+    """The adapters of a batch. Raises ParaJaxError unless there is a tenant or None for every row."""
+    if tenants is None or all(tenant is None for tenant in tenants):
+        return Rows()
+    if len(tenants) != batch:
+        raise ParaJaxError(f"{batch} rows but {len(tenants)} tenants; give one (or None) for every row")
+    if bank is None:
+        raise ParaJaxError("tenants were given but no bank; pass bank=AdapterBank.load({name: folder, ...}, config)")
+    return bank.rows(tenants)
+
+
+def rms_norm(x: Float[Array, "*b d"], weight_d: Float[Array, "d"], eps: float) -> Float[Array, "*b d"]:
+    """Root-mean-square norm (Zhang and Sennrich, arXiv 1910.07467), in float32."""
+    x32 = x.astype(jnp.float32)
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    return weight_d * x32.astype(x.dtype)
+
+
+def _product(x: Float[Array, "b t i"], weight: Float[Array, "*o i"], dtype: Any = None) -> Float[Array, "b t *o"]:
+    """x W^T for a weight whose outputs may have several axes, as one wide product; in x's dtype unless one is given."""
+    out = _dot(x, weight.reshape(-1, weight.shape[-1]), dtype or x.dtype)
+    return out.reshape(*x.shape[:2], *weight.shape[:-1])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _dot(x: Float[Array, "b t i"], weight: Float[Array, "o i"], dtype: Any) -> Float[Array, "b t o"]:
+    """Sums in float32 and says so, forward and backward.
+
+    A bfloat16 product that asks for bfloat16 back is four times slower on CPU than one that is rounded afterwards,
+    and the derivative JAX would take of the latter multiplies in float32.
+    """
+    return jnp.einsum("bti,oi->bto", x, weight, preferred_element_type=jnp.float32).astype(dtype)
+
+
+def _dot_forward(x: Array, weight: Array, dtype: Any) -> tuple[Array, tuple[Array, Array]]:
+    return _dot(x, weight, dtype), (x, weight)
+
+
+def _dot_backward(dtype: Any, kept: tuple[Array, Array], out: Array) -> tuple[Array, Array]:
+    x, weight = kept
+    out = out.astype(x.dtype)
+    dx = jnp.einsum("bto,oi->bti", out, weight, preferred_element_type=jnp.float32).astype(x.dtype)
+    dweight = jnp.einsum("bto,bti->oi", out, x, preferred_element_type=jnp.float32).astype(weight.dtype)
+    return dx, dweight
+
+
+_dot.defvjp(_dot_forward, _dot_backward)
+
+
+def compute_dtype(dtype: Dtype) -> Any:
+    """The dtype of weights and computation; "auto" is bfloat16 on TPU and GPU, float32 on CPU."""
+    if dtype == "auto":
+        return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    if dtype not in ("float32", "bfloat16"):
+        raise ParaJaxError(f"dtype {dtype!r} is not supported; choose auto, float32 or bfloat16")
+    return jnp.dtype(dtype)
+
+
+def default_stacked() -> bool:
+    """Layers apart on CPU, where a scan copies every layer's weights out of the stack; stacked elsewhere."""
+    return jax.default_backend() != "cpu"
