@@ -17,8 +17,11 @@ _PUBLIC = {
     "AdapterBank": "para_jax.adapters.bank",
     "Backbone": "para_jax.backbones.decoder",
     "BackboneConfig": "para_jax.backbones.config",
+    "Completion": "para_jax.decoding.generate",
     "ParaConfig": "para_jax.adapters.para",
     "ParaJaxError": "para_jax.errors",
+    "complete": "para_jax.decoding.generate",
+    "generate": "para_jax.decoding.generate",
     "load_adapter": "para_jax.adapters.files",
     "save_adapter": "para_jax.adapters.files",
 }
@@ -32,6 +35,9 @@ if TYPE_CHECKING:
     from para_jax.adapters.para import ParaConfig as ParaConfig
     from para_jax.backbones.config import BackboneConfig as BackboneConfig
     from para_jax.backbones.decoder import Backbone as Backbone
+    from para_jax.decoding.generate import Completion as Completion
+    from para_jax.decoding.generate import complete as complete
+    from para_jax.decoding.generate import generate as generate
     from para_jax.errors import ParaJaxError as ParaJaxError
 
 

@@ -13,14 +13,14 @@ class ParaJaxError(ValueError):
     """
 
 
-def unknown(what: str, name: str, known: Iterable[str]) -> ParaJaxError:
+def unknown(what: str, name: object, known: Iterable[str]) -> ParaJaxError:
     """An error for a name that is not among the known ones.
 
     >>> print(unknown("tenant", "acne", ["acme", "globex"]))
     unknown tenant 'acne'; did you mean 'acme'? Known: acme, globex
     """
     names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else "."
     shown = ", ".join(names[:20]) + (f", ... ({len(names)} in all)" if len(names) > 20 else "")
     return ParaJaxError(f"unknown {what} {name!r}{hint} Known: {shown or 'none'}")

@@ -24,6 +24,7 @@ from para_jax.adapters.bank import Rows
 from para_jax.backbones.config import BackboneConfig
 from para_jax.backbones.decoder import Backbone
 from para_jax.convert.checkpoint import save_backbone
+from para_jax.convert.tokenizer import load_tokenizer
 
 END, PAD = "<|endoftext|>", "<|pad|>"
 CHAT = (
@@ -114,6 +115,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--vocab", type=int, default=4096)
+    parser.add_argument("--init", type=Path, help="go on from the weights and tokenizer of an earlier run's folder")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--overwrite", action="store_true", help="replace an existing --out")
     args = parser.parse_args()
@@ -121,7 +123,7 @@ def main() -> None:
         parser.error(f"{args.out} exists; choose another --out or pass --overwrite")
 
     books, held_out = read_books(args.books)
-    tokenizer = train_tokenizer(books, args.vocab)
+    tokenizer = load_tokenizer(args.init) if args.init else train_tokenizer(books, args.vocab)
     stream, unseen = encode(tokenizer, books, args.seed), encode(tokenizer, held_out, args.seed)
     held_out_bytes = sum(len("\n\n".join(b).encode()) for b in held_out)
     print(f"{stream.size / 1e6:.2f}M tokens to train on, {unseen.size / 1e3:.0f}k held out", flush=True)
@@ -139,7 +141,10 @@ def main() -> None:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_ids=(tokenizer.eos_token_id,),
     )
-    backbone = Backbone(config, jax.random.key(args.seed), dtype="float32")
+    if args.init:
+        backbone = Backbone.from_pretrained(args.init, dtype="float32")
+    else:
+        backbone = Backbone(config, jax.random.key(args.seed), dtype="float32")
     schedule = optax.warmup_cosine_decay_schedule(0.0, args.lr, args.steps // 50, args.steps, args.lr / 50)
     tx = optax.chain(
         optax.clip_by_global_norm(1.0),
@@ -180,7 +185,7 @@ def main() -> None:
         "held_out_loss": round(loss, 4),
         "held_out_perplexity": round(math.exp(loss), 2),
         "held_out_bits_per_byte": round(bits_per_byte, 4),
-        "arguments": {k: v for k, v in vars(args).items() if k not in ("books", "out", "overwrite")},
+        "arguments": {k: v for k, v in vars(args).items() if k not in ("books", "out", "init", "overwrite")},
         "history": history,
     }
     (args.out / "pretraining.json").write_text(json.dumps(report, indent=1) + "\n")

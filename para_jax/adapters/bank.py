@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +45,29 @@ class Adapter:
     def tensors(self) -> dict[str, Array]:
         """The weights by name: `down` (layers, d, r), and so on."""
         return named_leaves(self.layers)
+
+    def check(self, shape: BackboneShape) -> None:
+        """Raises ParaJaxError, with all that is wrong, unless the weights are float32 and fit this backbone."""
+        problems = mismatches(self.tensors(), self.config, shape)
+        if problems:
+            raise ParaJaxError(f"an adapter does not fit the backbone it is used with: {'; '.join(problems)}")
+
+
+@lru_cache(maxsize=64)
+def abstract_layers(config: MethodConfig, shape: BackboneShape) -> Any:
+    """The layers of an adapter with shapes and dtypes only."""
+    return jax.eval_shape(lambda: Adapter.create(config, shape, jax.random.key(0)).layers)
+
+
+def mismatches(tensors: Mapping[str, Any], config: MethodConfig, shape: BackboneShape) -> list[str]:
+    """All that keeps these arrays, by name, from being an adapter's weights."""
+    expected = named_leaves(abstract_layers(config, shape))
+    problems = [f"{name} is missing" for name in expected if name not in tensors]
+    problems += [f"{name} is not expected" for name in tensors if name not in expected]
+    for name, x in tensors.items():
+        if name in expected and (x.shape != expected[name].shape or x.dtype != np.float32):
+            problems.append(f"{name} is {x.dtype}{list(x.shape)}, not float32{list(expected[name].shape)}")
+    return problems
 
 
 def named_leaves(tree: Any) -> dict[str, Array]:
@@ -94,7 +117,13 @@ class Rows:
     def prepare(
         self, layers: tuple[Any, ...], hidden_btd: Float[Array, "b t d"], prompt_mask_bt: Bool[Array, "b t"]
     ) -> Adjustment:
-        """Prepares one layer's adapters, one entry of `per_layer`, for the whole batch."""
+        """Prepares one layer's adapters, one entry of `per_layer`, for the whole batch.
+
+        Raises ParaJaxError if these are not the rows of this batch.
+        """
+        served = [member.size * self.repeats for member in self.members]
+        if any(count != hidden_btd.shape[0] for count in served):
+            raise ParaJaxError(f"a batch of {hidden_btd.shape[0]} rows was given the adapters of {served[0]}")
 
         def one(layer: Any, hidden_td: Array, mask_t: Array) -> Adjustment:
             return layer.prepare(hidden_td, mask_t)
@@ -143,7 +172,12 @@ class AdapterBank:
     def stack(
         cls, adapters: Mapping[str, Adapter], shape: BackboneShape, capacity: int = 0
     ) -> AdapterBank:
-        """A bank of these adapters, each configuration's stacked at once."""
+        """A bank of these adapters, each configuration's stacked at once.
+
+        Raises ParaJaxError for an adapter that does not fit `shape`.
+        """
+        for adapter in adapters.values():
+            adapter.check(shape)
         groups = []
         for config in dict.fromkeys(adapter.config for adapter in adapters.values()):
             members = {name: a.layers for name, a in adapters.items() if a.config == config}
@@ -181,9 +215,13 @@ class AdapterBank:
         return replace(self, groups=(*self.groups[:g], group, *self.groups[g + 1 :]))
 
     def add(self, name: str, adapter: Adapter) -> AdapterBank:
-        """Raises ParaJaxError if the name is taken: `replace` is for that."""
+        """One more tenant, in a free slot if its configuration has one; else that configuration's slots double.
+
+        Raises ParaJaxError if the name is taken, which `replace` is for, or the adapter does not fit the backbone.
+        """
         if name in self:
             raise ParaJaxError(f"tenant {name!r} is in the bank already; use replace() to change its adapter")
+        adapter.check(self.shape)
         for g, group in enumerate(self.groups):
             if group.config == adapter.config:
                 if None not in group.names:
@@ -192,16 +230,21 @@ class AdapterBank:
         return replace(self, groups=(*self.groups, *AdapterBank.stack({name: adapter}, self.shape).groups))
 
     def remove(self, name: str) -> AdapterBank:
-        """Frees the tenant's slot and clears its weights."""
+        """Frees the tenant's slot and clears its weights. A configuration goes with its last tenant."""
         g, slot = self._find(name)
-        group = self.groups[g].put(slot, None, jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), self.groups[g].stack))
+        group = self.groups[g]
+        group = group.put(slot, None, jax.tree.map(lambda x: jnp.zeros_like(x[0]), group.stack))
         if any(n is not None for n in group.names):
             return self._with(g, group)
         return replace(self, groups=self.groups[:g] + self.groups[g + 1 :])
 
     def replace(self, name: str, adapter: Adapter) -> AdapterBank:
-        """The tenant's next version. A running batch keeps what it was prepared with."""
+        """The tenant's next version. A running batch keeps what it was prepared with.
+
+        Raises ParaJaxError if there is no such tenant, or the adapter does not fit the backbone.
+        """
         g, slot = self._find(name)
+        adapter.check(self.shape)
         if self.groups[g].config == adapter.config:
             return self._with(g, self.groups[g].put(slot, name, adapter.layers))
         return self.remove(name).add(name, adapter)
@@ -211,17 +254,20 @@ class AdapterBank:
 
         None is a row without an adapter. A batch of such rows only gets the identity and the adapter-free program.
         """
-        places = [None if name is None else self._find(name) for name in tenants]
-        if all(place is None for place in places):
+        if all(name is None for name in tenants):
             return Rows()
+        places = [(-1, 0) if name is None else self._find(name) for name in tenants]
         members, layers = [], []
         for g, group in enumerate(self.groups):
-            slots = np.array([p[1] if p is not None and p[0] == g else 0 for p in places], np.int32)
-            members.append(jnp.asarray([p is not None and p[0] == g for p in places]))
+            end = len(group.names)
+            slots = np.array([slot if at == g else end for at, slot in places], np.int32)
+            members.append(jnp.asarray(slots < end))
             layers.append(_gather(group.stack, slots))
         return Rows(tuple(members), tuple(layers), repeats)
 
 
 @jax.jit
 def _gather(stack: Any, slots: Int[Array, "rows"]) -> Any:
-    return jax.tree.map(lambda x: x[slots], stack)
+    # Zeros for a slot past the end: no row gets the weights of a tenant that is not its own. Masked out later, they
+    # could still reach its gradient, because zero times NaN is NaN.
+    return jax.tree.map(lambda x: x.at[slots].get(mode="fill", fill_value=0), stack)

@@ -7,11 +7,13 @@ the layers stacked on the first axis.
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import json
 import os
 import shutil
-import tempfile
+import sys
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from para_jax.adapters.bank import Adapter, named_leaves
+from para_jax.adapters.bank import Adapter, abstract_layers, mismatches, named_leaves
 from para_jax.adapters.method import BackboneShape, config_from_dict
 from para_jax.errors import ParaJaxError
 
@@ -32,8 +34,11 @@ OURS = ("peft_type", "base_model_name_or_path", "base_model", "para_jax_version"
 def save_adapter(adapter: Adapter, folder: str | Path, base: BackboneShape, *, overwrite: bool = False) -> None:
     """Writes an adapter so that `load_adapter` gives it back bit for bit.
 
-    The folder appears whole or not at all: it is written beside its place and renamed. Raises ParaJaxError if the
-    folder exists and `overwrite` is False; what it held is removed only once its successor is complete.
+    The folder appears whole or not at all: it is written beside its place and renamed. With `overwrite` it takes
+    the place of the adapter that was there, all of whose files go once their successors are complete.
+
+    Raises ParaJaxError if the folder exists and `overwrite` is False or it holds no adapter, if it cannot be
+    written, or if the adapter does not fit `base`.
     """
     from safetensors.numpy import save_file
 
@@ -46,7 +51,8 @@ def save_adapter(adapter: Adapter, folder: str | Path, base: BackboneShape, *, o
         "base_model": base_sizes(base),
         "para_jax_version": __version__,
     }
-    with new_folder(folder, overwrite=overwrite) as partial:
+    adapter.check(base)
+    with new_folder(folder, CONFIG, overwrite=overwrite) as partial:
         (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         save_file({k: np.asarray(v) for k, v in adapter.tensors().items()}, partial / WEIGHTS)
 
@@ -67,9 +73,9 @@ def load_adapter(folder: str | Path, shape: BackboneShape) -> Adapter:
     try:
         fields = json.loads((folder / CONFIG).read_text())
         tensors = load_file(folder / WEIGHTS)
-    except (json.JSONDecodeError, SafetensorError) as error:
+    except (ValueError, SafetensorError) as error:  # ValueError: no JSON, or no text
         raise ParaJaxError(f"{folder} is damaged: {error}") from error
-    if "peft_type" not in fields:
+    if not isinstance(fields, dict) or not isinstance(fields.get("peft_type"), str):
         raise ParaJaxError(f"{folder / CONFIG} has no peft_type, so its method is not known")
     wanted, made_for = base_sizes(shape), fields.get("base_model")
     if made_for != wanted:
@@ -79,16 +85,11 @@ def load_adapter(folder: str | Path, shape: BackboneShape) -> Adapter:
         )
     options = {k: v for k, v in fields.items() if k not in OURS}
     config = config_from_dict(fields["peft_type"].lower(), options)
-    abstract = jax.eval_shape(lambda key: Adapter.create(config, shape, key), jax.random.key(0)).layers
-    expected = named_leaves(abstract)
-    problems = [f"{name} is missing" for name in expected if name not in tensors]
-    problems += [f"{name} is not expected" for name in tensors if name not in expected]
-    for name, x in tensors.items():
-        if name in expected and (x.shape != expected[name].shape or x.dtype != np.float32):
-            problems.append(f"{name} is {x.dtype}{list(x.shape)}, not float32{list(expected[name].shape)}")
+    problems = mismatches(tensors, config, shape)
     if problems:
-        raise ParaJaxError(f"{folder / WEIGHTS}: " + "; ".join(problems))
-    leaves = [jnp.asarray(tensors[name]) for name in expected]
+        raise ParaJaxError(f"{folder / WEIGHTS}: {'; '.join(problems)}")
+    abstract = abstract_layers(config, shape)
+    leaves = [jnp.asarray(tensors[name]) for name in named_leaves(abstract)]
     return Adapter(config, jax.tree.unflatten(jax.tree.structure(abstract), leaves))
 
 
@@ -107,23 +108,52 @@ def _differences(made_for: dict[str, Any], wanted: dict[str, Any]) -> str:
 
 
 @contextmanager
-def new_folder(folder: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A folder to fill that takes its final name only when the block ends without an error."""
-    folder = Path(folder)
+def new_folder(folder: str | Path, marker: str, *, overwrite: bool = False) -> Iterator[Path]:
+    """A folder to fill that takes its name, in one step, when the block ends without an error.
+
+    `marker` is a file that every folder of this kind holds. With `overwrite`, a folder that has it is replaced; one
+    without it is something else and is left alone.
+
+    Raises ParaJaxError if the folder may not be written, or cannot be; what was there stays as it was.
+    """
+    from safetensors import SafetensorError
+
+    folder = Path(folder).resolve()
     if folder.exists() and not overwrite:
         raise ParaJaxError(f"{folder} exists; choose another folder, or pass overwrite")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    if folder.exists() and not (folder / marker).is_file():
+        raise ParaJaxError(f"{folder} exists and holds no {marker}; remove it yourself or choose another folder")
+    partial = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
     try:
-        partial.chmod(0o755)
+        partial.mkdir(parents=True)
         yield partial
+        for path in partial.iterdir():
+            _finish(path, partial.stat().st_mode & 0o666)
         if folder.exists():
-            previous = partial.with_name(partial.name + "-previous")
-            os.replace(folder, previous)
-            os.replace(partial, folder)
-            shutil.rmtree(previous)
+            _swap(partial, folder)
         else:
             os.replace(partial, folder)
-    except BaseException:
+    except (OSError, SafetensorError) as error:
+        raise ParaJaxError(f"{folder} could not be written: {error}") from error
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
-        raise
+
+
+def _finish(path: Path, mode: int) -> None:
+    """Puts a file's contents on the disk before the folder gets its name, and lets others read it as they may."""
+    with path.open("rb+") as f:
+        os.fsync(f.fileno())
+    path.chmod(mode)  # safetensors writes files that only their owner can read
+
+
+def _swap(a: Path, b: Path) -> None:
+    """Exchanges two folders: on Linux in one step, so that a kill at no moment leaves neither in its place."""
+    if sys.platform == "linux":
+        here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE
+        rename = getattr(ctypes.CDLL(None), "renameat2", None)
+        if rename and rename(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0:
+            return
+    aside = a.with_name(a.name + "-previous")
+    os.replace(b, aside)
+    os.replace(a, b)
+    os.replace(aside, a)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from para_jax.adjustment import Adjustment
@@ -23,7 +23,7 @@ class Site(NamedTuple):
 
 
 class BackboneShape(Protocol):
-    """What an adapter needs to know of a backbone; `BackboneConfig` is one."""
+    """What an adapter needs to know of a backbone; `BackboneConfig` is one. Hashable."""
 
     @property
     def hidden_size(self) -> int: ...
@@ -48,6 +48,21 @@ class MethodConfig(Protocol):
     def layer(self, shape: BackboneShape, rngs: nnx.Rngs) -> AdapterLayer: ...
 
 
+def as_targets(target_modules: Iterable[str]) -> tuple[str, ...]:
+    """The targets as a tuple. Raises ParaJaxError for a single string, whose letters nobody means, or a repeated name.
+
+    >>> as_targets(["q_proj", "v_proj"])
+    ('q_proj', 'v_proj')
+    """
+    if isinstance(target_modules, str):
+        raise ParaJaxError(f"target_modules is a list of names; write [{target_modules!r}]")
+    targets = tuple(target_modules)
+    repeated = sorted({target for target in targets if targets.count(target) > 1})
+    if repeated:
+        raise ParaJaxError(f"target_modules names {', '.join(repeated)} more than once")
+    return targets
+
+
 def check_targets(target_modules: tuple[str, ...], shape: BackboneShape) -> None:
     """Raises ParaJaxError for a target that is no site of the backbone, or for no target at all."""
     if not target_modules:
@@ -65,7 +80,7 @@ def methods() -> dict[str, type[Any]]:
 
 
 def config_from_dict(method: str, fields: Mapping[str, Any]) -> Any:
-    """The method's config with these fields; lists become tuples.
+    """The method's config with these fields; lists become tuples. Raises ParaJaxError for an unknown name or option.
 
     >>> config_from_dict("para", {"r": 4, "target_modules": ["q_proj"]}).target_modules
     ('q_proj',)

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from para_jax.adapters.method import BackboneShape, check_targets
+from para_jax.adapters.method import BackboneShape, as_targets, check_targets
 from para_jax.adjustment import Adjustment
 from para_jax.errors import ParaJaxError, unknown
 
@@ -66,13 +66,16 @@ class ParaConfig:
     init_std: float = 0.02
 
     def __post_init__(self) -> None:
-        if self.r < 1:
-            raise ParaJaxError(f"r must be at least 1, not {self.r}")
+        if not isinstance(self.r, int) or self.r < 1:
+            raise ParaJaxError(f"r must be a whole number from 1, not {self.r!r}")
         if self.pooling not in get_args(Pooling):
             raise unknown("pooling", self.pooling, get_args(Pooling))
         if self.activation not in get_args(Activation):
             raise unknown("activation", self.activation, get_args(Activation))
-        object.__setattr__(self, "target_modules", tuple(self.target_modules))
+        for name in ("normalize", "bias"):
+            if not isinstance(getattr(self, name), bool):
+                raise ParaJaxError(f"{name} must be true or false, not {getattr(self, name)!r}")
+        object.__setattr__(self, "target_modules", as_targets(self.target_modules))
 
     def layer(self, shape: BackboneShape, rngs: nnx.Rngs) -> ParaLayer:
         """A fresh generator for one layer of a backbone."""
@@ -118,9 +121,10 @@ class ParaLayer(nnx.Module):
         return Adjustment(dict(zip(self.config.target_modules, jnp.split(offsets, ends), strict=True)))
 
     def _pool(self, hidden_td: Float[Array, "t d"], mask_t: Bool[Array, "t"]) -> Float[Array, "d"]:
+        # The other tokens may hold anything, and 0 * anything is not always 0.
+        hidden_td = jnp.where(mask_t[:, None], hidden_td, 0)
         if self.config.pooling == "last":
-            last = jnp.max(jnp.where(mask_t, jnp.arange(mask_t.size), 0))
-            return jnp.where(mask_t[last], hidden_td[last], 0)
+            return hidden_td[jnp.max(jnp.where(mask_t, jnp.arange(mask_t.size), 0))]
         if self.config.pooling == "max":
             highest_d = jnp.max(jnp.where(mask_t[:, None], hidden_td, -jnp.inf), axis=0)
             return jnp.where(jnp.any(mask_t), highest_d, 0)
@@ -129,8 +133,7 @@ class ParaLayer(nnx.Module):
         else:
             score_t = jnp.where(mask_t, hidden_td @ self.query[...], -jnp.inf)
             weight_t = jnp.exp(score_t - jnp.max(score_t, initial=jnp.finfo(jnp.float32).min))
-        # A padding token may hold anything, and 0 * anything is not always 0.
-        return weight_t @ jnp.where(mask_t[:, None], hidden_td, 0) / jnp.maximum(jnp.sum(weight_t), 1e-9)
+        return weight_t @ hidden_td / jnp.maximum(jnp.sum(weight_t), 1e-9)
 
     def _activate(self, x: Float[Array, "r"]) -> Float[Array, "r"]:
         if self.config.activation == "gelu":

@@ -12,6 +12,7 @@ from typing import Any
 from para_jax.adapters.method import Site
 from para_jax.errors import ParaJaxError, unknown
 
+CONFIG, GENERATION = "config.json", "generation_config.json"
 ARCHITECTURES = ("llama",)
 # Settings of the Llama architecture that have one supported value.
 FIXED = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}
@@ -81,16 +82,18 @@ class BackboneConfig:
 
         Raises ParaJaxError if it is no checkpoint, or of an architecture or with a setting not supported.
         """
-        folder = checkpoint_folder(path_or_hub_id, ["config.json"])
-        try:
-            fields = json.loads((folder / "config.json").read_text())
-        except json.JSONDecodeError as error:
-            raise ParaJaxError(f"{folder / 'config.json'} is not JSON: {error}") from error
-        generation = folder / "generation_config.json"
-        if generation.is_file():
+        folder = checkpoint_folder(path_or_hub_id, [CONFIG, GENERATION])
+        return cls.from_folder(folder, name=str(path_or_hub_id))
+
+    @classmethod
+    def from_folder(cls, folder: Path, name: str = "") -> BackboneConfig:
+        """From the folder that `checkpoint_folder` found."""
+        fields = read_json(folder / CONFIG)
+        if (folder / GENERATION).is_file():
             # The chat models' list of stop tokens is often only here.
-            fields["eos_token_id"] = json.loads(generation.read_text()).get("eos_token_id", fields.get("eos_token_id"))
-        return cls.from_hf(fields, name=str(path_or_hub_id))
+            eos = read_json(folder / GENERATION).get("eos_token_id")
+            fields["eos_token_id"] = fields.get("eos_token_id") if eos is None else eos
+        return cls.from_hf(fields, name)
 
     @classmethod
     def from_hf(cls, fields: Mapping[str, Any], name: str = "") -> BackboneConfig:
@@ -104,16 +107,21 @@ class BackboneConfig:
         for key, value in FIXED.items():
             if fields.get(key, value) != value:
                 raise ParaJaxError(f"config.json has {key}={fields[key]!r}; only {value!r} is supported")
+        if fields.get("quantization_config"):
+            raise ParaJaxError("config.json has a quantization_config; only float32, float16 and bfloat16 are read")
         required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         missing = [key for key in required if key not in fields]
         if missing:
             raise ParaJaxError(f"config.json lacks {', '.join(missing)}")
         heads = fields["num_attention_heads"]
+        kv_heads = fields.get("num_key_value_heads") or heads
+        if heads % kv_heads:
+            raise ParaJaxError(f"config.json has {heads} attention heads, which {kv_heads} key/value heads do not divide")
         eos = fields.get("eos_token_id")
         theta, scaling = _rope(fields)
         return cls(
             **{key: fields[key] for key in required},
-            num_key_value_heads=fields.get("num_key_value_heads") or heads,
+            num_key_value_heads=kv_heads,
             head_dim=fields.get("head_dim") or fields["hidden_size"] // heads,
             rms_norm_eps=fields.get("rms_norm_eps", 1e-6),
             rope_theta=theta,
@@ -171,6 +179,17 @@ def _rope(fields: Mapping[str, Any]) -> tuple[float, RopeScaling]:
     return float(theta), RopeScaling(kind, **rope)
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises ParaJaxError, with the file's name, for anything else."""
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # no JSON, or no text
+        raise ParaJaxError(f"{path} is not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise ParaJaxError(f"{path} holds no JSON object")
+    return fields
+
+
 def checkpoint_folder(path_or_hub_id: str | Path, patterns: list[str]) -> Path:
     """The folder of a checkpoint; files of a hub id that match `patterns` are downloaded first.
 
@@ -178,7 +197,7 @@ def checkpoint_folder(path_or_hub_id: str | Path, patterns: list[str]) -> Path:
     """
     folder = Path(path_or_hub_id).expanduser()
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
+        if not (folder / CONFIG).is_file():
             raise ParaJaxError(f"{folder} is no checkpoint: it has no config.json")
         return folder
     name = str(path_or_hub_id)

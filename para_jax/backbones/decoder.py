@@ -166,11 +166,12 @@ class Backbone(nnx.Module):
           mask: which of them are tokens and not padding, on either side; all, if not given.
           prompt_mask: which tokens adapters are prepared from; all, if not given.
           bank, tenants: the adapters, and for each row its tenant's name or None.
+
+        Raises ParaJaxError for an unknown tenant, or tenants that do not match the rows.
         """
-        mask = jnp.ones(tokens_bt.shape, bool) if mask is None else mask
-        prompt_mask = mask if prompt_mask is None else prompt_mask & mask
-        hidden, _, _ = self.forward(tokens_bt, mask, prompt_mask, batch_rows(bank, tenants, tokens_bt.shape[0]))
-        return self.logits(hidden)
+        mask = jnp.ones(tokens_bt.shape, bool) if mask is None else jnp.asarray(mask, bool)
+        prompt_mask = mask if prompt_mask is None else jnp.asarray(prompt_mask, bool) & mask
+        return _logits(self, tokens_bt, mask, prompt_mask, batch_rows(bank, tenants, tokens_bt.shape[0]))
 
     def forward(
         self,
@@ -183,13 +184,13 @@ class Backbone(nnx.Module):
     ) -> tuple[Float[Array, "b t d"], Any, Cache | None]:
         """Prepares the rows' adapters layer by layer and runs all tokens.
 
-        Returns the final hidden states after the norm, the Adjustments, and the cache with these tokens in it if
-        one was given. `remat` recomputes each layer in the backward pass instead of keeping what it made.
+        Returns the final hidden states after the norm, the Adjustments, and with an empty cache the same cache
+        holding these tokens. `remat` recomputes each layer in the backward pass instead of keeping what it made.
         """
         position_bt = jnp.maximum(jnp.cumsum(mask_bt, axis=1, dtype=jnp.int32) - 1, 0)
         angles = rope.angles(self.config, position_bt)
         t = tokens_bt.shape[1]
-        visible_bts = jnp.tril(jnp.ones((t, t), bool)) & mask_bt[:, None, :]
+        visible_bts = jnp.tril(jnp.ones((t, t), bool))[None] & mask_bt[:, None, :]
         column = None if cache is None else cache.column
 
         def body(carry: Any, layer: Any, block: Block, adapters: Any) -> tuple[Any, Adjustment]:
@@ -217,8 +218,11 @@ class Backbone(nnx.Module):
     ) -> tuple[Float[Array, "b v"], DecodeState]:
         """Runs prompts that stand flush right and makes room for `length` columns in all.
 
-        Returns the float32 logits of the token after each prompt, and the state to decode from.
+        Returns the float32 logits of the token after each prompt, and the state to decode from. More than
+        `length - t` steps of `decode` would overwrite the last column.
         """
+        if length < tokens_bt.shape[1]:
+            raise ParaJaxError(f"a cache of {length} columns cannot hold prompts of {tokens_bt.shape[1]}")
         cache = Cache.create(self.config, tokens_bt.shape[0], length, self.dtype, self.stacked)
         hidden, adjustments, cache = self.forward(tokens_bt, mask_bt, mask_bt, rows, cache)
         assert cache is not None
@@ -271,12 +275,22 @@ class Backbone(nnx.Module):
         return carry, tuple(outputs)
 
 
+@jax.jit
+def _logits(backbone: Backbone, tokens_bt: Array, mask_bt: Array, prompt_mask_bt: Array, rows: Rows) -> Array:
+    hidden, _, _ = backbone.forward(tokens_bt, mask_bt, prompt_mask_bt, rows)
+    return backbone.logits(hidden)
+
+
 def batch_rows(bank: AdapterBank | None, tenants: Sequence[str | None] | None, batch: int) -> Rows:
     """The adapters of a batch. Raises ParaJaxError unless there is a tenant or None for every row."""
-    if tenants is None or all(tenant is None for tenant in tenants):
+    if tenants is None:
+        if bank is not None:
+            raise ParaJaxError("a bank was given but no tenants; pass tenants=[...], a name or None for every row")
         return Rows()
-    if len(tenants) != batch:
-        raise ParaJaxError(f"{batch} rows but {len(tenants)} tenants; give one (or None) for every row")
+    if isinstance(tenants, str) or len(tenants) != batch:
+        raise ParaJaxError(f"{batch} rows but tenants={tenants!r}; give a list of a name or None for every row")
+    if all(tenant is None for tenant in tenants):
+        return Rows()
     if bank is None:
         raise ParaJaxError("tenants were given but no bank; pass bank=AdapterBank.load({name: folder, ...}, config)")
     return bank.rows(tenants)
@@ -286,7 +300,7 @@ def rms_norm(x: Float[Array, "*b d"], weight_d: Float[Array, "d"], eps: float) -
     """Root-mean-square norm (Zhang and Sennrich, arXiv 1910.07467), in float32."""
     x32 = x.astype(jnp.float32)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    return weight_d * x32.astype(x.dtype)
+    return jnp.expand_dims(weight_d, range(x.ndim - 1)) * x32.astype(x.dtype)
 
 
 def _product(x: Float[Array, "b t i"], weight: Float[Array, "*o i"], dtype: Any = None) -> Float[Array, "b t *o"]:
@@ -320,10 +334,10 @@ def _dot_backward(dtype: Any, kept: tuple[Array, Array], out: Array) -> tuple[Ar
 _dot.defvjp(_dot_forward, _dot_backward)
 
 
-def compute_dtype(dtype: Dtype) -> Any:
+def compute_dtype(dtype: Dtype) -> jnp.dtype:
     """The dtype of weights and computation; "auto" is bfloat16 on TPU and GPU, float32 on CPU."""
     if dtype == "auto":
-        return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     if dtype not in ("float32", "bfloat16"):
         raise ParaJaxError(f"dtype {dtype!r} is not supported; choose auto, float32 or bfloat16")
     return jnp.dtype(dtype)

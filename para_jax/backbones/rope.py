@@ -36,7 +36,7 @@ def angles(
     config: BackboneConfig, positions_bt: Int[Array, "b t"]
 ) -> tuple[Float[Array, "b t hd"], Float[Array, "b t hd"]]:
     """Cosine and sine of every position's angles, float32, each pair's angle given to both halves."""
-    angle = positions_bt[..., None].astype(jnp.float32) * jnp.asarray(inverse_frequencies(config))
+    angle = positions_bt[..., None].astype(jnp.float32) * jnp.asarray(inverse_frequencies(config))[None, None]
     angle = jnp.concatenate([angle, angle], axis=-1)
     return jnp.cos(angle), jnp.sin(angle)
 

@@ -26,10 +26,17 @@ class Entry:
     parts: tuple[Part, ...]
     axis: int = 0
 
-    def join(self, tensors: list[np.ndarray]) -> np.ndarray:
-        """Ours from theirs."""
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of our tensor."""
+        first = self.parts[0].view
+        joined = sum(part.view[self.axis] for part in self.parts)
+        return (*first[: self.axis], joined, *first[self.axis + 1 :])
+
+    def join(self, tensors: list[np.ndarray], out: np.ndarray | None = None) -> np.ndarray:
+        """Ours from theirs, written into `out`, and cast to its dtype, if it is given."""
         views = [x.reshape(part.view) for x, part in zip(tensors, self.parts, strict=True)]
-        return views[0] if len(views) == 1 else np.concatenate(views, self.axis)
+        return np.concatenate(views, self.axis, out=out, casting="unsafe")
 
     def split(self, ours: np.ndarray) -> dict[str, np.ndarray]:
         """Theirs from ours; inverse of `join`."""

@@ -1,0 +1,53 @@
+"""The command line: `para-jax VERB`. Verbs import what they need when they run, so that --help is quick."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from para_jax import __version__
+from para_jax.cli import evaluate, finetune, generate, quickstart
+
+VERBS = {"quickstart": quickstart, "finetune": finetune, "evaluate": evaluate, "generate": generate}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of every verb and option."""
+    top = argparse.ArgumentParser(
+        prog="para-jax",
+        description="Prompt-Aware Representation Adjustment (PARA): tune one frozen language model for many tenants "
+        "at once and decode them all in one batch.",
+    )
+    top.add_argument("--version", action="version", version=f"para-jax {__version__}")
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for name, verb in VERBS.items():
+        summary, _, details = (verb.__doc__ or "").partition("\n")
+        sub = verbs.add_parser(
+            name,
+            help=summary.rstrip("."),
+            description=summary + details,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        verb.add_arguments(sub)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a verb and returns its exit code: 0, 1 for a mistake of the caller, 130 for Ctrl-C."""
+    args = parser().parse_args(argv)
+    from para_jax.errors import ParaJaxError
+
+    try:
+        return VERBS[args.verb].run(args) or 0
+    except ParaJaxError as error:
+        print(f"para-jax {args.verb}: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        return 1
+    except OSError as error:
+        print(f"para-jax {args.verb}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as stop:
+        print(f"para-jax {args.verb}: {stop or 'stopped'}", file=sys.stderr)
+        return 130

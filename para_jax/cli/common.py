@@ -1,0 +1,133 @@
+"""What several verbs share: the model and the tenants named on the command line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from para_jax.errors import ParaJaxError, unknown
+
+if TYPE_CHECKING:
+    from para_jax.adapters.bank import AdapterBank
+    from para_jax.backbones.decoder import Backbone
+
+T = TypeVar("T")
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """--model and --dtype."""
+    parser.add_argument(
+        "--model",
+        metavar="DIR",
+        help="Hugging Face checkpoint: a folder or a hub id (default: the tiny one that ships)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="of weights and computation (default: bfloat16 on TPU and GPU, float32 on CPU)",
+    )
+
+
+def load_model(args: argparse.Namespace) -> tuple[Backbone, Any]:
+    """The backbone and its tokenizer. Raises ParaJaxError if either cannot be had."""
+    from para_jax import Backbone, tiny_backbone_path
+    from para_jax.convert.tokenizer import load_tokenizer
+
+    path = args.model or tiny_backbone_path()
+    return Backbone.from_pretrained(path, dtype=args.dtype), load_tokenizer(path)
+
+
+def pairs(values: Sequence[str], option: str) -> dict[str, str]:
+    """NAME=VALUE arguments as a dict, in order.
+
+    >>> pairs(["acme=a.jsonl", "globex=b.jsonl"], "--tenant")
+    {'acme': 'a.jsonl', 'globex': 'b.jsonl'}
+    """
+    found: dict[str, str] = {}
+    for value in values:
+        name, equals, rest = value.partition("=")
+        if not equals or not name or not rest:
+            raise ParaJaxError(f"{option} takes NAME=FILE, not {value!r}")
+        if name in found:
+            raise ParaJaxError(f"{option} names {name!r} twice")
+        found[name] = rest
+    return found
+
+
+def per_tenant(values: Sequence[str], option: str, names: Sequence[str], kind: Callable[[str], T]) -> dict[str, T]:
+    """VALUE for all tenants, or NAME=VALUE for one; the more particular wins.
+
+    >>> per_tenant(["100", "acme=300"], "--steps", ["acme", "globex"], int)
+    {'acme': 300, 'globex': 100}
+    """
+    general: dict[str, T] = {}
+    particular: dict[str, T] = {}
+    for value in values:
+        name, equals, rest = value.rpartition("=")
+        if equals and name not in names:
+            raise unknown(f"tenant in {option}", name, names)
+        try:
+            (particular if equals else general).update(dict.fromkeys([name] if equals else names, kind(rest)))
+        except ValueError:
+            raise ParaJaxError(f"{option} takes {kind.__name__} or NAME={kind.__name__}, not {value!r}") from None
+    merged = general | particular
+    return {name: merged[name] for name in names if name in merged}
+
+
+def adapter_folders(folder: str | Path, names: Sequence[str] | None = None) -> dict[str, Path]:
+    """The adapters below a folder by name, all or those named. Raises ParaJaxError for a name that is not there."""
+    folder = Path(folder)
+    there = {p.parent.name: p.parent for p in sorted(folder.glob("*/adapter_config.json"))}
+    if not there:
+        raise ParaJaxError(f"{folder} holds no adapters; give the --out folder of para-jax finetune")
+    for name in names or ():
+        if name not in there:
+            raise unknown(f"tenant in {folder}", name, there)
+    return there if names is None else {name: there[name] for name in names}
+
+
+def load_bank(folder: str | Path | None, names: Sequence[str], backbone: Backbone) -> AdapterBank | None:
+    """The bank of the tenants that are named, or None without a folder or a name."""
+    from para_jax import AdapterBank
+
+    if folder is None or not names:
+        return None
+    return AdapterBank.load(adapter_folders(folder, names), backbone.config)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Writes JSON to a temporary name and renames it."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f".{path.name}-new")
+    fresh.write_text(text)
+    os.replace(fresh, path)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Columns of text, the first flush left and the others flush right.
+
+    >>> print(table(["tenant", "loss"], [["acme", 1.5], ["globex", 12]]))
+    tenant  loss
+    acme     1.5
+    globex    12
+    """
+    cells = [[str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    lines = []
+    for row in cells:
+        first, *others = (
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        lines.append("  ".join([first, *others]).rstrip())
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Rows of JSONL to tokens, and tokens to padded batches."""

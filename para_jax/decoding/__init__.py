@@ -1,0 +1,1 @@
+"""Decoding: prompts in, completions out, with the whole token loop on the device."""

@@ -1,0 +1,193 @@
+"""Beam search, step for step as transformers does it, on the device.
+
+A row has `beams` open texts and as many finished ones. At every step the best continuations of the open texts
+are taken together: those that end compete for a place among the finished, by log-probability /
+tokens**length_penalty, the best of the others stay open. A row is done when its open texts can no longer
+overtake its finished ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from para_jax.backbones.decoder import Backbone, DecodeState
+from para_jax.decoding.loop import Ending, Generated, Prompts
+from para_jax.decoding.sampling import Sampler, seen_tokens
+
+if TYPE_CHECKING:
+    from jax import Array
+    from jaxtyping import Bool, Float, Int, Int16
+
+EarlyStopping = bool | Literal["never"]
+RULED_OUT = -1.0e9  # The score, in transformers too, of a text that is not to be taken.
+
+
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["length_penalty", "when_full", "never"], meta_fields=[]
+)
+@dataclass(frozen=True)
+class Scoring:
+    """How finished texts are ranked, and when a row gives up on better ones.
+
+    Attributes:
+      length_penalty: float32; above zero favours long texts.
+      when_full: a row is done as soon as it has finished as many texts as it has beams.
+      never: a row is done only when no open text could overtake, even at its full length. With neither, an
+        open text is judged at its present length.
+    """
+
+    length_penalty: Float[Array, ""]
+    when_full: Bool[Array, ""]
+    never: Bool[Array, ""]
+
+    def score(self, log_probability: Float[Array, "*b"], length: Int[Array, "*b"]) -> Float[Array, "*b"]:
+        return log_probability / length.astype(jnp.float32) ** self.length_penalty
+
+
+class _Open(NamedTuple):
+    """The texts that go on: n of them a row, the best first."""
+
+    score_bn: Float[Array, "b n"]
+    tokens_bnt: Int[Array, "b n t"]
+    token_bn: Int[Array, "b n"]
+    stop_bn: Int16[Array, "b n"] | None
+    seen_bnv: Bool[Array, "b n v"] | None
+    parent_bn: Int[Array, "b n"]
+
+
+class _Finished(NamedTuple):
+    """The texts that have ended, the best first; places not `taken_bn` yet stand at the end."""
+
+    score_bn: Float[Array, "b n"]
+    tokens_bnt: Int[Array, "b n t"]
+    count_bn: Int[Array, "b n"]
+    stopped_bn: Bool[Array, "b n"]
+    taken_bn: Bool[Array, "b n"]
+
+
+class _Carry(NamedTuple):
+    open: _Open
+    finished: _Finished
+    done_b: Bool[Array, "b"]
+    step: Int[Array, ""]
+    state: DecodeState
+
+
+def _take(tree: Any, index_bn: Int[Array, "b n"]) -> Any:
+    """These texts of every row, of arrays (b, n, ...)."""
+    return jax.tree.map(lambda x: jax.vmap(lambda row, index: row[index])(x, index_bn), tree)
+
+
+def _continue(
+    texts: _Open, logits_bv: Float[Array, "bn v"], sampler: Sampler, ending: Ending, step: Array, keep: int
+) -> tuple[_Open, Bool[Array, "b k"]]:
+    """The `keep` best continuations of a row's open texts, and which of them came to an end by themselves."""
+    b, n = texts.score_bn.shape
+    v = logits_bv.shape[-1]
+    seen_bv = None if texts.seen_bnv is None else texts.seen_bnv.reshape(b * n, v)
+    # transformers applies the penalty to log-probabilities here.
+    more_bnv = sampler.penalised(jax.nn.log_softmax(logits_bv), seen_bv).reshape(b, n, v)
+    score_bk, index_bk = jax.lax.top_k((texts.score_bn[..., None] + more_bnv).reshape(b, n * v), keep)
+    parent_bk, token_bk = index_bk // v, index_bk % v
+    stop_bk, ends_bk = ending.after(_take(texts.stop_bn, parent_bk), token_bk)
+    tokens_bkt = _take(texts.tokens_bnt, parent_bk).at[:, :, step].set(token_bk)
+    return _Open(score_bk, tokens_bkt, token_bk, stop_bk, None, parent_bk), ends_bk
+
+
+def _advance(
+    carry: _Carry,
+    logits_bv: Float[Array, "bn v"],
+    sampler: Sampler,
+    ending: Ending,
+    scoring: Scoring,
+    keep: int,
+) -> _Carry:
+    """One token more: the best continuations finish, stay open or fall away."""
+    b, n = carry.open.score_bn.shape
+    found, ends_bk = _continue(carry.open, logits_bv, sampler, ending, carry.step, keep)
+    length = carry.step + 1
+    hit_bk = ends_bk | (length >= ending.limit_b)[:, None]
+
+    # Only those among the n best of all may finish. A row that is done takes no more.
+    finishes_bk = hit_bk & (jnp.arange(keep) < n)[None] & ~carry.done_b[:, None]
+    new = _Finished(
+        jnp.where(finishes_bk, scoring.score(found.score_bn, length), -jnp.inf),
+        found.tokens_bnt,
+        jnp.full((b, keep), length),
+        ends_bk,
+        finishes_bk,
+    )
+    merged = jax.tree.map(lambda x, y: jnp.concatenate([x, y], axis=1), carry.finished, new)
+    finished = _take(merged, jax.lax.top_k(merged.score_bn, n)[1])
+
+    score_bk = found.score_bn + jnp.where(hit_bk, RULED_OUT, 0.0)
+    score_bn, best_bn = jax.lax.top_k(score_bk, n)
+    going = _take(found, best_bn)._replace(score_bn=score_bn)
+    if carry.open.seen_bnv is not None:
+        seen_bnv = _take(carry.open.seen_bnv, going.parent_bn)
+        row_b1, beam_1n = jnp.arange(b)[:, None], jnp.arange(n)[None]
+        going = going._replace(seen_bnv=seen_bnv.at[row_b1, beam_1n, going.token_bn].set(True))
+
+    full_length = scoring.never & (scoring.length_penalty > 0)
+    hoped_b = scoring.score(score_bn[:, 0], jnp.where(full_length, ending.limit_b, length))
+    # A place that is free can always be taken.
+    worst_b = jnp.where(jnp.all(finished.taken_bn, axis=1), finished.score_bn[:, -1], -jnp.inf)
+    done_b = carry.done_b | (hoped_b <= worst_b) | jnp.all(hit_bk, axis=1)
+    done_b = done_b | (scoring.when_full & jnp.all(finished.taken_bn, axis=1))
+    return _Carry(going, finished, done_b, length, carry.state)
+
+
+@partial(jax.jit, static_argnames=("room", "beams", "keep"))
+def search(
+    backbone: Backbone,
+    logits_bv: Float[Array, "b v"],
+    state: DecodeState,
+    sampler: Sampler,
+    ending: Ending,
+    scoring: Scoring,
+    prompts: Prompts,
+    room: int,
+    beams: int,
+    keep: int,
+) -> Generated:
+    """The best text of every row.
+
+    The prompts were run once, whatever `beams` is; their state is repeated here, and so it is not donated.
+    `keep` continuations are looked at, (1 + the number of eos tokens) * beams or more, so that enough of them
+    do not end.
+    """
+    b, v = logits_bv.shape
+    n = beams
+    of_row = jnp.repeat(jnp.arange(b), n)
+    tokens_bnt = jnp.zeros((b, n, room), jnp.int32)
+    zeros_bn = jnp.zeros((b, n), jnp.int32)
+    seen_bv = None if sampler.penalty_b is None else seen_tokens(*prompts, v)
+    going = _Open(
+        # All beams are the same text at first, and all but one are kept out.
+        score_bn=jnp.broadcast_to(jnp.where(jnp.arange(n) == 0, 0.0, RULED_OUT), (b, n)),
+        tokens_bnt=tokens_bnt,
+        token_bn=zeros_bn,
+        stop_bn=ending.start(b, n),
+        seen_bnv=None if seen_bv is None else jnp.repeat(seen_bv[:, None], n, axis=1),
+        parent_bn=zeros_bn,
+    )
+    free_bn = jnp.zeros((b, n), bool)
+    finished = _Finished(jnp.full((b, n), RULED_OUT), tokens_bnt, zeros_bn, free_bn, free_bn)
+    carry = _Carry(going, finished, ending.limit_b == 0, jnp.zeros((), jnp.int32), state.rows(of_row))
+    sampler = jax.tree.map(lambda x: x[of_row], sampler)
+
+    def body(carry: _Carry) -> _Carry:
+        # A row's beams share its Adjustment, so only keys and values move.
+        index = (jnp.arange(b)[:, None] * n + carry.open.parent_bn).reshape(-1)
+        state = replace(carry.state, cache=carry.state.cache.rows(index))
+        logits_bv, state = backbone.decode(carry.open.token_bn.reshape(-1), state)
+        return _advance(carry._replace(state=state), logits_bv, sampler, ending, scoring, keep)
+
+    carry = _advance(carry, logits_bv[of_row], sampler, ending, scoring, keep)
+    finished = jax.lax.while_loop(lambda c: ~jnp.all(c.done_b), body, carry).finished
+    return Generated(finished.tokens_bnt[:, 0], finished.count_bn[:, 0], finished.stopped_bn[:, 0])

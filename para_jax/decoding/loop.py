@@ -1,0 +1,151 @@
+"""The token loop: from the prompts' logits to every row's last token in one program, without the host.
+
+Backbones are arguments of these programs, never part of them. What a batch does not use (a penalty, a
+temperature, stop strings) is None among their arguments and so no part of the program; all values that a row
+may set are arrays.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from para_jax.adapters.bank import Rows
+from para_jax.backbones.decoder import Backbone, DecodeState
+from para_jax.decoding.sampling import Sampler, seen_tokens
+from para_jax.decoding.stops import MATCHED, START
+
+if TYPE_CHECKING:
+    from jax import Array
+    from jaxtyping import Bool, Float, Int, Int16
+
+
+def bucket(n: int, most: int) -> int:
+    """The least of 16, 24, 32, 48, 64, 96, ... that holds `n`, or `most` if that is less.
+
+    Programs are compiled for these lengths. With two to an octave a batch has at most half as many columns
+    again as it needs, a fifth more on average, and there are a dozen lengths up to 1,024.
+
+    >>> [bucket(n, 2000) for n in (3, 17, 33, 64, 1500, 1600)]
+    [16, 24, 48, 64, 1536, 2000]
+    """
+    size = 16
+    while size < n:
+        size *= 2
+    return min(size * 3 // 4 if size > 16 and n <= size * 3 // 4 else size, most)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["limit_b", "eos_e", "table_sv"], meta_fields=[])
+@dataclass(frozen=True)
+class Ending:
+    """When rows end.
+
+    Attributes:
+      limit_b: int32, the most tokens a row may have; zero for a row that only fills up the batch.
+      eos_e: int32, the tokens that end a row; -1 is none.
+      table_sv: the table of the stop strings, if there are any.
+    """
+
+    limit_b: Int[Array, "b"]
+    eos_e: Int[Array, "e"]
+    table_sv: Int16[Array, "s v"] | None = None
+
+    def start(self, *shape: int) -> Int16[Array, "*b"] | None:
+        """The state of the stop strings before the first token."""
+        return None if self.table_sv is None else jnp.full(shape, START, self.table_sv.dtype)
+
+    def after(
+        self, stop: Int16[Array, "*b"] | None, token: Int[Array, "*b"]
+    ) -> tuple[Int16[Array, "*b"] | None, Bool[Array, "*b"]]:
+        """The state of the stop strings after these tokens, and which of them end their text."""
+        ends = jnp.any(token[..., None] == jnp.expand_dims(self.eos_e, range(token.ndim)), axis=-1)
+        if self.table_sv is None or stop is None:
+            return None, ends
+        stop = self.table_sv[stop, token]
+        return stop, ends | (stop == MATCHED)
+
+
+class Prompts(NamedTuple):
+    """Token ids, flush right, and which of them are tokens."""
+
+    tokens_bt: Int[Array, "b t"]
+    mask_bt: Bool[Array, "b t"]
+
+
+class Generated(NamedTuple):
+    """What a batch has generated: `count_b` tokens in each row, and whether the row came to an end by
+    itself."""
+
+    tokens_bt: Int[Array, "b t"]
+    count_b: Int[Array, "b"]
+    stopped_b: Bool[Array, "b"]
+
+
+class _Carry(NamedTuple):
+    generated: Generated
+    done_b: Bool[Array, "b"]
+    token_b: Int[Array, "b"]
+    stop_b: Int16[Array, "b"] | None
+    seen_bv: Bool[Array, "b v"] | None
+    step: Int[Array, ""]
+    state: DecodeState
+
+
+@partial(jax.jit, static_argnames="length")
+def prefill(
+    backbone: Backbone, prompts: Prompts, rows: Rows, length: int
+) -> tuple[Float[Array, "b v"], DecodeState]:
+    """Runs the prompts; room for `length` tokens in all."""
+    return backbone.prefill(prompts.tokens_bt, prompts.mask_bt, rows, length)
+
+
+@partial(jax.jit, static_argnames="room", donate_argnames="state")
+def run(
+    backbone: Backbone,
+    logits_bv: Float[Array, "b v"],
+    state: DecodeState,
+    sampler: Sampler,
+    ending: Ending,
+    prompts: Prompts,
+    room: int,
+) -> tuple[Generated, DecodeState]:
+    """Generates until every row is done, with room for `room` tokens a row.
+
+    The state is donated and comes back, which lets the loop write the keys and values where they lie.
+    """
+    b, v = logits_bv.shape
+
+    def advance(carry: _Carry, logits_bv: Array) -> _Carry:
+        token_b = sampler.choose(logits_bv, carry.seen_bv, carry.step)
+        stop_b, ends_b = ending.after(carry.stop_b, token_b)
+        seen_bv = None if carry.seen_bv is None else carry.seen_bv.at[jnp.arange(b), token_b].set(True)
+        written_b1 = jnp.where(carry.done_b, 0, token_b)[:, None]
+        generated = Generated(
+            jax.lax.dynamic_update_slice(carry.generated.tokens_bt, written_b1, (0, carry.step)),
+            jnp.where(carry.done_b, carry.generated.count_b, carry.step + 1),
+            carry.generated.stopped_b | (ends_b & ~carry.done_b),
+        )
+        done_b = carry.done_b | ends_b | (generated.count_b >= ending.limit_b)
+        return _Carry(generated, done_b, token_b, stop_b, seen_bv, carry.step + 1, carry.state)
+
+    def body(carry: _Carry) -> _Carry:
+        logits_bv, state = backbone.decode(carry.token_b, carry.state)
+        return advance(carry._replace(state=state), logits_bv)
+
+    nothing = Generated(jnp.zeros((b, room), jnp.int32), jnp.zeros((b,), jnp.int32), jnp.zeros((b,), bool))
+    carry = _Carry(
+        generated=nothing,
+        done_b=ending.limit_b == 0,
+        token_b=jnp.zeros((b,), jnp.int32),
+        stop_b=ending.start(b),
+        seen_bv=None if sampler.penalty_b is None else seen_tokens(*prompts, v),
+        step=jnp.zeros((), jnp.int32),
+        state=state,
+    )
+    # The last token of all is chosen and never run, so the first is chosen ahead of the loop.
+    carry = jax.lax.while_loop(lambda c: ~jnp.all(c.done_b), body, advance(carry, logits_bv))
+    return carry.generated, carry.state

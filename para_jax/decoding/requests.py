@@ -1,0 +1,167 @@
+"""What a caller asks for, checked: prompts as token ids, and a value a row of everything that a row may
+set."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from para_jax.adapters.bank import AdapterBank
+from para_jax.backbones.config import BackboneConfig
+from para_jax.decoding.sampling import Draws, Filters, Sampler
+from para_jax.errors import ParaJaxError, unknown
+
+
+def encode(tokenizer: Any, prompts: Sequence[str | Sequence[int]], vocab_size: int) -> list[np.ndarray]:
+    """The token ids of every prompt, int32.
+
+    Raises ParaJaxError for an empty prompt or an id outside the vocabulary.
+    """
+    if isinstance(prompts, str):
+        raise ParaJaxError("prompts is one string; give a list of prompts, [prompt] for a single one")
+    encoded = []
+    for row, prompt in enumerate(prompts):
+        tokens = tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
+        if len(prompt) == 0 or len(tokens) == 0:
+            raise ParaJaxError(f"the prompt of row {row} is empty; give it some text or leave the row out")
+        ids = np.asarray(tokens)
+        if ids.ndim != 1 or ids.dtype.kind not in "iu":
+            raise ParaJaxError(f"the prompt of row {row} is neither a string nor a list of token ids")
+        if ids.min() < 0 or ids.max() >= vocab_size:
+            wrong = ids[(ids < 0) | (ids >= vocab_size)][0]
+            raise ParaJaxError(
+                f"the prompt of row {row} has token {wrong}, and the backbone's vocabulary has {vocab_size}; "
+                "is the tokenizer another model's?"
+            )
+        encoded.append(ids.astype(np.int32))
+    return encoded
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Something that a row may set: its dtype, and the values it may have, in code and in words."""
+
+    name: str
+    dtype: type[np.generic]
+    valid: Callable[[np.ndarray], np.ndarray]
+    rule: str
+
+    def per_row(self, value: Any, rows: int) -> np.ndarray:
+        """One value for all rows or one for each, as an array of `rows`. Raises ParaJaxError for any other.
+
+        >>> TOP_K.per_row(5, rows=2).tolist()
+        [5, 5]
+        """
+        whole = np.issubdtype(self.dtype, np.integer)
+        try:
+            values = np.asarray(value)
+        except ValueError:  # Lists in a list.
+            values = np.zeros((0, 0))
+        if values.ndim > 1 or values.dtype.kind not in ("iu" if whole else "iuf"):
+            kind = "whole number" if whole else "number"
+            raise ParaJaxError(f"{self.name} is {value!r}; give a {kind} for all rows, or one for every row")
+        if values.ndim == 1 and len(values) != rows:
+            raise ParaJaxError(
+                f"{self.name} has {len(values)} values for {rows} rows; give one for each, or one for all"
+            )
+        values = np.broadcast_to(values, (rows,))
+        broken = np.flatnonzero(~self.valid(values))
+        if len(broken):
+            row = broken[0]
+            raise ParaJaxError(f"{self.name} of row {row} is {values[row]}; it must be {self.rule}")
+        return values.astype(self.dtype)
+
+
+LIMIT = Setting("max_new_tokens", np.int32, lambda x: (x >= 1) & (x < 2**31), "at least 1")
+TEMPERATURE = Setting("temperature", np.float32, lambda x: np.isfinite(x) & (x >= 0), "at least 0")
+TOP_K = Setting("top_k", np.int32, lambda x: (x >= 0) & (x < 2**31), "at least 0 (0 is off)")
+TOP_P = Setting("top_p", np.float32, lambda x: (x >= 0) & (x <= 1), "between 0 and 1 (1 is off)")
+MIN_P = Setting("min_p", np.float32, lambda x: (x >= 0) & (x <= 1), "between 0 and 1 (0 is off)")
+PENALTY = Setting("repetition_penalty", np.float32, lambda x: np.isfinite(x) & (x > 0), "above 0 (1 is off)")
+SEED = Setting("seed", np.uint32, lambda x: (x >= 0) & (x < 2**32), "between 0 and 2**32 - 1")
+
+
+class Sampling:
+    """How each row is to choose, in arrays of one value a row.
+
+    What no row of the call uses is off in all of its batches, so that they run the same programs.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[np.ndarray],
+        *,
+        temperature: Any,
+        top_k: Any,
+        top_p: Any,
+        min_p: Any,
+        repetition_penalty: Any,
+        seed: Any,
+    ):
+        rows = len(prompts)
+        self.temperature_b = TEMPERATURE.per_row(temperature, rows)
+        # One seed for all must not make all prompts draw alike, so a row's own prompt goes into its seed.
+        seeds = zip(prompts, SEED.per_row(seed, rows), strict=True)
+        self.seed_b = np.array([zlib.crc32(ids.tobytes(), int(x)) for ids, x in seeds], np.uint32)
+        self.top_k_b, self.top_p_b = TOP_K.per_row(top_k, rows), TOP_P.per_row(top_p, rows)
+        self.min_p_b = MIN_P.per_row(min_p, rows)
+        self.penalty_b = PENALTY.per_row(repetition_penalty, rows)
+        self.penalised = bool((self.penalty_b != 1).any())
+        self.drawn = bool((self.temperature_b > 0).any())
+        self.filtered = bool(((self.top_k_b > 0) | (self.top_p_b < 1) | (self.min_p_b > 0)).any())
+
+    def sampler(self, rows: np.ndarray) -> Sampler:
+        """For a batch of these rows."""
+
+        def of(x: np.ndarray) -> jax.Array:
+            return jnp.asarray(x[rows])
+
+        filters = Filters(of(self.top_k_b), of(self.top_p_b), of(self.min_p_b)) if self.filtered else None
+        draws = Draws(of(self.temperature_b), of(self.seed_b), filters) if self.drawn else None
+        return Sampler(of(self.penalty_b) if self.penalised else None, draws)
+
+
+def limits(max_new_tokens: Any, prompts: Sequence[np.ndarray], config: BackboneConfig) -> np.ndarray:
+    """The most new tokens of every row. Raises ParaJaxError where they and the prompt exceed the context."""
+    limit_b = LIMIT.per_row(max_new_tokens, len(prompts))
+    context = config.max_position_embeddings
+    over = [row for row, ids in enumerate(prompts) if len(ids) + int(limit_b[row]) > context]
+    if over:
+        row, length, new = over[0], len(prompts[over[0]]), int(limit_b[over[0]])
+        others = f", and so have {len(over) - 1} rows more" if len(over) > 1 else ""
+        fewer = f", or set max_new_tokens to {context - length}" if length < context else ""
+        raise ParaJaxError(
+            f"row {row} has {length} prompt tokens and up to {new} new ones, {length + new} in all, and the "
+            f"backbone's context is {context}{others}; shorten the prompt by {length + new - context} tokens"
+            + fewer
+        )
+    return limit_b
+
+
+def tenant_rows(
+    bank: AdapterBank | None, tenants: Sequence[str | None] | None, rows: int
+) -> Sequence[str | None]:
+    """A tenant or None for every row, all of them known, before anything is run."""
+    if tenants is None:
+        if bank is not None:
+            raise ParaJaxError("a bank was given but no tenants; give a tenant's name or None for every row")
+        return [None] * rows
+    if isinstance(tenants, str):
+        raise ParaJaxError(f"tenants is one string, {tenants!r}; give a list of a name or None for every row")
+    if len(tenants) != rows:
+        raise ParaJaxError(f"{rows} rows but {len(tenants)} tenants; give one (or None) for every row")
+    named = [name for name in tenants if name is not None]
+    if named and bank is None:
+        raise ParaJaxError(
+            "tenants were given but no bank; pass bank=AdapterBank.load({name: folder, ...}, config)"
+        )
+    for name in named:
+        if bank is not None and name not in bank:
+            raise unknown("tenant", name, bank.names)
+    return tenants

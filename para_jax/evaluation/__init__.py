@@ -1,0 +1,1 @@
+"""Scores of a backbone and its tenants on held-out rows."""

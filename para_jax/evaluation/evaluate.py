@@ -1,0 +1,168 @@
+"""Several tenants' held-out rows, answered and scored together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
+from statistics import fmean
+from typing import Any
+
+from para_jax.adapters.bank import AdapterBank
+from para_jax.backbones.decoder import Backbone
+from para_jax.data.examples import Example
+from para_jax.decoding.generate import Completion, complete
+from para_jax.errors import ParaJaxError, unknown
+from para_jax.evaluation.choices import choice_log_likelihoods
+from para_jax.evaluation.metrics import corpus_bleu, exact_match, majority, squeezed, token_f1
+
+Report = Callable[[int, int], None]
+
+
+def evaluate(
+    backbone: Backbone,
+    tokenizer: Any,
+    examples: Mapping[str, Sequence[Example]],
+    bank: AdapterBank | None,
+    *,
+    max_new_tokens: int = 64,
+    batch_size: int = 32,
+    progress: Report | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Answers every row greedily, the tenants' rows mixed in the same batches, and scores each tenant.
+
+    Args:
+      backbone: the frozen model.
+      tokenizer: of transformers.
+      examples: each tenant's rows.
+      bank: the tenants' adapters; with None, the bare backbone answers all rows.
+      max_new_tokens: the most tokens of an answer.
+      batch_size: rows, or pairs of a row and a choice, that run together.
+      progress: called with how many of these are done and how many there are.
+
+    Returns for each tenant what `json.dumps` takes:
+      rows: their number.
+      exact_match, token_f1: means over the rows, against the best of a row's references, or its response if it has
+        none.
+      bleu: of all rows with references together, 0 to 100, if there are such rows.
+      choice_accuracy: over the rows with choices, if there are such rows: how often the likeliest choice, ended by
+        the end-of-text token, is the response.
+      majority: the accuracy of giving the most frequent of these rows' responses each time.
+      predictions: for each row its prompt, response and prediction, why the prediction ended, and with choices the
+        one chosen and their log-likelihoods.
+
+    Raises ParaJaxError for a tenant without rows or without an adapter, a row without a response, a response that
+    is not among its row's choices, or a prompt that leaves no room in the context.
+    """
+    _check(examples, bank, backbone.config.max_position_embeddings - max_new_tokens)
+    rows = [example for tenant in examples for example in examples[tenant]]
+    tenants = [None if bank is None else tenant for tenant in examples for _ in examples[tenant]]
+    choosing = [i for i, row in enumerate(rows) if row.choices]
+    total = len(rows) + sum(len(rows[i].choices) for i in choosing)
+
+    def report(before: int) -> Report:
+        return lambda done, _: None if progress is None else progress(before + done, total)
+
+    completions = _complete(backbone, tokenizer, rows, tenants, bank, max_new_tokens, batch_size, report(0))
+    end = backbone.config.eos_token_ids[:1]
+    likelihoods = choice_log_likelihoods(
+        backbone,
+        [rows[i].prompt_ids for i in choosing],
+        [[(*ids, *end) for ids in rows[i].choice_ids] for i in choosing],
+        bank=bank,
+        tenants=[tenants[i] for i in choosing],
+        batch_size=batch_size,
+        progress=report(len(rows)),
+    )
+    chosen = dict(zip(choosing, likelihoods, strict=True))
+    predictions = (_prediction(row, completions[i], chosen.get(i)) for i, row in enumerate(rows))
+    return {tenant: _scores(list(islice(predictions, len(examples[tenant]))), examples[tenant]) for tenant in examples}
+
+
+def _check(examples: Mapping[str, Sequence[Example]], bank: AdapterBank | None, room: int) -> None:
+    """All that is wrong, before anything runs."""
+    problems = []
+    for tenant in examples:
+        if bank is not None and tenant not in bank:
+            raise unknown("tenant", tenant, bank.names)
+        if not examples[tenant]:
+            problems.append(f"tenant {tenant!r} has no rows to evaluate")
+        for e in examples[tenant]:
+            where = e.place or f"a row of tenant {tenant!r}"
+            if not e.response:
+                problems.append(f"{where}: there is no response to compare with")
+            elif e.choices and squeezed(e.response) not in map(squeezed, e.choices):
+                problems.append(f"{where}: the response {e.response!r} is not one of its choices {list(e.choices)}")
+            if len(e.prompt_ids) > room:
+                problems.append(
+                    f"{where}: the prompt has {len(e.prompt_ids)} tokens, and beside the new ones the context holds "
+                    f"{room}; shorten it, or lower max_new_tokens"
+                )
+    if problems:
+        more = f"\n... and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ParaJaxError("\n".join(problems[:5]) + more)
+
+
+def _complete(
+    backbone: Backbone,
+    tokenizer: Any,
+    rows: Sequence[Example],
+    tenants: Sequence[str | None],
+    bank: AdapterBank | None,
+    max_new_tokens: int,
+    batch_size: int,
+    report: Report,
+) -> list[Completion]:
+    """`complete`, a batch a call, to report in between."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt_ids))
+    completions: dict[int, Completion] = {}
+    for start in range(0, len(rows), batch_size):
+        batch = order[start : start + batch_size]
+        # The last batch is filled up, so that it runs the others' program.
+        full = batch + batch[-1:] * (min(batch_size, len(rows)) - len(batch))
+        answers = complete(
+            backbone,
+            tokenizer,
+            [rows[i].prompt_ids for i in full],
+            bank=bank,
+            tenants=[tenants[i] for i in full],
+            max_new_tokens=max_new_tokens,
+        )
+        completions |= zip(full, answers, strict=True)
+        report(start + len(batch), len(rows))
+    return [completions[i] for i in range(len(rows))]
+
+
+def _references(example: Example) -> Sequence[str]:
+    return example.references or (example.response,)
+
+
+def _prediction(example: Example, completion: Completion, likelihoods: Sequence[float] | None) -> dict[str, Any]:
+    prediction = {
+        "prompt": example.prompt,
+        "response": example.response,
+        "prediction": completion.text.strip(),
+        "finish_reason": completion.finish_reason,
+    }
+    if likelihoods is None:
+        return prediction
+    best = max(range(len(likelihoods)), key=lambda i: likelihoods[i])
+    return {**prediction, "choice": example.choices[best], "log_likelihoods": list(likelihoods)}
+
+
+def _scores(predictions: Sequence[dict[str, Any]], examples: Sequence[Example]) -> dict[str, Any]:
+    """One tenant's scores, and its predictions."""
+    texts = [p["prediction"] for p in predictions]
+    pairs = list(zip(texts, examples, strict=True))
+    scores: dict[str, Any] = {
+        "rows": len(pairs),
+        "exact_match": fmean(exact_match(text, _references(e)) for text, e in pairs),
+        "token_f1": fmean(token_f1(text, _references(e)) for text, e in pairs),
+        "majority": majority([e.response for e in examples]),
+    }
+    referenced = [(text, e.references) for text, e in pairs if e.references]
+    if referenced:
+        scores["bleu"] = corpus_bleu(*zip(*referenced, strict=True))
+    chosen = [squeezed(p["choice"]) == squeezed(p["response"]) for p in predictions if "choice" in p]
+    if chosen:
+        scores["choice_accuracy"] = fmean(chosen)
+    return {**scores, "predictions": list(predictions)}

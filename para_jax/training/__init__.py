@@ -1,0 +1,1 @@
+"""Fine-tuning many tenants in one step: loss, optimizer, loop and exact checkpoints."""

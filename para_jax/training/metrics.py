@@ -1,0 +1,112 @@
+"""What a run reports: a line of JSON a step, a line of text now and then, and a picture of the losses."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+
+class MetricsFile:
+    """A JSONL file with a line for each step: {"step", "tokens", "loss": {tenant: value}, "grad_norm", "lr"}."""
+
+    def __init__(self, path: Path, done: int):
+        """Keeps the lines of the first `done` steps, which a resumed run goes on from."""
+        kept = [line for line in read_metrics(path) if line["step"] <= done] if done and path.exists() else []
+        fresh = path.with_name(f".{path.name}-new")
+        fresh.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(fresh, path)
+        self._file = path.open("a")
+
+    def write(self, line: dict[str, Any]) -> None:
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file; one that a kill cut off is left out."""
+    lines = []
+    for text in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+class Progress:
+    """Prints how far a run is: step, tokens a second, time left, and each tenant's loss."""
+
+    def __init__(self, total: int, done: int, show: Callable[[str], None], every: float = 5.0):
+        self.total, self.show, self.every = total, show, every
+        self.began = self.shown = time.monotonic()
+        self.first, self.tokens = done, 0
+        self.compiling = True
+
+    def update(self, step: int, tokens: int, losses: dict[str, float]) -> None:
+        """After a step; prints if it is time."""
+        now = time.monotonic()
+        if self.compiling:
+            # The first step compiles; its time says nothing about the others.
+            self.compiling, self.began, self.first = False, now, step
+            tokens = 0
+        self.tokens += tokens
+        if now - self.shown < self.every and step < self.total:
+            return
+        self.shown = now
+        elapsed, steps = now - self.began, step - self.first
+        rate = f"{self.tokens / elapsed:,.0f} tokens/s" if steps else "compiled"
+        left = f"{duration(elapsed / steps * (self.total - step))} left" if steps else ""
+        worst = sorted(losses.items(), key=lambda item: -item[1])
+        shown = "  ".join(f"{name} {loss:.3f}" for name, loss in (worst[:6] if len(worst) > 6 else losses.items()))
+        more = f"  and {len(worst) - 6} lower" if len(worst) > 6 else ""
+        self.show(f"step {step}/{self.total}  {rate}  {left}  loss: {shown}{more}")
+
+
+def duration(seconds: float) -> str:
+    """A time a person reads.
+
+    >>> duration(7), duration(75), duration(4000)
+    ('7s', '1m15s', '1h06m')
+    """
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds}s"
+    if seconds < 3600:
+        return f"{seconds // 60}m{seconds % 60:02d}s"
+    return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+
+
+def plot_losses(lines: Sequence[dict[str, Any]], path: Path, title: str) -> None:
+    """Draws every tenant's loss against the step, faint as it was and bold as a moving average."""
+    from matplotlib.figure import Figure
+
+    if not lines:
+        return
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    steps = [line["step"] for line in lines]
+    names = list(lines[0]["loss"])
+    width = max(1, len(lines) // 50)
+    for i, name in enumerate(names):
+        losses = [line["loss"][name] for line in lines]
+        color = f"C{i % 10}"
+        if len(names) <= 10:
+            axes.plot(steps, losses, color=color, alpha=0.2, linewidth=0.8)
+        smooth = [
+            sum(losses[max(0, j - width + 1) : j + 1]) / (j + 1 - max(0, j - width + 1)) for j in range(len(losses))
+        ]
+        axes.plot(steps, smooth, color=color, label=name if len(names) <= 20 else None)
+    axes.set(xlabel="step", ylabel="loss (nats a response token)", title=title, ylim=(0, None))
+    if len(names) <= 20:
+        axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    partial = path.with_name(f".{path.name}-new")
+    figure.savefig(partial, dpi=120, format="png")
+    os.replace(partial, path)

@@ -1,0 +1,22 @@
+"""Settings of every test: nothing is promoted silently, warnings are errors (pyproject.toml), no network."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """The backbone that ships with the package, and its tokenizer."""
+    from transformers import AutoTokenizer
+
+    from para_jax import Backbone, tiny_backbone_path
+
+    return Backbone.from_pretrained(tiny_backbone_path()), AutoTokenizer.from_pretrained(tiny_backbone_path())

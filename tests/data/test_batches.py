@@ -1,0 +1,59 @@
+"""Batches: a pure function of the step, with every response token once in the targets."""
+
+from collections import Counter
+
+import numpy as np
+
+from para_jax.data.batches import pad, rows_of_step, step_batch
+from para_jax.data.examples import Example
+
+
+def example(prompt, response):
+    return Example("", "", tuple(prompt), tuple(response))
+
+
+def test_every_epoch_has_every_row_once_in_a_new_order():
+    epochs = []
+    for epoch in range(3):
+        rows = [i for step in range(epoch * 7, epoch * 7 + 7) for i in rows_of_step(5, "acme", 21, step, 3)]
+        assert Counter(rows) == Counter(range(21))
+        epochs.append(rows)
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_rows_depend_on_seed_name_and_step_only():
+    assert rows_of_step(0, "acme", 50, 9, 4) == rows_of_step(0, "acme", 50, 9, 4)
+    assert rows_of_step(0, "acme", 50, 9, 4) != rows_of_step(1, "acme", 50, 9, 4)
+    assert rows_of_step(0, "acme", 50, 9, 4) != rows_of_step(0, "globex", 50, 9, 4)
+
+
+def test_more_rows_than_examples():
+    assert Counter(rows_of_step(0, "acme", 3, 0, 9)) == {0: 3, 1: 3, 2: 3}
+
+
+def test_targets_predict_each_response_token():
+    tenants = [
+        [example([5, 6, 7], [8, 0]), example([9], [10, 11, 0])],
+        [example([1, 2], [3, 0]), example([4], [0])],
+    ]
+    batch = pad([tenants])
+    assert batch.tokens.shape == (1, 4, 16)
+    assert batch.target_count.tolist() == [5, 3]
+    for n, tenant in enumerate(tenants):
+        rows = batch.tokens[0, 2 * n : 2 * n + 2].reshape(-1)
+        mask = batch.target_mask[0, n]
+        wanted = [token for e in tenant for token in e.response_ids]
+        assert batch.target_token[0, n][mask].tolist() == wanted
+        # What follows the place of a target is the target.
+        assert rows[batch.target_place[0, n][mask] + 1].tolist() == wanted
+    assert batch.length[0].tolist() == [5, 4, 4, 2] and batch.prompt_length[0].tolist() == [3, 1, 2, 1]
+    assert batch.size == 15
+
+
+def test_micro_batches_split_every_tenants_rows():
+    examples = {n: [example([1 + i], [20 + i, 0]) for i in range(8)] for n in ("a", "b")}
+    whole, parts = (step_batch(examples, 0, 2, 4, k) for k in (1, 2))
+    assert parts.tokens.shape == (2, 4, 16)
+    first = np.concatenate([parts.tokens[0, :2], parts.tokens[1, :2]])
+    np.testing.assert_array_equal(first, whole.tokens[0, :4])
+    assert parts.target_count.tolist() == whole.target_count.tolist()

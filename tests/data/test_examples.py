@@ -1,0 +1,113 @@
+"""Rows to tokens: what is read is what was written, and every malformed row is named with its line."""
+
+import json
+
+import pytest
+
+from para_jax import ParaJaxError
+from para_jax.data.examples import read_examples
+
+EOS = (0,)
+
+
+@pytest.fixture
+def tokenizer(tiny):
+    return tiny[1]
+
+
+def write(tmp_path, *rows):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row, ensure_ascii=False)) + "\n" for row in rows)
+    )
+    return path
+
+
+def test_prompt_and_response_are_joined_by_a_space(tmp_path, tokenizer):
+    path = write(tmp_path, {"prompt": "Sentiment:", "response": "good"}, {"prompt": "Sentiment: ", "response": "good"})
+    a, b = read_examples(path, tokenizer, EOS)
+    assert tokenizer.decode([*a.prompt_ids, *a.response_ids]) == "Sentiment: good<|endoftext|>"
+    assert a.response == "good" and a.response_ids[-1] == 0
+    assert tokenizer.decode([*b.prompt_ids, *b.response_ids]) == "Sentiment: good<|endoftext|>"
+    assert list(a.prompt_ids) == tokenizer("Sentiment:")["input_ids"], "as the prompt will be when it is served"
+
+
+def test_a_completion_goes_on_to_the_letter(tmp_path, tokenizer):
+    (e,) = read_examples(write(tmp_path, {"prompt": "The cap", "completion": "tain slept"}), tokenizer, EOS)
+    assert tokenizer.decode([*e.prompt_ids, *e.response_ids]) == "The captain slept<|endoftext|>"
+    assert list(e.prompt_ids) == tokenizer("The cap")["input_ids"]
+
+
+def test_every_assistant_turn_is_an_example(tmp_path, tokenizer):
+    messages = [
+        {"role": "user", "content": "Who are you?"},
+        {"role": "assistant", "content": "A captain."},
+        {"role": "user", "content": "Where to?"},
+        {"role": "assistant", "content": "London."},
+    ]
+    first, second = read_examples(write(tmp_path, {"messages": messages}), tokenizer, EOS)
+    assert first.prompt == "User: Who are you?\nAssistant:" and first.response.startswith("A captain.")
+    assert second.prompt.startswith(first.prompt) and "Where to?" in second.prompt
+    for e, text in ((first, "A captain."), (second, "London.")):
+        assert tokenizer.decode(e.response_ids) == f" {text}<|endoftext|>", "ends at the first end-of-text"
+    (question,) = read_examples(write(tmp_path, {"messages": messages[:3]}), tokenizer, EOS, need_response=False)
+    assert question.prompt_ids == second.prompt_ids and question.response_ids == ()
+
+
+def test_choices_and_references(tmp_path, tokenizer):
+    row = {"prompt": "Kind:", "response": "a b", "choices": ["a b", "c"], "references": ["a b", "b a"]}
+    (e,) = read_examples(write(tmp_path, row), tokenizer, EOS)
+    assert e.choice_ids[0] == e.response_ids[:-1] and e.references == ("a b", "b a")
+
+
+def test_line_separators_inside_a_text_do_not_end_a_row(tmp_path, tokenizer):
+    (e,) = read_examples(write(tmp_path, {"prompt": "a\u2028b\x85c", "response": "d"}), tokenizer, EOS)
+    assert e.prompt == "a\u2028b\x85c"
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ("{", "rows.jsonl:2 is not JSON"),
+        ("[1]", "rows.jsonl:2 is a list"),
+        ({"prompt": " ", "response": "x"}, "rows.jsonl:2: the prompt is empty"),
+        ({"prompt": "x", "response": ""}, "rows.jsonl:2: the response is empty"),
+        ({"prompt": "x"}, 'give one of "response" and "completion"'),
+        ({"prompt": "x", "response": "y", "completion": "z"}, 'give one of "response" and "completion"'),
+        ({"prompt": "x", "response": 3}, "'response' is a int, not a text"),
+        ({"response": "x"}, 'no text under "prompt"'),
+        ({"prompt": "x", "respones": "y"}, "did you mean 'response'?"),
+        ({"messages": [{"role": "user", "content": "x"}]}, "no message has the role assistant"),
+        ({"messages": "x"}, '"messages" is a list of'),
+    ],
+)
+def test_a_bad_row_is_named(tmp_path, tokenizer, row, says):
+    path = write(tmp_path, {"prompt": "fine", "response": "fine"}, row)
+    with pytest.raises(ParaJaxError) as error:
+        read_examples(path, tokenizer, EOS)
+    assert says in str(error.value)
+
+
+def test_all_bad_rows_are_counted(tmp_path, tokenizer):
+    with pytest.raises(ParaJaxError, match="and 3 more"):
+        read_examples(write(tmp_path, *["{"] * 8), tokenizer, EOS)
+
+
+def test_no_file_no_rows(tmp_path, tokenizer):
+    with pytest.raises(ParaJaxError, match="is no file"):
+        read_examples(tmp_path / "nothing.jsonl", tokenizer, EOS)
+    with pytest.raises(ParaJaxError, match="has no rows"):
+        read_examples(write(tmp_path, ""), tokenizer, EOS)
+
+
+def test_long_rows_are_counted_and_cut_only_if_asked(tmp_path, tokenizer):
+    rows = [{"prompt": "word " * n + "end:", "response": "yes"} for n in (1, 40, 60)]
+    path = write(tmp_path, *rows)
+    with pytest.raises(ParaJaxError, match=r"2 of 3 rows are longer than 20 tokens.*rows.jsonl:3.*--truncate"):
+        read_examples(path, tokenizer, EOS, 20)
+    whole = read_examples(path, tokenizer, EOS)
+    cut = read_examples(path, tokenizer, EOS, 20, truncate=True)
+    assert [len(e) for e in cut] == [len(whole[0]), 20, 20]
+    for a, b in zip(whole, cut, strict=True):
+        assert a.response_ids == b.response_ids
+        assert a.prompt_ids[-len(b.prompt_ids) :] == b.prompt_ids

@@ -1,0 +1,233 @@
+"""Texts against transformers' greedy ones, and rows against themselves alone."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from para_jax import ParaConfig, ParaJaxError, complete, generate
+from para_jax.decoding import loop
+from para_jax.decoding.sampling import Sampler
+from tests.decoding.conftest import PROMPTS
+from tests.helpers import random_backbone, random_bank
+
+NEW = {"max_new_tokens": 16}
+GREEDY = {**NEW, "eos_token_id": ()}
+
+
+@pytest.fixture(scope="module")
+def plain(backbone, tokenizer):
+    """What every row says without any end."""
+    return complete(backbone, tokenizer, PROMPTS, **GREEDY)
+
+
+def test_greedy_texts_are_those_of_transformers(backbone, reference, tokenizer, plain):
+    assert [row.tokens for row in plain] == reference.generate(PROMPTS, **GREEDY)
+    eos = [plain[0].tokens[5], plain[2].tokens[9]]
+    theirs = reference.generate(PROMPTS, **NEW, eos_token_id=eos)
+    ours = complete(backbone, tokenizer, PROMPTS, **NEW, eos_token_id=eos)
+    assert [row.tokens for row in ours] == theirs
+    assert [row.text for row in ours] == [tokenizer.decode(ids, skip_special_tokens=True) for ids in theirs]
+    reasons = [row.finish_reason for row in ours]
+    assert reasons == ["stop" if len(ids) < 16 else "length" for ids in theirs]
+    assert set(reasons) == {"stop", "length"}
+
+
+def test_stacked_layers_say_the_same(tokenizer, plain):
+    assert complete(random_backbone(3, stacked=True), tokenizer, PROMPTS, **GREEDY) == plain
+
+
+def test_repetition_penalty_as_in_transformers(backbone, reference, tokenizer, plain):
+    theirs = reference.generate(PROMPTS, **NEW, repetition_penalty=1.5)
+    ours = complete(backbone, tokenizer, PROMPTS, **GREEDY, repetition_penalty=1.5)
+    assert [row.tokens for row in ours] == theirs != [row.tokens for row in plain]
+    mixed = complete(backbone, tokenizer, PROMPTS, **GREEDY, repetition_penalty=[1.5, 1.0, 1.5, 1.0])
+    assert mixed == [ours[0], plain[1], ours[2], plain[3]]
+
+
+def test_the_backbones_own_eos_ends_a_row(reference, tokenizer, plain):
+    eos = plain[3].tokens[4]
+    backbone = random_backbone(3, eos_token_ids=(eos,))
+    ours = complete(backbone, tokenizer, PROMPTS, **NEW)
+    assert [row.tokens for row in ours] == reference.generate(PROMPTS, **NEW, eos_token_id=[eos])
+    assert ours[3].finish_reason == "stop" and eos not in ours[3].tokens
+
+
+def test_limits_of_each_rows_own(backbone, tokenizer, plain):
+    limits = [3, 16, 1, 7]
+    ours = complete(backbone, tokenizer, PROMPTS, max_new_tokens=limits, eos_token_id=())
+    assert [row.tokens for row in ours] == [row.tokens[:n] for row, n in zip(plain, limits, strict=True)]
+    assert all(row.finish_reason == "length" for row in ours)
+    # An eos token that is the last one allowed still is an end.
+    eos = plain[0].tokens[2]
+    last = complete(backbone, tokenizer, PROMPTS, max_new_tokens=[3, 16, 1, 7], eos_token_id=eos)[0]
+    assert last.finish_reason == "stop" and last.tokens == plain[0].tokens[: plain[0].tokens.index(eos)]
+
+
+def test_stop_strings_end_rows_and_are_cut_off(backbone, reference, tokenizer, plain):
+    stops = [plain[0].text[4:7], plain[3].text[9]]
+    ours = complete(backbone, tokenizer, PROMPTS, **GREEDY, stop=stops)
+    for prompt, row, whole in zip(PROMPTS, ours, plain, strict=True):
+        theirs = reference.generate([prompt], **NEW, stop_strings=stops, tokenizer=tokenizer)[0]
+        assert row.tokens == theirs == whole.tokens[: len(theirs)]
+        stopped = any(stop in whole.text for stop in stops)
+        assert row.finish_reason == ("stop" if stopped else "length")
+        assert whole.text.startswith(row.text) and not any(stop in row.text for stop in stops)
+        assert stopped or row == whole
+    assert {row.finish_reason for row in ours} == {"stop", "length"}
+    assert ours[0].text == plain[0].text[:4]
+    assert complete(backbone, tokenizer, PROMPTS, **GREEDY, stop=stops[0])[0] == ours[0]
+
+
+def test_stop_strings_that_tokens_cut_anywhere(tiny):
+    """On a whole vocabulary, where tokens are words and parts of words."""
+    backbone, tokenizer = tiny
+    prompts = ["It was a dark night and", "She said that"]
+    whole = complete(backbone, tokenizer, prompts, **GREEDY)
+    for at, size in ((5, 3), (9, 6), (17, 2)):
+        stop = whole[0].text[at : at + size]
+        ours = complete(backbone, tokenizer, prompts, **GREEDY, stop=[stop])
+        for row, free in zip(ours, whole, strict=True):
+            assert row.text == free.text.partition(stop)[0]
+            assert (row.finish_reason == "stop") == (stop in free.text)
+            shorter = tokenizer.decode(row.tokens[:-1], skip_special_tokens=True)
+            assert stop not in shorter
+
+
+def test_batches_come_back_in_order(backbone, tokenizer, plain):
+    three = [[*PROMPTS, PROMPTS[1], PROMPTS[2]][i] for i in (0, 1, 2, 3, 4, 5, 2)]
+    wanted = [plain[i] for i in (0, 1, 2, 3, 1, 2, 2)]
+    assert complete(backbone, tokenizer, three, **GREEDY, batch_size=4) == wanted
+    limits = [1, 2, 3, 4, 5, 6, 7]
+    ours = complete(backbone, tokenizer, three, max_new_tokens=limits, eos_token_id=(), batch_size=4)
+    assert [row.tokens for row in ours] == [row.tokens[:n] for row, n in zip(wanted, limits, strict=True)]
+
+
+def test_seeds_of_each_rows_own(backbone, tokenizer, plain):
+    options = {**GREEDY, "temperature": 1.5}
+    seeds = [11, 12, 11, 13]
+    ours = complete(backbone, tokenizer, PROMPTS, **options, seed=seeds)
+    order = [2, 0, 3, 1]
+    moved = complete(
+        backbone, tokenizer, [PROMPTS[i] for i in order], **options, seed=[seeds[i] for i in order]
+    )
+    assert moved == [ours[i] for i in order]
+    alone = complete(backbone, tokenizer, [PROMPTS[1]], **options, seed=12)
+    assert alone == [ours[1]]
+    twins = complete(backbone, tokenizer, [PROMPTS[0]] * 4, **options, seed=[1, 2, 1, 2**32 - 1])
+    assert twins[0] == twins[2]
+    assert len({row.text for row in twins}) == 3
+    # One seed for all, and rows still do not draw alike where their logits are much the same.
+    flat = complete(backbone, tokenizer, PROMPTS, **{**options, "temperature": 1e6}, seed=5)
+    assert len({row.tokens[0] for row in flat}) > 1
+
+
+def test_each_row_samples_by_its_own_settings(backbone, tokenizer, plain):
+    settings = {
+        "temperature": [0.0, 1.2, 1.2, 5.0],
+        "top_k": [0, 1, 0, 0],
+        "top_p": [0.1, 1.0, 0.9, 1e-6],
+        "min_p": [0.0, 0.0, 0.02, 0.0],
+        "seed": [1, 2, 3, 4],
+    }
+    ours = complete(backbone, tokenizer, PROMPTS, **GREEDY, **settings)
+    assert [ours[0], ours[1], ours[3]] == [plain[0], plain[1], plain[3]]
+    assert ours[2] != plain[2]
+
+
+def test_a_mixed_batch_of_tenants_says_what_each_says_alone(backbone, tokenizer, plain):
+    configs = {
+        "acme": ParaConfig(r=4),
+        "globex": ParaConfig(r=4),
+        "initech": ParaConfig(r=3, pooling="mean", bias=True, target_modules=("k_proj", "down_proj")),
+    }
+    bank = random_bank(configs, backbone.config)
+    prompts = [*PROMPTS, *PROMPTS]
+    tenants = ["acme", None, "globex", "acme", "initech", "globex", None, "initech"]
+    mixed = complete(backbone, tokenizer, prompts, bank=bank, tenants=tenants, **GREEDY)
+    for prompt, tenant, row in zip(prompts, tenants, mixed, strict=True):
+        assert complete(backbone, tokenizer, [prompt], bank=bank, tenants=[tenant], **GREEDY) == [row]
+    assert [mixed[1], mixed[6]] == [plain[1], plain[2]]
+    changed = [row.text != free.text for row, free in zip(mixed, [*plain, *plain], strict=True)]
+    assert changed == [tenant is not None for tenant in tenants]
+    drawn = complete(
+        backbone, tokenizer, prompts, bank=bank, tenants=tenants, **GREEDY, temperature=1.0, seed=range(8)
+    )
+    for i in (0, 1, 4):
+        one = {"bank": bank, "tenants": [tenants[i]], "seed": i}
+        assert complete(backbone, tokenizer, [prompts[i]], **GREEDY, temperature=1.0, **one) == [drawn[i]]
+
+
+def test_strings_and_ids_say_the_same(tiny):
+    backbone, tokenizer = tiny
+    prompts = ["It was a dark night and", "She said that"]
+    ids = tokenizer(prompts)["input_ids"]
+    assert generate(backbone, tokenizer, prompts, **NEW) == generate(backbone, tokenizer, ids, **NEW)
+    assert generate(backbone, tokenizer, []) == []
+    assert complete(backbone, tokenizer, iter([np.array(ids[0])]), **NEW)[0].text
+
+
+def test_the_whole_context_can_be_used(reference, backbone, tokenizer):
+    """A prompt whose bucket is longer than the context, and new tokens up to its end."""
+    prompt = [int(token) for token in np.random.default_rng(0).integers(2, 61, 100)]
+    ours = complete(backbone, tokenizer, [prompt], max_new_tokens=28, eos_token_id=())
+    assert [ours[0].tokens] == reference.generate([prompt], max_new_tokens=28)
+
+
+def test_the_loop_writes_the_cache_where_it_lies():
+    """The state is aliased to the program's result, and no second cache is kept."""
+    for stacked in (False, True):
+        backbone = random_backbone(3, stacked=stacked)
+        rows = random_bank({"acme": ParaConfig(r=4)}, backbone.config).rows(["acme"] * 4)
+        prompts = loop.Prompts(jnp.ones((4, 512), jnp.int32), jnp.ones((4, 512), bool))
+        state = jax.eval_shape(lambda b, p, r: loop.prefill(b, p, r, 1024), backbone, prompts, rows)
+        ending = loop.Ending(jnp.full(4, 512, jnp.int32), jnp.full(4, -1, jnp.int32))
+        program = loop.run.lower(backbone, *state, Sampler(), ending, prompts, 512).compile()
+        cache = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((state[1].cache.keys, state[1].cache.values)))
+        memory = program.memory_analysis()
+        assert memory.alias_size_in_bytes >= cache
+        assert memory.temp_size_in_bytes < cache / 2
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"prompts": "one string"}, "one string; give a list"),
+        ({"prompts": ["fine", ""]}, "row 1 is empty"),
+        ({"prompts": [[2], []]}, "row 1 is empty"),
+        ({"prompts": [[2], [61]]}, "row 1 has token 61, and the backbone's vocabulary has 61"),
+        ({"prompts": [[0.5]]}, "row 0 is neither a string nor a list of token ids"),
+        ({"prompts": [[2] * 100, [3]], "max_new_tokens": 30}, "100 prompt tokens and up to 30 .* by 2 tokens.* to 28"),
+        ({"prompts": [[2] * 130] * 3}, "194 in all, .* context is 128, and so have 2 rows more"),
+        ({"max_new_tokens": 0}, "max_new_tokens of row 0 is 0; it must be at least 1"),
+        ({"max_new_tokens": [4, 4]}, "max_new_tokens has 2 values for 4 rows"),
+        ({"max_new_tokens": 4.5}, "max_new_tokens is 4.5; give a whole number"),
+        ({"max_new_tokens": [[4], [4, 5]]}, "give a whole number for all rows"),
+        ({"temperature": [0.0, 1.0, -1.0, 0.0]}, "temperature of row 2 is -1.0; it must be at least 0"),
+        ({"temperature": float("nan")}, "temperature of row 0 is nan"),
+        ({"temperature": "hot"}, "temperature is 'hot'; give a number"),
+        ({"top_k": -1}, "top_k of row 0 is -1"),
+        ({"top_p": 1.5}, "top_p of row 0 is 1.5; it must be between 0 and 1"),
+        ({"min_p": -0.5}, "min_p of row 0"),
+        ({"repetition_penalty": 0}, "repetition_penalty of row 0 is 0; it must be above 0"),
+        ({"seed": -1}, "seed of row 0 is -1"),
+        ({"seed": 2**32}, "between 0 and 2"),
+        ({"eos_token_id": 61}, "eos_token_id 61 is no token"),
+        ({"stop": ""}, "stop is"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"tenants": ["acme"] * 4}, "no bank; pass bank="),
+        ({"bank": True}, "a bank was given but no tenants"),
+        ({"bank": True, "tenants": "acme"}, "tenants is one string, 'acme'"),
+        ({"bank": True, "tenants": ["acme"]}, "4 rows but 1 tenants"),
+        ({"bank": True, "tenants": [None, None, None, "acne"], "batch_size": 1}, "did you mean 'acme'"),
+    ],
+)  # fmt: skip
+def test_errors_say_what_is_wrong(backbone, tokenizer, wrong, message):
+    if "bank" in wrong:
+        wrong = {**wrong, "bank": random_bank({"acme": ParaConfig(r=4)}, backbone.config)}
+    prompts = wrong.get("prompts", PROMPTS)
+    options = {name: value for name, value in wrong.items() if name != "prompts"}
+    with pytest.raises(ParaJaxError, match=message):
+        complete(backbone, tokenizer, prompts, **options)

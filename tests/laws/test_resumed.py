@@ -1,0 +1,103 @@
+"""Law 7: a run that is killed and resumed ends where an uninterrupted one ends, bit for bit, data order included."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from para_jax import tiny_backbone_path
+
+STEPS, EVERY = 14, 3
+
+
+def command(tmp_path, out, *more):
+    tenants = []
+    for name, rows in (("acme", 7), ("globex", 30)):
+        path = tmp_path / f"{name}.jsonl"
+        words = ["river", "house", "garden", "letter", "horse", "window", "sister", "evening"]
+        path.write_text(
+            "".join(
+                json.dumps({"prompt": f"{name} {words[i % 8]} {i}:", "response": words[(i * 3) % 8]}) + "\n"
+                for i in range(rows)
+            )
+        )
+        tenants += ["--tenant", f"{name}={path}"]
+    return [
+        sys.executable, "-m", "para_jax", "finetune", "--model", tiny_backbone_path(), *tenants, "--out", str(out),
+        "--rows", "2", "--steps", str(STEPS), "--steps", "acme=9", "--lr", "5e-3", "--checkpoint-every", str(EVERY),
+        *more,
+    ]  # fmt: skip
+
+
+def results(out):
+    files = [p for p in out.rglob("*") if p.is_file() and "checkpoints" not in p.parts and p.suffix != ".png"]
+    return {str(p.relative_to(out)): p.read_bytes() for p in files}
+
+
+def start(arguments):
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def kill_at(arguments, out, step, how):
+    """Runs until the metrics hold `step` lines, then sends the signal. Returns the exit code."""
+    process = start(arguments)
+    metrics = out / "metrics.jsonl"
+    while process.poll() is None and (not metrics.exists() or metrics.read_text().count("\n") < step):
+        time.sleep(0.002)
+    # Somewhere in a step, or in a save.
+    time.sleep(random.Random(step).random() * 0.1)
+    process.send_signal(how)
+    process.communicate()
+    return process.returncode
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    subprocess.run(command(folder, folder / "out"), check=True, capture_output=True)
+    return results(folder / "out")
+
+
+def test_killed_at_several_moments(tmp_path, uninterrupted):
+    out = tmp_path / "out"
+    for step in (2, 7, 12):
+        code = kill_at(command(tmp_path, out, "--resume"), out, step, signal.SIGKILL)
+        assert code == -signal.SIGKILL
+    done = subprocess.run(command(tmp_path, out, "--resume"), check=True, capture_output=True, text=True)
+    assert "resuming after step" in done.stdout
+    assert results(out) == uninterrupted
+
+
+def test_ctrl_c_saves_and_says_so(tmp_path, uninterrupted):
+    out = tmp_path / "out"
+    assert kill_at(command(tmp_path, out, "--checkpoint-every", "1000"), out, 4, signal.SIGINT) == 130
+    (step,) = [int(p.name) for p in (out / "checkpoints").iterdir() if p.name.isdigit()]
+    assert 4 <= step < STEPS, "saved at the step of the signal, which no schedule asked for"
+    assert (out / "loss.png").stat().st_size > 0
+    subprocess.run(command(tmp_path, out, "--resume"), check=True, capture_output=True)
+    assert results(out) == uninterrupted
+
+
+def test_a_finished_run_resumes_to_itself(tmp_path, uninterrupted):
+    out = tmp_path / "out"
+    subprocess.run(command(tmp_path, out), check=True, capture_output=True)
+    os.remove(out / "acme" / "adapter_model.safetensors")
+    subprocess.run(command(tmp_path, out, "--resume"), check=True, capture_output=True)
+    assert results(out) == uninterrupted
+
+
+def test_other_data_or_settings_are_refused(tmp_path):
+    out = tmp_path / "out"
+    subprocess.run(command(tmp_path, out, "--steps", "1", "--steps", "acme=1"), check=True, capture_output=True)
+    before = results(out)
+    refused = subprocess.run(command(tmp_path, out, "--resume"), capture_output=True, text=True)
+    assert refused.returncode == 1
+    assert "tenants.acme.steps was 1 and is 9" in refused.stderr and "Traceback" not in refused.stderr
+    exists = subprocess.run(command(tmp_path, out), capture_output=True, text=True)
+    assert exists.returncode == 1 and "--resume" in exists.stderr and "--overwrite" in exists.stderr
+    assert results(out) == before

@@ -1,0 +1,119 @@
+"""Law 3 for training: a tenant's loss, gradient, clipping and schedule do not depend on who trains beside it."""
+
+import jax
+import numpy as np
+import pytest
+
+from para_jax.adapters.bank import AdapterBank
+from para_jax.adapters.para import ParaConfig
+from para_jax.data.batches import step_batch
+from para_jax.data.examples import Example
+from para_jax.training.optimizer import Settings
+from para_jax.training.step import TrainState, stack_settings, train_step
+from tests.helpers import random_adapter, random_backbone
+
+NAMES = ("acme", "globex", "initech")
+SETTINGS = {
+    "acme": Settings(steps=6, lr=1e-2, max_grad_norm=0.05),
+    "globex": Settings(steps=3, lr=3e-3, weight_decay=0.1),
+    "initech": Settings(steps=6, lr=2e-2, warmup_ratio=0.5),
+}
+CONFIGS = {
+    "acme": ParaConfig(r=3),
+    "globex": ParaConfig(r=3),
+    "initech": ParaConfig(r=2, pooling="mean", bias=True),
+}
+
+
+def examples(name: str, vocabulary: int) -> list[Example]:
+    rng = np.random.default_rng(NAMES.index(name))
+
+    def ids(low, high):
+        return tuple(int(i) for i in rng.integers(1, vocabulary, rng.integers(low, high)))
+
+    return [Example("", "", ids(2, 12), (*ids(1, 6), 0)) for _ in range(5 + 4 * NAMES.index(name))]
+
+
+def tune(backbone, names, steps=6, micro_batches=1, poison=None):
+    adapters = {n: random_adapter(CONFIGS[n], backbone.config, NAMES.index(n), 0.1) for n in names}
+    if poison:
+        adapters[poison] = jax.tree.map(lambda x: x * np.float32("nan"), adapters[poison])
+    bank = AdapterBank.stack(adapters, backbone.config)
+    state, rules = TrainState.create(bank), stack_settings(bank, SETTINGS)
+    data = {n: examples(n, backbone.config.vocab_size) for n in names}
+    history = []
+    for step in range(steps):
+        batch = step_batch(data, seed=3, step=step, rows=4, micro_batches=micro_batches)
+        state, report = train_step(backbone, state, rules, batch, tenants=tuple(names))
+        history.append({key: dict(zip(names, np.asarray(x), strict=True)) for key, x in report.items()})
+    return state.bank, history
+
+
+def leaves(bank, name):
+    return {key: np.asarray(x) for key, x in bank[name].tensors().items()}
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    return random_backbone()
+
+
+@pytest.fixture(scope="module")
+def together(backbone):
+    return tune(backbone, NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_alone_or_together(backbone, together, name):
+    bank, history = together
+    alone, alone_history = tune(backbone, (name,))
+    for step, (a, b) in enumerate(zip(history, alone_history, strict=True)):
+        for key in ("loss", "grad_norm", "lr"):
+            np.testing.assert_allclose(a[key][name], b[key][name], rtol=2e-4, err_msg=f"{key} of step {step}")
+    for key, x in leaves(alone, name).items():
+        # Adam divides by gradients that may be near zero, which widens what rounding leaves.
+        np.testing.assert_allclose(leaves(bank, name)[key], x, rtol=1e-2, atol=2e-4, err_msg=key)
+
+
+def test_bit_for_bit_at_one_batch_shape(backbone, together):
+    """The others' weights turn to NaN; this tenant's numbers stay the same to the last bit."""
+    bank, history = together
+    poisoned, poisoned_history = tune(backbone, NAMES, poison="acme")
+    assert np.isnan(poisoned_history[0]["loss"]["acme"])
+    for name in ("globex", "initech"):
+        for key, x in leaves(bank, name).items():
+            np.testing.assert_array_equal(leaves(poisoned, name)[key], x, err_msg=f"{name} {key}")
+        assert [h["loss"][name] for h in history] == [h["loss"][name] for h in poisoned_history]
+
+
+def test_own_schedule_and_end(together):
+    _, history = together
+    assert [float(h["lr"]["globex"]) > 0 for h in history] == [True] * 3 + [False] * 3
+    rates = [float(h["lr"]["initech"]) for h in history]
+    np.testing.assert_allclose(rates, [2e-2 / 3, 4e-2 / 3, 2e-2, 2e-2, 4e-2 / 3, 2e-2 / 3], rtol=1e-5)
+
+
+def test_a_tenant_that_is_done_rests(backbone, together):
+    after_three, _ = tune(backbone, NAMES, steps=3)
+    for key, x in leaves(after_three, "globex").items():
+        np.testing.assert_array_equal(leaves(together[0], "globex")[key], x)
+    assert any((leaves(after_three, "acme")[k] != x).any() for k, x in leaves(together[0], "acme").items())
+
+
+def test_accumulation_is_the_same_step(backbone, together):
+    """Micro-batches change how the gradient is computed, not what it is: weighted by tokens, not by part."""
+    _, history = together
+    _, parts = tune(backbone, NAMES, micro_batches=2)
+    for a, b in zip(history, parts, strict=True):
+        for key in ("loss", "grad_norm"):
+            for name in NAMES:
+                np.testing.assert_allclose(a[key][name], b[key][name], rtol=1e-3)
+
+
+def test_the_backbone_is_untouched(backbone):
+    """Law 5: training leaves every array of the backbone as it was, in place."""
+    before = [(x.unsafe_buffer_pointer(), np.asarray(x).copy()) for x in jax.tree.leaves(backbone)]
+    tune(backbone, NAMES, steps=2)
+    for (pointer, values), x in zip(before, jax.tree.leaves(backbone), strict=True):
+        assert x.unsafe_buffer_pointer() == pointer
+        np.testing.assert_array_equal(np.asarray(x), values)

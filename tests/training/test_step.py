@@ -1,0 +1,118 @@
+"""The loss and its gradient against transformers and finite differences, and the optimizer against torch's AdamW."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from para_jax import Backbone
+from para_jax.adapters.bank import AdapterBank
+from para_jax.adapters.para import ParaConfig
+from para_jax.data.batches import pad
+from para_jax.data.examples import Example
+from para_jax.training import optimizer
+from para_jax.training.optimizer import Settings
+from para_jax.training.step import loss_of
+from tests.helpers import random_adapter, random_backbone
+
+ROWS = [
+    [Example("", "", (5, 6, 7), (8, 9, 0)), Example("", "", (3, 4, 5, 6, 7, 8), (9, 0))],
+    [Example("", "", (11,), (12, 13, 14, 0)), Example("", "", (2, 3), (0,))],
+]
+
+
+def loss(backbone, bank, batch, tenants, remat=False):
+    part = [x[0] for x in (batch.tokens, batch.length, batch.prompt_length, batch.target_place, batch.target_token)]
+    return loss_of(backbone, bank, (*part, batch.target_mask[0]), jnp.asarray(batch.target_count), tenants, remat)
+
+
+def test_loss_is_transformers_on_response_tokens(tmp_path):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, initializer_range=0.3,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    model.save_pretrained(tmp_path / "model")
+    backbone = Backbone.from_pretrained(tmp_path / "model", dtype="float32")
+    bank = AdapterBank.create({"a": ParaConfig(r=2), "b": ParaConfig(r=2)}, backbone.config)
+    _, ours = loss(backbone, bank, pad([ROWS]), ("a", "b"))
+    for i, rows in enumerate(ROWS):
+        total, count = 0.0, 0
+        for e in rows:
+            ids = torch.tensor([[*e.prompt_ids, *e.response_ids]])
+            labels = torch.tensor([[-100] * len(e.prompt_ids) + list(e.response_ids)])
+            with torch.inference_mode():
+                total += float(model(ids, labels=labels).loss) * len(e.response_ids)
+            count += len(e.response_ids)
+        np.testing.assert_allclose(ours[i], total / count, rtol=1e-5)
+
+
+def test_gradient_is_the_slope():
+    backbone = random_backbone()
+    config = ParaConfig(r=3, pooling="attention", activation="rational", bias=True)
+    bank = AdapterBank.stack(
+        {n: random_adapter(config, backbone.config, i, 0.1) for i, n in enumerate("ab")}, backbone.config
+    )
+    batch = pad([ROWS])
+    f = jax.jit(lambda bank: loss(backbone, bank, batch, ("a", "b"))[0])
+    gradient = jax.grad(f)(bank)
+    direction = jax.tree.map(lambda g: g / optax_norm(gradient), gradient)
+    step = 1e-2
+    ahead, behind = (jax.tree.map(lambda x, d, s=s: x + s * d, bank, direction) for s in (step, -step))
+    np.testing.assert_allclose((f(ahead) - f(behind)) / (2 * step), optax_norm(gradient), rtol=5e-3)
+
+
+def optax_norm(tree):
+    return jnp.sqrt(sum(jnp.sum(jnp.square(x)) for x in jax.tree.leaves(tree)))
+
+
+def test_remat_and_stacking_change_nothing():
+    backbone, stacked = random_backbone(), random_backbone(stacked=True)
+    bank = AdapterBank.stack(
+        {n: random_adapter(ParaConfig(r=3), backbone.config, i, 0.1) for i, n in enumerate("ab")},
+        backbone.config,
+    )
+    batch = pad([ROWS])
+    gradients = [
+        jax.jit(jax.grad(lambda bank, b=b, r=r: loss(b, bank, batch, ("a", "b"), r)[0]))(bank)
+        for b, r in ((backbone, False), (backbone, True), (stacked, True))
+    ]
+    for other in gradients[1:]:
+        for x, y in zip(jax.tree.leaves(gradients[0]), jax.tree.leaves(other), strict=True):
+            np.testing.assert_allclose(x, y, rtol=2e-4, atol=1e-5)
+
+
+def test_optimizer_is_torchs_adamw():
+    rng = np.random.default_rng(0)
+    weights = rng.standard_normal((4, 3)).astype(np.float32)
+    gradients = rng.standard_normal((5, 4, 3)).astype(np.float32)
+    settings = Settings(steps=5, lr=1e-2, warmup_ratio=0.4, weight_decay=0.1, max_grad_norm=2.0)
+
+    theirs = torch.nn.Parameter(torch.tensor(weights.copy()))
+    adamw = torch.optim.AdamW([theirs], lr=1e-2, weight_decay=0.1, eps=1e-8)
+    ours, moments = jnp.asarray(weights), optimizer.init(jnp.asarray(weights))
+    for step in range(5):
+        rate = float(optimizer.learning_rate(settings, jnp.int32(step)))
+        adamw.param_groups[0]["lr"] = rate
+        theirs.grad = torch.tensor(gradients[step])
+        norm = torch.nn.utils.clip_grad_norm_([theirs], 2.0)
+        adamw.step()
+        ours, moments, report = optimizer.update(settings, jnp.int32(step), ours, moments, jnp.asarray(gradients[step]))
+        np.testing.assert_allclose(report["grad_norm"], norm, rtol=1e-6)
+        np.testing.assert_allclose(report["lr"], rate, rtol=1e-6)
+        np.testing.assert_allclose(ours, theirs.detach().numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_bfloat16_backbone_trains_float32_adapters():
+    backbone = jax.tree.map(lambda x: x.astype(jnp.bfloat16), random_backbone())
+    bank = AdapterBank.stack(
+        {n: random_adapter(ParaConfig(r=3), backbone.config, i, 0.1) for i, n in enumerate("ab")},
+        backbone.config,
+    )
+    gradient = jax.jit(jax.grad(lambda bank: loss(backbone, bank, pad([ROWS]), ("a", "b"))[0]))(bank)
+    exact = jax.jit(jax.grad(lambda bank: loss(random_backbone(), bank, pad([ROWS]), ("a", "b"))[0]))(bank)
+    for x, y in zip(jax.tree.leaves(gradient), jax.tree.leaves(exact), strict=True):
+        assert x.dtype == jnp.float32
+        assert float(jnp.vdot(x, y) / (jnp.linalg.norm(x) * jnp.linalg.norm(y))) > 0.95
