@@ -157,6 +157,8 @@ def environment(backend: str = "cpu", devices: Sequence[str] = ()) -> dict[str, 
     No names of machines or folders.
     """
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    if load is not None and load > 0.5:
+        print(f"load average {load:.1f}: the machine is busy, and times measured now are worth little", file=sys.stderr)
     versions = {}
     for name in LIBRARIES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

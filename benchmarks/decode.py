@@ -47,13 +47,14 @@ TURNS = {"bare": 3, "para": 3, "transformers": 1, "peft": 1}
 
 
 def para_jax_worker(
-    shape: str, folder: str | None, dtype: str, stacked: bool | None, rows: int, columns: int
+    shape: str, folder: str | None, dtype: str, stacked: bool | None, rows: int, prompt: int, new: int
 ) -> dict[str, Any]:
     compilations = common.count_compilations()
     import jax
     from transformers import AutoTokenizer
 
     from para_jax import Backbone, ParaConfig, complete, tiny_backbone_path
+    from para_jax.decoding.loop import bucket
 
     if folder is None:
         backbone = shapes.random_backbone(shape, dtype, stacked)
@@ -71,6 +72,7 @@ def para_jax_worker(
 
     def facts() -> dict[str, Any]:
         c, size = backbone.config, backbone.dtype.itemsize
+        columns = bucket(prompt, c.max_position_embeddings) + bucket(new, c.max_position_embeddings)
         kv = c.num_hidden_layers * c.num_key_value_heads * c.head_dim * size
         weights = sum(x.nbytes for x in jax.tree.leaves(backbone))
         memory = jax.local_devices()[0].memory_stats() or {}
@@ -251,9 +253,11 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="float32")
     parser.add_argument("--layers", choices=("auto", "stacked", "unrolled"), default="auto")
     parser.add_argument("--threads", type=int, default=2, help="cores that a system may use; 0: all")
-    parser.add_argument("--systems", nargs="+", choices=TORCH, help="which to compare with (default: both for 100m)")
+    parser.add_argument("--systems", nargs="*", choices=TORCH, help="which to compare with (default: both for 100m)")
     args = parser.parse_args()
-    others = args.systems or (TORCH if args.shape in ("100m", "small") else ())
+    others = args.systems
+    if others is None:
+        others = TORCH if args.shape in ("100m", "small") else ()
 
     with common.temporary_folder() as root:
         folder = str(root / "checkpoint") if others else None
@@ -262,7 +266,7 @@ def main() -> None:
             writer.ask("write", folder, args.shape)
             writer.close()
         stacked = {"auto": None, "stacked": True, "unrolled": False}[args.layers]
-        ours = (args.shape, folder, args.dtype, stacked, args.rows, args.prompt + args.new)
+        ours = (args.shape, folder, args.dtype, stacked, args.rows, args.prompt, args.new)
         engine = common.Worker(args.threads, para_jax_worker, *ours)
         facts = engine.ask("facts")
         environment = common.environment(facts["backend"], facts["devices"])

@@ -2,9 +2,9 @@
 
     python benchmarks/startup.py
 
-Goals: `para-jax --help` under 0.5 s, `import para_jax` under 1.2 s. Also what a script waits for before it
-can load a backbone (`from para_jax import Backbone` brings in JAX and Flax), and an empty Python process,
-which is part of all of them.
+Goals: `para-jax --help` under 0.5 s, `import para_jax` under 1.2 s. The package imports its parts on first use, so
+`from para_jax import Backbone`, which brings in JAX and Flax, is held to 1.2 s, too. An empty Python process is part of
+all of them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ COMMANDS = {
     "import para_jax": ["-c", "import para_jax"],
     "from para_jax import Backbone": ["-c", "from para_jax import Backbone"],
 }
-GOALS = {"para-jax --help": 0.5, "import para_jax": 1.2}
+GOALS = {"para-jax --help": 0.5, "import para_jax": 1.2, "from para_jax import Backbone": 1.2}
 
 
 def main() -> None:

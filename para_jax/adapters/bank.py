@@ -169,9 +169,7 @@ class AdapterBank:
         return cls.stack({name: Adapter.create(c, shape, keys[name]) for name, c in configs.items()}, shape, capacity)
 
     @classmethod
-    def stack(
-        cls, adapters: Mapping[str, Adapter], shape: BackboneShape, capacity: int = 0
-    ) -> AdapterBank:
+    def stack(cls, adapters: Mapping[str, Adapter], shape: BackboneShape, capacity: int = 0) -> AdapterBank:
         """A bank of these adapters, each configuration's stacked at once.
 
         Raises ParaJaxError for an adapter that does not fit `shape`.

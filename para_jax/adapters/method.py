@@ -23,7 +23,7 @@ class Site(NamedTuple):
 
 
 class BackboneShape(Protocol):
-    """What an adapter needs to know of a backbone; `BackboneConfig` is one. Hashable."""
+    """What an adapter needs to know of a backbone; `BackboneConfig` is one."""
 
     @property
     def hidden_size(self) -> int: ...
@@ -31,6 +31,7 @@ class BackboneShape(Protocol):
     def num_hidden_layers(self) -> int: ...
     @property
     def sites(self) -> Mapping[str, Site]: ...
+    def __hash__(self) -> int: ...
 
 
 class AdapterLayer(Protocol):
@@ -43,9 +44,11 @@ class MethodConfig(Protocol):
     """The hyper-parameters of a method: a frozen dataclass with PEFT's field names where PEFT has one."""
 
     method: ClassVar[str]
-    target_modules: tuple[str, ...]
 
+    @property
+    def target_modules(self) -> tuple[str, ...]: ...
     def layer(self, shape: BackboneShape, rngs: nnx.Rngs) -> AdapterLayer: ...
+    def __hash__(self) -> int: ...
 
 
 def as_targets(target_modules: Iterable[str]) -> tuple[str, ...]:

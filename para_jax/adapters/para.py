@@ -145,9 +145,7 @@ class ParaLayer(nnx.Module):
         return rational(x, self.numerator[...], self.denominator[...])
 
 
-def rational(
-    x: Float[Array, "*n"], numerator: Float[Array, "7"], denominator: Float[Array, "5"]
-) -> Float[Array, "*n"]:
+def rational(x: Float[Array, "*n"], numerator: Float[Array, "7"], denominator: Float[Array, "5"]) -> Float[Array, "*n"]:
     """Ra(x) = sum_{j=0..6} a_j x^j / (1 + |sum_{i=1..5} b_i x^i|), PEDRO's learned activation.
 
     >>> rational(jnp.zeros(1), jnp.array(RATIONAL_NUMERATOR), jnp.array(RATIONAL_DENOMINATOR)).tolist()

@@ -55,12 +55,14 @@ class Cache:
         """Marks the next t columns as holding the tokens that `mask_bt` marks, and moves on past them."""
         valid = jax.lax.dynamic_update_slice(self.valid_bs, mask_bt, (0, self.column))
         length = jnp.sum(mask_bt, axis=1, dtype=jnp.int32)
-        return replace(
-            self, valid_bs=valid, column=self.column + mask_bt.shape[1], position_b=self.position_b + length
-        )
+        return replace(self, valid_bs=valid, column=self.column + mask_bt.shape[1], position_b=self.position_b + length)
 
     def write(
-        self, layer: int | Int[Array, ""], column: Int[Array, ""], k: Float[Array, "b k t hd"], v: Float[Array, "b k t hd"]
+        self,
+        layer: int | Int[Array, ""],
+        column: Int[Array, ""],
+        k: Float[Array, "b k t hd"],
+        v: Float[Array, "b k t hd"],
     ) -> Cache:
         """Puts a layer's new keys and values at `column`."""
 
@@ -85,6 +87,4 @@ class Cache:
                 return tuple(x[index_b] for x in where)
             return where[:, index_b]
 
-        return Cache(
-            pick(self.keys), pick(self.values), self.valid_bs[index_b], self.column, self.position_b[index_b]
-        )
+        return Cache(pick(self.keys), pick(self.values), self.valid_bs[index_b], self.column, self.position_b[index_b])

@@ -116,7 +116,7 @@ class BackboneConfig:
         heads = fields["num_attention_heads"]
         kv_heads = fields.get("num_key_value_heads") or heads
         if heads % kv_heads:
-            raise ParaJaxError(f"config.json has {heads} attention heads, which {kv_heads} key/value heads do not divide")
+            raise ParaJaxError(f"config.json has {heads} attention heads that {kv_heads} key/value heads do not divide")
         eos = fields.get("eos_token_id")
         theta, scaling = _rope(fields)
         return cls(

@@ -108,9 +108,7 @@ class Backbone(nnx.Module):
     (1, 3, 4096)
     """
 
-    def __init__(
-        self, config: BackboneConfig, key: Array, dtype: Dtype = "auto", stacked: bool | None = None
-    ):
+    def __init__(self, config: BackboneConfig, key: Array, dtype: Dtype = "auto", stacked: bool | None = None):
         """Random weights, N(0, 0.02). `from_pretrained` is for a checkpoint."""
         compute = compute_dtype(dtype)
         self.config = config
@@ -120,7 +118,7 @@ class Backbone(nnx.Module):
         shape = (config.vocab_size, config.hidden_size)
         self.embed = nnx.Param((0.02 * jax.random.normal(embed, shape, jnp.float32)).astype(compute))
         if self.stacked:
-            self.blocks = jax.vmap(lambda k: Block(config, compute, k))(jnp.stack(layers))
+            self.blocks: Any = jax.vmap(lambda k: Block(config, compute, k))(jnp.stack(layers))
         else:
             self.blocks = nnx.List([Block(config, compute, k) for k in layers])
         self.norm = nnx.Param(jnp.ones((config.hidden_size,), compute))
@@ -196,7 +194,7 @@ class Backbone(nnx.Module):
         def body(carry: Any, layer: Any, block: Block, adapters: Any) -> tuple[Any, Adjustment]:
             x_btd, cache = carry
             adjustment = rows.prepare(adapters, x_btd, prompt_mask_bt).astype(x_btd.dtype)
-            new = []
+            new: list[Array] = []
 
             def attend(q: Array, k: Array, v: Array) -> Array:
                 new.extend((k, v))
@@ -224,9 +222,9 @@ class Backbone(nnx.Module):
         if length < tokens_bt.shape[1]:
             raise ParaJaxError(f"a cache of {length} columns cannot hold prompts of {tokens_bt.shape[1]}")
         cache = Cache.create(self.config, tokens_bt.shape[0], length, self.dtype, self.stacked)
-        hidden, adjustments, cache = self.forward(tokens_bt, mask_bt, mask_bt, rows, cache)
-        assert cache is not None
-        return self.logits(hidden[:, -1:])[:, 0], DecodeState(cache, adjustments)
+        hidden, adjustments, filled = self.forward(tokens_bt, mask_bt, mask_bt, rows, cache)
+        assert filled is not None
+        return self.logits(hidden[:, -1:])[:, 0], DecodeState(filled, adjustments)
 
     def decode(self, token_b: Int[Array, "b"], state: DecodeState) -> tuple[Float[Array, "b v"], DecodeState]:
         """One token for every row: float32 logits of the next, and the state after it."""
@@ -241,7 +239,8 @@ class Backbone(nnx.Module):
 
             def attend(q: Array, k: Array, v: Array) -> Array:
                 after.append(cache.write(layer, column, k, v))
-                return attention(q, *after[0].read(layer), visible_bts)
+                keys, values = after[0].read(layer)
+                return attention(q, keys, values, visible_bts)
 
             x_btd = block(x_btd, adjustment, angles, attend)
             return (x_btd, after[0]), None
@@ -260,10 +259,10 @@ class Backbone(nnx.Module):
         """Per-layer inputs in the form `_over_layers` takes: apart if the blocks are, stacked if they are."""
         if self.stacked:
             return stacked
-        return tuple(jax.tree.map(lambda x: x[i], stacked) for i in range(self.config.num_hidden_layers))
+        return tuple(jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(self.config.num_hidden_layers))
 
     def _over_layers(self, body: Callable[..., Any], carry: Any, inputs: Any, remat: bool = False) -> tuple[Any, Any]:
-        """`body(carry, index, block, input) -> carry, output` over the layers; outputs apart or stacked, as they are."""
+        """`body(carry, index, block, input) -> carry, output` over the layers; outputs apart or stacked, as these."""
         if self.stacked:
             step = jax.checkpoint(lambda c, x: body(c, *x)) if remat else lambda c, x: body(c, *x)
             return jax.lax.scan(step, carry, (jnp.arange(self.config.num_hidden_layers), self.blocks, inputs))

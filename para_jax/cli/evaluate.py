@@ -32,7 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="OUT.json", help="write the scores")
     parser.add_argument("--predictions", metavar="OUT.jsonl", help="write every row with what was answered")
     parser.add_argument("--overwrite", action="store_true", help="replace these files if they exist")
-    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="default: 64")
+    parser.add_argument(
+        "--max-new-tokens",
+        action="append",
+        default=[],
+        metavar="[NAME=]N",
+        help="of every answer (default: 64); repeat",
+    )
     parser.add_argument("--batch-size", type=int, default=32, help="rows that run together (default: 32)")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N rows of each file")
     parser.add_argument(
@@ -85,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
         tokenizer,
         examples,
         bank,
-        max_new_tokens=args.max_new_tokens,
+        max_new_tokens=common.per_tenant(["64", *args.max_new_tokens], "--max-new-tokens", list(files), int),
         batch_size=args.batch_size,
         progress=progress,
     )

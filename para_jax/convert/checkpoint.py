@@ -98,7 +98,7 @@ def load_backbone(path_or_hub_id: str | Path, dtype: Dtype = "auto", stacked: bo
 
     compute = compute_dtype(dtype)
     stacked = default_stacked() if stacked is None else stacked
-    make = partial(Backbone, config, dtype=compute.name, stacked=stacked)
+    make = partial(Backbone, config, dtype=dtype, stacked=stacked)
     abstract = jax.eval_shape(make, jax.random.key(0))
 
     def read(entry: tables.Entry) -> jax.Array:
@@ -144,14 +144,15 @@ def _check(folder: Path, files: TensorFiles, config: BackboneConfig, entries: li
         for name, part in parts.items()
         if name in files.shape and files.shape[name] != part.shape
     ]
+    twice = not problems and config.tie_word_embeddings and "lm_head.weight" in files.shape
+    if twice and not np.array_equal(files.read("lm_head.weight"), files.read("model.embed_tokens.weight")):
+        problems = ["lm_head.weight is not the embedding, so tie_word_embeddings should be false"]
     if problems:
         listed = "\n  ".join(problems)
         raise ParaJaxError(f"{folder}: the tensors do not fit config.json:\n  {listed}")
 
 
-def save_backbone(
-    backbone: Backbone, folder: str | Path, *, dtype: str | None = None, overwrite: bool = False
-) -> None:
+def save_backbone(backbone: Backbone, folder: str | Path, *, dtype: str | None = None, overwrite: bool = False) -> None:
     """Writes config.json and model.safetensors, which transformers opens; `dtype` casts the weights.
 
     Raises ParaJaxError if the folder exists and `overwrite` is False or it is no checkpoint, or if it cannot be

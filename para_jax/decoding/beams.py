@@ -27,9 +27,7 @@ EarlyStopping = bool | Literal["never"]
 RULED_OUT = -1.0e9  # The score, in transformers too, of a text that is not to be taken.
 
 
-@partial(
-    jax.tree_util.register_dataclass, data_fields=["length_penalty", "when_full", "never"], meta_fields=[]
-)
+@partial(jax.tree_util.register_dataclass, data_fields=["length_penalty", "when_full", "never"], meta_fields=[])
 @dataclass(frozen=True)
 class Scoring:
     """How finished texts are ranked, and when a row gives up on better ones.

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from para_jax.adapters.bank import AdapterBank
@@ -36,9 +35,7 @@ class Completion:
     finish_reason: Literal["stop", "length"]
 
 
-def generate(
-    backbone: Backbone, tokenizer: Any, prompts: Sequence[str | Sequence[int]], **options: Any
-) -> list[str]:
+def generate(backbone: Backbone, tokenizer: Any, prompts: Sequence[str | Sequence[int]], **options: Any) -> list[str]:
     """The texts of `complete`, which lists the options.
 
     >>> from para_jax import Backbone, generate, tiny_backbone_path
@@ -136,14 +133,14 @@ def complete(
         rows = order[start : start + size]
         # The last batch is filled up with rows that are done at once, so that it runs the others' program.
         full = np.pad(rows, (0, size - len(rows)), mode="edge")
-        limit = np.where(np.arange(size) < len(rows), limit_b[full], 0)
+        limit = np.where(np.arange(size) < len(rows), limit_b[full], np.int32(0))
         room = loop.bucket(int(limit.max()), config.max_position_embeddings)
         prompt = _flush_right([ids[i] for i in full], config.max_position_embeddings)
         adapters = batch_rows(bank, [tenants[i] for i in full], size)
         logits, state = loop.prefill(backbone, prompt, adapters, prompt.tokens_bt.shape[1] + room)
 
         table = None if stops is None else stops.table_sv
-        ending = loop.Ending(jnp.asarray(limit, jnp.int32), _filled(eos), table)
+        ending = loop.Ending(jax.device_put(limit), _filled(eos), table)
         if scoring is None:
             generated, _ = loop.run(backbone, logits, state, sampling.sampler(full), ending, prompt, room)
         else:
@@ -182,22 +179,20 @@ def _flush_right(ids: list[np.ndarray], most: int) -> loop.Prompts:
     tokens_bt = np.stack([np.pad(x, (length - len(x), 0)) for x in ids])
     lengths = np.array([len(x) for x in ids])
     mask_bt = np.arange(length) >= length - lengths[:, None]
-    return loop.Prompts(jnp.asarray(tokens_bt), jnp.asarray(mask_bt))
+    return loop.Prompts(jax.device_put(tokens_bt), jax.device_put(mask_bt))
 
 
 def _eos(eos_token_id: int | Sequence[int], vocab_size: int) -> tuple[int, ...]:
     eos = tuple(int(token) for token in np.ravel(eos_token_id))
     for token in eos:
         if not 0 <= token < vocab_size:
-            raise ParaJaxError(
-                f"eos_token_id {token} is no token of the backbone's vocabulary of {vocab_size}"
-            )
+            raise ParaJaxError(f"eos_token_id {token} is no token of the backbone's vocabulary of {vocab_size}")
     return eos
 
 
 def _filled(eos: tuple[int, ...]) -> jax.Array:
     slots = EOS_SLOTS * max(1, -(-len(eos) // EOS_SLOTS))
-    return jnp.asarray([*eos, *[-1] * (slots - len(eos))], jnp.int32)
+    return jax.device_put(np.array([*eos, *[-1] * (slots - len(eos))], np.int32))
 
 
 def _scoring(num_beams: int, length_penalty: float, early_stopping: Any, draws: bool) -> beams.Scoring | None:
@@ -214,7 +209,7 @@ def _scoring(num_beams: int, length_penalty: float, early_stopping: Any, draws: 
             "set num_beams=1 to draw, or temperature=0 to search"
         )
     return beams.Scoring(
-        length_penalty=jnp.asarray(length_penalty, jnp.float32),
-        when_full=jnp.asarray(early_stopping is True),
-        never=jnp.asarray(early_stopping == "never"),
+        length_penalty=jax.device_put(np.float32(length_penalty)),
+        when_full=jax.device_put(np.bool_(early_stopping is True)),
+        never=jax.device_put(np.bool_(early_stopping == "never")),
     )

@@ -96,9 +96,7 @@ class _Carry(NamedTuple):
 
 
 @partial(jax.jit, static_argnames="length")
-def prefill(
-    backbone: Backbone, prompts: Prompts, rows: Rows, length: int
-) -> tuple[Float[Array, "b v"], DecodeState]:
+def prefill(backbone: Backbone, prompts: Prompts, rows: Rows, length: int) -> tuple[Float[Array, "b v"], DecodeState]:
     """Runs the prompts; room for `length` tokens in all."""
     return backbone.prefill(prompts.tokens_bt, prompts.mask_bt, rows, length)
 

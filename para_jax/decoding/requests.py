@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from para_jax.adapters.bank import AdapterBank
@@ -120,7 +119,7 @@ class Sampling:
         """For a batch of these rows."""
 
         def of(x: np.ndarray) -> jax.Array:
-            return jnp.asarray(x[rows])
+            return jax.device_put(x[rows])
 
         filters = Filters(of(self.top_k_b), of(self.top_p_b), of(self.min_p_b)) if self.filtered else None
         draws = Draws(of(self.temperature_b), of(self.seed_b), filters) if self.drawn else None
@@ -138,15 +137,12 @@ def limits(max_new_tokens: Any, prompts: Sequence[np.ndarray], config: BackboneC
         fewer = f", or set max_new_tokens to {context - length}" if length < context else ""
         raise ParaJaxError(
             f"row {row} has {length} prompt tokens and up to {new} new ones, {length + new} in all, and the "
-            f"backbone's context is {context}{others}; shorten the prompt by {length + new - context} tokens"
-            + fewer
+            f"backbone's context is {context}{others}; shorten the prompt by {length + new - context} tokens" + fewer
         )
     return limit_b
 
 
-def tenant_rows(
-    bank: AdapterBank | None, tenants: Sequence[str | None] | None, rows: int
-) -> Sequence[str | None]:
+def tenant_rows(bank: AdapterBank | None, tenants: Sequence[str | None] | None, rows: int) -> Sequence[str | None]:
     """A tenant or None for every row, all of them known, before anything is run."""
     if tenants is None:
         if bank is not None:
@@ -158,9 +154,7 @@ def tenant_rows(
         raise ParaJaxError(f"{rows} rows but {len(tenants)} tenants; give one (or None) for every row")
     named = [name for name in tenants if name is not None]
     if named and bank is None:
-        raise ParaJaxError(
-            "tenants were given but no bank; pass bank=AdapterBank.load({name: folder, ...}, config)"
-        )
+        raise ParaJaxError("tenants were given but no bank; pass bank=AdapterBank.load({name: folder, ...}, config)")
     for name in named:
         if bank is not None and name not in bank:
             raise unknown("tenant", name, bank.names)

@@ -63,9 +63,7 @@ class Sampler(NamedTuple):
     penalty_b: Float[Array, "b"] | None = None
     draws: Draws | None = None
 
-    def penalised(
-        self, logits_bv: Float[Array, "b v"], seen_bv: Bool[Array, "b v"] | None
-    ) -> Float[Array, "b v"]:
+    def penalised(self, logits_bv: Float[Array, "b v"], seen_bv: Bool[Array, "b v"] | None) -> Float[Array, "b v"]:
         """The logits after the repetition penalty, if there is one."""
         if self.penalty_b is None or seen_bv is None:
             return logits_bv
@@ -109,9 +107,7 @@ def repetition_penalty(
     return jnp.where(seen_v, jnp.where(logits_v < 0, logits_v * penalty, logits_v / penalty), logits_v)
 
 
-def top_k_top_p(
-    logits_v: Float[Array, "v"], top_k: Int[Array, ""], top_p: Float[Array, ""]
-) -> Float[Array, "v"]:
+def top_k_top_p(logits_v: Float[Array, "v"], top_k: Int[Array, ""], top_p: Float[Array, ""]) -> Float[Array, "v"]:
     """Rules out all but the `top_k` highest logits, and of those all but the fewest that make up `top_p`.
 
     A `top_k` of zero and a `top_p` of one keep everything. Both are thresholds on the same sorted logits (Fan

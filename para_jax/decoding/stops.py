@@ -15,7 +15,6 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from para_jax.errors import ParaJaxError
@@ -100,7 +99,7 @@ def _build(tokenizer: Any, _tokens: int, stops: tuple[str, ...], vocab_size: int
     pieces, hidden = token_bytes(tokenizer, len(tokenizer))
     pieces = (pieces + [b""] * (vocab_size - len(pieces)))[:vocab_size]
     encoded = tuple(stop.encode() for stop in stops)
-    return StopStrings(encoded, pieces, hidden, jnp.asarray(compose(automaton(encoded), pieces)))
+    return StopStrings(encoded, pieces, hidden, jax.device_put(compose(automaton(encoded), pieces)))
 
 
 def automaton(stops: Sequence[bytes]) -> Int16[np.ndarray, "s 256"]:
@@ -165,9 +164,7 @@ def token_bytes(tokenizer: Any, size: int) -> tuple[list[bytes], frozenset[int]]
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise ParaJaxError(
-            "stop strings need a fast tokenizer of transformers; without one, give eos_token_id instead"
-        )
+        raise ParaJaxError("stop strings need a fast tokenizer of transformers; without one, give eos_token_id instead")
     spec = json.loads(backend.to_str())
     decoder = spec["decoder"] or {"type": "none"}
     parts = {part["type"]: part for part in decoder.get("decoders", [decoder])}
@@ -180,9 +177,7 @@ def token_bytes(tokenizer: Any, size: int) -> tuple[list[bytes], frozenset[int]]
             return bytes(byte_of[char] for char in piece) if known else piece.encode()
 
     elif "Replace" in parts or "Metaspace" in parts:
-        mark = (
-            parts["Replace"]["pattern"]["String"] if "Replace" in parts else parts["Metaspace"]["replacement"]
-        )
+        mark = parts["Replace"]["pattern"]["String"] if "Replace" in parts else parts["Metaspace"]["replacement"]
         space = parts["Replace"]["content"] if "Replace" in parts else " "
         spelled = re.compile("<0x([0-9A-F]{2})>") if "ByteFallback" in parts else re.compile("(?!)")
 

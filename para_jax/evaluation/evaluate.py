@@ -24,7 +24,7 @@ def evaluate(
     examples: Mapping[str, Sequence[Example]],
     bank: AdapterBank | None,
     *,
-    max_new_tokens: int = 64,
+    max_new_tokens: int | Mapping[str, int] = 64,
     batch_size: int = 32,
     progress: Report | None = None,
 ) -> dict[str, dict[str, Any]]:
@@ -35,7 +35,7 @@ def evaluate(
       tokenizer: of transformers.
       examples: each tenant's rows.
       bank: the tenants' adapters; with None, the bare backbone answers all rows.
-      max_new_tokens: the most tokens of an answer.
+      max_new_tokens: the most tokens of an answer, for all tenants or for each.
       batch_size: rows, or pairs of a row and a choice, that run together.
       progress: called with how many of these are done and how many there are.
 
@@ -53,7 +53,9 @@ def evaluate(
     Raises ParaJaxError for a tenant without rows or without an adapter, a row without a response, a response that
     is not among its row's choices, or a prompt that leaves no room in the context.
     """
-    _check(examples, bank, backbone.config.max_position_embeddings - max_new_tokens)
+    if isinstance(max_new_tokens, int):
+        max_new_tokens = dict.fromkeys(examples, max_new_tokens)
+    _check(examples, bank, backbone.config.max_position_embeddings, max_new_tokens)
     rows = [example for tenant in examples for example in examples[tenant]]
     tenants = [None if bank is None else tenant for tenant in examples for _ in examples[tenant]]
     choosing = [i for i, row in enumerate(rows) if row.choices]
@@ -62,7 +64,8 @@ def evaluate(
     def report(before: int) -> Report:
         return lambda done, _: None if progress is None else progress(before + done, total)
 
-    completions = _complete(backbone, tokenizer, rows, tenants, bank, max_new_tokens, batch_size, report(0))
+    limits = [max_new_tokens[tenant] for tenant in examples for _ in examples[tenant]]
+    completions = _complete(backbone, tokenizer, rows, tenants, bank, limits, batch_size, report(0))
     end = backbone.config.eos_token_ids[:1]
     likelihoods = choice_log_likelihoods(
         backbone,
@@ -78,7 +81,9 @@ def evaluate(
     return {tenant: _scores(list(islice(predictions, len(examples[tenant]))), examples[tenant]) for tenant in examples}
 
 
-def _check(examples: Mapping[str, Sequence[Example]], bank: AdapterBank | None, room: int) -> None:
+def _check(
+    examples: Mapping[str, Sequence[Example]], bank: AdapterBank | None, context: int, limits: Mapping[str, int]
+) -> None:
     """All that is wrong, before anything runs."""
     problems = []
     for tenant in examples:
@@ -86,6 +91,7 @@ def _check(examples: Mapping[str, Sequence[Example]], bank: AdapterBank | None, 
             raise unknown("tenant", tenant, bank.names)
         if not examples[tenant]:
             problems.append(f"tenant {tenant!r} has no rows to evaluate")
+        room = context - limits[tenant]
         for e in examples[tenant]:
             where = e.place or f"a row of tenant {tenant!r}"
             if not e.response:
@@ -108,12 +114,12 @@ def _complete(
     rows: Sequence[Example],
     tenants: Sequence[str | None],
     bank: AdapterBank | None,
-    max_new_tokens: int,
+    limits: Sequence[int],
     batch_size: int,
     report: Report,
 ) -> list[Completion]:
     """`complete`, a batch a call, to report in between."""
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt_ids))
+    order = sorted(range(len(rows)), key=lambda i: (limits[i], len(rows[i].prompt_ids)))
     completions: dict[int, Completion] = {}
     for start in range(0, len(rows), batch_size):
         batch = order[start : start + batch_size]
@@ -125,7 +131,7 @@ def _complete(
             [rows[i].prompt_ids for i in full],
             bank=bank,
             tenants=[tenants[i] for i in full],
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=[limits[i] for i in full],
         )
         completions |= zip(full, answers, strict=True)
         report(start + len(batch), len(rows))

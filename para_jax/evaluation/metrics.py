@@ -76,12 +76,12 @@ def corpus_bleu(predictions: Sequence[str], references: Sequence[Sequence[str]])
             f"BLEU takes one or more predictions and at least one reference for each; here are {len(predictions)} "
             f"predictions, {len(references)} lists of references, {sum(not row for row in references)} of them empty"
         )
-    # sacrebleu wants as many references for every row. None stands for one that a row lacks; an empty text would
-    # count as a reference of no words and lift the brevity penalty.
+    # sacrebleu wants as many references for every row. None stands for one that a row lacks (which its types do not
+    # know); an empty text would count as a reference of no words and lift the brevity penalty.
     most = max(map(len, references))
     streams = [[row[i] if i < len(row) else None for row in references] for i in range(most)]
     # `force` only silences a warning about text that looks tokenised.
-    return float(BLEU(force=True).corpus_score(list(predictions), streams).score)
+    return float(BLEU(force=True).corpus_score(list(predictions), streams).score)  # type: ignore[arg-type]
 
 
 def majority(responses: Sequence[str]) -> float:

@@ -23,6 +23,7 @@ class Checkpoints:
         policies = ocp.training.preservation_policies
         Path(folder).mkdir(parents=True, exist_ok=True)
         self.folder = Path(folder).absolute()
+        self._failed = False
         self._checkpointer = ocp.training.Checkpointer(
             self.folder, preservation_policy=policies.LatestN(2), cleanup_tmp_directories=True
         )
@@ -31,7 +32,12 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._checkpointer.close()
+        try:
+            self._checkpointer.close()
+        except (OSError, ValueError, RuntimeError):
+            # orbax repeats what a failed save has said already.
+            if not self._failed:
+                raise
 
     def latest(self) -> int | None:
         """The step of the newest checkpoint."""
@@ -46,6 +52,7 @@ class Checkpoints:
             self._checkpointer.save(step, _named(state), force=True)
         # orbax passes on what its storage library says, which is not always an OSError.
         except (OSError, ValueError, RuntimeError) as error:
+            self._failed = True
             safe = self.latest()
             kept = "no earlier checkpoint exists" if safe is None else f"the checkpoint of step {safe} is whole"
             reason = str(error).splitlines()[0]

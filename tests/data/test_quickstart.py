@@ -26,10 +26,10 @@ def test_held_out_pairs_of_feeling_and_person_are_never_trained_on():
     trained = {split(row["prompt"])[:2] for row in TRAIN["mood"]}
     held_out = {split(row["prompt"])[:2] for row in HELD_OUT["mood"]}
     assert not trained & held_out
-    assert len(held_out) > 50
+    assert len(held_out) >= 40
     # Each word of them is, so that there is something to generalise from.
-    for i, words in enumerate(([word for words in FEELINGS.values() for word in words], PEOPLE)):
-        assert {pair[i] for pair in trained} == set(words)
+    assert {how for how, _ in trained} == {how for words in FEELINGS.values() for how in words}
+    assert {person for _, person in trained} == set(PEOPLE)
     assert {split(row["prompt"])[3] for row in TRAIN["mood"]} == set(PLACES)
 
 

@@ -9,9 +9,7 @@ import torch
 from tests.helpers import random_backbone
 
 # Prompts of mixed lengths, the longest exactly a bucket.
-PROMPTS = [
-    [int(token) for token in np.random.default_rng(length).integers(2, 61, length)] for length in (5, 1, 16, 9)
-]
+PROMPTS = [[int(token) for token in np.random.default_rng(length).integers(2, 61, length)] for length in (5, 1, 16, 9)]
 
 
 class Reference:

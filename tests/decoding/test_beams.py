@@ -81,5 +81,5 @@ def test_beams_do_not_draw(backbone, tokenizer):
         complete(backbone, tokenizer, PROMPTS, num_beams=2, temperature=0.5)
     with pytest.raises(ParaJaxError, match="num_beams is 0"):
         complete(backbone, tokenizer, PROMPTS, num_beams=0)
-    with pytest.raises(ParaJaxError, match="'often'.*never"):
+    with pytest.raises(ParaJaxError, match=r"'often'.*never"):
         complete(backbone, tokenizer, PROMPTS, num_beams=2, early_stopping="often")

@@ -22,6 +22,16 @@ ROWS, V = 16, 300
 LOGITS = (4 * np.random.default_rng(0).standard_normal((ROWS, V))).astype(np.float32)
 
 
+def assert_equal(ours, theirs):
+    """The same tokens ruled out, and the others equal but for one rounding.
+
+    Torch divides; XLA multiplies by the reciprocal of a value that a whole row is divided by, on CPU at
+    least.
+    """
+    np.testing.assert_array_equal(np.isneginf(ours), np.isneginf(theirs))
+    np.testing.assert_array_max_ulp(np.where(np.isneginf(ours), 0, ours), np.where(np.isneginf(theirs), 0, theirs), 1)
+
+
 def theirs(*processors, logits=LOGITS, ids=None):
     ids = torch.zeros((len(logits), 0), dtype=torch.int64) if ids is None else torch.tensor(ids)
     return LogitsProcessorList(processors)(ids, torch.tensor(logits)).numpy()
@@ -62,7 +72,7 @@ def test_repetition_penalty_counts_prompt_and_text_but_not_padding():
     for row in range(ROWS):
         processor = RepetitionPenaltyLogitsProcessor(float(penalty[row]))
         one = theirs(processor, logits=LOGITS[row : row + 1], ids=ids[row : row + 1, 24 - lengths[row] :])
-        np.testing.assert_array_equal(ours[row], one[0])
+        assert_equal(ours[row], one[0])
 
 
 def test_all_of_them_in_order_with_values_of_each_rows_own():
@@ -81,7 +91,7 @@ def test_all_of_them_in_order_with_values_of_each_rows_own():
             MinPLogitsWarper(float(smallest[row])),
             logits=LOGITS[row : row + 1],
         )
-        np.testing.assert_array_equal(ours[row], one[0])
+        assert_equal(ours[row], one[0])
 
 
 def test_the_likeliest_token_is_the_first_of_the_highest():
@@ -119,8 +129,8 @@ def test_draws_of_many_seeds_have_the_probabilities_of_the_softmax():
     sharp = PROBABILITY**2 / np.sum(PROBABILITY**2)
     assert_drawn_from(Sampler(None, draws(range(DRAWN), 0.5)).choose(logits, None, step), sharp)
     kept = np.where(np.arange(8) < 3, PROBABILITY, 0)
-    some = (jnp.int32(3), jnp.float32(1), jnp.float32(0))
-    assert_drawn_from(Sampler(None, draws(range(DRAWN), filters=some)).choose(logits, None, step), kept / kept.sum())
+    three = draws(range(DRAWN), filters=(jnp.int32(3), jnp.float32(1), jnp.float32(0)))
+    assert_drawn_from(Sampler(None, three).choose(logits, None, step), kept / kept.sum())
 
 
 def test_draws_of_one_seed_at_many_steps_have_them_too():
@@ -138,7 +148,8 @@ def test_a_rows_draw_is_its_own():
     seeds = np.arange(ROWS)
     whole = draws(seeds).draw(logits, jnp.int32(2))
     shuffled = np.random.default_rng(4).permutation(ROWS)
-    np.testing.assert_array_equal(draws(seeds[shuffled]).draw(logits[shuffled], jnp.int32(2)), whole[shuffled])
+    moved = draws(seeds[shuffled]).draw(logits[shuffled], jnp.int32(2))
+    np.testing.assert_array_equal(moved, whole[shuffled])
     for row in (0, 5):
         assert draws([row]).draw(logits[row : row + 1], jnp.int32(2))[0] == whole[row]
     assert np.any(np.asarray(draws(seeds).draw(logits, jnp.int32(3))) != np.asarray(whole))

@@ -54,7 +54,7 @@ def first_to_end(text: str, stops) -> int | None:
 
 @pytest.mark.parametrize("stops", [["the"], [" a", "e "], ["\n", "ing"], ["ee", "eel"], ["é"]])
 def test_texts_of_the_tiny_tokenizer(tokenizer, stops):
-    """Random tokens: stop strings span them, begin and end within them, and stand between broken characters."""
+    """On random tokens stop strings span them, begin and end within them, and follow half characters."""
     found = stop_strings(tokenizer, stops, 4096)
     rng = np.random.default_rng(0)
     e = tokenizer("é")["input_ids"]
@@ -63,7 +63,8 @@ def test_texts_of_the_tiny_tokenizer(tokenizer, stops):
         ids = rng.integers(2, 4096, 40).tolist()
         at = int(rng.integers(40))
         ids[at:at] = e
-        wanted = next((n for n in range(1, 42) if any(s in tokenizer.decode(ids[:n]) for s in stops)), None)
+        texts = [tokenizer.decode(ids[:count]) for count in range(1, len(ids) + 1)]
+        wanted = next((n for n, text in enumerate(texts, 1) if any(stop in text for stop in stops)), None)
         assert first_match(found, ids) == wanted
         if wanted is not None:
             matched += 1

@@ -79,7 +79,9 @@ def test_what_is_new_compiles_nothing(backbone, tokenizer, bank, kind):
 
 
 def test_another_bucket_compiles(backbone, tokenizer, bank):
-    """The count counts: one prompt of 17 tokens, and prefill and loop are compiled once each."""
+    """The count counts: for one prompt of 17 tokens, prefill and loop are compiled once each."""
+    options = {"max_new_tokens": 12, "bank": bank, "tenants": TENANTS}
+    complete(backbone, tokenizer, prompts(3, 9, 16, 1), **options)
     with compilations() as compiled:
-        complete(backbone, tokenizer, prompts(17, 9, 16, 1), max_new_tokens=12, bank=bank, tenants=TENANTS)
+        complete(backbone, tokenizer, prompts(17, 9, 16, 1), **options)
     assert len(compiled) == 2

@@ -1,0 +1,334 @@
+"""Law 9: what cannot be used is an error that names it, the nearest valid name, and what to do."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from para_jax import AdapterBank, Backbone, BackboneConfig, ParaConfig, ParaJaxError, load_adapter, save_adapter
+from para_jax.adapters.method import config_from_dict
+from para_jax.convert.checkpoint import save_backbone
+from tests.helpers import SMALL, random_adapter, random_backbone
+
+TOKENS = jnp.zeros((2, 3), jnp.int32)
+
+
+def says(*fragments: str):
+    """An error whose message holds these, in this order."""
+    return pytest.raises(ParaJaxError, match="(?s)" + ".*".join(re.escape(x) for x in fragments))
+
+
+# Adapters and tenants
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Backbone:
+    return random_backbone()
+
+
+@pytest.fixture(scope="module")
+def bank(backbone: Backbone) -> AdapterBank:
+    return AdapterBank.create({"acme": ParaConfig(r=2), "globex": ParaConfig(r=2)}, backbone.config)
+
+
+def test_target_that_matches_nothing(backbone: Backbone) -> None:
+    with says("target_modules", "'q_porj'", "did you mean 'q_proj'?", "Known:", "up_proj"):
+        AdapterBank.create({"acme": ParaConfig(target_modules=("v_proj", "q_porj"))}, backbone.config)
+    with says("target_modules is empty", "q_proj", "down_proj"):
+        AdapterBank.create({"acme": ParaConfig(target_modules=())}, backbone.config)
+    with says("q_proj more than once"):
+        ParaConfig(target_modules=("q_proj", "v_proj", "q_proj"))
+    with says("target_modules is a list of names; write ['q_proj']"):
+        ParaConfig(target_modules="q_proj")
+
+
+def test_unknown_option() -> None:
+    with says("pooling 'lats'", "did you mean 'last'?", "attention, last, max, mean"):
+        ParaConfig(pooling="lats")
+    with says("activation 'swish'", "gelu, rational, relu, silu"):
+        ParaConfig(activation="swish")
+    with says("r must be a whole number from 1, not 0"):
+        ParaConfig(r=0)
+    with says("r must be a whole number from 1, not 4.5"):
+        ParaConfig(r=4.5)
+    with says("bias must be true or false, not 'false'"):
+        ParaConfig(bias="false")
+    with says("method 'praa'", "did you mean 'para'?"):
+        config_from_dict("praa", {})
+    with says("option of method 'para' 'poling'", "did you mean 'pooling'?"):
+        config_from_dict("para", {"poling": "last"})
+
+
+def test_unknown_tenant(backbone: Backbone, bank: AdapterBank) -> None:
+    acts: list[Callable[[str], object]] = [
+        lambda name: bank[name],
+        lambda name: bank.remove(name),
+        lambda name: bank.replace(name, bank["acme"]),
+        lambda name: bank.rows([None, name]),
+        lambda name: backbone(TOKENS, bank=bank, tenants=["acme", name]),
+    ]
+    for act in acts:
+        with says("unknown tenant 'acne'", "did you mean 'acme'?", "Known: acme, globex"):
+            act("acne")
+    with says("unknown tenant ''. Known: acme, globex"):
+        bank[""]
+
+
+def test_unknown_tenant_among_very_many() -> None:
+    names = {f"tenant{i:04}": ParaConfig(r=1, target_modules=("k_proj",)) for i in range(30)}
+    with pytest.raises(ParaJaxError, match=re.escape("did you mean 'tenant0007'?")) as error:
+        AdapterBank.create(names, SMALL).rows(["tenant00077"])
+    assert "(30 in all)" in str(error.value) and len(str(error.value)) < 400
+
+
+def test_tenants_that_do_not_match_the_rows(backbone: Backbone, bank: AdapterBank) -> None:
+    with says("2 rows", "['acme']", "a name or None for every row"):
+        backbone(TOKENS, bank=bank, tenants=["acme"])
+    with says("2 rows", "[None]"):
+        backbone(TOKENS, bank=bank, tenants=[None])
+    with says("2 rows", "'ab'"):
+        backbone(TOKENS, bank=bank, tenants="ab")
+    with says("tenants were given but no bank", "AdapterBank.load"):
+        backbone(TOKENS, tenants=["acme", None])
+    with says("a bank was given but no tenants", "None for every row"):
+        backbone(TOKENS, bank=bank)
+    mask = jnp.ones(TOKENS.shape, bool)
+    with says("a batch of 2 rows was given the adapters of 3"):
+        backbone.forward(TOKENS, mask, mask, bank.rows(["acme", None, "globex"]))
+    with says("a batch of 2 rows was given the adapters of 4"):
+        backbone.forward(TOKENS, mask, mask, bank.rows(["acme", None], repeats=2))
+
+
+def test_cache_too_short(backbone: Backbone, bank: AdapterBank) -> None:
+    with says("a cache of 2 columns cannot hold prompts of 3"):
+        backbone.prefill(TOKENS, TOKENS == 0, bank.rows([None, None]), length=2)
+
+
+# Adapter folders
+
+
+@pytest.fixture(scope="module")
+def adapter_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapters") / "acme"
+    save_adapter(random_adapter(ParaConfig(r=2), SMALL, 0), folder, dataclasses.replace(SMALL, name="their/backbone"))
+    return folder
+
+
+def test_adapter_for_another_backbone(adapter_folder: Path) -> None:
+    other = dataclasses.replace(SMALL, num_hidden_layers=3, intermediate_size=64)
+    with says(
+        "made for another backbone", "their/backbone", "num_hidden_layers 2 there and 3 here", "load the backbone"
+    ):
+        load_adapter(adapter_folder, other)
+    with says("made for another backbone", "sites"):
+        AdapterBank.load({"acme": adapter_folder}, dataclasses.replace(SMALL, head_dim=16))
+
+
+def copy_with(folder: Path, to: Path, edit: Callable[[dict], object], name: str) -> Path:
+    """A copy of a folder whose JSON file `name`, or tensors, `edit` has changed."""
+    to.mkdir()
+    for path in folder.iterdir():
+        (to / path.name).write_bytes(path.read_bytes())
+    if name.endswith(".json"):
+        fields = json.loads((to / name).read_text())
+        edit(fields)
+        (to / name).write_text(json.dumps(fields))
+    else:
+        tensors = load_file(to / name)
+        edit(tensors)
+        save_file(tensors, to / name)
+    return to
+
+
+def test_adapter_of_an_unknown_method_or_option(adapter_folder: Path, tmp_path: Path) -> None:
+    edits: list[tuple[Callable[[dict], object], tuple[str, ...]]] = [
+        (lambda x: x.update(peft_type="PARAA"), ("unknown method 'paraa'", "did you mean 'para'?")),
+        (lambda x: x.pop("peft_type"), ("has no peft_type",)),
+        (lambda x: x.update(lora_alpha=16), ("option of method 'para' 'lora_alpha'",)),
+        (lambda x: x.update(pooling="first"), ("pooling 'first'",)),
+        (lambda x: x.update(target_modules=["qkv"]), ("entry of target_modules 'qkv'",)),
+    ]
+    for i, (edit, fragments) in enumerate(edits):
+        folder = copy_with(adapter_folder, tmp_path / str(i), edit, "adapter_config.json")
+        with says(*fragments):
+            load_adapter(folder, SMALL)
+
+
+def test_adapter_tensors_all_listed_at_once(adapter_folder: Path, tmp_path: Path) -> None:
+    def edit(tensors: dict) -> None:
+        tensors["upp"] = tensors.pop("up")
+        tensors["down"] = tensors["down"][:, :, :1]
+
+    folder = copy_with(adapter_folder, tmp_path / "a", edit, "adapter_model.safetensors")
+    with says("up is missing", "upp is not expected", "down is float32[2, 32, 1], not float32[2, 32, 2]"):
+        load_adapter(folder, SMALL)
+
+    def halve(tensors: dict) -> None:
+        tensors["up"] = tensors["up"].astype(np.float16)
+
+    folder = copy_with(adapter_folder, tmp_path / "b", halve, "adapter_model.safetensors")
+    with says("up is float16[2, 2, 96], not float32[2, 2, 96]"):
+        load_adapter(folder, SMALL)
+
+
+# Checkpoints
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoints") / "llama"
+    save_backbone(random_backbone(tie_word_embeddings=False), folder)
+    return folder
+
+
+CONFIGS: list[tuple[dict, tuple[str, ...]]] = [
+    ({"model_type": "gpt2"}, ("'gpt2'", "not supported", "Supported: llama")),
+    ({"model_type": None}, ("None", "Supported: llama")),
+    ({"attention_bias": True}, ("attention_bias=True", "only False is supported")),
+    ({"mlp_bias": True}, ("mlp_bias=True",)),
+    ({"hidden_act": "gelu"}, ("hidden_act='gelu'", "'silu'")),
+    ({"quantization_config": {"bits": 4}}, ("quantization_config",)),
+    ({"num_key_value_heads": 3}, ("4 attention heads", "3 key/value heads")),
+    ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "liner"}}, ("'liner'", "did you mean 'linear'?", "llama3")),
+    ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, ("'yarn'", "Known: default, linear, llama3")),
+    ({"rope_parameters": {"rope_type": "linear"}}, ("'linear'", "missing ['factor']")),
+    (
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "beta_fast": 32}},
+        ("'linear'", "not understood ['beta_fast']"),
+    ),
+    ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, ("['partial_rotary_factor']",)),
+]
+
+
+@pytest.mark.parametrize(("fields", "fragments"), CONFIGS, ids=lambda x: "-".join(x))
+def test_config_not_supported(checkpoint: Path, tmp_path: Path, fields: dict, fragments: tuple[str, ...]) -> None:
+    folder = copy_with(checkpoint, tmp_path / "a", lambda x: x.update(fields), "config.json")
+    for read in (BackboneConfig.from_pretrained, Backbone.from_pretrained):
+        with says(*fragments):
+            read(folder)
+
+
+def test_config_lacks_sizes(checkpoint: Path, tmp_path: Path) -> None:
+    folder = copy_with(checkpoint, tmp_path / "a", lambda x: (x.pop("vocab_size"), x.pop("hidden_size")), "config.json")
+    with says("lacks vocab_size, hidden_size"):
+        BackboneConfig.from_pretrained(folder)
+
+
+def test_checkpoint_tensors_all_listed_at_once(checkpoint: Path, tmp_path: Path) -> None:
+    def edit(tensors: dict) -> None:
+        del tensors["model.norm.weight"]
+        del tensors["model.layers.1.self_attn.q_proj.weight"]
+        tensors["model.layers.2.mlp.up_proj.weight"] = np.zeros((3, 3), np.float32)
+        tensors["score.weight"] = np.zeros((3,), np.float32)
+        tensors["lm_head.weight"] = tensors["lm_head.weight"][:-1]
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros((4,), np.float32)  # known, and recomputed
+
+    folder = copy_with(checkpoint, tmp_path / "a", edit, "model.safetensors")
+    with pytest.raises(ParaJaxError) as error:
+        Backbone.from_pretrained(folder)
+    assert str(error.value).splitlines()[1:] == [
+        "  model.norm.weight [32] is missing",
+        "  model.layers.1.self_attn.q_proj.weight [32, 32] is missing",
+        "  model.layers.2.mlp.up_proj.weight is not expected",
+        "  score.weight is not expected",
+        "  lm_head.weight is [60, 32] and should be [61, 32]",
+    ]
+
+
+def test_untied_head_is_not_ignored(checkpoint: Path, tmp_path: Path) -> None:
+    """A head that a tied model does not read may be there only as a second copy of the embedding."""
+    folder = copy_with(checkpoint, tmp_path / "a", lambda x: x.update(tie_word_embeddings=True), "config.json")
+    with says("lm_head.weight is not the embedding", "tie_word_embeddings should be false"):
+        Backbone.from_pretrained(folder)
+    copied = copy_with(
+        folder,
+        tmp_path / "b",
+        lambda x: x.update({"lm_head.weight": x["model.embed_tokens.weight"]}),
+        "model.safetensors",
+    )
+    assert Backbone.from_pretrained(copied).config.tie_word_embeddings
+
+
+def test_tensor_of_another_dtype(checkpoint: Path, tmp_path: Path) -> None:
+    def edit(tensors: dict) -> None:
+        tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(np.int8)
+
+    folder = copy_with(checkpoint, tmp_path / "a", edit, "model.safetensors")
+    with says("model.norm.weight is I8", "supported: BF16, F16, F32"):
+        Backbone.from_pretrained(folder)
+
+
+def test_no_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with says("is no checkpoint: it has no config.json"):
+        Backbone.from_pretrained(tmp_path / "empty")
+    with says("is no folder", "or a hub id"):
+        Backbone.from_pretrained(tmp_path / "nowhere")
+    with says("nobody/nothing", "neither a folder here nor", "Check the spelling"):
+        Backbone.from_pretrained("nobody/nothing")
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "config.json").write_bytes((checkpoint / "config.json").read_bytes())
+    with says("lacks model.safetensors", "only safetensors"):
+        Backbone.from_pretrained(tmp_path / "torch")
+    with says("dtype 'float16' is not supported", "bfloat16"):
+        Backbone.from_pretrained(checkpoint, dtype="float16")
+
+
+DAMAGE: list[tuple[str, bytes, tuple[str, ...]]] = [
+    ("config.json", b"{", ("config.json is not JSON",)),
+    ("config.json", b"[]", ("config.json holds no JSON object",)),
+    ("config.json", b"\xff\xfe", ("config.json is not JSON",)),
+    ("generation_config.json", b"{", ("generation_config.json is not JSON",)),
+    ("model.safetensors", b"", ("model.safetensors is damaged",)),
+    ("model.safetensors", b"version https://git-lfs.github.com/spec/v1\n", ("model.safetensors is damaged",)),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "fragments"), DAMAGE)
+def test_damaged_checkpoint(
+    checkpoint: Path, tmp_path: Path, name: str, content: bytes, fragments: tuple[str, ...]
+) -> None:
+    folder = copy_with(checkpoint, tmp_path / "a", lambda x: None, "config.json")
+    (folder / name).write_bytes(content)
+    with says(*fragments):
+        Backbone.from_pretrained(folder)
+
+
+def test_truncated_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
+    folder = copy_with(checkpoint, tmp_path / "a", lambda x: None, "config.json")
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with says("model.safetensors is damaged"):
+        Backbone.from_pretrained(folder)
+
+
+def test_index(checkpoint: Path, tmp_path: Path) -> None:
+    folder = copy_with(checkpoint, tmp_path / "a", lambda x: None, "config.json")
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    index = folder / "model.safetensors.index.json"
+    index.write_text("{}")
+    with says("index.json is damaged", "weight_map"):
+        Backbone.from_pretrained(folder)
+    files = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    index.write_text(json.dumps({"weight_map": files}))
+    with says("lacks model-00002-of-00002.safetensors"):
+        Backbone.from_pretrained(folder)
+    index.write_text(json.dumps({"weight_map": {"a": files["a"]}}))
+    assert Backbone.from_pretrained(folder).config.hidden_size == 32
+
+
+def test_stop_tokens_come_from_generation_config(checkpoint: Path, tmp_path: Path) -> None:
+    folder = copy_with(checkpoint, tmp_path / "a", lambda x: None, "config.json")
+    assert BackboneConfig.from_pretrained(folder).eos_token_ids == (0,)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 5]}))
+    assert BackboneConfig.from_pretrained(folder).eos_token_ids == (3, 5)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": None}))
+    assert BackboneConfig.from_pretrained(folder).eos_token_ids == (0,)
