@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
+
+from para_jax.training.metrics import save_figure
 
 
 def plot(lines: list[dict[str, Any]], report: dict[str, Any], path: Path) -> None:
@@ -33,6 +34,4 @@ def plot(lines: list[dict[str, Any]], report: dict[str, Any], path: Path) -> Non
     right.legend(frameon=False, loc="upper left", ncols=2)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
-    fresh = path.with_name(f".{path.name}-new")
-    figure.savefig(fresh, dpi=120, format="png")
-    os.replace(fresh, path)
+    save_figure(figure, path)

@@ -107,6 +107,11 @@ def plot_losses(lines: Sequence[dict[str, Any]], path: Path, title: str) -> None
     if len(names) <= 20:
         axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    partial = path.with_name(f".{path.name}-new")
-    figure.savefig(partial, dpi=120, format="png")
-    os.replace(partial, path)
+    save_figure(figure, path)
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Writes a matplotlib figure as a PNG, whole or not at all."""
+    fresh = path.with_name(f".{path.name}-new")
+    figure.savefig(fresh, dpi=120, format="png")
+    os.replace(fresh, path)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from transformers.activations import ACT2FN
 
 from para_jax import BackboneConfig, ParaConfig
-from para_jax.adapters.bank import abstract_layers
+from para_jax.adapters.bank import abstract_layers, named_leaves
 from para_jax.adapters.para import RATIONAL_DENOMINATOR, RATIONAL_NUMERATOR, Activation, ParaLayer, Pooling, rational
 from tests.helpers import SMALL, random_adapter, random_backbone, random_bank
 
@@ -63,7 +63,7 @@ def test_number_of_parameters(sizes: tuple[int, ...], bias: bool, expected: int)
 
 def test_options_add_only_their_own_parameters() -> None:
     def names(**options) -> set[str]:
-        return set(random_adapter(ParaConfig(**options), SMALL, 0).tensors())
+        return set(named_leaves(abstract_layers(ParaConfig(**options), SMALL)))
 
     assert names() == {"down", "up"}
     assert names(bias=True) == {"down", "up", "bias"}

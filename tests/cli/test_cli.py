@@ -72,7 +72,17 @@ def test_finetune_writes_what_it_says(tuned):
 def test_evaluate(tuned, tmp_path, capsys):
     out, tenants = tuned
     target, lines = tmp_path / "scores.json", tmp_path / "predictions.jsonl"
-    arguments = ["--adapters", str(out), *tenants, "--json", str(target), "--max-new-tokens", "4", "--max-new-tokens", "acme=2"]
+    arguments = [
+        "--adapters",
+        str(out),
+        *tenants,
+        "--json",
+        str(target),
+        "--max-new-tokens",
+        "4",
+        "--max-new-tokens",
+        "acme=2",
+    ]
     assert main(["evaluate", *arguments, "--choose", "acme", "--predictions", str(lines)]) == 0
     printed = capsys.readouterr().out
     scores = json.loads(target.read_text())["tenants"]

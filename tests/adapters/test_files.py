@@ -1,0 +1,215 @@
+"""Adapter folders that are damaged, in the way, or cut off while they are written."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from para_jax import ParaConfig, ParaJaxError, load_adapter, save_adapter
+from para_jax.adapters.bank import Adapter
+from para_jax.adapters.files import CONFIG, WEIGHTS
+from tests.helpers import SMALL, random_adapter
+
+
+@pytest.fixture(scope="module")
+def old() -> Adapter:
+    return random_adapter(ParaConfig(r=2), SMALL, 0)
+
+
+@pytest.fixture(scope="module")
+def new(old: Adapter) -> Adapter:
+    return jax.tree.map(lambda x: x + 1, old)
+
+
+def equal(a: Adapter, b: Adapter) -> bool:
+    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+def only(folder: Path) -> bool:
+    """Nothing lies beside this folder, such as a half-written one."""
+    return [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+# Folders that are no adapter
+
+
+def test_no_adapter(tmp_path: Path) -> None:
+    with pytest.raises(ParaJaxError, match=f"is not an adapter: it has no {CONFIG} and no {WEIGHTS}"):
+        load_adapter(tmp_path, SMALL)
+    (tmp_path / CONFIG).write_text("{}")
+    with pytest.raises(ParaJaxError, match=f"is not an adapter: it has no {WEIGHTS}$"):
+        load_adapter(tmp_path, SMALL)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (CONFIG, b'{"peft_type": "PARA",', "is damaged: Expecting"),
+        (CONFIG, b"\xff\x00", "is damaged: .*codec"),
+        (CONFIG, b"[1]", "has no peft_type"),
+        (CONFIG, b'{"peft_type": 3}', "has no peft_type"),
+        (CONFIG, b'{"peft_type": "PARA"}', "made for another backbone .unnamed: hidden_size None there and 32 here"),
+        (WEIGHTS, b"", "is damaged: .*header"),
+        (WEIGHTS, b"\x08\x00\x00\x00\x00\x00\x00\x00notjson!", "is damaged: "),
+    ],
+)
+def test_damaged(old: Adapter, tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    save_adapter(old, tmp_path / "a", SMALL)
+    (tmp_path / "a" / name).write_bytes(content)
+    with pytest.raises(ParaJaxError, match=message):
+        load_adapter(tmp_path / "a", SMALL)
+
+
+@pytest.mark.parametrize("kept", [0.01, 0.5, 0.999])
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
+def test_truncated(old: Adapter, tmp_path: Path, name: str, kept: float) -> None:
+    save_adapter(old, tmp_path / "a", SMALL)
+    whole = (tmp_path / "a" / name).read_bytes()
+    (tmp_path / "a" / name).write_bytes(whole[: int(kept * (len(whole) - 1))])
+    with pytest.raises(ParaJaxError, match=r"a is damaged: "):
+        load_adapter(tmp_path / "a", SMALL)
+
+
+def test_adapter_of_another_shape_is_not_written(old: Adapter, tmp_path: Path) -> None:
+    with pytest.raises(ParaJaxError, match=r"does not fit .* down is float32\[2, 32, 2\], not float32\[3, 32, 2\]"):
+        save_adapter(old, tmp_path / "a", dataclasses.replace(SMALL, num_hidden_layers=3))
+    assert list(tmp_path.iterdir()) == []
+
+
+# Folders in the way
+
+
+def test_refuses_what_exists(old: Adapter, new: Adapter, tmp_path: Path) -> None:
+    folder = tmp_path / "a"
+    save_adapter(old, folder, SMALL)
+    with pytest.raises(ParaJaxError, match="a exists; choose another folder, or pass overwrite"):
+        save_adapter(new, folder, SMALL)
+    assert equal(load_adapter(folder, SMALL), old)
+    save_adapter(new, folder, SMALL, overwrite=True)
+    assert equal(load_adapter(folder, SMALL), new)
+    assert only(folder)
+
+
+def test_overwrites_where_folders_cannot_be_exchanged_in_one_step(
+    old: Adapter, new: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: object())  # a C library without renameat2
+    save_adapter(old, tmp_path / "a", SMALL)
+    save_adapter(new, tmp_path / "a", SMALL, overwrite=True)
+    assert equal(load_adapter(tmp_path / "a", SMALL), new)
+    assert only(tmp_path / "a")
+
+
+def test_overwrites_adapters_only(old: Adapter, tmp_path: Path) -> None:
+    """A slip in a folder's name does not cost what is in it."""
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("years of work")
+    (tmp_path / "file").write_text("text")
+    for name in ("thesis", "file"):
+        with pytest.raises(ParaJaxError, match=f"{name} exists and holds no {CONFIG}; remove it yourself"):
+            save_adapter(old, tmp_path / name, SMALL, overwrite=True)
+    assert (tmp_path / "thesis" / "chapter.tex").read_text() == "years of work"
+    assert (tmp_path / "file").read_text() == "text"
+
+
+def test_through_a_link(old: Adapter, new: Adapter, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    folder, link = tmp_path / "there" / "a", tmp_path / "link"
+    save_adapter(old, folder, SMALL)
+    link.symlink_to(folder)
+    save_adapter(new, link, SMALL, overwrite=True)
+    assert link.is_symlink() and equal(load_adapter(folder, SMALL), new)
+
+
+def test_parents_are_made_and_others_may_read(old: Adapter, tmp_path: Path) -> None:
+    folder = tmp_path / "not" / "there" / "a"
+    before = os.umask(0o027)
+    try:
+        save_adapter(old, folder, SMALL)
+    finally:
+        os.umask(before)
+    assert folder.stat().st_mode & 0o777 == 0o750
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o640}
+
+
+# Writes that fail
+
+
+@contextmanager
+def no_file_larger_than(size: int) -> Iterator[None]:
+    """The system itself refuses to write on, as it does on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("size", [100, 2000], ids=["in the config", "in the weights"])
+def test_a_write_that_fails_keeps_the_old_one(old: Adapter, new: Adapter, tmp_path: Path, size: int) -> None:
+    folder = tmp_path / "a"
+    with no_file_larger_than(size), pytest.raises(ParaJaxError, match=r"a could not be written: .*File too large"):
+        save_adapter(old, folder, SMALL)
+    assert list(tmp_path.iterdir()) == []
+    save_adapter(old, folder, SMALL)
+    with no_file_larger_than(size), pytest.raises(ParaJaxError, match=r"a could not be written: .*File too large"):
+        save_adapter(new, folder, SMALL, overwrite=True)
+    assert equal(load_adapter(folder, SMALL), old)
+    assert only(folder)
+
+
+def test_no_place_to_write(old: Adapter, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ParaJaxError, match=r"a could not be written: .*Not a directory"):
+        save_adapter(old, tmp_path / "file" / "a", SMALL)
+
+
+SAVE_FOREVER = """
+import itertools, sys
+import jax
+from para_jax import ParaConfig, load_adapter, save_adapter
+from tests.helpers import SMALL
+
+adapter = load_adapter(sys.argv[1], SMALL)
+for i in itertools.count(1):
+    save_adapter(jax.tree.map(lambda x: x * 0 + i, adapter), sys.argv[1], SMALL, overwrite=True)
+    print(i, flush=True)
+"""
+
+
+def test_killed_while_saving(old: Adapter, tmp_path: Path) -> None:
+    """A process that overwrites one adapter again and again is killed: what is there is one version, whole."""
+    folder = tmp_path / "a"
+    rng = random.Random(0)
+    for _ in range(3):
+        save_adapter(old, folder, SMALL, overwrite=folder.exists())
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+        process = subprocess.Popen(
+            [sys.executable, "-c", SAVE_FOREVER, str(folder)], stdout=subprocess.PIPE, env=environment, text=True
+        )
+        assert process.stdout is not None
+        assert process.stdout.readline() == "1\n"
+        time.sleep(rng.uniform(0, 0.05))
+        os.kill(process.pid, signal.SIGKILL)
+        written = [1, *map(int, process.stdout.read().split())]
+        process.wait()
+        process.stdout.close()
+        values = {float(v) for x in jax.tree.leaves(load_adapter(folder, SMALL)) for v in np.unique(x)}
+        assert values in ({written[-1]}, {written[-1] + 1}), "the last one reported, or the next"
+        assert json.loads((folder / CONFIG).read_text())["r"] == 2
