@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from para_jax import AdapterBank, Backbone, ParaConfig, ParaJaxError, save_adapter
 from para_jax.adapters.bank import Adapter, Rows
+from para_jax.adapters.method import BackboneShape
+from para_jax.adjustment import Adjustment
 from tests.helpers import SMALL, random_adapter, random_backbone, random_bank
 
 ONE, TWO = ParaConfig(r=2), ParaConfig(r=3, pooling="mean", activation="silu")
@@ -175,6 +179,38 @@ def test_several_configurations_in_one_batch(backbone: Backbone) -> None:
         np.testing.assert_allclose(together[row], alone[row], atol=1e-5 * np.abs(alone).max(), rtol=0)
         if name is not None:
             assert np.abs(alone[row] - bare[row]).max() > 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Doubling:
+    """A method of another kind: no matter the prompt, and even with weights of zero, q_proj is at least doubled."""
+
+    method: ClassVar[str] = "doubling"
+    target_modules: tuple[str, ...] = ("q_proj",)
+
+    class Layer(nnx.Module):
+        def __init__(self, width: int):
+            self.more = nnx.Param(jnp.zeros((width,), jnp.float32))
+
+        def prepare(self, hidden_td: jax.Array, prompt_mask_t: jax.Array) -> Adjustment:
+            return Adjustment({"q_proj": 1 + self.more[...]})
+
+    def layer(self, shape: BackboneShape, rngs: nnx.Rngs) -> Layer:
+        return self.Layer(shape.sites["q_proj"].outputs)
+
+
+def test_any_method_fits_in(backbone: Backbone) -> None:
+    """Rows that are not its own stay as they are, whatever a method makes of weights that are all zero."""
+    bank = random_bank({"para": ParaConfig(r=2), "double": Doubling()}, backbone.config, scale=0.3)
+    rows = bank.rows(["double", None, "para"])
+    hidden, mask = jnp.ones((3, 4, SMALL.hidden_size)), jnp.ones((3, 4), bool)
+    first_layer = jax.tree.map(lambda x: x[0], rows.per_layer())
+    offsets = rows.prepare(first_layer, hidden, mask).offsets
+    assert np.array_equal(offsets["q_proj"][0], 1 + bank["double"].tensors()["more"][0])
+    assert not np.any(offsets["up_proj"][0])
+    assert not any(np.any(x[1]) for x in offsets.values())
+    alone = bank.remove("double").rows([None, None, "para"]).prepare(first_layer[:1], hidden, mask).offsets
+    assert all(np.array_equal(alone[site][2], x[2]) for site, x in offsets.items())
 
 
 def test_repeats_are_consecutive_rows_of_one_tenant(backbone: Backbone) -> None:
