@@ -33,6 +33,18 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_adapters(parser: argparse.ArgumentParser) -> None:
+    """--adapters."""
+    parser.add_argument("--adapters", metavar="DIR", help="folder with NAME/ for each tenant (finetune's --out)")
+
+
+def add_tenants(parser: argparse.ArgumentParser) -> None:
+    """--tenant, with a file for each."""
+    parser.add_argument(
+        "--tenant", metavar="NAME=FILE.jsonl", action="append", required=True, help="a tenant and its rows; repeat"
+    )
+
+
 def load_model(args: argparse.Namespace) -> tuple[Backbone, Any]:
     """The backbone and its tokenizer. Raises ParaJaxError if either cannot be had."""
     from para_jax import Backbone, tiny_backbone_path

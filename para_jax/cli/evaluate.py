@@ -21,14 +21,8 @@ from para_jax.errors import ParaJaxError, unknown
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_model(parser)
-    parser.add_argument("--adapters", metavar="DIR", help="folder with NAME/ for each tenant (finetune's --out)")
-    parser.add_argument(
-        "--tenant",
-        metavar="NAME=FILE.jsonl",
-        action="append",
-        required=True,
-        help="a tenant and its rows; repeat",
-    )
+    common.add_adapters(parser)
+    common.add_tenants(parser)
     parser.add_argument("--json", metavar="OUT.json", help="write the scores")
     parser.add_argument("--predictions", metavar="OUT.jsonl", help="write every row with what was answered")
     parser.add_argument("--overwrite", action="store_true", help="replace these files if they exist")

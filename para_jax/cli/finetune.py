@@ -16,13 +16,7 @@ from para_jax.cli import common
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_model(parser)
-    parser.add_argument(
-        "--tenant",
-        metavar="NAME=FILE.jsonl",
-        action="append",
-        required=True,
-        help="a tenant and its rows; repeat",
-    )
+    common.add_tenants(parser)
     parser.add_argument("--out", metavar="DIR", required=True, help="folder for adapters, checkpoints and metrics")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, if there is one")
     parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")

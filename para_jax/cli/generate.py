@@ -19,7 +19,7 @@ from para_jax.errors import ParaJaxError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_model(parser)
-    parser.add_argument("--adapters", metavar="DIR", help="folder with NAME/ for each tenant (finetune's --out)")
+    common.add_adapters(parser)
     parser.add_argument("--input", metavar="ROWS.jsonl", help="rows to answer")
     parser.add_argument("--output", metavar="OUT.jsonl", help="where the answered rows go")
     parser.add_argument("--overwrite", action="store_true", help="replace --output if it exists")

@@ -81,7 +81,7 @@ def rows_of_step(seed: int, tenant: str, size: int, step: int, rows: int) -> lis
     It depends on the seed, the tenant's name and the step only, so a run that resumes goes on with the same rows
     and a tenant sees the same ones whoever trains beside it.
 
-    >>> sorted(rows_of_step(0, "acme", 4, 0, 3) + rows_of_step(0, "acme", 4, 1, 1))
+    >>> sorted(rows_of_step(0, "acme", 4, step=0, rows=2) + rows_of_step(0, "acme", 4, step=1, rows=2))
     [0, 1, 2, 3]
     """
     places = range(step * rows, (step + 1) * rows)
