@@ -34,8 +34,7 @@ class Adapter:
     @classmethod
     def create(cls, config: MethodConfig, shape: BackboneShape, key: Array) -> Adapter:
         """A fresh adapter, which is the identity."""
-        keys = jax.random.split(key, shape.num_hidden_layers)
-        return cls(config, jax.vmap(lambda k: config.layer(shape, nnx.Rngs(k)))(keys))
+        return cls(config, _fresh(config, shape, key))
 
     @property
     def size(self) -> int:
@@ -53,10 +52,16 @@ class Adapter:
             raise ParaJaxError(f"an adapter does not fit the backbone it is used with: {'; '.join(problems)}")
 
 
+@partial(jax.jit, static_argnums=(0, 1))
+def _fresh(config: MethodConfig, shape: BackboneShape, key: Array) -> Any:
+    keys = jax.random.split(key, shape.num_hidden_layers)
+    return jax.vmap(lambda k: config.layer(shape, nnx.Rngs(k)))(keys)
+
+
 @lru_cache(maxsize=64)
 def abstract_layers(config: MethodConfig, shape: BackboneShape) -> Any:
     """The layers of an adapter with shapes and dtypes only."""
-    return jax.eval_shape(lambda: Adapter.create(config, shape, jax.random.key(0)).layers)
+    return jax.eval_shape(partial(_fresh, config, shape), jax.random.key(0))
 
 
 def mismatches(tensors: Mapping[str, Any], config: MethodConfig, shape: BackboneShape) -> list[str]:

@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder to write (default: ./para-jax-quickstart)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
-    parser.add_argument("--steps", type=int, default=300, help="default: 300")
+    parser.add_argument("--steps", type=int, default=250, help="default: 250")
     parser.add_argument("--lr", type=float, default=5e-3, help="highest learning rate (default: 5e-3)")
     parser.add_argument("--seed", type=int, default=0)
     parser.set_defaults(model=None, dtype="auto")

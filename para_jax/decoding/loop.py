@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from para_jax.adapters.bank import Rows
 from para_jax.backbones.decoder import Backbone, DecodeState
+from para_jax.data import batches
 from para_jax.decoding.sampling import Sampler, seen_tokens
 from para_jax.decoding.stops import MATCHED, START
 
@@ -25,18 +26,12 @@ if TYPE_CHECKING:
 
 
 def bucket(n: int, most: int) -> int:
-    """The least of 16, 24, 32, 48, 64, 96, ... that holds `n`, or `most` if that is less.
-
-    Programs are compiled for these lengths. With two to an octave a batch has at most half as many columns
-    again as it needs, a fifth more on average, and there are a dozen lengths up to 1,024.
+    """The length that programs are compiled for which holds `n`, or `most` if that is less.
 
     >>> [bucket(n, 2000) for n in (3, 17, 33, 64, 1500, 1600)]
     [16, 24, 48, 64, 1536, 2000]
     """
-    size = 16
-    while size < n:
-        size *= 2
-    return min(size * 3 // 4 if size > 16 and n <= size * 3 // 4 else size, most)
+    return min(batches.bucket(n), most)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["limit_b", "eos_e", "table_sv"], meta_fields=[])

@@ -89,6 +89,8 @@ def _check(
     for tenant in examples:
         if bank is not None and tenant not in bank:
             raise unknown("tenant", tenant, bank.names)
+        if tenant not in limits:
+            raise ParaJaxError(f"max_new_tokens has no value for tenant {tenant!r}; give one for each, or one number")
         if not examples[tenant]:
             problems.append(f"tenant {tenant!r} has no rows to evaluate")
         room = context - limits[tenant]

@@ -91,8 +91,8 @@ def test_references_take_the_place_of_the_response_and_make_bleu(world):
 
 def test_the_likeliest_choice_is_the_one_that_counts(world):
     backbone, tokenizer, bank, _ = world
-    choices = [" happy", " sad", " sad and lost"]
-    rows = [{"prompt": p, "response": choices[i % 3].strip(), "choices": choices} for i, p in enumerate(PROMPTS)]
+    choices = ["happy", "sad", "sad and lost"]
+    rows = [{"prompt": p, "response": choices[i % 3], "choices": choices} for i, p in enumerate(PROMPTS)]
     examples = encode(world, [*rows, {"prompt": "Call me", "response": "sad"}])
     end = backbone.config.eos_token_ids[0]
     likelihoods = choice_log_likelihoods(
