@@ -9,19 +9,20 @@ import common
 import jax
 import jax.numpy as jnp
 
+from para_jax.backbones.linear import product
+
 
 def products_program(backbone: Any, rows: int) -> Callable[[], float]:
     """Seconds that the products of one decode step take, each on the result of the one before."""
     c, steps = backbone.config, 8
 
-    def product(x: Any, weight: Any) -> Any:
-        weight = weight.reshape(-1, weight.shape[-1])
-        return jnp.einsum("bi,oi->bo", x, weight, preferred_element_type=jnp.float32).astype(x.dtype)
+    def multiply(x: Any, weight: Any) -> Any:
+        return product(x[:, None], weight).reshape(rows, -1)
 
     def layer(x: Any, block: Any) -> tuple[Any, None]:
-        x = product(x, block.qkv[...])[:, : c.num_attention_heads * c.head_dim]
-        x = product(product(x, block.out[...]), block.gate_up[...])[:, : c.intermediate_size]
-        x = product(x, block.down[...])
+        x = multiply(x, block.qkv[...])[:, : c.num_attention_heads * c.head_dim]
+        x = multiply(multiply(x, block.out[...]), block.gate_up[...])[:, : c.intermediate_size]
+        x = multiply(x, block.down[...])
         # Kept near one: numbers that fade to the smallest there are would make products slow.
         return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=1, keepdims=True)), None
 
@@ -34,7 +35,7 @@ def products_program(backbone: Any, rows: int) -> Callable[[], float]:
                 for block in backbone.blocks:
                     x, _ = layer(x, block)
             head = backbone.embed if c.tie_word_embeddings else backbone.head
-            return x + 0.01 * jnp.max(product(x, head[...]), axis=1, keepdims=True)
+            return x + 0.01 * jnp.max(multiply(x, head[...]), axis=1, keepdims=True)
 
         return jax.lax.fori_loop(0, steps, step, x)
 
@@ -56,7 +57,7 @@ def wide_program(backbone: Any, rows: int) -> Callable[[], float]:
 
     @jax.jit
     def read(x: Any, weights: Any) -> Any:
-        return [jnp.max(jnp.einsum("bi,oi->bo", x, w, preferred_element_type=jnp.float32)) for w in weights]
+        return [jnp.max(product(x[:, None], w)) for w in weights]
 
     def rate() -> float:
         seconds = min(common.timed(lambda: jax.block_until_ready(read(x, weights)))[0] for _ in range(3))

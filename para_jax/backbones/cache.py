@@ -1,10 +1,10 @@
-"""Keys and values of the tokens so far."""
+"""What a batch in flight holds: keys and values of the tokens so far, and the Adjustments."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -88,3 +88,19 @@ class Cache:
             return where[:, index_b]
 
         return Cache(pick(self.keys), pick(self.values), self.valid_bs[index_b], self.column, self.position_b[index_b])
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["cache", "adjustments"], meta_fields=[])
+@dataclass(frozen=True)
+class DecodeState:
+    """All that a batch in flight holds: its keys and values, and each layer's Adjustment. No tenant, no adapter."""
+
+    cache: Cache
+    adjustments: Any
+
+    def rows(self, index_b: Int[Array, "b"]) -> DecodeState:
+        """The state of these rows of the batch, as beam search reorders and repeats them."""
+        axis = 0 if isinstance(self.adjustments, tuple) else 1
+        return DecodeState(
+            self.cache.rows(index_b), jax.tree.map(lambda x: jnp.take(x, index_b, axis=axis), self.adjustments)
+        )

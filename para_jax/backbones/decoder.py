@@ -8,8 +8,6 @@ Layers are a list that programs unroll, or stacked arrays that they scan: docs/b
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,8 +19,9 @@ from para_jax.adapters.bank import AdapterBank, Rows
 from para_jax.adjustment import Adjustment
 from para_jax.backbones import rope
 from para_jax.backbones.attention import attention
-from para_jax.backbones.cache import Cache
+from para_jax.backbones.cache import Cache, DecodeState
 from para_jax.backbones.config import BackboneConfig
+from para_jax.backbones.linear import product, rms_norm
 from para_jax.errors import ParaJaxError
 
 if TYPE_CHECKING:
@@ -30,22 +29,6 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
 Dtype = Literal["auto", "float32", "bfloat16"]
-
-
-@partial(jax.tree_util.register_dataclass, data_fields=["cache", "adjustments"], meta_fields=[])
-@dataclass(frozen=True)
-class DecodeState:
-    """All that a batch in flight holds: its keys and values, and each layer's Adjustment. No tenant, no adapter."""
-
-    cache: Cache
-    adjustments: Any
-
-    def rows(self, index_b: Int[Array, "b"]) -> DecodeState:
-        """The state of these rows of the batch, as beam search reorders and repeats them."""
-        axis = 0 if isinstance(self.adjustments, tuple) else 1
-        return DecodeState(
-            self.cache.rows(index_b), jax.tree.map(lambda x: jnp.take(x, index_b, axis=axis), self.adjustments)
-        )
 
 
 class Block(nnx.Module):
@@ -83,18 +66,18 @@ class Block(nnx.Module):
         k, hd = c.num_key_value_heads, c.head_dim
         g = c.num_attention_heads // k
 
-        qkv = _product(rms_norm(x_btd, self.attention_norm[...], c.rms_norm_eps), self.qkv[...])
+        qkv = product(rms_norm(x_btd, self.attention_norm[...], c.rms_norm_eps), self.qkv[...])
         q = adjustment.apply("q_proj", qkv[..., :g, :].reshape(b, t, -1)).reshape(b, t, k * g, hd)
         k_ = adjustment.apply("k_proj", qkv[..., g, :].reshape(b, t, -1)).reshape(b, t, k, hd)
         v = adjustment.apply("v_proj", qkv[..., g + 1, :].reshape(b, t, -1)).reshape(b, t, k, hd)
         q = rope.rotate(q, *angles).reshape(b, t, k, g, hd)
         mixed = attend(q, rope.rotate(k_, *angles).swapaxes(1, 2), v.swapaxes(1, 2))
-        x_btd = x_btd + adjustment.apply("o_proj", _product(mixed, self.out[...]))
+        x_btd = x_btd + adjustment.apply("o_proj", product(mixed, self.out[...]))
 
-        gate_up = _product(rms_norm(x_btd, self.mlp_norm[...], c.rms_norm_eps), self.gate_up[...])
+        gate_up = product(rms_norm(x_btd, self.mlp_norm[...], c.rms_norm_eps), self.gate_up[...])
         gate = adjustment.apply("gate_proj", gate_up[..., 0, :])
         up = adjustment.apply("up_proj", gate_up[..., 1, :])
-        return x_btd + adjustment.apply("down_proj", _product(jax.nn.silu(gate) * up, self.down[...]))
+        return x_btd + adjustment.apply("down_proj", product(jax.nn.silu(gate) * up, self.down[...]))
 
 
 class Backbone(nnx.Module):
@@ -253,7 +236,7 @@ class Backbone(nnx.Module):
     def logits(self, hidden_btd: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
         """The head, float32 out."""
         head = self.embed if self.config.tie_word_embeddings else self.head
-        return _product(hidden_btd, head[...], jnp.float32)
+        return product(hidden_btd, head[...], jnp.float32)
 
     def _layered(self, stacked: Any) -> Any:
         """Per-layer inputs in the form `_over_layers` takes: apart if the blocks are, stacked if they are."""
@@ -293,44 +276,6 @@ def batch_rows(bank: AdapterBank | None, tenants: Sequence[str | None] | None, b
     if bank is None:
         raise ParaJaxError("tenants were given but no bank; pass bank=AdapterBank.load({name: folder, ...}, config)")
     return bank.rows(tenants)
-
-
-def rms_norm(x: Float[Array, "*b d"], weight_d: Float[Array, "d"], eps: float) -> Float[Array, "*b d"]:
-    """Root-mean-square norm (Zhang and Sennrich, arXiv 1910.07467), in float32."""
-    x32 = x.astype(jnp.float32)
-    x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    return jnp.expand_dims(weight_d, range(x.ndim - 1)) * x32.astype(x.dtype)
-
-
-def _product(x: Float[Array, "b t i"], weight: Float[Array, "*o i"], dtype: Any = None) -> Float[Array, "b t *o"]:
-    """x W^T for a weight whose outputs may have several axes, as one wide product; in x's dtype unless one is given."""
-    out = _dot(x, weight.reshape(-1, weight.shape[-1]), dtype or x.dtype)
-    return out.reshape(*x.shape[:2], *weight.shape[:-1])
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _dot(x: Float[Array, "b t i"], weight: Float[Array, "o i"], dtype: Any) -> Float[Array, "b t o"]:
-    """Sums in float32 and says so, forward and backward.
-
-    A bfloat16 product that asks for bfloat16 back is four times slower on CPU than one that is rounded afterwards,
-    and the derivative JAX would take of the latter multiplies in float32.
-    """
-    return jnp.einsum("bti,oi->bto", x, weight, preferred_element_type=jnp.float32).astype(dtype)
-
-
-def _dot_forward(x: Array, weight: Array, dtype: Any) -> tuple[Array, tuple[Array, Array]]:
-    return _dot(x, weight, dtype), (x, weight)
-
-
-def _dot_backward(dtype: Any, kept: tuple[Array, Array], out: Array) -> tuple[Array, Array]:
-    x, weight = kept
-    out = out.astype(x.dtype)
-    dx = jnp.einsum("bto,oi->bti", out, weight, preferred_element_type=jnp.float32).astype(x.dtype)
-    dweight = jnp.einsum("bto,bti->oi", out, x, preferred_element_type=jnp.float32).astype(weight.dtype)
-    return dx, dweight
-
-
-_dot.defvjp(_dot_forward, _dot_backward)
 
 
 def compute_dtype(dtype: Dtype) -> jnp.dtype:

@@ -1,0 +1,60 @@
+"""The backbone's products and its norm, with the float32 sums spelled out."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+if TYPE_CHECKING:
+    from jax import Array
+    from jaxtyping import Float
+
+# Up to this many rows, as when decoding, a CPU reads weights faster in a product with columns (docs/backbone.md).
+FEW_ROWS = 32
+
+
+def rms_norm(x: Float[Array, "*b d"], weight_d: Float[Array, "d"], eps: float) -> Float[Array, "*b d"]:
+    """Root-mean-square norm (Zhang and Sennrich, arXiv 1910.07467), in float32."""
+    x32 = x.astype(jnp.float32)
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    return jnp.expand_dims(weight_d, range(x.ndim - 1)) * x32.astype(x.dtype)
+
+
+def product(x: Float[Array, "b t i"], weight: Float[Array, "*o i"], dtype: Any = None) -> Float[Array, "b t *o"]:
+    """x W^T for a weight whose outputs may have several axes, as one wide product; in x's dtype unless one is given."""
+    out = _dot(x, weight.reshape(-1, weight.shape[-1]), dtype or x.dtype)
+    return out.reshape(*x.shape[:2], *weight.shape[:-1])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _dot(x: Float[Array, "b t i"], weight: Float[Array, "o i"], dtype: Any) -> Float[Array, "b t o"]:
+    """Sums in float32 and says so, forward and backward.
+
+    A bfloat16 product that asks for bfloat16 back is four times slower on CPU than one that is rounded afterwards,
+    and the derivative JAX would take of the latter multiplies in float32.
+    """
+    b, t, _ = x.shape
+    if 1 < b * t <= FEW_ROWS and jax.default_backend() == "cpu":
+        # The weights times columns. XLA would turn it back into rows times weights; the barriers keep it from that.
+        columns = jax.lax.optimization_barrier(x.reshape(b * t, -1).T)
+        out = jax.lax.optimization_barrier(jnp.matmul(weight, columns, preferred_element_type=jnp.float32))
+        return out.T.reshape(b, t, -1).astype(dtype)
+    return jnp.einsum("bti,oi->bto", x, weight, preferred_element_type=jnp.float32).astype(dtype)
+
+
+def _dot_forward(x: Array, weight: Array, dtype: Any) -> tuple[Array, tuple[Array, Array]]:
+    return _dot(x, weight, dtype), (x, weight)
+
+
+def _dot_backward(dtype: Any, kept: tuple[Array, Array], out: Array) -> tuple[Array, Array]:
+    x, weight = kept
+    out = out.astype(x.dtype)
+    dx = jnp.einsum("bto,oi->bti", out, weight, preferred_element_type=jnp.float32).astype(x.dtype)
+    dweight = jnp.einsum("bto,bti->oi", out, x, preferred_element_type=jnp.float32).astype(weight.dtype)
+    return dx, dweight
+
+
+_dot.defvjp(_dot_forward, _dot_backward)
