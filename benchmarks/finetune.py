@@ -1,7 +1,7 @@
 """Fine-tuning eight tenants: all in one step with para_jax, against eight peft runs one after the other.
 
     python benchmarks/finetune.py                       (the tiny backbone, then the 32M shape)
-    python benchmarks/finetune.py --data FOLDER         (its *.jsonl files as tenants, instead of drawn rows)
+    python benchmarks/finetune.py --data A.jsonl B.jsonl ...      (tenants' files instead of drawn rows)
     python benchmarks/finetune.py --shapes tiny --steps 1 --rounds 1 --json small.json      (a smoke test)
 
 The same rows and tokens, the same number of rows of each tenant in a step, float32, two cores, AdamW with a
@@ -46,16 +46,13 @@ def drawn_rows(tenants: int, count: int, vocabulary: int) -> list[list[Row]]:
     return [[(ids(16, 64), ids(2, 24)) for _ in range(count)] for _ in range(tenants)]
 
 
-def rows_of_files(folder: Path, tenants: int, count: int, longest: int) -> list[list[Row]]:
-    """The first rows that are short enough of each *.jsonl file; fewer files than tenants serve several."""
+def rows_of_files(paths: list[Path], tenants: int, count: int, longest: int) -> list[list[Row]]:
+    """The first rows of each file that are short enough; fewer files than tenants serve several."""
     from transformers import AutoTokenizer
 
     from para_jax import BackboneConfig, tiny_backbone_path
     from para_jax.data.examples import read_examples
 
-    paths = sorted(folder.glob("*.jsonl"))
-    if not paths:
-        raise SystemExit(f"{folder} has no .jsonl files")
     tokenizer = AutoTokenizer.from_pretrained(tiny_backbone_path())
     eos = BackboneConfig.from_pretrained(tiny_backbone_path()).eos_token_ids
     found = []
@@ -73,7 +70,7 @@ def rows_of_step(rows: list[Row], step: int, count: int) -> list[Row]:
     return [rows[(step * count + i) % len(rows)] for i in range(count)]
 
 
-def para_jax_worker(folder: str, data: list[list[Row]], count: int, remat: bool) -> dict[str, Any]:
+def para_jax_worker(folder: str, data: list[list[Row]], count: int, remat: bool | None) -> dict[str, Any]:
     compilations = common.count_compilations()
     import jax
 
@@ -88,12 +85,13 @@ def para_jax_worker(folder: str, data: list[list[Row]], count: int, remat: bool)
     bank = AdapterBank.create(dict.fromkeys(names, ParaConfig(r=12)), backbone.config)
     settings = stack_settings(bank, dict.fromkeys(names, Settings(steps=10**6, lr=1e-3)))
     state = [TrainState.create(bank)]
+    options = {} if remat is None else {"remat": remat}
 
     def one(step: int) -> tuple[list[float], int]:
         """A step as the training loop takes it: the batch is made here, and losses are fetched."""
         rows = [[Example("", "", tuple(p), tuple(r)) for p, r in rows_of_step(t, step, count)] for t in data]
         batch = pad([rows])
-        state[0], values = train_step(backbone, state[0], settings, batch, tenants=names, remat=remat)
+        state[0], values = train_step(backbone, state[0], settings, batch, tenants=names, **options)
         return jax.device_get(values["loss"]).tolist(), batch.size
 
     def run(first: int, steps: int) -> tuple[float, int]:
@@ -256,8 +254,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4, help="of each tenant in a step")
     parser.add_argument("--steps", type=int, default=4, help="timed steps of a run")
     parser.add_argument("--threads", type=int, default=2, help="cores that a system may use")
-    parser.add_argument("--data", type=Path, help="folder of .jsonl files to use as tenants")
-    parser.add_argument("--remat", action=argparse.BooleanOptionalAction, default=True, help="in our step")
+    parser.add_argument("--data", type=Path, nargs="+", help=".jsonl files to use as tenants")
+    parser.add_argument("--remat", action=argparse.BooleanOptionalAction, help="in our step (default: as it is)")
     args = parser.parse_args()
     environment = common.environment()
 
@@ -287,7 +285,7 @@ def main() -> None:
     common.print_goals(goals)
     environment |= {key: results[args.shapes[0]][key] for key in ("backend", "devices")}
     options = {k: getattr(args, k) for k in ("tenants", "rows", "steps", "rounds", "threads", "remat")}
-    options["data"] = args.data.name if args.data else "drawn"
+    options["data"] = [f"{path.parent.name}/{path.name}" for path in args.data] if args.data else "drawn"
     report = {"environment": environment, **options, "results": results, "goals": goals}
     common.write_json(args.json, "finetune", report)
 

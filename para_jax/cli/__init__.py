@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -36,6 +37,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a verb and returns its exit code: 0, 1 for a mistake of the caller, 130 for Ctrl-C."""
     args = parser().parse_args(argv)
+    # transformers would say that torch is missing, which nothing here needs.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from para_jax.errors import ParaJaxError
 
     try:

@@ -30,7 +30,7 @@ def plot(lines: list[dict[str, Any]], report: dict[str, Any], path: Path) -> Non
         bars = right.bar(at, values, width=0.33, color=("0.75", "C0")[i], label=when)
         right.bar_label(bars, [f"{v:.2f}" for v in values])
     right.set_xticks(range(len(names)), names)
-    right.set(ylabel="exact match on held-out prompts", title="the same backbone, before and after", ylim=(0, 1.12))
+    right.set(ylabel="exact match on held-out prompts", title="the same backbone, before and after", ylim=(0, 1.25))
     right.legend(frameon=False, loc="upper left", ncols=2)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
