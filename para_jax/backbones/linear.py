@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from jax import Array
     from jaxtyping import Float
 
-# Up to this many rows, as when decoding, a CPU reads weights faster in a product with columns (docs/backbone.md).
+# Up to this many rows, as when decoding, a CPU reads float32 weights faster in a product with columns (docs/backbone.md).
 FEW_ROWS = 32
 
 
@@ -37,7 +37,7 @@ def _dot(x: Float[Array, "b t i"], weight: Float[Array, "o i"], dtype: Any) -> F
     and the derivative JAX would take of the latter multiplies in float32.
     """
     b, t, _ = x.shape
-    if 1 < b * t <= FEW_ROWS and jax.default_backend() == "cpu":
+    if 1 < b * t <= FEW_ROWS and x.dtype == jnp.float32 and jax.default_backend() == "cpu":
         # The weights times columns. XLA would turn it back into rows times weights; the barriers keep it from that.
         columns = jax.lax.optimization_barrier(x.reshape(b * t, -1).T)
         out = jax.lax.optimization_barrier(jnp.matmul(weight, columns, preferred_element_type=jnp.float32))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.activations import ACT2FN
@@ -18,7 +19,7 @@ from transformers.activations import ACT2FN
 from para_jax import BackboneConfig, ParaConfig
 from para_jax.adapters.bank import abstract_layers, named_leaves
 from para_jax.adapters.para import RATIONAL_DENOMINATOR, RATIONAL_NUMERATOR, Activation, ParaLayer, Pooling, rational
-from tests.helpers import SMALL, random_adapter, random_backbone, random_bank
+from tests.helpers import SMALL, random_backbone, random_bank
 
 T, D = 7, SMALL.hidden_size
 MASKS = {
@@ -32,8 +33,10 @@ MASKS = {
 
 
 def layer_of(config: ParaConfig, seed: int = 0, scale: float = 0.5) -> ParaLayer:
-    """The first layer of a random adapter."""
-    return jax.tree.map(lambda x: x[0], random_adapter(config, SMALL, seed, scale).layers)
+    """One layer with every weight drawn from N(0, scale); by NumPy, which has nothing to compile."""
+    leaves, tree = jax.tree.flatten(jax.eval_shape(lambda: config.layer(SMALL, nnx.Rngs(0))))
+    rng = np.random.default_rng(seed)
+    return jax.tree.unflatten(tree, [jnp.asarray(scale * rng.normal(size=x.shape), jnp.float32) for x in leaves])
 
 
 def hidden_with_rubbish(mask: list[int], seed: int = 0) -> np.ndarray:

@@ -12,7 +12,7 @@ import pytest
 
 from para_jax import tiny_backbone_path
 
-STEPS, EVERY = 14, 3
+STEPS, EVERY = 60, 7
 
 
 def command(tmp_path, out, *more):
@@ -29,7 +29,7 @@ def command(tmp_path, out, *more):
         tenants += ["--tenant", f"{name}={path}"]
     return [
         sys.executable, "-m", "para_jax", "finetune", "--model", tiny_backbone_path(), *tenants, "--out", str(out),
-        "--rows", "2", "--steps", str(STEPS), "--steps", "acme=9", "--lr", "5e-3", "--checkpoint-every", str(EVERY),
+        "--rows", "2", "--steps", str(STEPS), "--steps", "acme=25", "--lr", "5e-3", "--checkpoint-every", str(EVERY),
         *more,
     ]  # fmt: skip
 
@@ -65,7 +65,7 @@ def uninterrupted(tmp_path_factory):
 
 def test_killed_at_several_moments(tmp_path, uninterrupted):
     out = tmp_path / "out"
-    for step in (2, 7, 12):
+    for step in (3, 20, 40):
         code = kill_at(command(tmp_path, out, "--resume"), out, step, signal.SIGKILL)
         assert code == -signal.SIGKILL
     done = subprocess.run(command(tmp_path, out, "--resume"), check=True, capture_output=True, text=True)
@@ -97,7 +97,7 @@ def test_other_data_or_settings_are_refused(tmp_path):
     before = results(out)
     refused = subprocess.run(command(tmp_path, out, "--resume"), capture_output=True, text=True)
     assert refused.returncode == 1
-    assert "tenants.acme.steps was 1 and is 9" in refused.stderr and "Traceback" not in refused.stderr
+    assert "tenants.acme.steps was 1 and is 25" in refused.stderr and "Traceback" not in refused.stderr
     exists = subprocess.run(command(tmp_path, out), capture_output=True, text=True)
     assert exists.returncode == 1 and "--resume" in exists.stderr and "--overwrite" in exists.stderr
     assert results(out) == before
