@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from jax import Array
     from jaxtyping import Float
 
-# Up to this many rows, as when decoding, a CPU reads float32 weights faster in a product with columns (docs/backbone.md).
+# Up to this many rows, as when decoding, a CPU reads float32 weights faster in a product with columns
+# (docs/backbone.md).
 FEW_ROWS = 32
 
 

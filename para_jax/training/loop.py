@@ -110,6 +110,9 @@ def finetune(
                 pending = (step + 1, batch, values)
                 done = step + 1
                 if stop.is_set() or done % checkpoint_every == 0 or done == total:
+                    # First the metrics: a resumed run begins behind this step and would not write its line.
+                    report()
+                    pending = None
                     checkpoints.save(done, state)
                 if stop.is_set() and done < total:
                     break
