@@ -103,7 +103,7 @@ def para_jax_worker(folder: str, data: list[list[Row]], count: int, remat: bool 
         return {
             "backend": jax.default_backend(),
             "devices": [device.device_kind for device in jax.local_devices()],
-            "parameters": bank[names[0]].size,
+            "parameters": ParaConfig(r=12).size(backbone.config),
             "backbone": backbone.config.size,
             "dtype": str(backbone.dtype),
         }

@@ -18,6 +18,8 @@ _PUBLIC = {
     "Backbone": "para_jax.backbones.decoder",
     "BackboneConfig": "para_jax.backbones.config",
     "Completion": "para_jax.decoding.generate",
+    "IA3Config": "para_jax.adapters.ia3",
+    "LoraConfig": "para_jax.adapters.lora",
     "ParaConfig": "para_jax.adapters.para",
     "ParaJaxError": "para_jax.errors",
     "complete": "para_jax.decoding.generate",
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
     from para_jax.adapters.bank import AdapterBank as AdapterBank
     from para_jax.adapters.files import load_adapter as load_adapter
     from para_jax.adapters.files import save_adapter as save_adapter
+    from para_jax.adapters.ia3 import IA3Config as IA3Config
+    from para_jax.adapters.lora import LoraConfig as LoraConfig
     from para_jax.adapters.para import ParaConfig as ParaConfig
     from para_jax.backbones.config import BackboneConfig as BackboneConfig
     from para_jax.backbones.decoder import Backbone as Backbone

@@ -6,8 +6,9 @@ token. Decoding only ever sees Adjustments, so it does not know which tenant, or
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import jax
@@ -15,62 +16,170 @@ import jax.numpy as jnp
 
 if TYPE_CHECKING:
     from jax import Array
-    from jaxtyping import Bool, Float
+    from jaxtyping import Bool, Float, Key
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LowRank:
+    """A pair of thin matrices (LoRA, Hu et al., arXiv 2106.09685): x is changed into `x down^T up^T`.
+
+    The scale alpha / r is in `up` already. In a batch, each pair serves as many consecutive rows as there are rows
+    to a pair, so that rows of one tenant are one product.
+    """
+
+    down: Float[Array, "*n r inputs"]
+    up: Float[Array, "*n outputs r"]
+
+    def __call__(self, x: Float[Array, "b t inputs"]) -> Float[Array, "b t outputs"]:
+        """The change of the site's output, float32."""
+        n, (b, t, _) = self.down.shape[0], x.shape
+        x = x.reshape(n, b // n * t, -1)
+        thin = jnp.einsum("nti,nri->ntr", x, self.down, preferred_element_type=jnp.float32).astype(x.dtype)
+        return jnp.einsum("ntr,nor->nto", thin, self.up, preferred_element_type=jnp.float32).reshape(b, t, -1)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Dropout:
+    """Which inputs of low-rank pairs are dropped while training: a random key and a rate for each row."""
+
+    key_b: Key[Array, "b"]
+    rate_b: Float[Array, "b"]
+
+    def __call__(self, site: str, x: Float[Array, "b t inputs"]) -> Float[Array, "b t inputs"]:
+        """x with a share of its entries zero and the others made larger by as much."""
+
+        def row(key: Array, rate: Array, x_ti: Array) -> Array:
+            kept = jax.random.bernoulli(jax.random.fold_in(key, zlib.crc32(site.encode())), 1 - rate, x_ti.shape)
+            return jnp.where(kept, x_ti / (1 - rate).astype(x_ti.dtype), 0)
+
+        return jax.vmap(row)(self.key_b, self.rate_b, x)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Adjustment:
-    """A prepared adapter of one layer: for each adjusted site, how far its scale is from one.
+    """A prepared adapter of one layer: at each adjusted site, how its output `y` of an input `x` changes.
 
-    A site's output `y` becomes `y * (1 + offset)`. The offset is kept instead of the scale because bfloat16 has
-    eight bits around one and full relative precision around zero; the sum is taken in float32. Offsets are
-    indexed by a site's Hugging Face name (`q_proj`, ...) and shaped (features,) for one sequence or
-    (batch, features) for a batch. The empty Adjustment is the identity and costs nothing.
+    `y` becomes `y * (1 + offset) + x down^T up^T`. The offset is kept instead of the scale because bfloat16 has
+    eight bits around one and full relative precision around zero; the sum is taken in float32. Both are linear in
+    what is kept, so Adjustments can be weighted and summed. The empty Adjustment is the identity and costs nothing.
+
+    Attributes:
+      offsets: by a site's Hugging Face name (`q_proj`, ...), (features,) for one sequence or (b, features).
+      later: offsets that leave the prompt's own tokens alone.
+      pairs: low-rank pairs by site.
+      dropout: of the pairs' inputs, only while training.
 
     >>> import jax.numpy as jnp
     >>> adjustment = Adjustment({"q_proj": jnp.array([[0.5, -1.0]])})
-    >>> adjustment.apply("q_proj", jnp.array([[[2.0, 2.0], [4.0, 4.0]]])).tolist()
+    >>> x = jnp.ones((1, 2, 3))
+    >>> adjustment.apply("q_proj", x, jnp.array([[[2.0, 2.0], [4.0, 4.0]]])).tolist()
     [[[3.0, 0.0], [6.0, 0.0]]]
-    >>> adjustment.apply("k_proj", jnp.ones((1, 1, 2))).tolist()
-    [[[1.0, 1.0]]]
+    >>> adjustment.apply("k_proj", x, jnp.ones((1, 2, 2))).tolist()
+    [[[1.0, 1.0], [1.0, 1.0]]]
+    >>> pair = LowRank(down=jnp.ones((1, 1, 3)), up=jnp.array([[[1.0], [2.0]]]))
+    >>> Adjustment(pairs={"q_proj": pair}).apply("q_proj", x, jnp.zeros((1, 2, 2))).tolist()
+    [[[3.0, 6.0], [3.0, 6.0]]]
     """
 
     offsets: Mapping[str, Float[Array, "*b features"]] = field(default_factory=dict)
+    later: Mapping[str, Float[Array, "*b features"]] = field(default_factory=dict)
+    pairs: Mapping[str, LowRank] = field(default_factory=dict)
+    dropout: Dropout | None = None
 
-    def apply(self, site: str, y: Float[Array, "*b t features"]) -> Float[Array, "*b t features"]:
-        """Adjusts the output of one site, in float32, and returns it in its own dtype."""
-        if site not in self.offsets:
-            return y
-        scale = 1 + self.offsets[site].astype(jnp.float32)
-        return (y.astype(jnp.float32) * scale[..., None, :]).astype(y.dtype)
+    def apply(
+        self,
+        site: str,
+        x: Float[Array, "b t inputs"],
+        y: Float[Array, "b t features"],
+        prompt_bt: Bool[Array, "b t"] | None = None,
+    ) -> Float[Array, "b t features"]:
+        """Adjusts the output of one site, in float32, and returns it in its own dtype.
 
-    def where(self, member_b: Bool[Array, "b"]) -> Adjustment:
-        """This Adjustment in the rows that `member_b` marks, the identity in the others.
-
-        >>> adjustment = Adjustment({"q_proj": jnp.ones((2, 1))})
-        >>> adjustment.where(jnp.array([True, False])).offsets["q_proj"].tolist()
-        [[1.0], [0.0]]
+        `prompt_bt` marks the tokens of the prompt; without it there are none, as when decoding.
         """
-        return jax.tree.map(lambda x: jnp.where(member_b[:, None], x, 0), self)
+        out = self.scaled(site, y.astype(jnp.float32), prompt_bt)
+        if site in self.pairs:
+            out = out + self.change(site, x)
+        return out.astype(y.dtype)
+
+    def scaled(
+        self, site: str, y: Float[Array, "b t features"], prompt_bt: Bool[Array, "b t"] | None
+    ) -> Float[Array, "b t features"]:
+        """The part of `apply` that scales."""
+        scale = 1.0 + self.offsets[site].astype(jnp.float32)[..., None, :] if site in self.offsets else None
+        if site in self.later:
+            later = self.later[site].astype(jnp.float32)[..., None, :]
+            later = later if prompt_bt is None else jnp.where(prompt_bt[..., None], 0.0, later)
+            scale = 1.0 + later if scale is None else scale + later
+        return y if scale is None else y * scale
+
+    def change(self, site: str, x: Float[Array, "b t inputs"]) -> Float[Array, "b t features"]:
+        """The part of `apply` that adds, float32."""
+        return self.pairs[site](x if self.dropout is None else self.dropout(site, x))
+
+    def weighted(self, strength_n: Float[Array, "n"]) -> Adjustment:
+        """Each row's change times its strength; with strength 0 the row is the identity, whatever it held.
+
+        >>> adjustment = Adjustment({"q_proj": jnp.array([[1.0], [jnp.nan], [1.0]])})
+        >>> adjustment.weighted(jnp.array([1.0, 0.0, 0.5])).offsets["q_proj"].tolist()
+        [[1.0], [0.0], [0.5]]
+        """
+
+        def weigh(x: Array) -> Array:
+            # A pair may serve several rows, all of one adapter and so of one strength.
+            weight = strength_n[:: strength_n.size // x.shape[0]].reshape(-1, *[1] * (x.ndim - 1))
+            return jnp.where(weight == 0, 0, x * weight.astype(x.dtype))
+
+        pairs = {site: LowRank(pair.down, weigh(pair.up)) for site, pair in self.pairs.items()}
+        offsets, later = jax.tree.map(weigh, (self.offsets, self.later))
+        return replace(self, offsets=offsets, later=later, pairs=pairs)
+
+    def settled(self) -> Adjustment:
+        """The form for the tokens after the prompt, which are all alike."""
+        offsets = dict(self.offsets)
+        for site, x in self.later.items():
+            offsets[site] = offsets[site] + x if site in offsets else x
+        return Adjustment(offsets, pairs=self.pairs)
 
     def astype(self, dtype: jnp.dtype) -> Adjustment:
-        """The form in which it waits for the tokens: two bytes a feature in bfloat16."""
-        return jax.tree.map(lambda x: x.astype(dtype), self)
+        """The form in which it waits for the tokens: two bytes a number in bfloat16."""
+        offsets, later, pairs = jax.tree.map(lambda x: x.astype(dtype), (self.offsets, self.later, self.pairs))
+        return Adjustment(offsets, later, pairs, self.dropout)
 
 
-def merge(adjustments: Iterable[Adjustment]) -> Adjustment:
-    """One Adjustment for a batch whose rows were prepared by different adapters.
+def total(adjustments: Iterable[Adjustment], *, disjoint: bool) -> Adjustment:
+    """The sum of the changes that several Adjustments make to one batch.
 
-    Every row has at most one adapter, so all offsets but one are zero at each row and site and their sum is exact.
+    With `disjoint`, every row is changed by one of them at most: offsets are zero in all the others and their sum is
+    exact, and pairs are padded to the highest rank and share its place. Otherwise ranks stand side by side.
 
     >>> a = Adjustment({"q_proj": jnp.array([[0.5], [0.0]])})
     >>> b = Adjustment({"q_proj": jnp.array([[0.0], [2.0]]), "up_proj": jnp.array([[0.0], [1.0]])})
-    >>> {site: x.tolist() for site, x in merge([a, b]).offsets.items()}
+    >>> {site: x.tolist() for site, x in total([a, b], disjoint=True).offsets.items()}
     {'q_proj': [[0.5], [2.0]], 'up_proj': [[0.0], [1.0]]}
     """
     offsets: dict[str, Array] = {}
+    later: dict[str, Array] = {}
+    pairs: dict[str, LowRank] = {}
     for adjustment in adjustments:
-        for site, offset in adjustment.offsets.items():
-            offsets[site] = offsets[site] + offset if site in offsets else offset
-    return Adjustment(offsets)
+        for sums, parts in ((offsets, adjustment.offsets), (later, adjustment.later)):
+            for site, x in parts.items():
+                sums[site] = sums[site] + x if site in sums else x
+        for site, pair in adjustment.pairs.items():
+            pairs[site] = _joined(pairs[site], pair, disjoint) if site in pairs else pair
+    return Adjustment(offsets, later, pairs)
+
+
+def _joined(a: LowRank, b: LowRank, disjoint: bool) -> LowRank:
+    if not disjoint:
+        return LowRank(jnp.concatenate([a.down, b.down], -2), jnp.concatenate([a.up, b.up], -1))
+    rank = max(a.up.shape[-1], b.up.shape[-1])
+
+    def padded(pair: LowRank) -> LowRank:
+        more = (0, rank - pair.up.shape[-1])
+        return LowRank(jnp.pad(pair.down, [(0, 0), more, (0, 0)]), jnp.pad(pair.up, [(0, 0), (0, 0), more]))
+
+    return jax.tree.map(jnp.add, padded(a), padded(b))

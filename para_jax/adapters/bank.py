@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,13 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from para_jax.adapters.method import BackboneShape, MethodConfig
-from para_jax.adjustment import Adjustment, merge
+from para_jax.adapters.method import BackboneShape, MethodConfig, Prompt
+from para_jax.adjustment import Adjustment, Dropout, total
 from para_jax.errors import ParaJaxError, unknown
 
 if TYPE_CHECKING:
     from jax import Array
-    from jaxtyping import Bool, Float, Int
+    from jaxtyping import Float, Int, Key
+
+# A row of a batch: one tenant, none, or several with strengths.
+Tenant = str | None | Mapping[str, float]
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["layers"], meta_fields=["config"])
@@ -36,11 +39,6 @@ class Adapter:
         """A fresh adapter, which is the identity."""
         return cls(config, _fresh(config, shape, key))
 
-    @property
-    def size(self) -> int:
-        """The number of parameters."""
-        return sum(x.size for x in jax.tree.leaves(self.layers))
-
     def tensors(self) -> dict[str, Array]:
         """The weights by name: `down` (layers, d, r), and so on."""
         return named_leaves(self.layers)
@@ -55,7 +53,7 @@ class Adapter:
 @partial(jax.jit, static_argnums=(0, 1))
 def _fresh(config: MethodConfig, shape: BackboneShape, key: Array) -> Any:
     keys = jax.random.split(key, shape.num_hidden_layers)
-    return jax.vmap(lambda k: config.layer(shape, nnx.Rngs(k)))(keys)
+    return jax.vmap(lambda k, i: config.layer(shape, nnx.Rngs(k), i))(keys, jnp.arange(shape.num_hidden_layers))
 
 
 @lru_cache(maxsize=64)
@@ -100,47 +98,63 @@ class Group:
         return replace(self, names=self.names + (None,) * more, stack=stack)
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["members", "layers"], meta_fields=["repeats"])
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["strengths", "layers", "keys_b"],
+    meta_fields=["rates", "repeats", "composed"],
+)
 @dataclass(frozen=True)
 class Rows:
     """The adapters of a batch's rows: all that a program sees of a bank.
 
-    For each configuration, `layers` holds a method's layer with leaves (rows, layers, ...) and `members` which of
-    those rows it serves. Each adapter row serves `repeats` consecutive rows of the batch, so that rows of one
-    tenant share one copy of its weights and their gradients are summed in a fixed order. With no configuration
-    this is the identity, at no cost.
+    Each adapter row serves `repeats` consecutive rows of the batch, so that rows of one tenant share one copy of its
+    weights and their gradients are summed in a fixed order. With no entries this is the identity, at no cost.
+
+    Attributes:
+      strengths: for each configuration in use, how much of its adapter each row takes; 0 where it takes none.
+      layers: for each configuration, a method's layer with leaves (rows, layers, ...).
+      rates: for each configuration in use, the dropout of its pairs' inputs while training.
+      keys_b: a random key for each row of the batch, only while training: without it nothing is ever dropped.
+      composed: whether a row takes more than one adapter.
     """
 
-    members: tuple[Bool[Array, "rows"], ...] = ()
+    strengths: tuple[Float[Array, "rows"], ...] = ()
     layers: tuple[Any, ...] = ()
-    repeats: int = field(default=1)
+    rates: tuple[float, ...] = ()
+    keys_b: Key[Array, "b"] | None = None
+    repeats: int = 1
+    composed: bool = False
 
     def per_layer(self) -> tuple[Any, ...]:
         """`layers` with the layer axis in front, as a loop over the backbone's layers wants it."""
         return jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), self.layers)
 
-    def prepare(
-        self, layers: tuple[Any, ...], hidden_btd: Float[Array, "b t d"], prompt_mask_bt: Bool[Array, "b t"]
-    ) -> Adjustment:
-        """Prepares one layer's adapters, one entry of `per_layer`, for the whole batch.
+    def prepare(self, layers: tuple[Any, ...], layer: int | Int[Array, ""], prompt: Prompt) -> Adjustment:
+        """Prepares the adapters of layer number `layer`, one entry of `per_layer`, for the whole batch.
 
         Raises ParaJaxError if these are not the rows of this batch.
         """
-        served = [member.size * self.repeats for member in self.members]
-        if any(count != hidden_btd.shape[0] for count in served):
-            raise ParaJaxError(f"a batch of {hidden_btd.shape[0]} rows was given the adapters of {served[0]}")
-
-        def one(layer: Any, hidden_td: Array, mask_t: Array) -> Adjustment:
-            return layer.prepare(hidden_td, mask_t)
-
-        rows = hidden_btd.shape[0] // self.repeats
-        hidden, mask = (x.reshape(rows, self.repeats, *x.shape[1:]) for x in (hidden_btd, prompt_mask_bt))
-        prepare = jax.vmap(jax.vmap(one, in_axes=(None, 0, 0)))
+        b = prompt.mask_t.shape[0]
+        served = [strength.size * self.repeats for strength in self.strengths]
+        if any(count != b for count in served):
+            raise ParaJaxError(f"a batch of {b} rows was given the adapters of {served[0]}")
+        grouped = jax.tree.map(lambda x: x.reshape(b // self.repeats, self.repeats, *x.shape[1:]), prompt)
+        # Low-rank pairs do not depend on the prompt, and stay one for all the rows that share them.
+        shared = Adjustment(offsets=0, later=0, pairs=None)  # type: ignore[arg-type]
+        prepare = jax.vmap(jax.vmap(lambda one, p: one.prepare(p, layer), in_axes=(None, 0), out_axes=shared))
         adjustments = []
-        for layer, member in zip(layers, self.members, strict=True):
-            adjustment = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), prepare(layer, hidden, mask))
-            adjustments.append(adjustment.where(jnp.repeat(member, self.repeats)))
-        return merge(adjustments)
+        for strength, adapters in zip(self.strengths, layers, strict=True):
+            made = prepare(adapters, grouped)
+            offsets, later = jax.tree.map(lambda x: x.reshape(b, x.shape[-1]), (made.offsets, made.later))
+            adjustments.append(Adjustment(offsets, later, made.pairs).weighted(jnp.repeat(strength, self.repeats)))
+        adjustment = total(adjustments, disjoint=not self.composed)
+        if self.keys_b is None or not any(self.rates):
+            return adjustment
+        rate = jnp.zeros_like(self.strengths[0])
+        for strength, own in zip(self.strengths, self.rates, strict=True):
+            rate = jnp.where(strength != 0, own, rate)
+        keys_b = jax.vmap(lambda key: jax.random.fold_in(key, layer))(self.keys_b)
+        return replace(adjustment, dropout=Dropout(keys_b, jnp.repeat(rate, self.repeats)))
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["groups"], meta_fields=["shape"])
@@ -252,21 +266,39 @@ class AdapterBank:
             return self._with(g, self.groups[g].put(slot, name, adapter.layers))
         return self.remove(name).add(name, adapter)
 
-    def rows(self, tenants: Sequence[str | None], repeats: int = 1) -> Rows:
+    def rows(self, tenants: Sequence[Tenant], repeats: int = 1) -> Rows:
         """Gathers the adapters of a batch whose rows belong to `tenants`, each for `repeats` consecutive rows.
 
-        None is a row without an adapter. A batch of such rows only gets the identity and the adapter-free program.
+        A row's entry is a tenant's name, None for no adapter, or a dict of names and strengths: `{"acme": 0.5}` takes
+        half of what acme's adapter changes, and with several names their changes are added. Configurations that no
+        row uses cost nothing. A batch of None only gets the identity and the adapter-free program.
         """
-        if all(name is None for name in tenants):
-            return Rows()
-        places = [(-1, 0) if name is None else self._find(name) for name in tenants]
-        members, layers = [], []
+        wanted = [_strengths(tenant) for tenant in tenants]
+        places = [{self._find(name): strength for name, strength in row.items()} for row in wanted]
+        strengths, layers, rates = [], [], []
         for g, group in enumerate(self.groups):
-            end = len(group.names)
-            slots = np.array([slot if at == g else end for at, slot in places], np.int32)
-            members.append(jnp.asarray(slots < end))
-            layers.append(_gather(group.stack, slots))
-        return Rows(tuple(members), tuple(layers), repeats)
+            # A row may take several adapters of one configuration: the first of every row, the second, ...
+            of_rows = [[(slot, s) for (at, slot), s in row.items() if at == g] for row in places]
+            for turn in range(max(map(len, of_rows), default=0)):
+                nothing = (len(group.names), 0.0)
+                taken = [row[turn] if turn < len(row) else nothing for row in of_rows]
+                strengths.append(jnp.asarray(np.array([s for _, s in taken], np.float32)))
+                layers.append(_gather(group.stack, np.array([slot for slot, _ in taken], np.int32)))
+                rates.append(getattr(group.config, "lora_dropout", 0.0))
+        composed = any(len(row) > 1 for row in wanted)
+        return Rows(tuple(strengths), tuple(layers), tuple(rates), repeats=repeats, composed=composed)
+
+
+def _strengths(tenant: Tenant) -> Mapping[str, float]:
+    """A row's adapters and how much of each. Raises ParaJaxError for a strength that is no finite number."""
+    if tenant is None:
+        return {}
+    if isinstance(tenant, str):
+        return {tenant: 1.0}
+    for name, strength in tenant.items():
+        if not isinstance(strength, int | float) or not np.isfinite(strength):
+            raise ParaJaxError(f"the strength of {name!r} must be a finite number, not {strength!r}")
+    return {name: float(strength) for name, strength in tenant.items() if strength != 0}
 
 
 @jax.jit

@@ -98,7 +98,7 @@ def base_sizes(shape: BackboneShape) -> dict[str, Any]:
     return {
         "hidden_size": shape.hidden_size,
         "num_hidden_layers": shape.num_hidden_layers,
-        "sites": {name: list(site) for name, site in shape.sites.items()},
+        "sites": {name: [site.inputs, site.outputs] for name, site in shape.sites.items()},
     }
 
 

@@ -6,20 +6,23 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
+import jax
+
 from para_jax.adjustment import Adjustment
 from para_jax.errors import ParaJaxError, unknown
 
 if TYPE_CHECKING:
     from flax import nnx
     from jax import Array
-    from jaxtyping import Bool, Float
+    from jaxtyping import Bool, Float, Int
 
 
 class Site(NamedTuple):
-    """The width of a linear projection: `y = x W^T` with x (..., inputs) and y (..., outputs)."""
+    """A linear projection `y = x W^T` with x (..., inputs) and y (..., outputs), and where it is in a layer."""
 
     inputs: int
     outputs: int
+    path: str
 
 
 class BackboneShape(Protocol):
@@ -34,10 +37,28 @@ class BackboneShape(Protocol):
     def __hash__(self) -> int: ...
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """What an adapter may read of a prompt at one layer, for one sequence or with a leading batch axis.
+
+    Attributes:
+      hidden_td: the layer's input, the residual stream.
+      normed_td: the same behind the layer's first norm.
+      mask_t: which tokens are the prompt's; the others may hold anything.
+    """
+
+    hidden_td: Float[Array, "*b t d"]
+    normed_td: Float[Array, "*b t d"]
+    mask_t: Bool[Array, "*b t"]
+
+
 class AdapterLayer(Protocol):
     """One layer's trained weights of one tenant, a Flax module; stacked over layers and tenants by `vmap`."""
 
-    def prepare(self, hidden_td: Float[Array, "t d"], prompt_mask_t: Bool[Array, "t"]) -> Adjustment: ...
+    def prepare(self, prompt: Prompt, layer: int | Int[Array, ""]) -> Adjustment:
+        """Reads the prompt at layer number `layer`, which is a Python int where layers are unrolled."""
+        ...
 
 
 class MethodConfig(Protocol):
@@ -45,9 +66,14 @@ class MethodConfig(Protocol):
 
     method: ClassVar[str]
 
-    @property
-    def target_modules(self) -> tuple[str, ...]: ...
-    def layer(self, shape: BackboneShape, rngs: nnx.Rngs) -> AdapterLayer: ...
+    def layer(self, shape: BackboneShape, rngs: nnx.Rngs, layer: Int[Array, ""]) -> AdapterLayer:
+        """Fresh weights of layer number `layer`. Of an array's shape nothing depends on it."""
+        ...
+
+    def size(self, shape: BackboneShape) -> int:
+        """The number of parameters of an adapter."""
+        ...
+
     def __hash__(self) -> int: ...
 
 
@@ -77,9 +103,11 @@ def check_targets(target_modules: tuple[str, ...], shape: BackboneShape) -> None
 
 def methods() -> dict[str, type[Any]]:
     """Every method by the name that adapter_config.json and the command line use."""
+    from para_jax.adapters.ia3 import IA3Config
+    from para_jax.adapters.lora import LoraConfig
     from para_jax.adapters.para import ParaConfig
 
-    return {config.method: config for config in (ParaConfig,)}
+    return {config.method: config for config in (ParaConfig, LoraConfig, IA3Config)}
 
 
 def config_from_dict(method: str, fields: Mapping[str, Any]) -> Any:

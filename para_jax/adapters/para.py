@@ -17,16 +17,18 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from para_jax.adapters.method import BackboneShape, as_targets, check_targets
+from para_jax.adapters.method import BackboneShape, Prompt, as_targets, check_targets
 from para_jax.adjustment import Adjustment
 from para_jax.errors import ParaJaxError, unknown
 
 if TYPE_CHECKING:
     from jax import Array
-    from jaxtyping import Bool, Float
+    from jaxtyping import Bool, Float, Int
 
 Pooling = Literal["last", "mean", "max", "attention"]
 Activation = Literal["gelu", "relu", "silu", "rational"]
+Reading = Literal["hidden", "normed"]
+Scaled = Literal["all", "response"]
 
 # A least-squares fit of the rational activation to GeLU on [-5, 5]; it is nowhere more than 0.0033 off.
 RATIONAL_NUMERATOR = (0.0, 0.526309, 0.441216, 0.138235, 0.021213, 0.002016, 0.000126)
@@ -46,6 +48,9 @@ class ParaConfig:
       normalize: whether the pooled vector is divided by its root mean square, so that the generator sees the same
         scale at every depth of the residual stream.
       bias: whether the generator's up-projection has a bias, a prompt-independent part of the scale.
+      read: what the generator reads: the layer's input ("hidden"), or the same behind the layer's norm ("normed").
+      scale: which tokens are scaled: "all", or those after the prompt ("response"), which leaves the prompt's keys
+        and values as the backbone makes them.
       init_std: standard deviation of W_down at the start. W_up starts at zero, which makes a fresh adapter the
         identity.
 
@@ -63,24 +68,40 @@ class ParaConfig:
     activation: Activation = "gelu"
     normalize: bool = True
     bias: bool = False
+    read: Reading = "hidden"
+    scale: Scaled = "all"
     init_std: float = 0.02
 
     def __post_init__(self) -> None:
         if not isinstance(self.r, int) or self.r < 1:
             raise ParaJaxError(f"r must be a whole number from 1, not {self.r!r}")
-        if self.pooling not in get_args(Pooling):
-            raise unknown("pooling", self.pooling, get_args(Pooling))
-        if self.activation not in get_args(Activation):
-            raise unknown("activation", self.activation, get_args(Activation))
+        choices = {"pooling": Pooling, "activation": Activation, "read": Reading, "scale": Scaled}
+        for name, choice in choices.items():
+            if getattr(self, name) not in get_args(choice):
+                raise unknown(name, getattr(self, name), get_args(choice))
         for name in ("normalize", "bias"):
             if not isinstance(getattr(self, name), bool):
                 raise ParaJaxError(f"{name} must be true or false, not {getattr(self, name)!r}")
         object.__setattr__(self, "target_modules", as_targets(self.target_modules))
 
-    def layer(self, shape: BackboneShape, rngs: nnx.Rngs) -> ParaLayer:
-        """A fresh generator for one layer of a backbone."""
+    def layer(self, shape: BackboneShape, rngs: nnx.Rngs, layer: Int[Array, ""] | int = 0) -> ParaLayer:
+        """A fresh generator for one layer of a backbone; all layers are alike."""
         check_targets(self.target_modules, shape)
         return ParaLayer(self, shape, rngs)
+
+    def size(self, shape: BackboneShape) -> int:
+        """The number of parameters.
+
+        >>> from para_jax import BackboneConfig
+        >>> llama_7b = BackboneConfig(32000, 4096, 11008, 32, 32, 32, 128)
+        >>> ParaConfig(r=12).size(llama_7b)
+        8945664
+        """
+        check_targets(self.target_modules, shape)
+        d, widths = shape.hidden_size, sum(shape.sites[site].outputs for site in self.target_modules)
+        extra = widths * self.bias + d * (self.pooling == "attention")
+        extra += (len(RATIONAL_NUMERATOR) + len(RATIONAL_DENOMINATOR)) * (self.activation == "rational")
+        return shape.num_hidden_layers * (d * self.r + self.r * widths + extra)
 
 
 class ParaLayer(nnx.Module):
@@ -105,20 +126,22 @@ class ParaLayer(nnx.Module):
             self.numerator = nnx.Param(jnp.array(RATIONAL_NUMERATOR, jnp.float32))
             self.denominator = nnx.Param(jnp.array(RATIONAL_DENOMINATOR, jnp.float32))
 
-    def prepare(self, hidden_td: Float[Array, "t d"], prompt_mask_t: Bool[Array, "t"]) -> Adjustment:
-        """Reads one prompt at this layer's input and makes its scale vectors.
+    def prepare(self, prompt: Prompt, layer: Int[Array, ""] | int = 0) -> Adjustment:
+        """Reads one prompt at this layer and makes its scale vectors.
 
-        `hidden_td` holds one sequence; only tokens that `prompt_mask_t` marks are read, wherever they stand. A
-        sequence with no marked token is pooled to zeros. Offsets come back in float32.
+        Only tokens that the prompt's mask marks are read, wherever they stand. A sequence with no marked token is
+        pooled to zeros. Offsets come back in float32.
         """
-        pooled_d = self._pool(hidden_td.astype(jnp.float32), prompt_mask_t)
+        read_td = prompt.hidden_td if self.config.read == "hidden" else prompt.normed_td
+        pooled_d = self._pool(read_td.astype(jnp.float32), prompt.mask_t)
         if self.config.normalize:
             pooled_d = pooled_d * jax.lax.rsqrt(jnp.mean(jnp.square(pooled_d)) + 1e-6)
         offsets = self._activate(pooled_d @ self.down[...]) @ self.up[...]
         if self.config.bias:
             offsets = offsets + self.bias[...]
         ends = [sum(self.widths[: i + 1]) for i in range(len(self.widths) - 1)]
-        return Adjustment(dict(zip(self.config.target_modules, jnp.split(offsets, ends), strict=True)))
+        by_site = dict(zip(self.config.target_modules, jnp.split(offsets, ends), strict=True))
+        return Adjustment(by_site) if self.config.scale == "all" else Adjustment(later=by_site)
 
     def _pool(self, hidden_td: Float[Array, "t d"], mask_t: Bool[Array, "t"]) -> Float[Array, "d"]:
         # The other tokens may hold anything, and 0 * anything is not always 0.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
+from para_jax.adjustment import Adjustment
 from para_jax.backbones.config import BackboneConfig
 
 if TYPE_CHECKING:
@@ -98,9 +99,15 @@ class DecodeState:
     cache: Cache
     adjustments: Any
 
-    def rows(self, index_b: Int[Array, "b"]) -> DecodeState:
-        """The state of these rows of the batch, as beam search reorders and repeats them."""
-        axis = 0 if isinstance(self.adjustments, tuple) else 1
-        return DecodeState(
-            self.cache.rows(index_b), jax.tree.map(lambda x: jnp.take(x, index_b, axis=axis), self.adjustments)
-        )
+    def repeated(self, times: int) -> DecodeState:
+        """The state of a batch with each row `times` times, one after the other, as beam search begins."""
+        stacked = not isinstance(self.adjustments, tuple)
+
+        def repeat(adjustment: Adjustment) -> Adjustment:
+            # A pair serves all the rows that come of its own.
+            offsets = jax.tree.map(lambda x: jnp.repeat(x, times, axis=1 if stacked else 0), adjustment.offsets)
+            return replace(adjustment, offsets=offsets)
+
+        of_row = jnp.repeat(jnp.arange(self.cache.position_b.shape[0]), times)
+        adjustments = repeat(self.adjustments) if stacked else tuple(repeat(one) for one in self.adjustments)
+        return DecodeState(self.cache.rows(of_row), adjustments)

@@ -35,7 +35,7 @@ class BackboneConfig:
 
     >>> from para_jax import tiny_backbone_path
     >>> BackboneConfig.from_pretrained(tiny_backbone_path()).sites["q_proj"]
-    Site(inputs=256, outputs=256)
+    Site(inputs=256, outputs=256, path='self_attn.q_proj')
     """
 
     vocab_size: int
@@ -60,13 +60,13 @@ class BackboneConfig:
         d, f = self.hidden_size, self.intermediate_size
         q, kv = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
         return {
-            "q_proj": Site(d, q),
-            "k_proj": Site(d, kv),
-            "v_proj": Site(d, kv),
-            "o_proj": Site(q, d),
-            "gate_proj": Site(d, f),
-            "up_proj": Site(d, f),
-            "down_proj": Site(f, d),
+            "q_proj": Site(d, q, "self_attn.q_proj"),
+            "k_proj": Site(d, kv, "self_attn.k_proj"),
+            "v_proj": Site(d, kv, "self_attn.v_proj"),
+            "o_proj": Site(q, d, "self_attn.o_proj"),
+            "gate_proj": Site(d, f, "mlp.gate_proj"),
+            "up_proj": Site(d, f, "mlp.up_proj"),
+            "down_proj": Site(f, d, "mlp.down_proj"),
         }
 
     @property

@@ -15,13 +15,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from para_jax.adapters.bank import AdapterBank, Rows
+from para_jax.adapters.bank import AdapterBank, Rows, Tenant
+from para_jax.adapters.method import Prompt
 from para_jax.adjustment import Adjustment
 from para_jax.backbones import rope
 from para_jax.backbones.attention import attention
 from para_jax.backbones.cache import Cache, DecodeState
 from para_jax.backbones.config import BackboneConfig
 from para_jax.backbones.linear import product, rms_norm
+from para_jax.backbones.ragged import Ragged
 from para_jax.errors import ParaJaxError
 
 if TYPE_CHECKING:
@@ -56,28 +58,35 @@ class Block(nnx.Module):
     def __call__(
         self,
         x_btd: Float[Array, "b t d"],
-        adjustment: Adjustment,
+        adjust: Callable[[str, Array, Array], Array],
         angles: tuple[Float[Array, "b t hd"], Float[Array, "b t hd"]],
         attend: Callable[[Array, Array, Array], Array],
     ) -> Float[Array, "b t d"]:
-        """`attend` takes q (b, t, k, g, hd) and k, v (b, k, t, hd) of these tokens and returns (b, t, k * g * hd)."""
+        """One layer.
+
+        `adjust` takes a site's name, its input and its output and returns the output adjusted. `attend` takes
+        q (b, t, k, g, hd) and k, v (b, t, k, hd) of these tokens and returns (b, t, k * g * hd).
+        """
         c = self.config
         b, t, _ = x_btd.shape
         k, hd = c.num_key_value_heads, c.head_dim
         g = c.num_attention_heads // k
 
-        qkv = product(rms_norm(x_btd, self.attention_norm[...], c.rms_norm_eps), self.qkv[...])
-        q = adjustment.apply("q_proj", qkv[..., :g, :].reshape(b, t, -1)).reshape(b, t, k * g, hd)
-        k_ = adjustment.apply("k_proj", qkv[..., g, :].reshape(b, t, -1)).reshape(b, t, k, hd)
-        v = adjustment.apply("v_proj", qkv[..., g + 1, :].reshape(b, t, -1)).reshape(b, t, k, hd)
+        normed = rms_norm(x_btd, self.attention_norm[...], c.rms_norm_eps)
+        # Splitting and not indexing: the gradient of a split is one concatenation.
+        q, k_, v = jnp.split(product(normed, self.qkv[...]), [g, g + 1], axis=-2)
+        q = adjust("q_proj", normed, q.reshape(b, t, -1)).reshape(b, t, k * g, hd)
+        k_ = adjust("k_proj", normed, k_.reshape(b, t, -1)).reshape(b, t, k, hd)
+        v = adjust("v_proj", normed, v.reshape(b, t, -1)).reshape(b, t, k, hd)
         q = rope.rotate(q, *angles).reshape(b, t, k, g, hd)
-        mixed = attend(q, rope.rotate(k_, *angles).swapaxes(1, 2), v.swapaxes(1, 2))
-        x_btd = x_btd + adjustment.apply("o_proj", product(mixed, self.out[...]))
+        mixed = attend(q, rope.rotate(k_, *angles), v)
+        x_btd = x_btd + adjust("o_proj", mixed, product(mixed, self.out[...]))
 
-        gate_up = product(rms_norm(x_btd, self.mlp_norm[...], c.rms_norm_eps), self.gate_up[...])
-        gate = adjustment.apply("gate_proj", gate_up[..., 0, :])
-        up = adjustment.apply("up_proj", gate_up[..., 1, :])
-        return x_btd + adjustment.apply("down_proj", product(jax.nn.silu(gate) * up, self.down[...]))
+        normed = rms_norm(x_btd, self.mlp_norm[...], c.rms_norm_eps)
+        gate, up = jnp.split(product(normed, self.gate_up[...]).reshape(b, t, -1), 2, axis=-1)
+        gate, up = adjust("gate_proj", normed, gate), adjust("up_proj", normed, up)
+        inner = jax.nn.silu(gate) * up
+        return x_btd + adjust("down_proj", inner, product(inner, self.down[...]))
 
 
 class Backbone(nnx.Module):
@@ -138,7 +147,7 @@ class Backbone(nnx.Module):
         mask: Bool[Array, "b t"] | None = None,
         prompt_mask: Bool[Array, "b t"] | None = None,
         bank: AdapterBank | None = None,
-        tenants: Sequence[str | None] | None = None,
+        tenants: Sequence[Tenant] | None = None,
     ) -> Float[Array, "b t v"]:
         """Float32 logits of every token.
 
@@ -162,37 +171,61 @@ class Backbone(nnx.Module):
         rows: Rows,
         cache: Cache | None = None,
         remat: bool = False,
+        flat: int | None = None,
     ) -> tuple[Float[Array, "b t d"], Any, Cache | None]:
         """Prepares the rows' adapters layer by layer and runs all tokens.
 
-        Returns the final hidden states after the norm, the Adjustments, and with an empty cache the same cache
-        holding these tokens. `remat` recomputes each layer in the backward pass instead of keeping what it made.
+        Args:
+          mask_bt, prompt_mask_bt: which tokens are none of the padding, and which of those are the prompt's.
+          cache: an empty one to fill with these tokens.
+          remat: recompute each layer in the backward pass instead of keeping what it made.
+          flat: run all but attention on a line of this many tokens, at least as many as there are, in place of the
+            padded batch. Hidden states of padding are zero then.
+
+        Returns the final hidden states after the norm, the Adjustments, and the cache.
         """
-        position_bt = jnp.maximum(jnp.cumsum(mask_bt, axis=1, dtype=jnp.int32) - 1, 0)
-        angles = rope.angles(self.config, position_bt)
         t = tokens_bt.shape[1]
+        position_bt = jnp.maximum(jnp.cumsum(mask_bt, axis=1, dtype=jnp.int32) - 1, 0)
         visible_bts = jnp.tril(jnp.ones((t, t), bool))[None] & mask_bt[:, None, :]
         column = None if cache is None else cache.column
+        line = None if flat is None else Ragged.of(mask_bt, flat)
+
+        def flatten(x: Array) -> Array:
+            return x if line is None else line.flat(x)
+
+        def padded(x: Array) -> Array:
+            return x if line is None else line.padded(x)
+
+        angles = rope.angles(self.config, flatten(position_bt))
+        in_prompt = flatten(prompt_mask_bt)
 
         def body(carry: Any, layer: Any, block: Block, adapters: Any) -> tuple[Any, Adjustment]:
-            x_btd, cache = carry
-            adjustment = rows.prepare(adapters, x_btd, prompt_mask_bt).astype(x_btd.dtype)
+            x, cache = carry
+            normed = rms_norm(x, block.attention_norm[...], self.config.rms_norm_eps)
+            prompt = Prompt(padded(x), padded(normed), prompt_mask_bt)
+            adjustment = rows.prepare(adapters, layer, prompt).astype(x.dtype)
             new: list[Array] = []
 
-            def attend(q: Array, k: Array, v: Array) -> Array:
-                new.extend((k, v))
-                return attention(q, k, v, visible_bts)
+            def adjust(site: str, x: Array, y: Array) -> Array:
+                if line is None:
+                    return adjustment.apply(site, x, y, in_prompt)
+                return line.apply(adjustment, site, x, y, in_prompt)
 
-            x_btd = block(x_btd, adjustment, angles, attend)
+            def attend(q: Array, k: Array, v: Array) -> Array:
+                k, v = padded(k).swapaxes(1, 2), padded(v).swapaxes(1, 2)
+                new.extend((k, v))
+                return flatten(attention(padded(q), k, v, visible_bts))
+
+            x = block(x, adjust, angles, attend)
             if cache is not None:
                 cache = cache.write(layer, column, *new)
-            return (x_btd, cache), adjustment
+            return (x, cache), adjustment.settled()
 
-        carry = (self.embed[...][tokens_bt], cache)
-        (x_btd, cache), adjustments = self._over_layers(body, carry, self._layered(rows.per_layer()), remat)
+        carry = (flatten(self.embed[...][tokens_bt]), cache)
+        (x, cache), adjustments = self._over_layers(body, carry, self._layered(rows.per_layer()), remat)
         if cache is not None:
             cache = cache.admit(mask_bt)
-        return rms_norm(x_btd, self.norm[...], self.config.rms_norm_eps), adjustments, cache
+        return padded(rms_norm(x, self.norm[...], self.config.rms_norm_eps)), adjustments, cache
 
     def prefill(
         self, tokens_bt: Int[Array, "b t"], mask_bt: Bool[Array, "b t"], rows: Rows, length: int
@@ -221,11 +254,11 @@ class Backbone(nnx.Module):
             after = []
 
             def attend(q: Array, k: Array, v: Array) -> Array:
-                after.append(cache.write(layer, column, k, v))
+                after.append(cache.write(layer, column, k.swapaxes(1, 2), v.swapaxes(1, 2)))
                 keys, values = after[0].read(layer)
                 return attention(q, keys, values, visible_bts)
 
-            x_btd = block(x_btd, adjustment, angles, attend)
+            x_btd = block(x_btd, adjustment.apply, angles, attend)
             return (x_btd, after[0]), None
 
         carry = (self.embed[...][token_b[:, None]], cache)
@@ -263,7 +296,7 @@ def _logits(backbone: Backbone, tokens_bt: Array, mask_bt: Array, prompt_mask_bt
     return backbone.logits(hidden)
 
 
-def batch_rows(bank: AdapterBank | None, tenants: Sequence[str | None] | None, batch: int) -> Rows:
+def batch_rows(bank: AdapterBank | None, tenants: Sequence[Tenant] | None, batch: int) -> Rows:
     """The adapters of a batch. Raises ParaJaxError unless there is a tenant or None for every row."""
     if tenants is None:
         if bank is not None:

@@ -37,8 +37,8 @@ def angles(
 ) -> tuple[Float[Array, "b t hd"], Float[Array, "b t hd"]]:
     """Cosine and sine of every position's angles, float32, each pair's angle given to both halves."""
     angle = positions_bt[..., None].astype(jnp.float32) * jnp.asarray(inverse_frequencies(config))[None, None]
-    angle = jnp.concatenate([angle, angle], axis=-1)
-    return jnp.cos(angle), jnp.sin(angle)
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    return jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([sin, sin], axis=-1)
 
 
 def rotate(

@@ -59,8 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     tuning.add_argument(
         "--remat",
         action=argparse.BooleanOptionalAction,
-        default=True,
-        help="recompute activations in the backward pass (default: yes)",
+        help="recompute activations in the backward pass, for less memory (default: on accelerators)",
     )
     tuning.add_argument("--checkpoint-every", type=int, default=500, metavar="N", help="steps (default: 500)")
 
@@ -70,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     names = list(files)
 
     from para_jax.adapters.bank import AdapterBank
-    from para_jax.adapters.method import check_targets, config_from_dict
+    from para_jax.adapters.method import config_from_dict
     from para_jax.data.examples import read_examples
     from para_jax.training.loop import finetune
     from para_jax.training.optimizer import Settings
@@ -87,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     settings = {n: Settings.checked(**{k: v[n] for k, v in values.items() if n in v}) for n in names}
 
     backbone, tokenizer = common.load_model(args)
-    check_targets(config.target_modules, backbone.config)
+    size = config.size(backbone.config)  # raises for a target that is none, before the data is read
     length = min(args.max_length or backbone.config.max_position_embeddings, backbone.config.max_position_embeddings)
     eos = backbone.config.eos_token_ids
     examples = {n: read_examples(f, tokenizer, eos, length, truncate=args.truncate) for n, f in files.items()}
@@ -95,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     rows = sum(map(len, examples.values()))
     print(
         f"{len(names)} tenants, {rows:,} rows; backbone {backbone.config.size / 1e6:.1f}M parameters, "
-        f"{args.method} {bank[names[0]].size:,} a tenant",
+        f"{args.method} {size:,} a tenant",
         flush=True,
     )
     finetune(

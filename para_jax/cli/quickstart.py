@@ -60,8 +60,9 @@ def run(args: argparse.Namespace) -> int:
     for name in names:
         e = train[name][0]
         print(f"tenant {name}: {len(train[name])} rows such as {e.prompt!r} -> {e.response!r}")
-    bank = AdapterBank.create(dict.fromkeys(names, ParaConfig()), backbone.config, args.seed)
-    print(f"\ntuning {len(names)} tenants together, {bank[names[0]].size:,} parameters each", flush=True)
+    config = ParaConfig()
+    bank = AdapterBank.create(dict.fromkeys(names, config), backbone.config, args.seed)
+    print(f"\ntuning {len(names)} tenants together, {config.size(backbone.config):,} parameters each", flush=True)
     started = time.monotonic()
     bank = finetune(
         backbone,
@@ -71,7 +72,6 @@ def run(args: argparse.Namespace) -> int:
         args.out,
         seed=args.seed,
         overwrite=args.overwrite,
-        remat=False,
         show=lambda line: print(line, flush=True),
     )
     tuning_seconds = time.monotonic() - started
@@ -118,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
         "seconds": round(time.monotonic() - began, 1),
         "tuning": {"seconds": round(tuning_seconds, 1), "tokens_per_second": round(tokens / tuning_seconds)},
         "decoding": {"rows": len(batch), "tokens_per_second": round(generated / seconds)},
-        "parameters": {"backbone": backbone.config.size, "adapter": bank[names[0]].size},
+        "parameters": {"backbone": backbone.config.size, "adapter": config.size(backbone.config)},
         "adapter_bytes": size,
         "exact_match": {n: {"before": before, "after": after} for n, before, after in rows},
         "answers": [{"prompt": p, "tenant": a, "text": c.text} for (p, a), c in zip(batch, answers, strict=True)],

@@ -14,7 +14,7 @@ import numpy as np
 from para_jax.data.examples import Example
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Int
+    from jaxtyping import Int
 
 
 @partial(
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
         "prompt_length",
         "target_place",
         "target_token",
-        "target_mask",
+        "target_tenant",
         "target_count",
     ],
-    meta_fields=[],
+    meta_fields=["line"],
 )
 @dataclass(frozen=True)
 class Batch:
@@ -37,18 +37,21 @@ class Batch:
     Attributes:
       tokens: (a, b, t) prompt and response, padded on the right.
       length, prompt_length: (a, b) tokens in all, and of the prompt.
-      target_place: (a, n, k) where each tenant's response tokens are predicted, as indices into its b / n * t tokens.
-      target_token, target_mask: (a, n, k) which token is to come there, and whether the entry is one.
+      target_place: (a, k) where response tokens are predicted, as indices into the b * t tokens.
+      target_token: (a, k) which token is to come there.
+      target_tenant: (a, k) whose it is, from 0; n where the list is longer than there are response tokens.
       target_count: (n,) each tenant's response tokens in all micro-batches.
+      line: at least as many places as any micro-batch has tokens; a static number.
     """
 
     tokens: Int[np.ndarray, "a b t"]
     length: Int[np.ndarray, "a b"]
     prompt_length: Int[np.ndarray, "a b"]
-    target_place: Int[np.ndarray, "a n k"]
-    target_token: Int[np.ndarray, "a n k"]
-    target_mask: Bool[np.ndarray, "a n k"]
+    target_place: Int[np.ndarray, "a k"]
+    target_token: Int[np.ndarray, "a k"]
+    target_tenant: Int[np.ndarray, "a k"]
     target_count: Int[np.ndarray, "n"]
+    line: int
 
     @property
     def size(self) -> int:
@@ -56,18 +59,17 @@ class Batch:
         return int(np.sum(self.length))
 
 
-def bucket(size: int, least: int = 16) -> int:
-    """The next of 16, 24, 32, 48, 64, 96, ...: few shapes to compile, and a fifth more columns than needed on average.
+def bucket(size: int, least: int = 16, parts: int = 2) -> int:
+    """The next of a series that doubles every `parts` even steps: few shapes to compile, and few places unused.
 
     >>> [bucket(n) for n in (1, 17, 25, 33, 100)]
     [16, 24, 32, 48, 128]
+    >>> bucket(1100, parts=4)
+    1280
     """
-    while least < size:
-        grown = least * 3 // 2
-        if grown >= size:
-            return grown
+    while 2 * least < size:
         least *= 2
-    return least
+    return next(n for n in range(least, 2 * least + 1, max(1, least // parts)) if n >= size)
 
 
 @lru_cache(maxsize=1024)
@@ -102,23 +104,23 @@ def step_batch(
 
 def pad(parts: list[list[list[Example]]]) -> Batch:
     """A batch of micro-batches of tenants of examples; all tenants have as many."""
-    t = bucket(max(len(e) for part in parts for tenant in part for e in tenant))
-    k = bucket(max(sum(len(e.response_ids) for e in tenant) for part in parts for tenant in part))
-    a, n, m = len(parts), len(parts[0]), len(parts[0][0])
-    tokens, length = np.zeros((a, n * m, t), np.int32), np.zeros((a, n * m), np.int32)
-    prompt_length = np.zeros((a, n * m), np.int32)
-    place, token = np.zeros((a, n, k), np.int32), np.zeros((a, n, k), np.int32)
-    mask = np.zeros((a, n, k), bool)
-    for i, part in enumerate(parts):
-        for j, tenant in enumerate(part):
-            filled = 0
-            for row, e in enumerate(tenant):
-                at, p, r = j * m + row, len(e.prompt_ids), len(e.response_ids)
-                tokens[i, at, : p + r] = (*e.prompt_ids, *e.response_ids)
-                length[i, at], prompt_length[i, at] = p + r, p
-                # A token is predicted at the place before its own.
-                place[i, j, filled : filled + r] = row * t + np.arange(p - 1, p + r - 1)
-                token[i, j, filled : filled + r] = e.response_ids
-                mask[i, j, filled : filled + r] = True
-                filled += r
-    return Batch(tokens, length, prompt_length, place, token, mask, mask.sum((0, 2), dtype=np.int32))
+    rows = [[(tenant, e) for tenant, some in enumerate(part) for e in some] for part in parts]
+    t = bucket(max(len(e) for part in rows for _, e in part))
+    k = bucket(max(sum(len(e.response_ids) for _, e in part) for part in rows), parts=4)
+    line = bucket(max(sum(len(e) for _, e in part) for part in rows), parts=4)
+    a, b, n = len(rows), len(rows[0]), len(parts[0])
+    tokens, length, prompt_length = (np.zeros(shape, np.int32) for shape in ((a, b, t), (a, b), (a, b)))
+    place, token, whose = (np.full((a, k), fill, np.int32) for fill in (0, 0, n))
+    for i, part in enumerate(rows):
+        filled = 0
+        for row, (tenant, e) in enumerate(part):
+            p, r = len(e.prompt_ids), len(e.response_ids)
+            tokens[i, row, : p + r] = (*e.prompt_ids, *e.response_ids)
+            length[i, row], prompt_length[i, row] = p + r, p
+            # A token is predicted at the place before its own.
+            place[i, filled : filled + r] = row * t + np.arange(p - 1, p + r - 1)
+            token[i, filled : filled + r] = e.response_ids
+            whose[i, filled : filled + r] = tenant
+            filled += r
+    count = np.bincount(whose.reshape(-1), minlength=n + 1)[:n].astype(np.int32)
+    return Batch(tokens, length, prompt_length, place, token, whose, count, line)

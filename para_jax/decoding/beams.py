@@ -176,7 +176,7 @@ def search(
     )
     free_bn = jnp.zeros((b, n), bool)
     finished = _Finished(jnp.full((b, n), RULED_OUT), tokens_bnt, zeros_bn, free_bn, free_bn)
-    carry = _Carry(going, finished, ending.limit_b == 0, jnp.zeros((), jnp.int32), state.rows(of_row))
+    carry = _Carry(going, finished, ending.limit_b == 0, jnp.zeros((), jnp.int32), state.repeated(n))
     sampler = jax.tree.map(lambda x: x[of_row], sampler)
 
     def body(carry: _Carry) -> _Carry:

@@ -51,7 +51,7 @@ def finetune(
     checkpoint_every: int = 500,
     resume: bool = False,
     overwrite: bool = False,
-    remat: bool = True,
+    remat: bool | None = None,
     show: Callable[[str], None] = print,
 ) -> AdapterBank:
     """Tunes every tenant of `bank` on its own examples, all in one step.
@@ -66,6 +66,8 @@ def finetune(
       checkpoint_every: steps between checkpoints; there is one at the end, and at Ctrl-C or SIGTERM.
       resume: go on from the newest checkpoint in `out`, bit for bit as if the run had never stopped.
       overwrite: replace an existing `out`.
+      remat: recompute layers in the backward pass, which takes less memory and more time; by default only on
+        accelerators.
       show: takes a line of progress.
 
     Returns the tuned bank. Raises ParaJaxError if `out` exists and neither `resume` nor `overwrite` is set, or holds
@@ -82,6 +84,7 @@ def finetune(
     description = describe(backbone, bank, examples, settings, rows, micro_batches, seed)
     _claim(out, description, resume, overwrite)
 
+    remat = jax.default_backend() != "cpu" if remat is None else remat
     total = max(s.steps for s in settings.values())
     rules = stack_settings(bank, settings)
     state = TrainState.create(bank)
@@ -105,7 +108,7 @@ def finetune(
         try:
             for step in range(done, total):
                 batch = step_batch(examples, seed, step, rows, micro_batches)
-                state, values = train_step(backbone, state, rules, batch, tenants=names, remat=remat)
+                state, values = train_step(backbone, state, rules, batch, tenants=names, remat=remat, seed=seed)
                 report()
                 pending = (step + 1, batch, values)
                 done = step + 1

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from para_jax.training.optimizer import Settings
 
 if TYPE_CHECKING:
     from jax import Array
-    from jaxtyping import Float, Int
+    from jaxtyping import Float, Int, Key
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["step", "bank", "moments"], meta_fields=[])
@@ -53,7 +54,8 @@ def train_step(
     settings: tuple[Settings, ...],
     batch: Batch,
     tenants: tuple[str, ...],
-    remat: bool = True,
+    remat: bool = False,
+    seed: int = 0,
 ) -> tuple[TrainState, dict[str, Float[Array, "n"]]]:
     """Takes every tenant one step on its own loss, the mean over its response tokens in the batch.
 
@@ -61,26 +63,25 @@ def train_step(
       settings: from `stack_settings`.
       tenants: the names in the order of the batch.
       remat: recompute layers in the backward pass instead of keeping their activations.
+      seed: of what dropout drops, with the step, the tenant's name and the row.
 
     Returns the state after the step (the one given is donated) and by name an array with a value for each of
     `tenants`: loss, grad_norm, lr. No tenant's values depend on the others.
     """
+    micro_batches, b = batch.length.shape
 
     def micro_batch(carry: tuple[Any, Array], part: Any) -> tuple[tuple[Any, Array], None]:
         gradient, loss_n = carry
+        index, part = part
+        keys_b = _row_keys(seed, tenants, state.step * micro_batches + index, b)
         (_, part_n), part_gradient = jax.value_and_grad(loss_of, argnums=1, has_aux=True)(
-            backbone, state.bank, part, batch.target_count, tenants, remat
+            backbone, state.bank, part, tenants, keys_b, remat
         )
         return (jax.tree.map(jnp.add, gradient, part_gradient), loss_n + part_n), None
 
-    parts = (
-        batch.tokens,
-        batch.length,
-        batch.prompt_length,
-        batch.target_place,
-        batch.target_token,
-        batch.target_mask,
-    )
+    # Every micro-batch divides by the count of the whole.
+    counts = jnp.broadcast_to(batch.target_count, (micro_batches, len(tenants)))
+    parts = (jnp.arange(micro_batches), replace(batch, target_count=counts))  # type: ignore[arg-type]
     start = (jax.tree.map(jnp.zeros_like, state.bank), jnp.zeros((len(tenants),), jnp.float32))
     (gradient, loss_n), _ = jax.lax.scan(micro_batch, start, parts)
 
@@ -97,28 +98,40 @@ def train_step(
     return TrainState(state.step + 1, bank, tuple(moments)), {"loss": loss_n, **by_tenant}
 
 
+def _row_keys(seed: int | Int[Array, ""], tenants: tuple[str, ...], turn: Int[Array, ""], b: int) -> Key[Array, "b"]:
+    """A random key for every row, which depends on its tenant's name and its place among the tenant's rows only."""
+    key = jax.random.fold_in(jax.random.key(seed), turn)
+    of_tenant = jax.vmap(partial(jax.random.fold_in, key))(
+        jnp.array([zlib.crc32(n.encode()) for n in tenants], jnp.uint32)
+    )
+    rows = jnp.arange(b // len(tenants))
+    return jax.vmap(lambda k: jax.vmap(partial(jax.random.fold_in, k))(rows))(of_tenant).reshape(b)
+
+
 def loss_of(
     backbone: Backbone,
     bank: AdapterBank,
-    part: Any,
-    count_n: Int[Array, "n"],
+    part: Batch,
     tenants: tuple[str, ...],
-    remat: bool,
+    keys_b: Key[Array, "b"] | None = None,
+    remat: bool = False,
 ) -> tuple[Float[Array, ""], Float[Array, "n"]]:
     """The sum of the tenants' losses in one micro-batch, whose gradient is each tenant's own, and the losses.
 
-    Only response tokens reach the head: with a vocabulary of 4096 and short answers it would cost more than the
-    layers.
+    `part` is a Batch without its leading axis. Padding reaches attention only, and only response tokens reach the
+    head: with a vocabulary of 4096 and short answers it would cost more than the layers.
     """
-    tokens_bt, length_b, prompt_length_b, place_nk, token_nk, mask_nk = part
-    b, t = tokens_bt.shape
+    b, t = part.tokens.shape
     n = len(tenants)
     column = jnp.arange(t)[None]
-    mask_bt, prompt_mask_bt = column < length_b[:, None], column < prompt_length_b[:, None]
-    rows = bank.rows(tenants, repeats=b // n)
-    hidden, _, _ = backbone.forward(tokens_bt, mask_bt, prompt_mask_bt, rows, remat=remat)
-    hidden_nkd = jnp.take_along_axis(hidden.reshape(n, (b // n) * t, -1), place_nk[..., None], axis=1)
-    nll_nk = optax.softmax_cross_entropy_with_integer_labels(backbone.logits(hidden_nkd), token_nk)
+    mask_bt, prompt_mask_bt = column < part.length[:, None], column < part.prompt_length[:, None]
+    rows = replace(bank.rows(tenants, repeats=b // n), keys_b=keys_b)
+    hidden, _, _ = backbone.forward(
+        jnp.asarray(part.tokens), mask_bt, prompt_mask_bt, rows, remat=remat, flat=part.line
+    )
+    hidden_1kd = hidden.reshape(b * t, -1)[part.target_place][None]
+    nll_k = optax.softmax_cross_entropy_with_integer_labels(backbone.logits(hidden_1kd)[0], part.target_token)
     # Each tenant's tokens are one row of this sum: the order is fixed, and one tenant's NaN stays its own.
-    loss_n = jnp.sum(jnp.where(mask_nk, nll_nk, 0), axis=1) / jnp.maximum(count_n, 1).astype(jnp.float32)
+    own_nk = part.target_tenant[None] == jnp.arange(n)[:, None]
+    loss_n = jnp.sum(jnp.where(own_nk, nll_k[None], 0), axis=1) / jnp.maximum(part.target_count, 1).astype(jnp.float32)
     return jnp.sum(loss_n), loss_n

@@ -14,7 +14,7 @@ from flax import nnx
 
 from para_jax import AdapterBank, Backbone, ParaConfig, ParaJaxError, save_adapter
 from para_jax.adapters.bank import Adapter, Rows
-from para_jax.adapters.method import BackboneShape
+from para_jax.adapters.method import BackboneShape, Prompt
 from para_jax.adjustment import Adjustment
 from tests.helpers import SMALL, random_adapter, random_backbone, random_bank
 
@@ -61,7 +61,11 @@ def test_stack_and_size(adapters: dict[str, Adapter]) -> None:
     assert holds(bank, adapters)
     assert [group.config for group in bank.groups] == [ONE, TWO]
     sites = sum(SMALL.sites[site].outputs for site in ONE.target_modules)
-    assert adapters["a"].size == SMALL.num_hidden_layers * ONE.r * (SMALL.hidden_size + sites)
+    assert (
+        ONE.size(SMALL)
+        == sum(x.size for x in jax.tree.leaves(adapters["a"]))
+        == SMALL.num_hidden_layers * ONE.r * (SMALL.hidden_size + sites)
+    )
     assert AdapterBank.stack({}, SMALL).names == ()
 
 
@@ -147,7 +151,7 @@ def test_rows_hold_each_rows_own_adapter_and_nothing_else(adapters: dict[str, Ad
     bank = AdapterBank.stack(adapters, SMALL, capacity=6)
     tenants = ["d", None, "a", "e", "a"]
     rows = bank.rows(tenants)
-    assert [m.tolist() for m in rows.members] == [[False, False, True, True, True], [True, False, False, False, False]]
+    assert [s.tolist() for s in rows.strengths] == [[0, 0, 1, 1, 1], [1, 0, 0, 0, 0]]
     for group, layers in zip(bank.groups, rows.layers, strict=True):
         for row, name in enumerate(tenants):
             own = name is not None and adapters[name].config == group.config
@@ -192,24 +196,28 @@ class Doubling:
         def __init__(self, width: int):
             self.more = nnx.Param(jnp.zeros((width,), jnp.float32))
 
-        def prepare(self, hidden_td: jax.Array, prompt_mask_t: jax.Array) -> Adjustment:
+        def prepare(self, prompt: Prompt, layer: jax.Array | int) -> Adjustment:
             return Adjustment({"q_proj": 1 + self.more[...]})
 
-    def layer(self, shape: BackboneShape, rngs: nnx.Rngs) -> Layer:
+    def layer(self, shape: BackboneShape, rngs: nnx.Rngs, layer: jax.Array) -> Layer:
         return self.Layer(shape.sites["q_proj"].outputs)
+
+    def size(self, shape: BackboneShape) -> int:
+        return shape.num_hidden_layers * shape.sites["q_proj"].outputs
 
 
 def test_any_method_fits_in(backbone: Backbone) -> None:
     """Rows that are not its own stay as they are, whatever a method makes of weights that are all zero."""
     bank = random_bank({"para": ParaConfig(r=2), "double": Doubling()}, backbone.config, scale=0.3)
     rows = bank.rows(["double", None, "para"])
-    hidden, mask = jnp.ones((3, 4, SMALL.hidden_size)), jnp.ones((3, 4), bool)
+    hidden = jnp.ones((3, 4, SMALL.hidden_size))
+    prompt = Prompt(hidden, hidden, jnp.ones((3, 4), bool))
     first_layer = jax.tree.map(lambda x: x[0], rows.per_layer())
-    offsets = rows.prepare(first_layer, hidden, mask).offsets
+    offsets = rows.prepare(first_layer, 0, prompt).offsets
     assert np.array_equal(offsets["q_proj"][0], 1 + bank["double"].tensors()["more"][0])
     assert not np.any(offsets["up_proj"][0])
     assert not any(np.any(x[1]) for x in offsets.values())
-    alone = bank.remove("double").rows([None, None, "para"]).prepare(first_layer[:1], hidden, mask).offsets
+    alone = bank.remove("double").rows([None, None, "para"]).prepare(first_layer[:1], 0, prompt).offsets
     assert all(np.array_equal(alone[site][2], x[2]) for site, x in offsets.items())
 
 

@@ -18,6 +18,7 @@ from transformers.activations import ACT2FN
 
 from para_jax import BackboneConfig, ParaConfig
 from para_jax.adapters.bank import abstract_layers, named_leaves
+from para_jax.adapters.method import Prompt
 from para_jax.adapters.para import RATIONAL_DENOMINATOR, RATIONAL_NUMERATOR, Activation, ParaLayer, Pooling, rational
 from tests.helpers import SMALL, random_backbone, random_bank
 
@@ -37,6 +38,11 @@ def layer_of(config: ParaConfig, seed: int = 0, scale: float = 0.5) -> ParaLayer
     leaves, tree = jax.tree.flatten(jax.eval_shape(lambda: config.layer(SMALL, nnx.Rngs(0))))
     rng = np.random.default_rng(seed)
     return jax.tree.unflatten(tree, [jnp.asarray(scale * rng.normal(size=x.shape), jnp.float32) for x in leaves])
+
+
+def read(hidden: np.ndarray, mask: object) -> Prompt:
+    """A prompt whose two forms are the same, as no test here tells them apart."""
+    return Prompt(jnp.asarray(hidden), jnp.asarray(hidden), jnp.asarray(mask, bool))
 
 
 def hidden_with_rubbish(mask: list[int], seed: int = 0) -> np.ndarray:
@@ -110,7 +116,7 @@ def test_where_a_prompt_stands_does_not_matter(pooling: Pooling) -> None:
         hidden = np.full((T, D), np.inf, np.float32)
         hidden[start : start + 3] = prompt
         column = np.arange(T)
-        adjustment = layer.prepare(jnp.asarray(hidden), jnp.asarray((start <= column) & (column < start + 3)))
+        adjustment = layer.prepare(read(hidden, (start <= column) & (column < start + 3)))
         offsets.append(np.concatenate(jax.tree.leaves(adjustment)))
     for x in offsets[1:]:
         np.testing.assert_allclose(x, offsets[0], rtol=1e-5, atol=1e-6)
@@ -146,7 +152,7 @@ def test_generator(activation: Activation, normalize: bool) -> None:
     f, q = SMALL.intermediate_size, SMALL.num_attention_heads * SMALL.head_dim
     expected = dict(zip(targets, np.split(l_q_k, [f, f + q]), strict=True))
 
-    adjustment = layer.prepare(jnp.asarray(hidden), jnp.asarray(MASKS["flush left"], bool))
+    adjustment = layer.prepare(read(hidden, MASKS["flush left"]))
     assert adjustment.offsets.keys() == expected.keys()
     for site, offset in adjustment.offsets.items():
         assert offset.shape == (SMALL.sites[site].outputs,)
@@ -182,7 +188,7 @@ def test_gradients_are_finite(pooling: Pooling, activation: Activation, normaliz
     @jax.grad
     def slope(arguments, mask):
         layer, hidden = arguments
-        return sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(layer.prepare(hidden, mask)))
+        return sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(layer.prepare(read(hidden, mask))))
 
     layer = layer_of(config)
     fresh = jax.tree.map(jnp.zeros_like, layer)
@@ -206,7 +212,7 @@ def test_float32_with_a_bf16_backbone() -> None:
 
     layer = layer_of(ParaConfig(r=2))
     hidden = jax.ShapeDtypeStruct((T, D), jnp.bfloat16)
-    prepared = jax.eval_shape(lambda h: layer.prepare(h, jnp.ones(T, bool)), hidden)
+    prepared = jax.eval_shape(lambda h: layer.prepare(read(h, jnp.ones(T, bool))), hidden)
     assert {x.dtype for x in jax.tree.leaves(prepared)} == {jnp.dtype("float32")}
 
     # They wait for the tokens in bfloat16, and the gradients of the weights are float32 again.
@@ -231,8 +237,8 @@ def test_vmap_over_tenants_equals_a_loop(pooling: Pooling) -> None:
     hidden = jnp.asarray(rng.normal(size=(4, T, D)), jnp.float32)
     mask = jnp.asarray(list(MASKS.values())[:4], bool)
     stack = jax.tree.map(lambda *x: jnp.stack(x), *layers)
-    together = jax.vmap(lambda layer, h, m: layer.prepare(h, m))(stack, hidden, mask)
+    together = jax.vmap(lambda layer, h, m: layer.prepare(read(h, m)))(stack, hidden, mask)
     for i, layer in enumerate(layers):
-        alone = layer.prepare(hidden[i], mask[i])
+        alone = layer.prepare(read(hidden[i], mask[i]))
         for site, offset in alone.offsets.items():
             np.testing.assert_allclose(together.offsets[site][i], offset, rtol=1e-5, atol=1e-6)

@@ -20,7 +20,14 @@ OPTIONS = [
     {},
     {"pooling": "mean", "activation": "relu", "bias": True},
     {"pooling": "max", "activation": "silu", "normalize": False, "target_modules": ("down_proj", "k_proj")},
-    {"pooling": "attention", "activation": "rational", "r": 1, "init_std": 0.125},
+    {
+        "pooling": "attention",
+        "activation": "rational",
+        "r": 1,
+        "init_std": 0.125,
+        "read": "normed",
+        "scale": "response",
+    },
     {"pooling": "last", "activation": "gelu", "r": 7, "bias": True, "target_modules": tuple(SMALL.sites)},
 ]
 
@@ -67,6 +74,8 @@ def test_folder_says_what_it_is(tmp_path: Path) -> None:
         "activation": "gelu",
         "normalize": True,
         "bias": False,
+        "read": "hidden",
+        "scale": "all",
         "init_std": 0.02,
         "base_model_name_or_path": "some/backbone",
         "base_model": {

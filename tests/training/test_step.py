@@ -1,5 +1,7 @@
 """The loss and its gradient against transformers and finite differences, and the optimizer against torch's AdamW."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,8 +25,8 @@ ROWS = [
 
 
 def loss(backbone, bank, batch, tenants, remat=False):
-    part = [x[0] for x in (batch.tokens, batch.length, batch.prompt_length, batch.target_place, batch.target_token)]
-    return loss_of(backbone, bank, (*part, batch.target_mask[0]), jnp.asarray(batch.target_count), tenants, remat)
+    part = dataclasses.replace(jax.tree.map(lambda x: x[0], batch), target_count=batch.target_count)
+    return loss_of(backbone, bank, part, tenants, remat=remat)
 
 
 def test_loss_is_transformers_on_response_tokens(tmp_path):

@@ -1,0 +1,157 @@
+"""(IA)3, infused adapters that inhibit and amplify (Liu et al., arXiv 2205.05638), with PEFT's options.
+
+    y' = l * y        for the output of a projection, or l * x for the input of the feed-forward's last
+
+The vectors are the same for every prompt. The input of down_proj is a product with up_proj's output, so scaling the
+one is scaling the other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from para_jax.adapters.method import BackboneShape, Prompt
+from para_jax.adapters.targets import as_patterns, matched, module_path, resolve
+from para_jax.adjustment import Adjustment
+from para_jax.errors import ParaJaxError
+
+if TYPE_CHECKING:
+    from jax import Array
+    from jaxtyping import Float, Int
+
+FEEDFORWARD = "down_proj"
+FEEDS = "up_proj"
+
+
+@dataclass(frozen=True)
+class IA3Config:
+    """Hyper-parameters of (IA)3, by PEFT's names.
+
+    PARA's authors scale Q, K and the up projection: `IA3Config(target_modules=("q_proj", "k_proj", "up_proj"),
+    feedforward_modules=())`.
+
+    Attributes:
+      target_modules, exclude_modules: as in `LoraConfig`.
+      feedforward_modules: those of the targets whose input is scaled and not their output: down_proj or none.
+      projection: 0, or the length of a short vector that a learned matrix makes into a layer's vectors, by which
+        the method gets the size of another. PEFT has no such option; a saved adapter has the vectors it comes to.
+
+    Raises ParaJaxError for a value that is not one of these.
+
+    >>> from para_jax import BackboneConfig, tiny_backbone_path
+    >>> IA3Config().size(BackboneConfig.from_pretrained(tiny_backbone_path()))
+    3840
+    """
+
+    method: ClassVar[str] = "ia3"
+
+    target_modules: str | tuple[str, ...] = ("k_proj", "v_proj", "down_proj")
+    feedforward_modules: str | tuple[str, ...] = ("down_proj",)
+    exclude_modules: str | tuple[str, ...] = ()
+    projection: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("target_modules", "feedforward_modules", "exclude_modules"):
+            object.__setattr__(self, name, as_patterns(getattr(self, name)))
+        if not isinstance(self.projection, int) or self.projection < 0:
+            raise ParaJaxError(f"projection must be a whole number from 0, not {self.projection!r}")
+        targets, forward = self.target_modules, self.feedforward_modules
+        if not isinstance(targets, str) and not isinstance(forward, str):
+            outside = [name for name in forward if name not in targets]
+            if outside:
+                raise ParaJaxError(
+                    f"feedforward_modules has {', '.join(outside)}, which target_modules lacks; add it to both"
+                )
+
+    def modules(self, shape: BackboneShape) -> tuple[tuple[str, ...], ...]:
+        """The targeted sites of each layer. Raises ParaJaxError for a target that matches nothing."""
+        return _modules(self, shape)
+
+    def layer(self, shape: BackboneShape, rngs: nnx.Rngs, layer: Int[Array, ""] | int = 0) -> IA3Layer:
+        """Fresh vectors of one layer."""
+        return IA3Layer(self, shape, rngs)
+
+    def size(self, shape: BackboneShape) -> int:
+        """The number of parameters."""
+        widths = [sum(_width(site, self, shape) for site in layer) for layer in self.modules(shape)]
+        if not self.projection:
+            return sum(widths)
+        # Layers are alike in size, with a matrix for every site that any of them targets.
+        sites = {site for layer in self.modules(shape) for site in layer}
+        return shape.num_hidden_layers * self.projection * (1 + sum(_width(site, self, shape) for site in sites))
+
+
+def is_input(site: str, config: IA3Config, shape: BackboneShape) -> bool:
+    """Whether it is the input of this site that is scaled."""
+    return bool(config.feedforward_modules) and matched(config.feedforward_modules, module_path(0, site, shape))
+
+
+def _width(site: str, config: IA3Config, shape: BackboneShape) -> int:
+    return shape.sites[site].inputs if is_input(site, config, shape) else shape.sites[site].outputs
+
+
+@lru_cache(maxsize=256)
+def _modules(config: IA3Config, shape: BackboneShape) -> tuple[tuple[str, ...], ...]:
+    layers = resolve(config.target_modules, shape, exclude=config.exclude_modules)
+    paths = [module_path(i, site, shape) for i, sites in enumerate(layers) for site in sites]
+    forward = config.feedforward_modules
+    for entry in (forward,) if isinstance(forward, str) else forward:
+        if not any(matched(entry if isinstance(forward, str) else (entry,), path) for path in paths):
+            raise ParaJaxError(f"feedforward_modules has {entry!r}, which is none of the targeted modules")
+    for site in {site for sites in layers for site in sites}:
+        if is_input(site, config, shape) and site != FEEDFORWARD:
+            raise ParaJaxError(
+                f"feedforward_modules has {site}; only {FEEDFORWARD}'s input can be scaled. "
+                f"Take {site} out of it to scale its output"
+            )
+    return layers
+
+
+class IA3Layer(nnx.Module):
+    """The vectors of one layer of one tenant, float32: for each site `vectors` (features,), ones at first.
+
+    With a projection: `short` (p,) and `matrix` (p, sum of features), whose product is added to one.
+    """
+
+    def __init__(self, config: IA3Config, shape: BackboneShape, rngs: nnx.Rngs):
+        self.config = config
+        self.modules = config.modules(shape)
+        self.sites = tuple(site for site in shape.sites if any(site in layer for layer in self.modules))
+        self.scaled = {site: FEEDS if is_input(site, config, shape) else site for site in self.sites}
+        self.widths = tuple(_width(site, config, shape) for site in self.sites)
+        if config.projection:
+            self.short = nnx.Param(jax.random.normal(rngs.params(), (config.projection,), jnp.float32))
+            self.matrix = nnx.Param(jnp.zeros((config.projection, sum(self.widths)), jnp.float32))
+        else:
+            self.vectors = nnx.Dict(
+                {s: nnx.Param(jnp.ones((w,), jnp.float32)) for s, w in zip(self.sites, self.widths, strict=True)}
+            )
+
+    def prepare(self, prompt: Prompt, layer: Int[Array, ""] | int = 0) -> Adjustment:
+        """Hands on this layer's vectors. The prompt is not read."""
+        offsets: dict[str, Array] = {}
+        for site, offset in self.offsets().items():
+            if isinstance(layer, int):
+                if site not in self.modules[layer]:
+                    continue
+            elif not all(site in sites for sites in self.modules):
+                here = jnp.array([site in sites for sites in self.modules])[layer]
+                offset = jnp.where(here, offset, 0)
+            at = self.scaled[site]
+            # up_proj's output may be scaled by two vectors, its own and that of down_proj's input.
+            offsets[at] = offsets[at] + offset + offsets[at] * offset if at in offsets else offset
+        return Adjustment(offsets)
+
+    def offsets(self) -> dict[str, Float[Array, "features"]]:
+        """For each site how far its vector is from one."""
+        if not self.config.projection:
+            return {site: self.vectors[site][...] - 1 for site in self.sites}
+        ends = np.cumsum(self.widths)[:-1].tolist()
+        return dict(zip(self.sites, jnp.split(self.short[...] @ self.matrix[...], ends), strict=True))

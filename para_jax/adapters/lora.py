@@ -1,0 +1,203 @@
+"""LoRA, low-rank adaptation (Hu et al., arXiv 2106.09685), with the options and the semantics of PEFT's LoraConfig.
+
+    y' = y + scale * (x A^T) B^T        scale = lora_alpha / r, or lora_alpha / sqrt(r) (rsLoRA, arXiv 2312.03732)
+
+The prompt plays no part: preparing hands the pairs on, and every token pays for reading them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from para_jax.adapters.method import BackboneShape, Prompt
+from para_jax.adapters.targets import as_patterns, first_match, module_path, resolve
+from para_jax.adjustment import Adjustment, LowRank
+from para_jax.errors import ParaJaxError, unknown
+
+if TYPE_CHECKING:
+    from jax import Array
+    from jaxtyping import Float, Int
+
+INITIALISATIONS = (True, False, "gaussian", "orthogonal")
+# What PEFT offers beyond these begins at the backbone's weights or at data, and most of it changes the backbone.
+
+
+class Module(NamedTuple):
+    """One targeted projection: its pair's rank, and by how much the pair's product is scaled."""
+
+    rank: int
+    scale: float
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Hyper-parameters of LoRA, by PEFT's names and with PEFT's meanings.
+
+    Attributes:
+      r, lora_alpha: rank, and the numerator of the scale.
+      target_modules: names of projections, ends of paths or whole paths (`layers.3.self_attn.q_proj`); a string is
+        a regular expression for the whole path, or "all-linear".
+      exclude_modules: what to leave out of them, in the same forms.
+      rank_pattern, alpha_pattern: another r or lora_alpha for modules whose path ends with a regular expression; the
+        first that fits counts.
+      use_rslora: divide lora_alpha by sqrt(r) and not by r.
+      lora_dropout: the share of a pair's inputs that is dropped while training; nothing else ever drops any.
+      init_lora_weights: how a fresh adapter begins. True: A uniform as of a linear layer, B zero; "gaussian": A from
+        N(0, 1 / r), B zero; "orthogonal": A and B random with B A zero, for an even r; False: both random, which is
+        not the identity.
+      layers_to_transform: the only layers that target_modules means; all, if None.
+
+    Raises ParaJaxError for a value that is not one of these.
+
+    >>> from para_jax import BackboneConfig, tiny_backbone_path
+    >>> LoraConfig(r=4, target_modules="all-linear").size(BackboneConfig.from_pretrained(tiny_backbone_path()))
+    74752
+    """
+
+    method: ClassVar[str] = "lora"
+
+    r: int = 8
+    lora_alpha: float = 8
+    target_modules: str | tuple[str, ...] = ("q_proj", "v_proj")
+    exclude_modules: str | tuple[str, ...] = ()
+    rank_pattern: tuple[tuple[str, int], ...] = ()
+    alpha_pattern: tuple[tuple[str, float], ...] = ()
+    use_rslora: bool = False
+    lora_dropout: float = 0.0
+    init_lora_weights: bool | str = True
+    layers_to_transform: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        def put(name: str, value: Any) -> None:
+            object.__setattr__(self, name, value)
+
+        put("target_modules", as_patterns(self.target_modules))
+        put("exclude_modules", as_patterns(self.exclude_modules))
+        for name in ("rank_pattern", "alpha_pattern"):
+            pairs = getattr(self, name)
+            put(name, tuple((k, v) for k, v in (pairs.items() if isinstance(pairs, Mapping) else pairs)))
+        if self.layers_to_transform is not None:
+            one = isinstance(self.layers_to_transform, int)
+            put("layers_to_transform", (self.layers_to_transform,) if one else tuple(self.layers_to_transform))
+            if isinstance(self.target_modules, str):
+                raise ParaJaxError("layers_to_transform needs target_modules as a list; put the layers in the pattern")
+        for rank in (self.r, *(rank for _, rank in self.rank_pattern)):
+            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+                raise ParaJaxError(f"r and the ranks of rank_pattern must be whole numbers from 1, not {rank!r}")
+            if self.init_lora_weights == "orthogonal" and rank % 2:
+                raise ParaJaxError(f'init_lora_weights="orthogonal" needs even ranks, not {rank}')
+        if not 0 <= self.lora_dropout < 1:
+            raise ParaJaxError(f"lora_dropout must be at least 0 and below 1, not {self.lora_dropout!r}")
+        if self.init_lora_weights not in INITIALISATIONS:
+            raise unknown("init_lora_weights", self.init_lora_weights, [str(choice) for choice in INITIALISATIONS])
+
+    def modules(self, shape: BackboneShape) -> tuple[Mapping[str, Module], ...]:
+        """The targeted sites of each layer. Raises ParaJaxError for a target or pattern that matches nothing."""
+        return _modules(self, shape)
+
+    def layer(self, shape: BackboneShape, rngs: nnx.Rngs, layer: Int[Array, ""] | int = 0) -> LoraLayer:
+        """Fresh pairs of one layer."""
+        return LoraLayer(self, shape, rngs, layer)
+
+    def size(self, shape: BackboneShape) -> int:
+        """The number of parameters."""
+        return sum(
+            module.rank * (shape.sites[site].inputs + shape.sites[site].outputs)
+            for modules in self.modules(shape)
+            for site, module in modules.items()
+        )
+
+
+@lru_cache(maxsize=256)
+def _modules(config: LoraConfig, shape: BackboneShape) -> tuple[Mapping[str, Module], ...]:
+    sites = resolve(config.target_modules, shape, exclude=config.exclude_modules, layers=config.layers_to_transform)
+    paths = [module_path(i, site, shape) for i, layer in enumerate(sites) for site in layer]
+    for name in ("rank_pattern", "alpha_pattern"):
+        for key, _ in getattr(config, name):
+            if not any(first_match([(key, 1)], path) for path in paths):
+                raise ParaJaxError(f"{name} has {key!r}, which fits no targeted module; they are like {paths[0]!r}")
+
+    def module(path: str) -> Module:
+        rank, alpha = first_match(config.rank_pattern, path), first_match(config.alpha_pattern, path)
+        rank, alpha = rank or config.r, config.lora_alpha if alpha is None else alpha
+        return Module(rank, alpha / (math.sqrt(rank) if config.use_rslora else rank))
+
+    return tuple({site: module(module_path(i, site, shape)) for site in layer} for i, layer in enumerate(sites))
+
+
+class LoraLayer(nnx.Module):
+    """The pairs of one layer of one tenant, float32: for each site `down` (r, inputs) and `up` (outputs, r).
+
+    They are PEFT's lora_A and lora_B. Layers are stacked, so where ranks differ all have the widest's, and what is
+    wider than a layer's own is zero. It stays zero: each half's gradient is a multiple of the other.
+    """
+
+    def __init__(self, config: LoraConfig, shape: BackboneShape, rngs: nnx.Rngs, layer: Int[Array, ""] | int):
+        self.config = config
+        modules = config.modules(shape)
+        self.modules = tuple(tuple(of_layer.items()) for of_layer in modules)
+        self.down: nnx.Dict[nnx.Param] = nnx.Dict()
+        self.up: nnx.Dict[nnx.Param] = nnx.Dict()
+        for site in [site for site in shape.sites if any(site in of_layer for of_layer in modules)]:
+            ranks = np.array([of_layer[site].rank if site in of_layer else 0 for of_layer in modules], np.int32)
+            kept_r = jnp.arange(ranks.max()) < jnp.asarray(ranks)[layer]
+            down, up = _fresh(config, int(ranks.max()), jnp.asarray(ranks)[layer], shape.sites[site], rngs.params())
+            self.down[site] = nnx.Param(jnp.where(kept_r[:, None], down, 0))
+            self.up[site] = nnx.Param(jnp.where(kept_r[None], up, 0))
+
+    def prepare(self, prompt: Prompt, layer: Int[Array, ""] | int = 0) -> Adjustment:
+        """Hands on this layer's pairs, the scale in `up`. The prompt is not read."""
+        if isinstance(layer, int):
+            # Layers are apart here, so that each has only the modules and ranks that it has.
+            modules = dict(self.modules[layer])
+            ranks: dict[str, int | None] = {site: module.rank for site, module in modules.items()}
+            scales: dict[str, Any] = {site: module.scale for site, module in modules.items()}
+        else:
+            ranks = dict.fromkeys(self.down, None)
+            tables = {
+                site: [dict(of_layer).get(site, Module(0, 0.0)).scale for of_layer in self.modules] for site in ranks
+            }
+            scales = {site: jnp.array(table, jnp.float32)[layer] for site, table in tables.items()}
+        return Adjustment(
+            pairs={
+                site: LowRank(self.down[site][: ranks[site]], self.up[site][:, : ranks[site]] * scales[site])
+                for site in ranks
+            }
+        )
+
+
+def _fresh(
+    config: LoraConfig, rank: int, own: Int[Array, ""], site: Any, key: Array
+) -> tuple[Float[Array, "r inputs"], Float[Array, "outputs r"]]:
+    """A and B as PEFT begins them, for a rank of `own` of which `rank` is the widest."""
+    a, b, c = jax.random.split(key, 3)
+    down, up = (rank, site.inputs), (site.outputs, rank)
+    if config.init_lora_weights == "orthogonal":
+        # Halves of an orthonormal basis of the layer's own rank span complements, which makes B A zero.
+        inside = jnp.arange(rank) < own
+        square = jnp.where(
+            inside[:, None] & inside[None], jax.random.normal(a, (rank, rank), jnp.float32), jnp.eye(rank)
+        )
+        basis, _ = jnp.linalg.qr(square)
+        halves = [jnp.where((jnp.arange(rank) % 2 == side)[:, None], basis, 0) for side in (0, 1)]
+        return (
+            halves[0].T @ jax.random.normal(b, down, jnp.float32) / 10,
+            jax.random.normal(c, up, jnp.float32) @ halves[1] / 10,
+        )
+    if config.init_lora_weights == "gaussian":
+        return jax.random.normal(a, down, jnp.float32) / own.astype(jnp.float32), jnp.zeros(up, jnp.float32)
+    bound = site.inputs**-0.5
+    drawn = jax.random.uniform(a, down, jnp.float32, -bound, bound)
+    if config.init_lora_weights is True:
+        return drawn, jnp.zeros(up, jnp.float32)
+    bound_r = 1 / jnp.sqrt(own.astype(jnp.float32))
+    return drawn, jax.random.uniform(b, up, jnp.float32, -1.0, 1.0) * bound_r

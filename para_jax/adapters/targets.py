@@ -1,0 +1,99 @@
+"""Which projections of which layers an adapter targets, as PEFT understands `target_modules`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import TypeVar
+
+from para_jax.adapters.method import BackboneShape, as_targets
+from para_jax.errors import ParaJaxError, unknown
+
+ALL_LINEAR = "all-linear"
+T = TypeVar("T")
+
+
+def module_path(layer: int, site: str, shape: BackboneShape) -> str:
+    """The name that transformers gives a projection of a layer: `model.layers.3.self_attn.q_proj`."""
+    return f"model.layers.{layer}.{shape.sites[site].path}"
+
+
+def names_module(pattern: str, path: str) -> bool:
+    """Whether an entry of a list of modules names this one: its whole path or the end of it, at a dot.
+
+    >>> names_module("q_proj", "model.layers.3.self_attn.q_proj"), names_module("proj", "model.layers.3.mlp.up_proj")
+    (True, False)
+    """
+    return path == pattern or path.endswith(f".{pattern}")
+
+
+def matched(pattern: str | tuple[str, ...], path: str) -> bool:
+    """Whether a regular expression fits the whole path, or one entry of a list names it."""
+    if isinstance(pattern, str):
+        return re.fullmatch(pattern, path) is not None
+    return any(names_module(entry, path) for entry in pattern)
+
+
+def first_match(patterns: Iterable[tuple[str, T]], path: str) -> T | None:
+    """The value of the first pattern (of `rank_pattern` or `alpha_pattern`) that fits the end of the path."""
+    return next((value for key, value in patterns if re.match(rf"(.*\.)?({key})$", path)), None)
+
+
+def resolve(
+    target_modules: str | tuple[str, ...],
+    shape: BackboneShape,
+    *,
+    exclude: str | tuple[str, ...] = (),
+    layers: tuple[int, ...] | None = None,
+    option: str = "target_modules",
+) -> tuple[tuple[str, ...], ...]:
+    """The targeted sites of each layer.
+
+    Args:
+      target_modules: names, ends of paths or whole paths; a string is a regular expression for the whole path,
+        or "all-linear" for every projection.
+      exclude: modules to leave out, in the same forms.
+      layers: the only layers that are meant; all, if None.
+
+    Raises ParaJaxError for an entry that matches nothing, with the nearest name there is.
+    """
+    total = shape.num_hidden_layers
+    for layer in layers or ():
+        if not 0 <= layer < total:
+            raise ParaJaxError(f"layers_to_transform has layer {layer}; the backbone has layers 0 to {total - 1}")
+    paths = {(i, site): module_path(i, site, shape) for i in range(total) for site in shape.sites}
+    for name, pattern in ((option, target_modules), ("exclude_modules", exclude)):
+        _check(name, pattern, list(paths.values()), shape)
+    pattern = ".*" if target_modules == ALL_LINEAR else target_modules
+    chosen = [
+        key
+        for key, path in paths.items()
+        if (layers is None or key[0] in layers) and matched(pattern, path) and not (exclude and matched(exclude, path))
+    ]
+    if not chosen:
+        raise ParaJaxError(f"{option} with layers_to_transform and exclude_modules leaves no module; choose others")
+    return tuple(tuple(site for i, site in chosen if i == layer) for layer in range(total))
+
+
+def _check(name: str, pattern: str | tuple[str, ...], paths: list[str], shape: BackboneShape) -> None:
+    if isinstance(pattern, str):
+        if pattern == ALL_LINEAR:
+            return
+        try:
+            found = any(re.fullmatch(pattern, path) for path in paths)
+        except re.error as error:
+            raise ParaJaxError(f"{name} {pattern!r} is no regular expression: {error}") from error
+        if not found:
+            raise ParaJaxError(
+                f"{name} {pattern!r} is a regular expression that no module's whole path fits; they are like "
+                f"{paths[0]!r}. Write a list for names: [{pattern!r}]"
+            )
+        return
+    for entry in pattern:
+        if not any(names_module(entry, path) for path in paths):
+            raise unknown(f"entry of {name}", entry, shape.sites)
+
+
+def as_patterns(value: str | Iterable[str]) -> str | tuple[str, ...]:
+    """Modules as a config keeps them: a string, or a tuple without repeats."""
+    return value if isinstance(value, str) else as_targets(value)
