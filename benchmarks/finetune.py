@@ -16,7 +16,8 @@ A peft run is a model with one adapter and a plain loop over batches of that ten
 longest, on transformers' model. Its building and its first step are not timed; ours compiles before and is
 given a step, too. Rows are drawn with mixed lengths, or come from the files; tokens a second count tokens
 that are not padding. Before anything is timed, the losses of fresh adapters, which are the identity, are
-compared: they show that all see the same tokens.
+compared: they show that all see the same tokens. Our process keeps the memory it frees, as `para-jax finetune`
+does; peft's does what Python and torch do, or with --keep-memory the same as ours.
 
 Goal: on the tiny backbone at least 1.5 times the tokens a second of each; on the 32M shape (8 layers, hidden
 size 512, random weights) it is reported.
@@ -70,7 +71,10 @@ def rows_of_step(rows: list[Row], step: int, count: int) -> list[Row]:
     return [rows[(step * count + i) % len(rows)] for i in range(count)]
 
 
-def para_jax_worker(folder: str, data: list[list[Row]], count: int, remat: bool | None) -> dict[str, Any]:
+def para_jax_worker(folder: str, data: list[list[Row]], count: int, remat: bool) -> dict[str, Any]:
+    from para_jax.memory import keep_freed_memory
+
+    keep_freed_memory()  # as the command line does
     compilations = common.count_compilations()
     import jax
 
@@ -85,13 +89,12 @@ def para_jax_worker(folder: str, data: list[list[Row]], count: int, remat: bool 
     bank = AdapterBank.create(dict.fromkeys(names, ParaConfig(r=12)), backbone.config)
     settings = stack_settings(bank, dict.fromkeys(names, Settings(steps=10**6, lr=1e-3)))
     state = [TrainState.create(bank)]
-    options = {} if remat is None else {"remat": remat}
 
     def one(step: int) -> tuple[list[float], int]:
         """A step as the training loop takes it: the batch is made here, and losses are fetched."""
         rows = [[Example("", "", tuple(p), tuple(r)) for p, r in rows_of_step(t, step, count)] for t in data]
         batch = pad([rows])
-        state[0], values = train_step(backbone, state[0], settings, batch, tenants=names, **options)
+        state[0], values = train_step(backbone, state[0], settings, batch, tenants=names, remat=remat)
         return jax.device_get(values["loss"]).tolist(), batch.size
 
     def run(first: int, steps: int) -> tuple[float, int]:
@@ -111,13 +114,19 @@ def para_jax_worker(folder: str, data: list[list[Row]], count: int, remat: bool 
     return {"run": run, "losses": lambda: one(0)[0], "facts": facts, "compilations": compilations}
 
 
-def peft_worker(folder: str, data: list[list[Row]], count: int, threads: int, para: int) -> dict[str, Any]:
+def peft_worker(
+    folder: str, data: list[list[Row]], count: int, threads: int, para: int, keep_memory: bool
+) -> dict[str, Any]:
     import copy
 
     import torch
     from peft import IA3Config, LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
+    if keep_memory:
+        from para_jax.memory import keep_freed_memory
+
+        keep_freed_memory()
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -194,7 +203,7 @@ def measure(args: argparse.Namespace, folder: str, vocabulary: int) -> dict[str,
         data = drawn_rows(args.tenants, count, vocabulary)
     ours = common.Worker(args.threads, para_jax_worker, folder, data, args.rows, args.remat)
     facts = ours.ask("facts")
-    given = (folder, data, args.rows, args.threads, facts["parameters"])
+    given = (folder, data, args.rows, args.threads, facts["parameters"], args.keep_memory)
     theirs = common.Worker(args.threads, peft_worker, *given)
     methods = theirs.ask("facts")
 
@@ -255,7 +264,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="timed steps of a run")
     parser.add_argument("--threads", type=int, default=2, help="cores that a system may use")
     parser.add_argument("--data", type=Path, nargs="+", help=".jsonl files to use as tenants")
-    parser.add_argument("--remat", action=argparse.BooleanOptionalAction, help="in our step (default: as it is)")
+    parser.add_argument("--remat", action="store_true", help="recompute activations in our step")
+    parser.add_argument("--keep-memory", action="store_true", help="let peft's process keep freed memory as ours does")
     args = parser.parse_args()
     environment = common.environment()
 
@@ -284,7 +294,7 @@ def main() -> None:
         goals.append(common.goal(f"compilations after the first round on {shape}", compiled, at_most=0))
     common.print_goals(goals)
     environment |= {key: results[args.shapes[0]][key] for key in ("backend", "devices")}
-    options = {k: getattr(args, k) for k in ("tenants", "rows", "steps", "rounds", "threads", "remat")}
+    options = {k: getattr(args, k) for k in ("tenants", "rows", "steps", "rounds", "threads", "remat", "keep_memory")}
     options["data"] = [f"{path.parent.name}/{path.name}" for path in args.data] if args.data else "drawn"
     report = {"environment": environment, **options, "results": results, "goals": goals}
     common.write_json(args.json, "finetune", report)

@@ -18,6 +18,7 @@ _PUBLIC = {
     "Backbone": "para_jax.backbones.decoder",
     "BackboneConfig": "para_jax.backbones.config",
     "Completion": "para_jax.decoding.generate",
+    "FanLoraConfig": "para_jax.adapters.fanlora",
     "IA3Config": "para_jax.adapters.ia3",
     "LoraConfig": "para_jax.adapters.lora",
     "ParaConfig": "para_jax.adapters.para",
@@ -25,6 +26,7 @@ _PUBLIC = {
     "complete": "para_jax.decoding.generate",
     "generate": "para_jax.decoding.generate",
     "load_adapter": "para_jax.adapters.files",
+    "merge_adapter": "para_jax.convert.merging",
     "save_adapter": "para_jax.adapters.files",
 }
 
@@ -32,6 +34,7 @@ __all__ = [*_PUBLIC, "tiny_backbone_path"]
 
 if TYPE_CHECKING:
     from para_jax.adapters.bank import AdapterBank as AdapterBank
+    from para_jax.adapters.fanlora import FanLoraConfig as FanLoraConfig
     from para_jax.adapters.files import load_adapter as load_adapter
     from para_jax.adapters.files import save_adapter as save_adapter
     from para_jax.adapters.ia3 import IA3Config as IA3Config
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
     from para_jax.adapters.para import ParaConfig as ParaConfig
     from para_jax.backbones.config import BackboneConfig as BackboneConfig
     from para_jax.backbones.decoder import Backbone as Backbone
+    from para_jax.convert.merging import merge_adapter as merge_adapter
     from para_jax.decoding.generate import Completion as Completion
     from para_jax.decoding.generate import complete as complete
     from para_jax.decoding.generate import generate as generate

@@ -128,12 +128,13 @@ class Adjustment:
         [[1.0], [0.0], [0.5]]
         """
 
-        def weigh(x: Array) -> Array:
+        def weigh(x: Array, linear: bool = True) -> Array:
             # A pair may serve several rows, all of one adapter and so of one strength.
             weight = strength_n[:: strength_n.size // x.shape[0]].reshape(-1, *[1] * (x.ndim - 1))
-            return jnp.where(weight == 0, 0, x * weight.astype(x.dtype))
+            return jnp.where(weight == 0, 0, x * weight.astype(x.dtype) if linear else x)
 
-        pairs = {site: LowRank(pair.down, weigh(pair.up)) for site, pair in self.pairs.items()}
+        # Of a pair that plays no part both halves are zero: others may share its place.
+        pairs = {s: LowRank(weigh(pair.down, linear=False), weigh(pair.up)) for s, pair in self.pairs.items()}
         offsets, later = jax.tree.map(weigh, (self.offsets, self.later))
         return replace(self, offsets=offsets, later=later, pairs=pairs)
 

@@ -6,8 +6,10 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from para_jax.adapters.bank import Adapter, AdapterBank
+from para_jax import IA3Config, LoraConfig, ParaConfig
+from para_jax.adapters.bank import Adapter, AdapterBank, abstract_layers, named_leaves
 from para_jax.adapters.method import MethodConfig
 from para_jax.backbones.config import BackboneConfig
 from para_jax.backbones.decoder import Backbone
@@ -25,6 +27,23 @@ SMALL = BackboneConfig(
     eos_token_ids=(0,),
 )
 
+# Every method, each at settings that its neighbours do not have.
+METHODS: dict[str, MethodConfig] = {
+    "para": ParaConfig(r=3),
+    "response": ParaConfig(r=2, pooling="mean", read="normed", scale="response"),
+    "lora": LoraConfig(r=2, target_modules="all-linear"),
+    "patterned": LoraConfig(
+        r=4,
+        lora_alpha=2,
+        target_modules=("q_proj", "o_proj", "layers.1.mlp.down_proj"),
+        rank_pattern={"layers.0.self_attn.q_proj": 1},
+        alpha_pattern={"o_proj": 1},
+        use_rslora=True,
+    ),
+    "ia3": IA3Config(),
+    "group": IA3Config(target_modules=("q_proj", "k_proj", "up_proj"), feedforward_modules=()),
+}
+
 
 def random_backbone(seed: int = 0, stacked: bool = False, **overrides) -> Backbone:
     """A small backbone whose weights are large enough for its logits to differ a lot from token to token."""
@@ -38,12 +57,26 @@ def random_backbone(seed: int = 0, stacked: bool = False, **overrides) -> Backbo
 
 
 def random_adapter(config: MethodConfig, shape: BackboneConfig, seed: int, scale: float = 0.5) -> Adapter:
-    """An adapter with every weight drawn from N(0, scale), far from the identity."""
-    fresh = Adapter.create(config, shape, jax.random.key(seed))
-    leaves, tree = jax.tree.flatten(fresh)
-    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    drawn = [scale * jax.random.normal(k, x.shape, jnp.float32) for k, x in zip(keys, leaves, strict=True)]
-    return jax.tree.unflatten(tree, drawn)
+    """An adapter with every weight drawn from N(0, scale), far from the identity.
+
+    A low-rank pair that is wider than its layer's own rank is zero there, as it is in a fresh adapter.
+    """
+    layers = abstract_layers(config, shape)
+    tensors = named_leaves(layers)
+    keys = jax.random.split(jax.random.key(seed + 1), len(tensors))
+    drawn = []
+    for key, (name, x) in zip(keys, tensors.items(), strict=True):
+        one = scale * jax.random.normal(key, x.shape, jnp.float32)
+        half, _, site = name.partition(".")
+        if site and half in ("down", "up"):
+            ranks = np.array(
+                [dict(of_layer)[site].rank if site in dict(of_layer) else 0 for of_layer in layers.modules]
+            )
+            rank_axis = 1 if half == "down" else 2
+            inside = np.arange(x.shape[rank_axis])[None] < ranks[:, None]
+            one = jnp.where(np.expand_dims(inside, 3 - rank_axis), one, 0)
+        drawn.append(one)
+    return Adapter(config, jax.tree.unflatten(jax.tree.structure(layers), drawn))
 
 
 def random_bank(

@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -273,8 +274,9 @@ class AdapterBank:
         half of what acme's adapter changes, and with several names their changes are added. Configurations that no
         row uses cost nothing. A batch of None only gets the identity and the adapter-free program.
         """
-        wanted = [_strengths(tenant) for tenant in tenants]
-        places = [{self._find(name): strength for name, strength in row.items()} for row in wanted]
+        wanted = [{self._find(name): strength for name, strength in strengths_of(row).items()} for row in tenants]
+        # Strength 0 is no adapter, though a name has to be known even then.
+        places = [{place: strength for place, strength in row.items() if strength} for row in wanted]
         strengths, layers, rates = [], [], []
         for g, group in enumerate(self.groups):
             # A row may take several adapters of one configuration: the first of every row, the second, ...
@@ -285,20 +287,28 @@ class AdapterBank:
                 strengths.append(jnp.asarray(np.array([s for _, s in taken], np.float32)))
                 layers.append(_gather(group.stack, np.array([slot for slot, _ in taken], np.int32)))
                 rates.append(getattr(group.config, "lora_dropout", 0.0))
-        composed = any(len(row) > 1 for row in wanted)
+        composed = any(len(row) > 1 for row in places)
         return Rows(tuple(strengths), tuple(layers), tuple(rates), repeats=repeats, composed=composed)
 
 
-def _strengths(tenant: Tenant) -> Mapping[str, float]:
-    """A row's adapters and how much of each. Raises ParaJaxError for a strength that is no finite number."""
+def strengths_of(tenant: Tenant) -> dict[str, float]:
+    """A row's adapters and how much of each it takes.
+
+    Raises ParaJaxError for what is no tenant, or a strength that is no finite number.
+
+    >>> strengths_of("acme"), strengths_of(None), strengths_of({"acme": 0.5, "globex": 2})
+    ({'acme': 1.0}, {}, {'acme': 0.5, 'globex': 2.0})
+    """
     if tenant is None:
         return {}
     if isinstance(tenant, str):
         return {tenant: 1.0}
+    if not isinstance(tenant, Mapping):
+        raise ParaJaxError(f"a row's tenant is a name, None, or a dict of names and strengths, not {tenant!r}")
     for name, strength in tenant.items():
-        if not isinstance(strength, int | float) or not np.isfinite(strength):
+        if not isinstance(strength, Real) or isinstance(strength, bool) or not np.isfinite(strength):
             raise ParaJaxError(f"the strength of {name!r} must be a finite number, not {strength!r}")
-    return {name: float(strength) for name, strength in tenant.items() if strength != 0}
+    return {name: float(strength) for name, strength in tenant.items()}
 
 
 @jax.jit

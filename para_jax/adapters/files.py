@@ -1,8 +1,9 @@
 """An adapter as a folder: adapter_config.json and adapter_model.safetensors.
 
-adapter_config.json holds `peft_type` (the method), the method's own hyper-parameters, `base_model_name_or_path`,
-`base_model` (the sizes that have to match) and `para_jax_version`. The weights are float32, a tensor a name, with
-the layers stacked on the first axis.
+LoRA and (IA)3 have PEFT's form (`para_jax.adapters.peft`). PARA has its own: adapter_config.json holds `peft_type`
+(the method), the method's own hyper-parameters, `base_model_name_or_path`, `base_model` (the sizes that have to
+match) and `para_jax_version`; the weights are float32, a tensor a name, with the layers stacked on the first axis.
+docs/adapters.md describes both.
 """
 
 from __future__ import annotations
@@ -23,16 +24,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from para_jax.adapters import peft
 from para_jax.adapters.bank import Adapter, abstract_layers, mismatches, named_leaves
-from para_jax.adapters.method import BackboneShape, config_from_dict
-from para_jax.errors import ParaJaxError
+from para_jax.adapters.method import BackboneShape, config_from_dict, methods
+from para_jax.errors import ParaJaxError, unknown
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 OURS = ("peft_type", "base_model_name_or_path", "base_model", "para_jax_version")
 
 
 def save_adapter(adapter: Adapter, folder: str | Path, base: BackboneShape, *, overwrite: bool = False) -> None:
-    """Writes an adapter so that `load_adapter` gives it back bit for bit.
+    """Writes an adapter so that `load_adapter` gives it back bit for bit, and LoRA and (IA)3 so that `peft` opens it.
 
     The folder appears whole or not at all: it is written beside its place and renamed. With `overwrite` it takes
     the place of the adapter that was there, all of whose files go once their successors are complete.
@@ -44,27 +46,30 @@ def save_adapter(adapter: Adapter, folder: str | Path, base: BackboneShape, *, o
 
     from para_jax import __version__
 
-    config = {
-        "peft_type": adapter.config.method.upper(),
-        **dataclasses.asdict(adapter.config),  # type: ignore[call-overload]
-        "base_model_name_or_path": getattr(base, "name", ""),
-        "base_model": base_sizes(base),
-        "para_jax_version": __version__,
-    }
     adapter.check(base)
+    if isinstance(adapter.config, tuple(peft.CONFIGS.values())):
+        config, tensors = peft.peft_config(adapter, base), peft.peft_tensors(adapter, base)
+    else:
+        config = {
+            "peft_type": adapter.config.method.upper(),
+            **dataclasses.asdict(adapter.config),  # type: ignore[call-overload]
+            "base_model_name_or_path": getattr(base, "name", ""),
+            "base_model": base_sizes(base),
+            "para_jax_version": __version__,
+        }
+        tensors = {k: np.asarray(v) for k, v in adapter.tensors().items()}
     with new_folder(folder, CONFIG, overwrite=overwrite) as partial:
         (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        save_file({k: np.asarray(v) for k, v in adapter.tensors().items()}, partial / WEIGHTS)
+        save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
 
 
 def load_adapter(folder: str | Path, shape: BackboneShape) -> Adapter:
-    """Reads an adapter for a backbone of this shape.
+    """Reads an adapter for a backbone of this shape: a folder of `save_adapter`, or a LoRA or (IA)3 of PEFT's.
 
-    Raises ParaJaxError if the folder is no adapter, names an unknown method or option, was made for a backbone of
-    other sizes, or holds a missing, extra or misshapen tensor (all of them are listed).
+    Raises ParaJaxError if the folder is no adapter, names an unknown method or an option that is not implemented, was
+    made for a backbone of other sizes, or holds a missing, extra or misshapen tensor (all of them are listed).
     """
     from safetensors import SafetensorError
-    from safetensors.numpy import load_file
 
     folder = Path(folder)
     missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
@@ -72,11 +77,18 @@ def load_adapter(folder: str | Path, shape: BackboneShape) -> Adapter:
         raise ParaJaxError(f"{folder} is not an adapter: it has no {' and no '.join(missing)}")
     try:
         fields = json.loads((folder / CONFIG).read_text())
-        tensors = load_file(folder / WEIGHTS)
+        tensors = _read(folder / WEIGHTS)
+    except ParaJaxError:
+        raise
     except (ValueError, SafetensorError) as error:  # ValueError: no JSON, or no text
         raise ParaJaxError(f"{folder} is damaged: {error}") from error
     if not isinstance(fields, dict) or not isinstance(fields.get("peft_type"), str):
         raise ParaJaxError(f"{folder / CONFIG} has no peft_type, so its method is not known")
+    method = fields["peft_type"].lower()
+    if method.upper() in peft.CONFIGS:
+        return peft.from_peft(folder, fields, tensors, shape)
+    if method not in methods():
+        raise ParaJaxError(f"{folder}: {unknown('method', method, methods())}")
     wanted, made_for = base_sizes(shape), fields.get("base_model")
     if made_for != wanted:
         raise ParaJaxError(
@@ -84,13 +96,27 @@ def load_adapter(folder: str | Path, shape: BackboneShape) -> Adapter:
             f"{_differences(made_for or {}, wanted)}); load the backbone it was tuned on, or tune it again"
         )
     options = {k: v for k, v in fields.items() if k not in OURS}
-    config = config_from_dict(fields["peft_type"].lower(), options)
+    config = config_from_dict(method, options)
     problems = mismatches(tensors, config, shape)
     if problems:
         raise ParaJaxError(f"{folder / WEIGHTS}: {'; '.join(problems)}")
     abstract = abstract_layers(config, shape)
     leaves = [jnp.asarray(tensors[name]) for name in named_leaves(abstract)]
     return Adapter(config, jax.tree.unflatten(jax.tree.structure(abstract), leaves))
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of a safetensors file. Raises ParaJaxError for one that is no float of 16, 32 or 64 bits."""
+    from safetensors import safe_open
+
+    tensors = {}
+    with safe_open(path, framework="numpy") as f:
+        for key in f.keys():  # noqa: SIM118  (no mapping)
+            dtype = f.get_slice(key).get_dtype()
+            if dtype not in ("F16", "BF16", "F32", "F64"):
+                raise ParaJaxError(f"{path}: {key} is {dtype}; adapters are read in float32, float16 and bfloat16")
+            tensors[key] = f.get_tensor(key)
+    return tensors
 
 
 def base_sizes(shape: BackboneShape) -> dict[str, Any]:

@@ -59,15 +59,16 @@ class IA3Config:
 
     def __post_init__(self) -> None:
         for name in ("target_modules", "feedforward_modules", "exclude_modules"):
-            object.__setattr__(self, name, as_patterns(getattr(self, name)))
-        if not isinstance(self.projection, int) or self.projection < 0:
+            object.__setattr__(self, name, as_patterns(getattr(self, name), name))
+        if not isinstance(self.projection, int) or isinstance(self.projection, bool) or self.projection < 0:
             raise ParaJaxError(f"projection must be a whole number from 0, not {self.projection!r}")
         targets, forward = self.target_modules, self.feedforward_modules
         if not isinstance(targets, str) and not isinstance(forward, str):
             outside = [name for name in forward if name not in targets]
             if outside:
                 raise ParaJaxError(
-                    f"feedforward_modules has {', '.join(outside)}, which target_modules lacks; add it to both"
+                    f"feedforward_modules has {', '.join(outside)}, which target_modules lacks; add it there, or "
+                    "leave it out here"
                 )
 
     def modules(self, shape: BackboneShape) -> tuple[tuple[str, ...], ...]:
@@ -90,7 +91,13 @@ class IA3Config:
 
 def is_input(site: str, config: IA3Config, shape: BackboneShape) -> bool:
     """Whether it is the input of this site that is scaled."""
-    return bool(config.feedforward_modules) and matched(config.feedforward_modules, module_path(0, site, shape))
+    return any(_feeds(config, module_path(i, site, shape)) for i in range(shape.num_hidden_layers))
+
+
+def _feeds(config: IA3Config, path: str) -> bool:
+    """Whether feedforward_modules means this module. PEFT looks at the end of the path, dot or no dot."""
+    forward = config.feedforward_modules
+    return matched(forward, path) if isinstance(forward, str) else path.endswith(forward)
 
 
 def _width(site: str, config: IA3Config, shape: BackboneShape) -> int:
@@ -110,6 +117,12 @@ def _modules(config: IA3Config, shape: BackboneShape) -> tuple[tuple[str, ...], 
             raise ParaJaxError(
                 f"feedforward_modules has {site}; only {FEEDFORWARD}'s input can be scaled. "
                 f"Take {site} out of it to scale its output"
+            )
+    for path in paths:
+        if path.endswith(FEEDFORWARD) and _feeds(config, path) != is_input(FEEDFORWARD, config, shape):
+            raise ParaJaxError(
+                f"feedforward_modules means {FEEDFORWARD} in some of the targeted layers and not in others, such as "
+                f"{path}; name {FEEDFORWARD} for all"
             )
     return layers
 

@@ -8,7 +8,8 @@ The prompt plays no part: preparing hands the pairs on, and every token pays for
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -81,23 +82,31 @@ class LoraConfig:
             object.__setattr__(self, name, value)
 
         put("target_modules", as_patterns(self.target_modules))
-        put("exclude_modules", as_patterns(self.exclude_modules))
+        put("exclude_modules", as_patterns(self.exclude_modules, "exclude_modules"))
         for name in ("rank_pattern", "alpha_pattern"):
-            pairs = getattr(self, name)
-            put(name, tuple((k, v) for k, v in (pairs.items() if isinstance(pairs, Mapping) else pairs)))
+            put(name, _as_pairs(name, getattr(self, name)))
         if self.layers_to_transform is not None:
             one = isinstance(self.layers_to_transform, int)
-            put("layers_to_transform", (self.layers_to_transform,) if one else tuple(self.layers_to_transform))
+            layers = (self.layers_to_transform,) if one else self.layers_to_transform
+            if not isinstance(layers, Iterable) or not all(_whole(layer) for layer in layers):
+                raise ParaJaxError(f"layers_to_transform must be numbers of layers, not {self.layers_to_transform!r}")
+            put("layers_to_transform", tuple(layers))
             if isinstance(self.target_modules, str):
                 raise ParaJaxError("layers_to_transform needs target_modules as a list; put the layers in the pattern")
         for rank in (self.r, *(rank for _, rank in self.rank_pattern)):
-            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+            if not _whole(rank) or rank < 1:
                 raise ParaJaxError(f"r and the ranks of rank_pattern must be whole numbers from 1, not {rank!r}")
             if self.init_lora_weights == "orthogonal" and rank % 2:
                 raise ParaJaxError(f'init_lora_weights="orthogonal" needs even ranks, not {rank}')
-        if not 0 <= self.lora_dropout < 1:
+        for alpha in (self.lora_alpha, *(alpha for _, alpha in self.alpha_pattern)):
+            if not _number(alpha):
+                raise ParaJaxError(f"lora_alpha and the values of alpha_pattern must be numbers, not {alpha!r}")
+        if not isinstance(self.use_rslora, bool):
+            raise ParaJaxError(f"use_rslora must be true or false, not {self.use_rslora!r}")
+        if not _number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
             raise ParaJaxError(f"lora_dropout must be at least 0 and below 1, not {self.lora_dropout!r}")
-        if self.init_lora_weights not in INITIALISATIONS:
+        # 1 == True, and is no choice.
+        if not isinstance(self.init_lora_weights, bool | str) or self.init_lora_weights not in INITIALISATIONS:
             raise unknown("init_lora_weights", self.init_lora_weights, [str(choice) for choice in INITIALISATIONS])
 
     def modules(self, shape: BackboneShape) -> tuple[Mapping[str, Module], ...]:
@@ -115,6 +124,29 @@ class LoraConfig:
             for modules in self.modules(shape)
             for site, module in modules.items()
         )
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _as_pairs(name: str, patterns: Any) -> tuple[tuple[str, Any], ...]:
+    """A pattern option as pairs, of a dict or of pairs. Raises ParaJaxError for what is neither."""
+    pairs = tuple(patterns.items()) if isinstance(patterns, Mapping) else patterns
+    if not isinstance(pairs, list | tuple) or not all(
+        isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs
+    ):
+        raise ParaJaxError(f'{name} must be values by pattern, such as {{"q_proj": 4}}, not {patterns!r}')
+    for key, _ in pairs:
+        try:
+            re.compile(key)
+        except re.error as error:
+            raise ParaJaxError(f"{name} has {key!r}, which is no regular expression: {error}") from error
+    return tuple((key, value) for key, value in pairs)
 
 
 @lru_cache(maxsize=256)

@@ -77,18 +77,21 @@ class MethodConfig(Protocol):
     def __hash__(self) -> int: ...
 
 
-def as_targets(target_modules: Iterable[str]) -> tuple[str, ...]:
+def as_targets(target_modules: Iterable[str], option: str = "target_modules") -> tuple[str, ...]:
     """The targets as a tuple. Raises ParaJaxError for a single string, whose letters nobody means, or a repeated name.
 
     >>> as_targets(["q_proj", "v_proj"])
     ('q_proj', 'v_proj')
     """
     if isinstance(target_modules, str):
-        raise ParaJaxError(f"target_modules is a list of names; write [{target_modules!r}]")
-    targets = tuple(target_modules)
+        raise ParaJaxError(f"{option} is a list of names; write [{target_modules!r}]")
+    targets = tuple(target_modules) if isinstance(target_modules, Iterable) else (target_modules,)
+    for target in targets:
+        if not isinstance(target, str):
+            raise ParaJaxError(f"{option} must be names of modules, not {target!r}")
     repeated = sorted({target for target in targets if targets.count(target) > 1})
     if repeated:
-        raise ParaJaxError(f"target_modules names {', '.join(repeated)} more than once")
+        raise ParaJaxError(f"{option} names {', '.join(repeated)} more than once")
     return targets
 
 
@@ -103,18 +106,21 @@ def check_targets(target_modules: tuple[str, ...], shape: BackboneShape) -> None
 
 def methods() -> dict[str, type[Any]]:
     """Every method by the name that adapter_config.json and the command line use."""
+    from para_jax.adapters.fanlora import FanLoraConfig
     from para_jax.adapters.ia3 import IA3Config
     from para_jax.adapters.lora import LoraConfig
     from para_jax.adapters.para import ParaConfig
 
-    return {config.method: config for config in (ParaConfig, LoraConfig, IA3Config)}
+    return {config.method: config for config in (ParaConfig, LoraConfig, IA3Config, FanLoraConfig)}
 
 
 def config_from_dict(method: str, fields: Mapping[str, Any]) -> Any:
-    """The method's config with these fields; lists become tuples. Raises ParaJaxError for an unknown name or option.
+    """The method's config with these fields as JSON has them. Raises ParaJaxError for an unknown name or option.
 
     >>> config_from_dict("para", {"r": 4, "target_modules": ["q_proj"]}).target_modules
     ('q_proj',)
+    >>> config_from_dict("lora", {"rank_pattern": {"q_proj": 2}}).rank_pattern
+    (('q_proj', 2),)
     """
     if method not in methods():
         raise unknown("method", method, methods())
@@ -123,4 +129,13 @@ def config_from_dict(method: str, fields: Mapping[str, Any]) -> Any:
     for name in fields:
         if name not in known:
             raise unknown(f"option of method {method!r}", name, known)
-    return config(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+    return config(**{name: _hashable(value) for name, value in fields.items()})
+
+
+def _hashable(value: Any) -> Any:
+    """JSON's lists as tuples, and its objects as tuples of pairs."""
+    if isinstance(value, Mapping):
+        value = value.items()
+    elif not isinstance(value, list | tuple):
+        return value
+    return tuple(_hashable(item) for item in value)

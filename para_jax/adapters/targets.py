@@ -68,7 +68,10 @@ def resolve(
     chosen = [
         key
         for key, path in paths.items()
-        if (layers is None or key[0] in layers) and matched(pattern, path) and not (exclude and matched(exclude, path))
+        if matched(pattern, path)
+        # PEFT does not ask for the layer of a module that is named by its whole path.
+        and (layers is None or key[0] in layers or path in pattern)
+        and not (exclude and matched(exclude, path))
     ]
     if not chosen:
         raise ParaJaxError(f"{option} with layers_to_transform and exclude_modules leaves no module; choose others")
@@ -94,6 +97,6 @@ def _check(name: str, pattern: str | tuple[str, ...], paths: list[str], shape: B
             raise unknown(f"entry of {name}", entry, shape.sites)
 
 
-def as_patterns(value: str | Iterable[str]) -> str | tuple[str, ...]:
+def as_patterns(value: str | Iterable[str], option: str = "target_modules") -> str | tuple[str, ...]:
     """Modules as a config keeps them: a string, or a tuple without repeats."""
-    return value if isinstance(value, str) else as_targets(value)
+    return value if isinstance(value, str) else as_targets(value, option)

@@ -32,3 +32,9 @@ def attention(
     weight = jax.nn.softmax(score, axis=-1).astype(v_bksh.dtype)
     mixed = jnp.einsum("bkqs,bksh->bkqh", weight, v_bksh)
     return mixed.reshape(b, k, g, t, hd).transpose(0, 3, 1, 2, 4).reshape(b, t, k * g * hd)
+
+
+def causal(mask_bt: Bool[Array, "b t"]) -> Bool[Array, "b t t"]:
+    """Which keys each token of a row may see: those up to its own that are none of the padding."""
+    t = mask_bt.shape[1]
+    return jnp.tril(jnp.ones((t, t), bool))[None] & mask_bt[:, None, :]

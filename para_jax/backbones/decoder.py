@@ -7,7 +7,7 @@ Layers are a list that programs unroll, or stacked arrays that they scan: docs/b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,15 +15,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from para_jax.adapters.bank import AdapterBank, Rows, Tenant
+from para_jax.adapters.bank import AdapterBank, Rows, Tenant, strengths_of
 from para_jax.adapters.method import Prompt
 from para_jax.adjustment import Adjustment
 from para_jax.backbones import rope
-from para_jax.backbones.attention import attention
+from para_jax.backbones.attention import attention, causal
 from para_jax.backbones.cache import Cache, DecodeState
 from para_jax.backbones.config import BackboneConfig
 from para_jax.backbones.linear import product, rms_norm
-from para_jax.backbones.ragged import Ragged
+from para_jax.backbones.ragged import Line, Ragged
 from para_jax.errors import ParaJaxError
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ class Backbone(nnx.Module):
           tokens_bt: token ids.
           mask: which of them are tokens and not padding, on either side; all, if not given.
           prompt_mask: which tokens adapters are prepared from; all, if not given.
-          bank, tenants: the adapters, and for each row its tenant's name or None.
+          bank, tenants: the adapters, and for each row its tenant's name, None, or names with strengths.
 
         Raises ParaJaxError for an unknown tenant, or tenants that do not match the rows.
         """
@@ -171,7 +171,7 @@ class Backbone(nnx.Module):
         rows: Rows,
         cache: Cache | None = None,
         remat: bool = False,
-        flat: int | None = None,
+        flat: Line | None = None,
     ) -> tuple[Float[Array, "b t d"], Any, Cache | None]:
         """Prepares the rows' adapters layer by layer and runs all tokens.
 
@@ -179,16 +179,15 @@ class Backbone(nnx.Module):
           mask_bt, prompt_mask_bt: which tokens are none of the padding, and which of those are the prompt's.
           cache: an empty one to fill with these tokens.
           remat: recompute each layer in the backward pass instead of keeping what it made.
-          flat: run all but attention on a line of this many tokens, at least as many as there are, in place of the
-            padded batch. Hidden states of padding are zero then.
+          flat: run all but attention on a line of the tokens in place of the padded batch, whose rows are padded on
+            the right. Hidden states of padding are zero then. Not with a cache.
 
         Returns the final hidden states after the norm, the Adjustments, and the cache.
         """
-        t = tokens_bt.shape[1]
         position_bt = jnp.maximum(jnp.cumsum(mask_bt, axis=1, dtype=jnp.int32) - 1, 0)
-        visible_bts = jnp.tril(jnp.ones((t, t), bool))[None] & mask_bt[:, None, :]
         column = None if cache is None else cache.column
-        line = None if flat is None else Ragged.of(mask_bt, flat)
+        line = None if flat is None else Ragged.of(mask_bt, flat.tokens)
+        halves = () if line is None or flat is None else line.halves(flat.short)
 
         def flatten(x: Array) -> Array:
             return x if line is None else line.flat(x)
@@ -212,9 +211,15 @@ class Backbone(nnx.Module):
                 return line.apply(adjustment, site, x, y, in_prompt)
 
             def attend(q: Array, k: Array, v: Array) -> Array:
-                k, v = padded(k).swapaxes(1, 2), padded(v).swapaxes(1, 2)
-                new.extend((k, v))
-                return flatten(attention(padded(q), k, v, visible_bts))
+                if line is None:
+                    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+                    new.extend((k, v))
+                    return attention(q, k, v, causal(mask_bt))
+                mixed = []
+                for half in halves:
+                    keys, values = half.padded(k).swapaxes(1, 2), half.padded(v).swapaxes(1, 2)
+                    mixed.append(half.flat(attention(half.padded(q), keys, values, causal(half.mask_bt))))
+                return mixed[0] if len(mixed) == 1 else mixed[0] + mixed[1]
 
             x = block(x, adjust, angles, attend)
             if cache is not None:
@@ -302,9 +307,9 @@ def batch_rows(bank: AdapterBank | None, tenants: Sequence[Tenant] | None, batch
         if bank is not None:
             raise ParaJaxError("a bank was given but no tenants; pass tenants=[...], a name or None for every row")
         return Rows()
-    if isinstance(tenants, str) or len(tenants) != batch:
+    if isinstance(tenants, str | Mapping) or len(tenants) != batch:
         raise ParaJaxError(f"{batch} rows but tenants={tenants!r}; give a list of a name or None for every row")
-    if all(tenant is None for tenant in tenants):
+    if not any(strengths_of(tenant) for tenant in tenants):
         return Rows()
     if bank is None:
         raise ParaJaxError("tenants were given but no bank; pass bank=AdapterBank.load({name: folder, ...}, config)")

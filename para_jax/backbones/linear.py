@@ -38,11 +38,19 @@ def _dot(x: Float[Array, "b t i"], weight: Float[Array, "o i"], dtype: Any) -> F
     and the derivative JAX would take of the latter multiplies in float32.
     """
     b, t, _ = x.shape
-    if 1 < b * t <= FEW_ROWS and x.dtype == jnp.float32 and jax.default_backend() == "cpu":
-        # The weights times columns. XLA would turn it back into rows times weights; the barriers keep it from that.
-        columns = jax.lax.optimization_barrier(x.reshape(b * t, -1).T)
-        out = jax.lax.optimization_barrier(jnp.matmul(weight, columns, preferred_element_type=jnp.float32))
-        return out.T.reshape(b, t, -1).astype(dtype)
+    if 1 < b * t <= FEW_ROWS and jax.default_backend() == "cpu":
+        # The weights times columns. XLA would turn it back into rows times weights: in float32 the barriers keep it
+        # from that, in bfloat16 a product of two halves at once does, and does it faster.
+        columns = x.reshape(b * t, -1).T
+        if x.dtype == jnp.float32:
+            columns = jax.lax.optimization_barrier(columns)
+            out = jax.lax.optimization_barrier(jnp.matmul(weight, columns, preferred_element_type=jnp.float32))
+            return out.T.reshape(b, t, -1).astype(dtype)
+        if weight.shape[0] % 2 == 0:
+            halves = weight.reshape(2, -1, weight.shape[-1])
+            twice = jnp.broadcast_to(columns[None], (2, *columns.shape))
+            out = jnp.einsum("coi,cin->con", halves, twice, preferred_element_type=jnp.float32)
+            return out.reshape(-1, b * t).T.reshape(b, t, -1).astype(dtype)
     return jnp.einsum("bti,oi->bto", x, weight, preferred_element_type=jnp.float32).astype(dtype)
 
 

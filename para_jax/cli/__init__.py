@@ -8,9 +8,16 @@ import sys
 from collections.abc import Sequence
 
 from para_jax import __version__
-from para_jax.cli import evaluate, finetune, generate, quickstart
+from para_jax.cli import evaluate, fanlora, finetune, generate, methods, quickstart
 
-VERBS = {"quickstart": quickstart, "finetune": finetune, "evaluate": evaluate, "generate": generate}
+VERBS = {
+    "quickstart": quickstart,
+    "finetune": finetune,
+    "fanlora": fanlora,
+    "evaluate": evaluate,
+    "generate": generate,
+    "methods": methods,
+}
 
 
 def parser() -> argparse.ArgumentParser:

@@ -49,7 +49,9 @@ def load_model(args: argparse.Namespace) -> tuple[Backbone, Any]:
     """The backbone and its tokenizer. Raises ParaJaxError if either cannot be had."""
     from para_jax import Backbone, tiny_backbone_path
     from para_jax.convert.tokenizer import load_tokenizer
+    from para_jax.memory import keep_freed_memory
 
+    keep_freed_memory()
     path = args.model or tiny_backbone_path()
     return Backbone.from_pretrained(path, dtype=args.dtype), load_tokenizer(path)
 

@@ -5,13 +5,27 @@ of steps, and ends where it would have ended alone. OUT then holds NAME/ with ea
 metrics.jsonl, run.json and checkpoints/. Ctrl-C saves; --resume goes on as if nothing had happened.
 
   para-jax finetune --tenant mail=mail.jsonl --tenant faq=faq.jsonl --steps 500 --lr 3e-3 --out runs/first
+
+The tenants of one run may differ in method, and in its options:
+
+  para-jax finetune --tenant mail=mail.jsonl --tenant faq=faq.jsonl --method lora --method faq=para \
+    --option lora.target_modules=all-linear --option lora.r=4 --out runs/mixed
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from para_jax.cli import common
+from para_jax.errors import ParaJaxError, unknown
+
+# Options that hold modules, which a shell writes with commas.
+MODULES = ("target_modules", "exclude_modules", "feedforward_modules")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,18 +36,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
 
     method = parser.add_argument_group("method")
-    method.add_argument("--method", default="para", help="para (default)")
-    method.add_argument("--r", type=int, help="width of the bottleneck (default: 12)")
-    method.add_argument("--target-modules", nargs="+", metavar="SITE", help="default: q_proj v_proj up_proj")
-    method.add_argument("--pooling", help="last, mean, max or attention (default: last)")
-    method.add_argument("--activation", help="gelu, relu, silu or rational (default: gelu)")
     method.add_argument(
-        "--normalize",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="RMS-normalise the pooled vector",
+        "--method",
+        metavar="[NAME=]METHOD",
+        action="append",
+        default=[],
+        help='para (default), lora, ia3, ...; or a JSON file {"method": ..., and its options}; repeat',
     )
-    method.add_argument("--bias", action="store_true", default=None, help="a bias in the generator's up-projection")
+    method.add_argument(
+        "--option",
+        metavar="[METHOD.]KEY=VALUE",
+        action="append",
+        default=[],
+        help="an option of the methods that --method names, or of METHOD alone: pooling=mean, lora.lora_alpha=16, "
+        "target_modules=q_proj,v_proj; repeat",
+    )
+    method.add_argument("--r", type=int, help="the same as --option r=... (default: the method's)")
+    method.add_argument(
+        "--target-modules", nargs="+", metavar="SITE", help="as --option target_modules=... (default: the method's)"
+    )
 
     tuning = parser.add_argument_group("tuning", "VALUE is for every tenant, NAME=VALUE for one; options repeat")
     for name, default, text in (
@@ -69,13 +90,14 @@ def run(args: argparse.Namespace) -> int:
     names = list(files)
 
     from para_jax.adapters.bank import AdapterBank
-    from para_jax.adapters.method import config_from_dict
     from para_jax.data.examples import read_examples
     from para_jax.training.loop import finetune
     from para_jax.training.optimizer import Settings
 
-    options = {k: getattr(args, k) for k in ("r", "target_modules", "pooling", "activation", "normalize", "bias")}
-    config = config_from_dict(args.method, {k: v for k, v in options.items() if v is not None})
+    given = [*args.option]
+    given += [] if args.r is None else [f"r={args.r}"]
+    given += [] if args.target_modules is None else [f"target_modules={','.join(args.target_modules)}"]
+    configs = method_configs(names, args.method, given)
     values: dict[str, dict[str, float]] = {
         "steps": common.per_tenant(args.steps, "--steps", names, int),
         "lr": common.per_tenant(args.lr, "--lr", names, float),
@@ -86,15 +108,16 @@ def run(args: argparse.Namespace) -> int:
     settings = {n: Settings.checked(**{k: v[n] for k, v in values.items() if n in v}) for n in names}
 
     backbone, tokenizer = common.load_model(args)
-    size = config.size(backbone.config)  # raises for a target that is none, before the data is read
+    # Raises for a target that is none, before the data is read.
+    sizes = {n: f"{config.method} {config.size(backbone.config):,}" for n, config in configs.items()}
     length = min(args.max_length or backbone.config.max_position_embeddings, backbone.config.max_position_embeddings)
     eos = backbone.config.eos_token_ids
     examples = {n: read_examples(f, tokenizer, eos, length, truncate=args.truncate) for n, f in files.items()}
-    bank = AdapterBank.create(dict.fromkeys(names, config), backbone.config, args.seed)
+    bank = AdapterBank.create(configs, backbone.config, args.seed)
     rows = sum(map(len, examples.values()))
     print(
         f"{len(names)} tenants, {rows:,} rows; backbone {backbone.config.size / 1e6:.1f}M parameters, "
-        f"{args.method} {size:,} a tenant",
+        f"a tenant's adapter {' or '.join(dict.fromkeys(sizes.values()))}",
         flush=True,
     )
     finetune(
@@ -114,3 +137,71 @@ def run(args: argparse.Namespace) -> int:
     )
     print(f"saved {', '.join(names)} and loss.png in {args.out}")
     return 0
+
+
+def method_configs(names: Sequence[str], chosen: Sequence[str], given: Sequence[str]) -> dict[str, Any]:
+    """Each tenant's config, of [NAME=]METHOD and [METHOD.]KEY=VALUE arguments.
+
+    An option is for the tenants whose method is named; a JSON file says all that it means. Raises ParaJaxError for an
+    unknown method or option, with the nearest there is, and for an option that is for no tenant.
+
+    >>> configs = method_configs(["a", "b"], ["b=lora"], ["para.r=4", "target_modules=q_proj,o_proj"])
+    >>> configs["a"].r, configs["b"].r, configs["b"].target_modules
+    (4, 8, ('q_proj', 'o_proj'))
+    """
+    from para_jax.adapters.method import config_from_dict
+
+    wanted = common.per_tenant(["para", *chosen], "--method", names, str)
+    named = {method for method in wanted.values() if not method.endswith(".json")}
+    general: dict[str, Any] = {}
+    particular: dict[str, dict[str, Any]] = {method: {} for method in named}
+    for argument in given:
+        key, equals, text = argument.partition("=")
+        if not equals or not key or not text:
+            raise ParaJaxError(f"--option takes KEY=VALUE or METHOD.KEY=VALUE, not {argument!r}")
+        method, dot, key = key.rpartition(".")
+        if dot and method not in named:
+            raise unknown("method in --option", method, named)
+        if not named:
+            raise ParaJaxError(f"--option {argument} is for no tenant: a JSON file given to --method has its own")
+        options = particular[method] if dot else general
+        if key in options:
+            raise ParaJaxError(f"--option gives {key} twice")
+        options[key] = option_value(key, text)
+
+    def config(method: str) -> Any:
+        if method in named:
+            return config_from_dict(method, general | particular[method])
+        return config_from_file(method)
+
+    made = {method: config(method) for method in dict.fromkeys(wanted.values())}
+    return {name: made[method] for name, method in wanted.items()}
+
+
+def config_from_file(path: str) -> Any:
+    """A config of a JSON file such as {"method": "lora", "r": 8}. Raises ParaJaxError for any other."""
+    from para_jax.adapters.method import config_from_dict, methods
+    from para_jax.backbones.config import read_json
+
+    fields = read_json(Path(path))
+    if not isinstance(fields.get("method"), str):
+        raise ParaJaxError(f'{path} has no "method"; write one of {", ".join(methods())}')
+    return config_from_dict(fields.pop("method"), fields)
+
+
+def option_value(key: str, text: str) -> Any:
+    r"""The value of an option: JSON if it is that, else a string, or names of modules between commas.
+
+    >>> option_value("normalize", "false"), option_value("pooling", "mean"), option_value("target_modules", "q_proj")
+    (False, 'mean', ['q_proj'])
+    >>> print(option_value("target_modules", r".*\.[02]\.mlp\..*"), option_value("target_modules", "all-linear"))
+    .*\.[02]\.mlp\..* all-linear
+    """
+    if text in ("True", "False", "None"):
+        text = {"True": "true", "False": "false", "None": "null"}[text]
+    try:
+        return json.loads(text)
+    except ValueError:
+        if key not in MODULES or text == "all-linear" or re.search(r"[\\^$*+?|()\[\]{}]", text):
+            return text
+        return text.split(",")

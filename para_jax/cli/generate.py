@@ -1,7 +1,8 @@
 """Answer prompts, each as its own tenant, in one batch.
 
 --input holds rows {"tenant": NAME or null, "prompt": TEXT} (or "messages"); --output gets them back in order with
-"text" and "finish_reason" added.
+"text" and "finish_reason" added. A tenant may be names with strengths: {"mail": 0.5} takes half of what the adapter
+changes, {"mail": 0.5, "faq": 0.5} half of each.
 
   para-jax generate --adapters runs/first --tenant mail --prompt "Dear customer,"
   para-jax generate --adapters runs/first --input rows.jsonl --output answers.jsonl
@@ -48,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
         if Path(args.output).exists() and not args.overwrite:
             raise ParaJaxError(f"{args.output} exists; choose another --output or pass --overwrite")
 
+    from para_jax.adapters.bank import strengths_of
     from para_jax.data.examples import encode_rows, read_rows
     from para_jax.decoding.generate import complete
 
@@ -56,13 +58,17 @@ def run(args: argparse.Namespace) -> int:
     else:
         placed = [("--prompt", {"prompt": args.prompt, "tenant": args.tenant})]
     tenants = [row.get("tenant") for _, row in placed]
+    names: dict[str, None] = {}
     for (place, _), tenant in zip(placed, tenants, strict=True):
-        if tenant is not None and not isinstance(tenant, str):
-            raise ParaJaxError(f'{place}: "tenant" is a name or null, not {tenant!r}')
-        if tenant is not None and args.adapters is None:
+        try:
+            own = strengths_of(tenant)
+        except ParaJaxError as error:
+            raise ParaJaxError(f'{place}: "tenant": {error}') from None
+        if own and args.adapters is None:
             raise ParaJaxError(f"{place}: tenant {tenant!r} needs --adapters DIR")
+        names |= dict.fromkeys(own)
     backbone, tokenizer = common.load_model(args)
-    bank = common.load_bank(args.adapters, list(dict.fromkeys(t for t in tenants if t is not None)), backbone)
+    bank = common.load_bank(args.adapters, list(names), backbone)
     examples = encode_rows(placed, tokenizer, backbone.config.eos_token_ids, need_response=False)
     completions = complete(
         backbone,

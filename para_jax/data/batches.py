@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import jax
 import numpy as np
 
+from para_jax.backbones.ragged import Line
 from para_jax.data.examples import Example
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class Batch:
       target_token: (a, k) which token is to come there.
       target_tenant: (a, k) whose it is, from 0; n where the list is longer than there are response tokens.
       target_count: (n,) each tenant's response tokens in all micro-batches.
-      line: at least as many places as any micro-batch has tokens; a static number.
+      line: how long a line the tokens of a micro-batch take; static.
     """
 
     tokens: Int[np.ndarray, "a b t"]
@@ -51,7 +52,7 @@ class Batch:
     target_token: Int[np.ndarray, "a k"]
     target_tenant: Int[np.ndarray, "a k"]
     target_count: Int[np.ndarray, "n"]
-    line: int
+    line: Line
 
     @property
     def size(self) -> int:
@@ -107,8 +108,9 @@ def pad(parts: list[list[list[Example]]]) -> Batch:
     rows = [[(tenant, e) for tenant, some in enumerate(part) for e in some] for part in parts]
     t = bucket(max(len(e) for part in rows for _, e in part))
     k = bucket(max(sum(len(e.response_ids) for _, e in part) for part in rows), parts=4)
-    line = bucket(max(sum(len(e) for _, e in part) for part in rows), parts=4)
     a, b, n = len(rows), len(rows[0]), len(parts[0])
+    shorter = max((sorted(len(e) for _, e in part)[b // 2 - 1] for part in rows if b > 1), default=0)
+    line = Line(bucket(max(sum(len(e) for _, e in part) for part in rows), parts=4), min(t, bucket(shorter)))
     tokens, length, prompt_length = (np.zeros(shape, np.int32) for shape in ((a, b, t), (a, b), (a, b)))
     place, token, whose = (np.full((a, k), fill, np.int32) for fill in (0, 0, n))
     for i, part in enumerate(rows):

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from para_jax.adapters.bank import AdapterBank
+from para_jax.adapters.bank import AdapterBank, Tenant
 from para_jax.backbones.decoder import Backbone, batch_rows
 from para_jax.decoding import beams, loop, requests
 from para_jax.decoding.stops import StopStrings, stop_strings
@@ -55,7 +55,7 @@ def complete(
     prompts: Sequence[str | Sequence[int]],
     *,
     bank: AdapterBank | None = None,
-    tenants: Sequence[str | None] | None = None,
+    tenants: Sequence[Tenant] | None = None,
     max_new_tokens: Sequence[int] | int = 64,
     temperature: PerRow = 0.0,
     top_k: Sequence[int] | int = 0,
@@ -79,7 +79,8 @@ def complete(
       backbone: the model; programs take it as it is and do not copy it.
       tokenizer: of transformers; stop strings need a fast one.
       prompts: strings, or token ids, which are taken as they are.
-      bank, tenants: the adapters, and for every row its tenant's name or None.
+      bank, tenants: the adapters, and for every row its tenant's name, None for no adapter, or names with strengths:
+        {"acme": 0.5} is half of what acme's adapter changes, and the changes of several are added.
       max_new_tokens: the most tokens to generate.
       temperature: zero takes the likeliest token, anything above draws.
       top_k, top_p, min_p: which tokens a draw may choose among; 0, 1 and 0 are all of them.

@@ -4,14 +4,14 @@ set."""
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
 
-from para_jax.adapters.bank import AdapterBank
+from para_jax.adapters.bank import AdapterBank, Tenant, strengths_of
 from para_jax.backbones.config import BackboneConfig
 from para_jax.decoding.sampling import Draws, Filters, Sampler
 from para_jax.errors import ParaJaxError, unknown
@@ -142,20 +142,21 @@ def limits(max_new_tokens: Any, prompts: Sequence[np.ndarray], config: BackboneC
     return limit_b
 
 
-def tenant_rows(bank: AdapterBank | None, tenants: Sequence[str | None] | None, rows: int) -> Sequence[str | None]:
-    """A tenant or None for every row, all of them known, before anything is run."""
+def tenant_rows(bank: AdapterBank | None, tenants: Sequence[Tenant] | None, rows: int) -> Sequence[Tenant]:
+    """A tenant, None or names with strengths for every row, all of them known, before anything is run."""
     if tenants is None:
         if bank is not None:
             raise ParaJaxError("a bank was given but no tenants; give a tenant's name or None for every row")
         return [None] * rows
-    if isinstance(tenants, str):
-        raise ParaJaxError(f"tenants is one string, {tenants!r}; give a list of a name or None for every row")
+    if isinstance(tenants, str | Mapping):
+        kind = "string" if isinstance(tenants, str) else "dict"
+        raise ParaJaxError(f"tenants is one {kind}, {tenants!r}; give a list of a name or None for every row")
     if len(tenants) != rows:
         raise ParaJaxError(f"{rows} rows but {len(tenants)} tenants; give one (or None) for every row")
-    named = [name for name in tenants if name is not None]
-    if named and bank is None:
+    names = dict.fromkeys(name for tenant in tenants for name in strengths_of(tenant))
+    if names and bank is None:
         raise ParaJaxError("tenants were given but no bank; pass bank=AdapterBank.load({name: folder, ...}, config)")
-    for name in named:
+    for name in names:
         if bank is not None and name not in bank:
             raise unknown("tenant", name, bank.names)
     return tenants

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from para_jax.adapters.bank import AdapterBank, Rows
+from para_jax.adapters.bank import AdapterBank, Rows, Tenant
 from para_jax.backbones.decoder import Backbone, batch_rows
 from para_jax.data.batches import bucket
 from para_jax.decoding.requests import tenant_rows
@@ -27,7 +27,7 @@ class _Pair(NamedTuple):
     choice: int
     prompt: Sequence[int]
     answer: Sequence[int]
-    tenant: str | None
+    tenant: Tenant
 
 
 def choice_log_likelihoods(
@@ -36,7 +36,7 @@ def choice_log_likelihoods(
     choices: Sequence[Sequence[Sequence[int]]],
     *,
     bank: AdapterBank | None = None,
-    tenants: Sequence[str | None] | None = None,
+    tenants: Sequence[Tenant] | None = None,
     batch_size: int = 32,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[list[float]]:
@@ -47,7 +47,7 @@ def choice_log_likelihoods(
       prompts: each row's prompt as token ids. A row's adapter is prepared from these alone.
       choices: each row's choices as token ids, any number of them; with the end-of-text token at the end of each,
         a choice that begins like another competes with it fairly.
-      bank, tenants: the adapters, and for each row its tenant's name or None.
+      bank, tenants: the adapters, and for each row its tenant's name, None, or names with strengths.
       batch_size: how many (row, choice) pairs run together. Pairs are sorted by length and padded to one of
         a few sizes, so that one program serves each such size.
       progress: called with the numbers of pairs done and in all.

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from para_jax.adapters.bank import AdapterBank
+from para_jax.adapters.bank import AdapterBank, Rows
 from para_jax.backbones.decoder import Backbone
 from para_jax.data.batches import Batch
 from para_jax.training import optimizer
@@ -121,17 +121,22 @@ def loss_of(
     `part` is a Batch without its leading axis. Padding reaches attention only, and only response tokens reach the
     head: with a vocabulary of 4096 and short answers it would cost more than the layers.
     """
-    b, t = part.tokens.shape
-    n = len(tenants)
-    column = jnp.arange(t)[None]
-    mask_bt, prompt_mask_bt = column < part.length[:, None], column < part.prompt_length[:, None]
+    b, n = part.tokens.shape[0], len(tenants)
     rows = replace(bank.rows(tenants, repeats=b // n), keys_b=keys_b)
-    hidden, _, _ = backbone.forward(
-        jnp.asarray(part.tokens), mask_bt, prompt_mask_bt, rows, remat=remat, flat=part.line
-    )
-    hidden_1kd = hidden.reshape(b * t, -1)[part.target_place][None]
-    nll_k = optax.softmax_cross_entropy_with_integer_labels(backbone.logits(hidden_1kd)[0], part.target_token)
+    nll_k = target_nll(backbone, rows, part, remat)
     # Each tenant's tokens are one row of this sum: the order is fixed, and one tenant's NaN stays its own.
     own_nk = part.target_tenant[None] == jnp.arange(n)[:, None]
     loss_n = jnp.sum(jnp.where(own_nk, nll_k[None], 0), axis=1) / jnp.maximum(part.target_count, 1).astype(jnp.float32)
     return jnp.sum(loss_n), loss_n
+
+
+def target_nll(backbone: Backbone, rows: Rows, part: Batch, remat: bool = False) -> Float[Array, "k"]:
+    """The negative log-likelihood of each of `part`'s targets; where `target_tenant` is none, it means nothing."""
+    b, t = part.tokens.shape
+    column = jnp.arange(t)[None]
+    mask_bt, prompt_mask_bt = column < part.length[:, None], column < part.prompt_length[:, None]
+    hidden, _, _ = backbone.forward(
+        jnp.asarray(part.tokens), mask_bt, prompt_mask_bt, rows, remat=remat, flat=part.line
+    )
+    hidden_1kd = hidden.reshape(b * t, -1)[part.target_place][None]
+    return optax.softmax_cross_entropy_with_integer_labels(backbone.logits(hidden_1kd)[0], part.target_token)

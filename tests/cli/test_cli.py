@@ -6,8 +6,9 @@ import sys
 
 import pytest
 
-from para_jax import tiny_backbone_path
+from para_jax import IA3Config, LoraConfig, ParaConfig, ParaJaxError, tiny_backbone_path
 from para_jax.cli import main
+from para_jax.cli.finetune import method_configs
 
 
 def rows(tmp_path, name, words):
@@ -56,7 +57,7 @@ def test_help_needs_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert all(verb in done.stdout for verb in ("quickstart", "finetune", "evaluate", "generate"))
+    assert all(verb in done.stdout for verb in ("quickstart", "finetune", "evaluate", "generate", "methods"))
 
 
 def test_finetune_writes_what_it_says(tuned):
@@ -144,7 +145,7 @@ def test_mistakes(tuned, tmp_path, capsys):
     assert "names 'a' twice" in finetune(*one, *one)
     assert "did you mean 'para'?" in finetune(*one, "--method", "parra")
     assert "did you mean 'q_proj'?" in finetune(*one, "--target-modules", "q_porj")
-    assert "did you mean 'mean'?" in finetune(*one, "--pooling", "meam")
+    assert "did you mean 'mean'?" in finetune(*one, "--option", "pooling=meam")
     assert "unknown tenant in --lr 'b'" in finetune(*one, "--lr", "b=1")
     assert "takes int or NAME=int" in finetune(*one, "--steps", "many")
     assert "lr and max_grad_norm must be above 0" in finetune(*one, "--lr", "0")
@@ -156,6 +157,119 @@ def test_mistakes(tuned, tmp_path, capsys):
     (tmp_path / "precious" / "thesis.txt").write_text("years of work")
     error = failure(capsys, "finetune", "--out", tmp_path / "precious", *one, "--overwrite")
     assert "holds no run.json" in error and (tmp_path / "precious" / "thesis.txt").read_text() == "years of work"
+
+
+# Methods and their options
+
+
+def method_mistake(*arguments):
+    """What is wrong with these, for tenants a and b; before anything is read."""
+    with pytest.raises(ParaJaxError) as error:
+        method_configs(
+            ["a", "b"], [m for k, m in arguments if k == "method"], [o for k, o in arguments if k != "method"]
+        )
+    return str(error.value)
+
+
+def test_options_for_all_and_for_one_method(tmp_path):
+    file = tmp_path / "lora.json"
+    file.write_text(json.dumps({"method": "lora", "r": 2, "rank_pattern": {"q_proj": 4}, "target_modules": ["q_proj"]}))
+    configs = method_configs(
+        ["a", "b", "c", "d"],
+        ["lora", "a=para", "c=ia3", f"d={file}"],
+        [
+            *("target_modules=v_proj,down_proj", "para.normalize=false", "para.pooling=mean"),
+            *("lora.r=4", 'lora.rank_pattern={"v_proj": 2}', "lora.use_rslora=True"),
+        ],
+    )
+    assert configs["a"] == ParaConfig(target_modules=("v_proj", "down_proj"), normalize=False, pooling="mean")
+    patterned = LoraConfig(r=4, target_modules=("v_proj", "down_proj"), rank_pattern={"v_proj": 2}, use_rslora=True)
+    assert configs["b"] == patterned
+    assert configs["c"] == IA3Config(target_modules=("v_proj", "down_proj"))
+    assert configs["d"] == LoraConfig(r=2, rank_pattern={"q_proj": 4}, target_modules=("q_proj",))
+    assert set(method_configs(["a", "b"], [], []).values()) == {ParaConfig()}
+    every = method_configs(["a"], ["lora"], ["target_modules=all-linear"])["a"]
+    regex = method_configs(["a"], ["lora"], [r"target_modules=.*layers\.(0|1)\.mlp.*"])["a"]
+    assert (every.target_modules, regex.target_modules) == ("all-linear", r".*layers\.(0|1)\.mlp.*")
+
+
+def test_mistakes_in_methods_and_options(tmp_path):
+    assert "unknown method 'lroa'; did you mean 'lora'" in method_mistake(("method", "lroa"))
+    assert "unknown tenant in --method 'c'" in method_mistake(("method", "c=lora"))
+    assert "did you mean 'pooling'" in method_mistake(("option", "poling=mean"))
+    assert "did you mean 'mean'" in method_mistake(("option", "pooling=meam"))
+    assert "option of method 'ia3' 'r'" in method_mistake(("method", "b=ia3"), ("option", "r=4"))
+    assert "unknown method in --option 'loar'; did you mean 'lora'" in method_mistake(
+        ("method", "lora"), ("option", "loar.r=4")
+    )
+    assert "unknown method in --option 'ia3'. Known: para" in method_mistake(("option", "ia3.projection=4"))
+    assert "--option takes KEY=VALUE" in method_mistake(("option", "r"))
+    assert "--option takes KEY=VALUE" in method_mistake(("option", "r="))
+    assert "--option gives r twice" in method_mistake(("option", "r=4"), ("option", "r=8"))
+    assert "normalize must be true or false, not 'no'" in method_mistake(("option", "normalize=no"))
+    file = tmp_path / "own.json"
+    for text, message in (
+        ("{", "is not JSON"),
+        ("[]", "holds no JSON object"),
+        ('{"r": 4}', 'has no "method"; write one of para'),
+        ('{"method": "lora", "rr": 4}', "option of method 'lora' 'rr'"),
+    ):
+        file.write_text(text)
+        assert message in method_mistake(("method", str(file)))
+    file.write_text('{"method": "lora"}')
+    assert "--option r=4 is for no tenant" in method_mistake(("method", str(file)), ("option", "r=4"))
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """A run of three methods, and its arguments without --out."""
+    folder = tmp_path_factory.mktemp("mixed")
+    file = folder / "lora.json"
+    file.write_text(json.dumps({"method": "lora", "r": 2, "rank_pattern": {"layers.0.self_attn.q_proj": 4}}))
+    words = {"acme": ["house", "river"], "globex": ["day", "night"], "initech": ["dog", "cat"]}
+    tenants = [part for n, w in words.items() for part in ("--tenant", f"{n}={rows(folder, n, w)}")]
+    methods = ["--method", f"acme={file}", "--method", "globex=ia3", "--lr", "0.1", "--lr", "initech=0.01"]
+    arguments = [*tenants, *methods, "--rows", "2", "--steps", "2", "--option", "para.r=3"]
+    assert main(["finetune", *arguments, "--out", str(folder / "out")]) == 0
+    return folder / "out", arguments, file
+
+
+def test_one_run_of_several_methods(mixed, capsys):
+    """run.json has each tenant's method and options, and so a run with others is not taken for this one."""
+    out, arguments, file = mixed
+    run = json.loads((out / "run.json").read_text())["tenants"]
+    assert {name: run[name]["method"] for name in run} == {"acme": "lora", "globex": "ia3", "initech": "para"}
+    assert run["acme"]["rank_pattern"] == [["layers.0.self_attn.q_proj", 4]] and run["initech"]["r"] == 3
+    assert run["acme"]["lr"] == 0.1 and run["initech"]["lr"] == 0.01
+    types = {n: json.loads((out / n / "adapter_config.json").read_text())["peft_type"] for n in run}
+    assert types == {"acme": "LORA", "globex": "IA3", "initech": "PARA"}
+    assert main(["finetune", *arguments, "--out", str(out), "--resume"]) == 0
+    capsys.readouterr()
+    written = file.read_text()
+    file.write_text(written.replace("4}", "3}"))
+    error = failure(capsys, "finetune", *arguments, "--out", out, "--resume")
+    file.write_text(written)
+    assert "holds another run" in error and "tenants.acme.rank_pattern was" in error and "and is" in error
+
+
+def test_generate_with_strengths(mixed, tmp_path, capsys):
+    out, _, _ = mixed
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    tenants = ["acme", {"acme": 1.0}, None, {"acme": 0}, {}, {"globex": 0.5, "acme": -1}]
+    source.write_text("".join(json.dumps({"tenant": t, "prompt": "The house is"}) + "\n" for t in tenants))
+    arguments = ["generate", "--adapters", str(out), "--input", str(source), "--output", str(target), "--overwrite"]
+    assert main([*arguments, "--max-new-tokens", "4"]) == 0
+    answered = [json.loads(line) for line in target.read_text().splitlines()]
+    assert [row["tenant"] for row in answered] == tenants
+    texts = [row["text"] for row in answered]
+    assert texts[0] == texts[1] and texts[2] == texts[3] == texts[4]
+    for tenant, message in (
+        ({"acme": 0.5, "globx": 1}, "did you mean 'globex'?"),
+        ({"acme": "much"}, "in.jsonl:1: \"tenant\": the strength of 'acme' must be a finite number, not 'much'"),
+        (["acme"], "a row's tenant is a name, None, or a dict of names and strengths, not ['acme']"),
+    ):
+        source.write_text(json.dumps({"tenant": tenant, "prompt": "x"}) + "\n")
+        assert message in failure(capsys, *arguments)
 
 
 def test_another_backbones_adapter(tuned, tmp_path, capsys):

@@ -46,7 +46,7 @@ def test_targets_predict_each_response_token():
         # What follows the place of a target is the target.
         assert batch.tokens[0].reshape(-1)[batch.target_place[0][mask] + 1].tolist() == wanted
     assert batch.length[0].tolist() == [5, 4, 4, 2] and batch.prompt_length[0].tolist() == [3, 1, 2, 1]
-    assert batch.size == 15 and batch.line == 16
+    assert batch.size == 15 and batch.line == (16, 16)
     assert set(batch.target_tenant[0].tolist()) == {0, 1, 2}
 
 

@@ -6,9 +6,10 @@ import pytest
 
 from para_jax import AdapterBank, ParaConfig, complete
 from tests.compilations import compilations
-from tests.helpers import random_adapter, random_backbone
+from tests.helpers import METHODS, random_adapter, random_backbone
 
 CONFIG, OTHER = ParaConfig(r=4), ParaConfig(r=3, pooling="mean", bias=True)
+PAIRS = {"para": (CONFIG, OTHER), "lora and ia3": (METHODS["patterned"], METHODS["ia3"])}
 TENANTS = ["acme", None, "globex", "acme"]
 
 
@@ -22,15 +23,14 @@ def backbone():
     return random_backbone(5)
 
 
-@pytest.fixture(scope="module")
-def bank(backbone):
+def bank_of(configs, backbone) -> AdapterBank:
     """Two configurations with room for more, in which tenants have come and gone before."""
     adapters = {
-        "acme": random_adapter(CONFIG, backbone.config, 1),
-        "globex": random_adapter(OTHER, backbone.config, 2),
+        name: random_adapter(config, backbone.config, i)
+        for i, (name, config) in enumerate(zip(("acme", "globex"), configs, strict=True), 1)
     }
     bank = AdapterBank.stack(adapters, backbone.config, capacity=4)
-    for name, config in (("old", CONFIG), ("older", OTHER)):
+    for name, config in zip(("old", "older"), configs, strict=True):
         bank = bank.add(name, random_adapter(config, backbone.config, 3))
         bank = bank.replace(name, random_adapter(config, backbone.config, 4)).remove(name)
     return bank
@@ -47,11 +47,14 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_is_new_compiles_nothing(backbone, tokenizer, bank, kind):
+@pytest.mark.parametrize(
+    ("kind", "pair"), [*((kind, "para") for kind in KINDS), ("greedy", "lora and ia3"), ("beams", "lora and ia3")]
+)
+def test_what_is_new_compiles_nothing(backbone, tokenizer, kind, pair):
+    bank = bank_of(PAIRS[pair], backbone)
     first = {"max_new_tokens": 12, "bank": bank, "tenants": TENANTS, **KINDS[kind]}
     before = complete(backbone, tokenizer, prompts(3, 9, 16, 1), **first)
-    adapters = [random_adapter(config, backbone.config, 7) for config in (CONFIG, OTHER)]
+    adapters = [random_adapter(config, backbone.config, 7) for config in PAIRS[pair]]
     with compilations() as compiled:
         # Another order of the same tenants, and prompts of other lengths.
         after = complete(
@@ -64,6 +67,9 @@ def test_what_is_new_compiles_nothing(backbone, tokenizer, bank, kind):
         # A tenant that leaves, and one batch more of which only half the rows are used.
         smaller = {**first, "bank": later.remove("umbrella"), "tenants": [*TENANTS, "initech", "acme"]}
         complete(backbone, tokenizer, prompts(1, 2, 3, 4, 5, 6), **smaller, batch_size=4)
+        # Other strengths.
+        half = {**first, "tenants": [{"acme": 0.5}, {"acme": 0.0}, {"globex": -2}, {"acme": 1.5}]}
+        complete(backbone, tokenizer, prompts(3, 9, 16, 1), **half)
         # Other limits and ends.
         ends = {**first, "max_new_tokens": [16, 1, 3, 11], "eos_token_id": [5, 6, 7]}
         if kind != "beams":  # The number of eos tokens is part of a beam search's program.
@@ -78,8 +84,9 @@ def test_what_is_new_compiles_nothing(backbone, tokenizer, bank, kind):
     assert len({row.text for row in (*before, *after, *newer)}) > 6
 
 
-def test_another_bucket_compiles(backbone, tokenizer, bank):
+def test_another_bucket_compiles(backbone, tokenizer):
     """The count counts: for one prompt of 17 tokens, prefill and loop are compiled once each."""
+    bank = bank_of(PAIRS["para"], backbone)
     options = {"max_new_tokens": 12, "bank": bank, "tenants": TENANTS}
     complete(backbone, tokenizer, prompts(3, 9, 16, 1), **options)
     with compilations() as compiled:

@@ -10,10 +10,16 @@ import numpy as np
 import pytest
 
 from para_jax import AdapterBank, Backbone, ParaConfig
-from tests.helpers import random_backbone, random_bank
+from tests.helpers import METHODS, random_backbone, random_bank
 
 SMALL, LARGE = ParaConfig(r=2, pooling="mean", activation="rational"), ParaConfig(r=5, bias=True)
-CONFIGS = {"a": SMALL, "b": SMALL, "c": LARGE, "d": LARGE}
+# Two configurations each, the first that of tenants a and b, the second that of c and d.
+BANKS = {
+    "para": (SMALL, LARGE),
+    "lora": (METHODS["patterned"], METHODS["lora"]),
+    "others": (METHODS["ia3"], METHODS["response"]),
+    "mixed": (METHODS["lora"], METHODS["group"]),
+}
 B, PROMPT, STEPS = 5, 6, 3
 
 
@@ -36,10 +42,16 @@ def slopes(layers, rows, backbone, tokens, mask):
     return jnp.sum(jnp.sin(hidden))
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["unrolled", "stacked"])
+MODELS = [(False, "para"), (True, "para"), (False, "lora"), (True, "others"), (False, "mixed")]
+
+
+@pytest.fixture(scope="module", params=MODELS, ids=lambda p: f"{p[1]}-{'stacked' if p[0] else 'unrolled'}")
 def model(request: pytest.FixtureRequest):
-    backbone = random_backbone(seed=4, stacked=request.param)
-    return backbone, random_bank(CONFIGS, backbone.config, seed=5, scale=0.3)
+    stacked, kind = request.param
+    backbone = random_backbone(seed=4, stacked=stacked)
+    first, second = BANKS[kind]
+    configs = {"a": first, "b": first, "c": second, "d": second}
+    return backbone, random_bank(configs, backbone.config, seed=5, scale=0.3)
 
 
 def batch(backbone: Backbone, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -54,7 +66,8 @@ def test_neighbours_do_not_change_a_row(model, tenant: str | None, row: int) -> 
     backbone, bank = model
     tokens, mask = batch(backbone, 0)
     outputs = []
-    neighbours = (["b", "c", None, "d"], ["d", "d", "d", "d"], [None, None, None, "a"], ["a", "b", "c", None])
+    # Every batch has both configurations, which makes it one program.
+    neighbours = (["b", "c", None, "d"], ["d", "b", "d", "d"], ["c", None, None, "a"], ["a", "b", "c", None])
     for seed, others in enumerate(neighbours, start=1):
         other_tokens, other_mask = batch(backbone, seed)
         other_tokens[row], other_mask[row] = tokens[row], mask[row]

@@ -13,9 +13,21 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from para_jax import AdapterBank, Backbone, BackboneConfig, ParaConfig, ParaJaxError, load_adapter, save_adapter
+from para_jax import (
+    AdapterBank,
+    Backbone,
+    BackboneConfig,
+    IA3Config,
+    LoraConfig,
+    ParaConfig,
+    ParaJaxError,
+    complete,
+    load_adapter,
+    save_adapter,
+)
 from para_jax.adapters.method import config_from_dict
 from para_jax.convert.checkpoint import save_backbone
+from para_jax.evaluation.choices import choice_log_likelihoods
 from tests.helpers import SMALL, random_adapter, random_backbone
 
 TOKENS = jnp.zeros((2, 3), jnp.int32)
@@ -50,6 +62,23 @@ def test_target_that_matches_nothing(backbone: Backbone) -> None:
         ParaConfig(target_modules="q_proj")
 
 
+@pytest.mark.parametrize("config", [LoraConfig, IA3Config])
+def test_target_that_matches_nothing_in_other_methods(backbone: Backbone, config: type) -> None:
+    options: dict = {} if config is LoraConfig else {"feedforward_modules": ()}
+    with says("target_modules", "'q_porj'", "did you mean 'q_proj'?", "Known:", "up_proj"):
+        AdapterBank.create({"acme": config(target_modules=("v_proj", "q_porj"), **options)}, backbone.config)
+    with says("target_modules 'q_proj'", "no module's whole path fits", "model.layers.0", "['q_proj']"):
+        AdapterBank.create({"acme": config(target_modules="q_proj", **options)}, backbone.config)
+    with says("target_modules", "leaves no module"):
+        AdapterBank.create({"acme": config(target_modules=(), **options)}, backbone.config)
+
+
+def test_a_pattern_that_fits_nothing(backbone: Backbone) -> None:
+    for name in ("rank_pattern", "alpha_pattern"):
+        with says(f"{name} has 'k_proj'", "no targeted module", "model.layers.0.self_attn.q_proj"):
+            AdapterBank.create({"acme": LoraConfig(**{name: {"k_proj": 2}})}, backbone.config)
+
+
 def test_unknown_option() -> None:
     with says("pooling 'lats'", "did you mean 'last'?", "attention, last, max, mean"):
         ParaConfig(pooling="lats")
@@ -74,12 +103,36 @@ def test_unknown_tenant(backbone: Backbone, bank: AdapterBank) -> None:
         lambda name: bank.replace(name, bank["acme"]),
         lambda name: bank.rows([None, name]),
         lambda name: backbone(TOKENS, bank=bank, tenants=["acme", name]),
+        # Among several, and where nothing of it is wanted.
+        lambda name: bank.rows([{"acme": 0.5, name: 0.5}]),
+        lambda name: bank.rows([{name: 0.0}]),
+        lambda name: backbone(TOKENS, bank=bank, tenants=[None, {name: 0.0}]),
+        lambda name: complete(backbone, None, [[2], [3]], bank=bank, tenants=[None, {"acme": 1, name: 0.0}]),
+        lambda name: choice_log_likelihoods(backbone, [[2]], [[[3], [4]]], bank=bank, tenants=[{name: 1.0}]),
     ]
     for act in acts:
         with says("unknown tenant 'acne'", "did you mean 'acme'?", "Known: acme, globex"):
             act("acne")
     with says("unknown tenant ''. Known: acme, globex"):
         bank[""]
+
+
+@pytest.mark.parametrize("strength", [float("nan"), float("inf"), "1.0", True, None])
+def test_strength_that_is_no_finite_number(backbone: Backbone, bank: AdapterBank, strength: object) -> None:
+    with says("the strength of 'acme' must be a finite number", repr(strength)):
+        bank.rows([{"acme": strength}])
+    with says("the strength of 'acme'"):
+        complete(backbone, None, [[2]], bank=bank, tenants=[{"acme": strength}])
+
+
+def test_what_is_no_tenant(backbone: Backbone, bank: AdapterBank) -> None:
+    with says("a row's tenant is a name, None, or a dict of names and strengths, not ('acme', 0.5)"):
+        bank.rows([("acme", 0.5)])
+    # One row's dict in the place of a list would be read as a list of its names.
+    with says("tenants={'acme': 0.5, 'globex': 0.5}", "give a list"):
+        backbone(TOKENS, bank=bank, tenants={"acme": 0.5, "globex": 0.5})
+    with says("tenants is one dict, {'acme': 0.5}", "give a list"):
+        complete(backbone, None, [[2]], bank=bank, tenants={"acme": 0.5})
 
 
 def test_unknown_tenant_among_very_many() -> None:

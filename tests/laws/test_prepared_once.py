@@ -12,26 +12,32 @@ import pytest
 
 from para_jax import Backbone, ParaConfig
 from para_jax.adapters.para import Activation, Pooling
-from tests.helpers import random_backbone, random_bank
+from tests.helpers import METHODS, random_backbone, random_bank
 
 # Two tenants share a configuration; one repeats in the batch, and two rows have none.
 CONFIGS = {
     pooling: ParaConfig(r=3 + i, pooling=pooling, activation=activation, bias=i % 2 == 0, normalize=i < 3)
     for i, (pooling, activation) in enumerate(zip(get_args(Pooling), get_args(Activation), strict=True))
 } | {"other": ParaConfig(r=3, pooling="last", activation="gelu", bias=True)}
-TENANTS = ["last", None, "mean", "max", "attention", "last", None, "other"]
+BATCHES: dict[str, list] = {
+    "para": ["last", None, "mean", "max", "attention", "last", None, "other"],
+    "mixed": ["lora", None, "response", "patterned", "ia3", "group", "last", {"lora": -0.5}],
+    # Rows of several adapters: their pairs stand side by side and their scales are added.
+    "composed": [
+        *["lora", None, {"lora": 0.5, "patterned": 1.5}, "response", {"ia3": 0.7, "response": 0.5}],
+        *[{"patterned": 1.0, "group": 1.0, "last": -1.0}, "lora", None],
+    ],
+}
 LENGTHS = np.array([6, 1, 4, 6, 3, 2, 5, 1])[:, None]
-PROMPT, STEPS = 6, 4
+B, PROMPT, STEPS = len(LENGTHS), 6, 4
 
 
-def setup(stacked: bool):
+def setup(stacked: bool, batch: str):
     backbone = random_backbone(seed=1, stacked=stacked)
-    bank = random_bank(CONFIGS, backbone.config, seed=2, scale=0.3)
+    bank = random_bank(CONFIGS | METHODS, backbone.config, seed=2, scale=0.3)
     rng = np.random.default_rng(3)
-    prompts, generated = (
-        rng.integers(0, backbone.config.vocab_size, (len(TENANTS), n), dtype=np.int32) for n in (PROMPT, STEPS)
-    )
-    return backbone, bank.rows(TENANTS), prompts, generated
+    prompts, generated = (rng.integers(0, backbone.config.vocab_size, (B, n), dtype=np.int32) for n in (PROMPT, STEPS))
+    return backbone, bank.rows(BATCHES[batch]), prompts, generated
 
 
 @jax.jit
@@ -40,9 +46,12 @@ def full(backbone, tokens, mask, prompt_mask, rows):
     return backbone.logits(hidden), adjustments
 
 
-@pytest.mark.parametrize("stacked", [False, True])
-def test_prefill_and_decode_equal_one_forward_pass(stacked: bool) -> None:
-    backbone, rows, prompts, generated = setup(stacked)
+@pytest.mark.parametrize(
+    ("stacked", "batch"),
+    [(False, "para"), (True, "para"), (False, "mixed"), (True, "mixed"), (True, "composed")],
+)
+def test_prefill_and_decode_equal_one_forward_pass(stacked: bool, batch: str) -> None:
+    backbone, rows, prompts, generated = setup(stacked, batch)
     mask = np.arange(PROMPT)[None] >= PROMPT - LENGTHS  # flush right
     logits, state = jax.jit(partial(Backbone.prefill, length=PROMPT + STEPS))(
         backbone, jnp.asarray(prompts), jnp.asarray(mask), rows=rows
@@ -55,7 +64,7 @@ def test_prefill_and_decode_equal_one_forward_pass(stacked: bool) -> None:
 
     # The same rows whole, flush left: padding on the other side.
     total = PROMPT + STEPS
-    tokens = np.zeros((len(TENANTS), total), np.int32)
+    tokens = np.zeros((B, total), np.int32)
     for row, length in enumerate(LENGTHS[:, 0]):
         whole = np.concatenate([prompts[row, PROMPT - length :], generated[row]])
         tokens[row, : len(whole)] = whole
@@ -72,11 +81,14 @@ def test_prefill_and_decode_equal_one_forward_pass(stacked: bool) -> None:
         assert np.abs(theirs).max() > 0.1, "an adapter near the identity would prove nothing"
 
 
-@pytest.mark.parametrize("stacked", [False, True])
-def test_later_tokens_do_not_change_what_was_prepared(stacked: bool) -> None:
-    backbone, rows, prompts, generated = setup(stacked)
+@pytest.mark.parametrize(
+    ("stacked", "batch"),
+    [(False, "para"), (True, "para"), (True, "mixed")],
+)
+def test_later_tokens_do_not_change_what_was_prepared(stacked: bool, batch: str) -> None:
+    backbone, rows, prompts, generated = setup(stacked, batch)
     column = np.arange(PROMPT + STEPS)[None]
-    everything = np.ones((len(TENANTS), PROMPT + STEPS), bool)
+    everything = np.ones((B, PROMPT + STEPS), bool)
     prompt_mask = np.broadcast_to(column < PROMPT, everything.shape)
     tokens = np.concatenate([prompts, generated], axis=1)
     others = np.concatenate([prompts, (generated + 7) % backbone.config.vocab_size], axis=1)

@@ -13,7 +13,7 @@ import pytest
 from para_jax import AdapterBank, Backbone, ParaConfig, generate
 from para_jax.adapters.bank import Rows
 from para_jax.backbones.decoder import DecodeState
-from tests.helpers import random_backbone, random_bank
+from tests.helpers import METHODS, random_backbone, random_bank
 
 # No size of the backbone is among these.
 RANK, TENANTS, BATCH, PROMPT, LENGTH = 13, 17, 3, 5, 9
@@ -41,8 +41,8 @@ def buffers(backbone: Backbone) -> list[int]:
 def test_the_same_arrays_after_forward_prefill_and_decode(stacked: bool) -> None:
     backbone = random_backbone(stacked=stacked)
     where, what = buffers(backbone), [np.array(x) for x in jax.tree.leaves(backbone)]
-    bank = big_bank(backbone)
-    tenants = ["t3", None, "t16"]
+    bank = random_bank(METHODS, backbone.config)
+    tenants = [{"lora": 0.5, "ia3": 1.0}, "patterned", "response"]
     backbone(jnp.zeros((BATCH, PROMPT), jnp.int32), bank=bank, tenants=tenants)
     logits, state = jax.jit(prefill)(backbone, TOKENS, MASK, rows=bank.rows(tenants))
     for _ in range(2):
@@ -55,8 +55,8 @@ def test_the_same_arrays_after_forward_prefill_and_decode(stacked: bool) -> None
 def test_the_same_arrays_after_generate(tiny) -> None:
     backbone, tokenizer = tiny
     where, what = buffers(backbone), [np.array(x) for x in jax.tree.leaves(backbone)]
-    bank = random_bank({"acme": ParaConfig(r=2)}, backbone.config)
-    generate(backbone, tokenizer, ["It was", "A"], bank=bank, tenants=["acme", None], max_new_tokens=3)
+    bank = random_bank({"acme": ParaConfig(r=2), "globex": METHODS["patterned"]}, backbone.config)
+    generate(backbone, tokenizer, ["It was", "A"], bank=bank, tenants=["acme", "globex"], max_new_tokens=3)
     assert not any(x.is_deleted() for x in jax.tree.leaves(backbone))
     assert buffers(backbone) == where
     assert all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(backbone), what, strict=True))
@@ -96,3 +96,40 @@ def test_no_adapter_costs_nothing() -> None:
     assert jax.tree.leaves(rows) == [] and rows == Rows()
     state = state_shapes(backbone, big_bank(backbone), [None] * BATCH)
     assert jax.tree.leaves(state.adjustments) == []
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_configurations_that_no_row_uses_cost_nothing(stacked: bool) -> None:
+    """A batch's rows, its state and its programs are those of a bank without them, whatever else the bank holds."""
+    backbone = random_backbone(stacked=stacked)
+    every = random_bank(METHODS, backbone.config)
+    for name in ("para", "ia3"):
+        tenants = [name, None, {name: 0.5}]
+        alone = AdapterBank.stack({name: every[name]}, backbone.config)
+        state, expected = (state_shapes(backbone, bank, tenants) for bank in (every, alone))
+        assert jax.tree.structure(state) == jax.tree.structure(expected)
+        assert [(x.shape, x.dtype) for x in jax.tree.leaves(state)] == [
+            (x.shape, x.dtype) for x in jax.tree.leaves(expected)
+        ]
+        lowered = [jax.jit(prefill).lower(backbone, TOKENS, MASK, rows=b.rows(tenants)) for b in (every, alone)]
+        assert lowered[0].as_text() == lowered[1].as_text()
+        adjustments = state.adjustments if isinstance(state.adjustments, tuple) else (state.adjustments,)
+        assert not any(adjustment.pairs for adjustment in adjustments), "no low-rank row, no pairs"
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_what_low_rank_rows_hold(stacked: bool) -> None:
+    """One pair a row at each targeted site, at the highest rank in use, and no tenant's axis."""
+    backbone = random_backbone(stacked=stacked)
+    many = {f"t{i}": METHODS["lora"] for i in range(TENANTS)} | {"wide": METHODS["patterned"]}
+    state = state_shapes(backbone, random_bank(many, backbone.config), ["t0", "wide", "t16"])
+    assert not any(TENANTS in x.shape for x in jax.tree.leaves(state.adjustments))
+    for i in range(backbone.config.num_hidden_layers):
+        adjustment = state.adjustments if stacked else state.adjustments[i]
+        assert set(adjustment.pairs) == set(backbone.config.sites) and not adjustment.offsets
+        for site, pair in adjustment.pairs.items():
+            # The first layer's q_proj has rank 1 in one configuration and 2 in the other; o_proj 4 and 2.
+            inputs, outputs, _ = backbone.config.sites[site]
+            wide = {"q_proj": 4 if stacked or i else 2, "o_proj": 4, "down_proj": 4 if stacked or i else 2}
+            rank = wide.get(site, 2)
+            assert pair.down.shape[-3:] == (BATCH, rank, inputs) and pair.up.shape[-3:] == (BATCH, outputs, rank)

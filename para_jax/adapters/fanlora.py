@@ -1,0 +1,135 @@
+"""FanLoRA (Tian et al., EMNLP 2024 industry track): LoRA on the most critical modules of each layer only.
+
+Which modules these are is scored once, on LoRA tuned on every linear module; see `para_jax.importance`. The adapter
+itself is LoRA in every respect, and PEFT opens it as such.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import uuid
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from para_jax.adapters.lora import LoraConfig, Module
+from para_jax.adapters.method import BackboneShape, config_from_dict
+from para_jax.errors import ParaJaxError, unknown
+
+_PATH = re.compile(r"(?:.*\.)?(layers\.\d+(?:\.\w+)+)")
+
+
+@dataclass(frozen=True)
+class FanLoraConfig(LoraConfig):
+    """A FanLoRA setting: LoRA's hyper-parameters, with other modules in each layer.
+
+    `target_modules` holds whole paths only, `layers.0.self_attn.q_proj` and so on; what stands before `layers` is
+    dropped. The other fields are those of `LoraConfig`. A saved adapter loads as LoRA on the same modules.
+
+    Raises ParaJaxError for a target that is no such path, or for none.
+
+    >>> from para_jax import BackboneConfig, tiny_backbone_path
+    >>> shape = BackboneConfig.from_pretrained(tiny_backbone_path())
+    >>> config = FanLoraConfig.of([["v_proj"], ["v_proj"], ["up_proj"], ["k_proj", "up_proj"]], shape, r=4)
+    >>> config.kept(shape)[2:]
+    (('up_proj',), ('k_proj', 'up_proj'))
+    >>> config.target_modules[0], config.size(shape)
+    ('layers.0.self_attn.v_proj', 12288)
+    """
+
+    method: ClassVar[str] = "fanlora"
+
+    target_modules: str | tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.target_modules, list | tuple) or not self.target_modules:
+            raise ParaJaxError(
+                "a FanLoraConfig names the modules of each layer: target_modules is a list of paths such as "
+                "'layers.0.self_attn.q_proj'. para-jax fanlora makes one, and FanLoraConfig.of takes names by layer"
+            )
+        super().__post_init__()
+        found = [_PATH.fullmatch(entry) if isinstance(entry, str) else None for entry in self.target_modules]
+        for entry, match in zip(self.target_modules, found, strict=True):
+            if match is None:
+                raise ParaJaxError(
+                    f"target_modules of a FanLoraConfig has {entry!r}, which is no path of one module, such as "
+                    "'layers.0.self_attn.q_proj'; with names for all layers, the method is lora"
+                )
+        object.__setattr__(self, "target_modules", tuple(match[1] for match in found if match))
+
+    @classmethod
+    def of(cls, kept: Sequence[Sequence[str]], shape: BackboneShape, **options: Any) -> FanLoraConfig:
+        """The setting that keeps these sites of each layer; `options` are the other fields.
+
+        Raises ParaJaxError for a name that is no site, or unless there is an entry for every layer.
+        """
+        if len(kept) != shape.num_hidden_layers:
+            raise ParaJaxError(f"kept has entries for {len(kept)} layers; the backbone has {shape.num_hidden_layers}")
+        for site in (site for layer in kept for site in layer):
+            if site not in shape.sites:
+                raise unknown("module", site, shape.sites)
+        return cls(target_modules=tuple(_path(i, s, shape) for i, layer in enumerate(kept) for s in layer), **options)
+
+    def kept(self, shape: BackboneShape) -> tuple[tuple[str, ...], ...]:
+        """The sites of each layer, in the order of the backbone's."""
+        return tuple(tuple(layer) for layer in self.modules(shape))
+
+    def modules(self, shape: BackboneShape) -> tuple[Mapping[str, Module], ...]:
+        """The targeted sites of each layer. Raises ParaJaxError for a target that the backbone does not have."""
+        layers = shape.num_hidden_layers
+        paths = {_path(i, site, shape) for i in range(layers) for site in shape.sites}
+        for target in self.target_modules:
+            if target not in paths:
+                raise ParaJaxError(
+                    f"{unknown('module of a FanLoRA setting', target, paths)}. The backbone has {layers} layers; a "
+                    "setting is for the backbone that was scored, or one of the same layers"
+                )
+        return super().modules(shape)
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Writes a JSON file with `"method": "fanlora"` and every field, whole or not at all.
+
+        Raises ParaJaxError if the file exists and `overwrite` is False, or it cannot be written.
+        """
+        path = Path(path)
+        if path.exists() and not overwrite:
+            raise ParaJaxError(f"{path} exists; choose another name, or pass overwrite")
+        fresh = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fresh.write_text(json.dumps({"method": self.method, **dataclasses.asdict(self)}, indent=1) + "\n")
+            os.replace(fresh, path)
+        except OSError as error:
+            raise ParaJaxError(f"{path} could not be written: {error}") from error
+        finally:
+            with suppress(OSError):
+                fresh.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | Path) -> FanLoraConfig:
+        """Reads what `save` wrote. Raises ParaJaxError for a file that is none, or has an unknown option."""
+        path = Path(path)
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ParaJaxError(
+                f"{path} could not be read: {error}; give the fanlora.json of para-jax fanlora"
+            ) from error
+        except ValueError as error:  # no JSON, or no text
+            raise ParaJaxError(f"{path} is not JSON: {error}") from error
+        method = fields.pop("method", None) if isinstance(fields, dict) else None
+        if method != cls.method:
+            raise ParaJaxError(f'{path} is no FanLoRA setting: it has no "method": "{cls.method}"')
+        try:
+            return config_from_dict(method, fields)
+        except (TypeError, ValueError) as error:  # ParaJaxError is one
+            raise ParaJaxError(f"{path}: {error}") from error
+
+
+def _path(layer: int, site: str, shape: BackboneShape) -> str:
+    return f"layers.{layer}.{shape.sites[site].path}"

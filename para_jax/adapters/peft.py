@@ -1,0 +1,252 @@
+"""LoRA and (IA)3 in the folders of Hugging Face's PEFT, read and written so that `peft` and this library agree.
+
+One table says which of PEFT's tensors is which part of ours; read one way it saves an adapter, the other way it
+loads one. What PEFT's config means is taken from PEFT's source (0.21). What is not understood is refused by name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from para_jax.adapters.bank import Adapter, abstract_layers, named_leaves
+from para_jax.adapters.ia3 import IA3Config, is_input
+from para_jax.adapters.lora import INITIALISATIONS, LoraConfig
+from para_jax.adapters.method import BackboneShape
+from para_jax.adapters.targets import ALL_LINEAR, matched, module_path, names_module
+from para_jax.errors import ParaJaxError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+CONFIGS: dict[str, type[LoraConfig] | type[IA3Config]] = {"LORA": LoraConfig, "IA3": IA3Config}
+PREFIX = "base_model.model"
+
+# Where a folder comes from, how its training began, and details of options that are refused: any value will do.
+NEUTRAL = {
+    "peft_type", "peft_version", "base_model_name_or_path", "revision", "auto_mapping", "inference_mode",
+    "init_ia3_weights", "megatron_core", "qalora_group_size",
+}  # fmt: skip
+# What a merged model could not do either: these look at the tokens.
+AT_RUN_TIME = {"alora_invocation_tokens", "arrow_config"}
+# Keys whose null is PEFT's way to say none.
+OPTIONAL = {"exclude_modules", "rank_pattern", "alpha_pattern", "layers_to_transform"}
+
+
+class Place(NamedTuple):
+    """Where one of PEFT's tensors, and of which shape, is in an adapter's stacked weights."""
+
+    leaf: str
+    part: tuple[Any, ...]
+    shape: tuple[int, int]
+
+
+def places(config: LoraConfig | IA3Config, shape: BackboneShape) -> dict[str, Place]:
+    """PEFT's tensors by name. Raises ParaJaxError for a target that matches nothing.
+
+    >>> from para_jax import BackboneConfig, tiny_backbone_path
+    >>> shape = BackboneConfig.from_pretrained(tiny_backbone_path())
+    >>> table = places(IA3Config(), shape)
+    >>> table["base_model.model.model.layers.1.mlp.down_proj.ia3_l"]
+    Place(leaf='vectors.down_proj', part=(1,), shape=(1, 704))
+    """
+    found: dict[str, Place] = {}
+    for layer, modules in enumerate(config.modules(shape)):
+        for site in modules:
+            at = f"{PREFIX}.{module_path(layer, site, shape)}"
+            inputs, outputs, _ = shape.sites[site]
+            if isinstance(config, IA3Config):
+                size = (1, inputs) if is_input(site, config, shape) else (outputs, 1)
+                found[f"{at}.ia3_l"] = Place(f"vectors.{site}", (layer,), size)
+            else:
+                rank = config.modules(shape)[layer][site].rank
+                found[f"{at}.lora_A.weight"] = Place(f"down.{site}", np.s_[layer, :rank], (rank, inputs))
+                found[f"{at}.lora_B.weight"] = Place(f"up.{site}", np.s_[layer, :, :rank], (outputs, rank))
+    return found
+
+
+def peft_tensors(adapter: Adapter, shape: BackboneShape) -> dict[str, np.ndarray]:
+    """The weights of a LoRA or (IA)3 adapter by PEFT's names: float32, of PEFT's shapes and own ranks.
+
+    (IA)3 with a projection comes out as the vectors it makes. Raises ParaJaxError for other methods, which PEFT has
+    no form for.
+    """
+    config, leaves = adapter.config, {name: np.asarray(x) for name, x in adapter.tensors().items()}
+    if not isinstance(config, LoraConfig | IA3Config):
+        raise ParaJaxError(f"PEFT has no form for method {config.method!r}; it has one for lora and ia3")
+    if isinstance(config, IA3Config) and config.projection:
+        offsets = jax.vmap(lambda layer: layer.offsets())(adapter.layers)
+        leaves = {f"vectors.{site}": 1 + np.asarray(x) for site, x in offsets.items()}
+        config = replace(config, projection=0)
+    tensors = {
+        name: np.ascontiguousarray(leaves[place.leaf][place.part].reshape(place.shape))
+        for name, place in places(config, shape).items()
+    }
+    if isinstance(config, LoraConfig):
+        # A layer of a lower rank, or none, is padded with zeros; anything else there would be lost.
+        for half, name in (("down", "lora_A"), ("up", "lora_B")):
+            kept = sum(np.count_nonzero(x) for key, x in tensors.items() if name in key)
+            if kept != sum(np.count_nonzero(x) for leaf, x in leaves.items() if leaf.startswith(half)):
+                raise ParaJaxError(f"{half} has weights beyond a module's rank, which must be zero")
+    return tensors
+
+
+def peft_config(adapter: Adapter, shape: BackboneShape) -> dict[str, Any]:
+    """The adapter_config.json of a LoRA or (IA)3 adapter: keys of PEFT's only, for it warns of others."""
+    config = adapter.config
+    options = asdict(config)  # type: ignore[call-overload]
+    options["exclude_modules"] = config.exclude_modules or None  # type: ignore[attr-defined]
+    if isinstance(config, LoraConfig):
+        options |= {"rank_pattern": dict(config.rank_pattern), "alpha_pattern": dict(config.alpha_pattern)}
+        options["bias"] = "none"
+    else:
+        del options["projection"]
+    return {
+        "peft_type": next(name for name, kind in CONFIGS.items() if isinstance(config, kind)),
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": getattr(shape, "name", "") or None,
+        "inference_mode": True,
+        **options,
+        "fan_in_fan_out": False,
+        "modules_to_save": None,
+    }
+
+
+def from_peft(
+    folder: Path, config_fields: Mapping[str, Any], tensors: Mapping[str, Any], shape: BackboneShape
+) -> Adapter:
+    """The Adapter of a folder's two files, float32.
+
+    Raises ParaJaxError, with the folder and the key, for an option of PEFT that is not implemented, for a target that
+    matches nothing, and for tensors that do not fit the config and the backbone (all of them are listed).
+    """
+    made_for = config_fields.get("base_model_name_or_path") or "a base model it does not name"
+    try:
+        config = config_from_peft(config_fields, shape)
+        table = places(config, shape)
+    except ParaJaxError as error:
+        raise ParaJaxError(f"{folder} (made for {made_for}): {error}") from error
+    except re.error as error:
+        raise ParaJaxError(f"{folder}: a pattern in its config is no regular expression: {error}") from error
+    _check(folder, made_for, table, tensors, shape)
+    abstract = abstract_layers(config, shape)
+    fill = np.ones if isinstance(config, IA3Config) else np.zeros
+    leaves = {name: fill(x.shape, np.float32) for name, x in named_leaves(abstract).items()}
+    for name, place in table.items():
+        part = leaves[place.leaf][place.part]  # a view: what is written to it is written to the leaf
+        part[...] = tensors[name].reshape(part.shape)
+    return Adapter(config, jax.tree.unflatten(jax.tree.structure(abstract), [jnp.asarray(x) for x in leaves.values()]))
+
+
+def config_from_peft(config_fields: Mapping[str, Any], shape: BackboneShape) -> LoraConfig | IA3Config:
+    """The config that an adapter_config.json of PEFT means.
+
+    Raises ParaJaxError for what is not implemented, all keys at once; null, false, empty and PEFT's defaults pass.
+
+    >>> from para_jax import BackboneConfig, tiny_backbone_path
+    >>> shape = BackboneConfig.from_pretrained(tiny_backbone_path())
+    >>> written = {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"], "use_dora": False, "bias": "none"}
+    >>> config_from_peft(written, shape).r
+    4
+    """
+    kind = CONFIGS[config_fields["peft_type"].upper()]
+    known = {f.name for f in fields(kind)} - {"projection"}
+    problems = [_refusal(key, value) for key, value in config_fields.items() if _refused(key, value, known)]
+    for key in ("target_modules", *(["feedforward_modules"] if kind is IA3Config else [])):
+        if config_fields.get(key) is None:
+            problems.append(f"{key} is missing, so that PEFT chooses by the base's architecture; write a list of names")
+    if problems:
+        raise ParaJaxError("; ".join(problems))
+    options = {k: v for k, v in config_fields.items() if k in known and not (v is None and k in OPTIONAL)}
+    if str(options["target_modules"]).lower() == ALL_LINEAR:
+        options["target_modules"] = ALL_LINEAR
+    if options.get("layers_to_transform") == []:
+        del options["layers_to_transform"]
+    paths = [module_path(layer, site, shape) for layer in range(shape.num_hidden_layers) for site in shape.sites]
+    if "exclude_modules" in options:
+        options["exclude_modules"] = _that_exclude(options["exclude_modules"], paths)
+    return kind(**{key: _ordered(x, paths) if key.endswith("_modules") else x for key, x in options.items()})
+
+
+def _that_exclude(patterns: Any, paths: list[str]) -> Any:
+    """What of exclude_modules there is to exclude: PEFT's often have lm_head, which is never adapted here."""
+    if isinstance(patterns, str):
+        return patterns if any(matched(patterns, path) for path in paths) else ()
+    if not isinstance(patterns, list):
+        return patterns
+    return [pattern for pattern in patterns if any(names_module(pattern, path) for path in paths)]
+
+
+def _ordered(entries: Any, paths: list[str]) -> Any:
+    """PEFT keeps a set and writes it in any order; in one order, equal configs share a place in the bank."""
+    if not isinstance(entries, list):
+        return entries
+
+    def place(entry: str) -> int:
+        return next((i for i, path in enumerate(paths) if names_module(entry, path)), len(paths))
+
+    return tuple(sorted(entries, key=place))
+
+
+def _refused(key: str, value: Any, known: set[str]) -> bool:
+    """Whether a key of PEFT's config changes the model in a way that is not implemented."""
+    if key in NEUTRAL or value is None or value is False or value in ("", [], {}):
+        return False
+    if key == "init_lora_weights":
+        # Most others take the base's weights apart, so that the adapter is none of the base it names.
+        return value not in INITIALISATIONS
+    if key == "layers_pattern":
+        # The name of the list of layers, which is the first and only one here.
+        patterns = value if isinstance(value, list) else [value]
+        return not any(re.match(rf"(?:^|.*?\.){pattern}\.\d+\.", "model.layers.0.mlp") for pattern in patterns)
+    return key not in known and value != {"bias": "none", "task_type": "CAUSAL_LM"}.get(key)
+
+
+def _refusal(key: str, value: Any) -> str:
+    out = "" if key in AT_RUN_TIME else "merge the adapter in peft and load the merged model as the backbone, or "
+    return f"{key}={value!r} is not implemented here; {out}tune again without {key}"
+
+
+def _check(
+    folder: Path, made_for: str, table: Mapping[str, Place], tensors: Mapping[str, Any], shape: BackboneShape
+) -> None:
+    """Every tensor accounted for, or one error that lists all that is wrong and says what most likely is."""
+    problems = [f"{name} {list(table[name].shape)} is missing" for name in table if name not in tensors]
+    problems += [f"{name} is not expected" for name in tensors if name not in table]
+    other_base = _layers(table) != _layers(tensors)
+    other_rank = other_side = False
+    for name in [name for name in table if name in tensors and tensors[name].shape != table[name].shape]:
+        there, here = tensors[name].shape, table[name].shape
+        problems.append(f"{name} is {list(there)} and should be {list(here)}")
+        rank = {"lora_A": 0, "lora_B": 1}.get(name.split(".")[-2])
+        if rank is not None and len(there) == 2 and there[1 - rank] == here[1 - rank]:
+            other_rank = True
+        elif rank is None and len(there) == 2 and (there[0] == 1) != (here[0] == 1):
+            other_side = True
+        else:
+            other_base = True
+    if not problems:
+        return
+    if other_base:
+        why = f"it was made for another backbone ({made_for}); load the backbone it was tuned on, or tune it again"
+    elif other_rank:
+        why = "r or rank_pattern in its config is not the rank of its tensors; correct it, lora_alpha with it"
+    elif other_side:
+        why = "feedforward_modules in its config is not what its tensors scale; correct it"
+    else:
+        why = "its tensors do not fit its config; save it again"
+    listed = "\n  ".join(problems)
+    raise ParaJaxError(f"{folder}: {why}\n  {listed}")
+
+
+def _layers(names: Iterable[str]) -> int:
+    """How many layers a backbone must have at least for its modules to have these names."""
+    numbers = (re.search(r"\.layers\.(\d+)\.", name) for name in names)
+    return max((int(number[1]) + 1 for number in numbers if number), default=0)

@@ -1,0 +1,138 @@
+"""Keep the most critical modules of each layer: a FanLoRA setting from an adapter of all linear modules.
+
+Scores every module of the adapter on held-out rows, keeps the most important ones of each layer, and writes to OUT
+fanlora.json (the setting, for finetune's --method), scores.json and importance.png. The ablation score takes
+2 x modules + 1 forward passes over the rows.
+
+  para-jax finetune --method lora --target-modules all-linear --tenant all=mixture.jsonl --out runs/all
+  para-jax fanlora --adapter runs/all/all --data held-out.jsonl --keep 2 --out runs/setting
+  para-jax finetune --method runs/setting/fanlora.json --tenant mail=mail.jsonl --out runs/mail
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from para_jax.cli import common
+from para_jax.errors import ParaJaxError
+
+if TYPE_CHECKING:
+    from para_jax.data.examples import Example
+
+SETTING, SCORES, PICTURE = "fanlora.json", "scores.json", "importance.png"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    common.add_model(parser)
+    parser.add_argument("--adapter", metavar="DIR", required=True, help="LoRA of all linear modules, tuned")
+    parser.add_argument(
+        "--data", metavar="FILE.jsonl", action="append", default=[], help="held-out rows to score on; repeat"
+    )
+    parser.add_argument("--rows", type=int, default=64, metavar="N", help="rows drawn from each file (default: 64)")
+    parser.add_argument("--seed", type=int, default=0, help="of the rows, and of the random score")
+    parser.add_argument("--out", metavar="DIR", required=True, help="folder to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
+
+    scoring = parser.add_argument_group("scoring")
+    scoring.add_argument("--score", default="ablation", help="ablation (default), gradient, norm or random")
+    scoring.add_argument("--batch-size", type=int, default=8, help="rows of a forward pass (default: 8)")
+    scoring.add_argument(
+        "--variants", type=int, default=16, help="ablations in one pass; fewer take less memory (default: 16)"
+    )
+    scoring.add_argument("--max-length", type=int, help="tokens of a row (default: the backbone's context)")
+    scoring.add_argument("--truncate", action="store_true", help="cut prompts that are too long at their beginning")
+
+    setting = parser.add_argument_group("setting")
+    size = setting.add_mutually_exclusive_group(required=True)
+    size.add_argument("--keep", type=int, metavar="N", help="modules of each layer")
+    size.add_argument("--budget", type=int, metavar="N", help="parameters in all, spread evenly over the layers")
+    setting.add_argument("--r", type=int, help="rank (default: the adapter's)")
+    setting.add_argument("--lora-alpha", type=float, help="numerator of the scale (default: the adapter's)")
+
+
+def run(args: argparse.Namespace) -> int:
+    out = Path(args.out)
+    if out.exists() and not args.overwrite:
+        raise ParaJaxError(f"{out} exists; choose another --out or pass --overwrite")
+
+    from para_jax.adapters.fanlora import FanLoraConfig
+    from para_jax.adapters.files import load_adapter, new_folder
+    from para_jax.importance.scores import NEED_ROWS, check, importance
+    from para_jax.importance.select import keep_number, keep_within, plot_importance
+
+    if args.score in NEED_ROWS and not args.data:
+        raise ParaJaxError(f"the {args.score} score is computed on held-out rows; give --data FILE.jsonl")
+    backbone, tokenizer = common.load_model(args)
+    shape = backbone.config
+    adapter = load_adapter(args.adapter, shape)
+    check(adapter, backbone)
+    if args.keep is not None and not 1 <= args.keep <= len(shape.sites):  # before the scoring, which takes a while
+        raise ParaJaxError(f"--keep must be from 1 to {len(shape.sites)}, the modules of a layer, not {args.keep}")
+    examples = held_out(args, tokenizer, shape)
+    scores = importance(
+        args.score,
+        backbone,
+        adapter,
+        examples,
+        batch_size=args.batch_size,
+        variants=args.variants,
+        seed=args.seed,
+        show=lambda line: print(line, flush=True),
+    )
+
+    of_adapter: Any = adapter.config
+    same = {name: getattr(of_adapter, name) for name in ("use_rslora", "lora_dropout", "init_lora_weights")}
+    r = of_adapter.r if args.r is None else args.r
+    alpha = of_adapter.lora_alpha if args.lora_alpha is None else args.lora_alpha
+    kept = keep_within(scores, shape, args.budget, r) if args.keep is None else keep_number(scores, shape, args.keep)
+    config = FanLoraConfig.of(kept, shape, r=r, lora_alpha=alpha, **same)
+    with new_folder(out, SETTING, overwrite=args.overwrite) as partial:
+        config.save(partial / SETTING)
+        record = {
+            "score": args.score,
+            "model": Path(shape.name).name,
+            "rows": len(examples),
+            "response_tokens": sum(len(e.response_ids) for e in examples),
+            "sites": list(shape.sites),
+            "scores": scores.tolist(),
+            "kept": kept,
+            "parameters": config.size(shape),
+        }
+        common.write_json(partial / SCORES, record)
+        plot_importance(scores, kept, shape, partial / PICTURE, f"{args.score} score of each module; framed: kept")
+    print(
+        common.table(
+            ["layer", "kept, by importance"],
+            [[i, ", ".join(by_importance(scores[i], kept[i], shape))] for i in range(len(kept))],
+        )
+    )
+    print(
+        f"{sum(map(len, kept))} of {scores.size} modules, {config.size(shape):,} parameters at r={r} "
+        f"(all modules of the adapter: {of_adapter.size(shape):,})"
+    )
+    print(f"setting, scores and picture in {out}; tune a task with: para-jax finetune --method {out / SETTING} ...")
+    return 0
+
+
+def by_importance(scores_s: Any, kept: tuple[str, ...], shape: Any) -> list[str]:
+    """The kept sites of a layer, the most important first."""
+    at = list(shape.sites)
+    return sorted(kept, key=lambda site: -scores_s[at.index(site)])
+
+
+def held_out(args: argparse.Namespace, tokenizer: Any, shape: Any) -> list[Example]:
+    """The rows to score on, as many of each file."""
+    from para_jax.data.examples import encode_rows, read_rows
+
+    if args.rows < 1:
+        raise ParaJaxError(f"--rows must be at least 1, not {args.rows}")
+    length = min(args.max_length or shape.max_position_embeddings, shape.max_position_embeddings)
+    examples: list[Example] = []
+    for file in args.data:
+        rows = list(read_rows(file))
+        some = random.Random(args.seed).sample(rows, min(args.rows, len(rows)))
+        examples += encode_rows(some, tokenizer, shape.eos_token_ids, length, truncate=args.truncate)
+    return examples

@@ -1,0 +1,1 @@
+"""Which modules matter: scores of an adapter's modules on held-out data, and the choice of a FanLoRA setting."""

@@ -1,0 +1,116 @@
+"""The most critical modules of each layer, by their scores, and a picture of both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from para_jax.adapters.method import BackboneShape
+from para_jax.errors import ParaJaxError
+from para_jax.training.metrics import save_figure
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+Kept = tuple[tuple[str, ...], ...]
+MOST_NUMBERS = 16  # layers up to which the picture has the scores as numbers
+
+
+def keep_number(scores_ls: Float[np.ndarray, "layers sites"], shape: BackboneShape, number: int) -> Kept:
+    """The `number` most important sites of each layer; of equal ones, the first.
+
+    Raises ParaJaxError for a number that a layer does not have, or scores that do not fit the backbone.
+
+    >>> from para_jax import BackboneConfig, tiny_backbone_path
+    >>> shape = BackboneConfig.from_pretrained(tiny_backbone_path())
+    >>> keep_number(np.array([[3, 1, 2, 0, 0, 0, 0]] * 4), shape, 2)[0]
+    ('q_proj', 'v_proj')
+    """
+    orders = _orders(scores_ls, shape)
+    if not 1 <= number <= len(shape.sites):
+        raise ParaJaxError(f"a layer has {len(shape.sites)} modules, so {number} of each cannot be kept")
+    return _kept([order[:number] for order in orders], shape)
+
+
+def keep_within(scores_ls: Float[np.ndarray, "layers sites"], shape: BackboneShape, budget: int, r: int) -> Kept:
+    """The most important sites of each layer that together take at most `budget` parameters at rank `r`.
+
+    Layers take turns, one module each in their own order of importance, so that none has many while another has few.
+    Where a turn can no longer be paid for in full, the layers whose module scores highest come first. A layer whose
+    next module does not fit is done: what is kept in a layer is always the beginning of its order.
+
+    Raises ParaJaxError for a budget that does not give every layer a module, with one that does.
+
+    >>> from para_jax import BackboneConfig, tiny_backbone_path
+    >>> shape = BackboneConfig.from_pretrained(tiny_backbone_path())
+    >>> [len(layer) for layer in keep_within(np.array([[3, 1, 2, 0, 0, 0, 0]] * 4), shape, 6000, r=2)]
+    [2, 2, 1, 1]
+    """
+    orders = _orders(scores_ls, shape)
+    names = list(shape.sites)
+    cost = [r * (site.inputs + site.outputs) for site in shape.sites.values()]
+    least = sum(cost[order[0]] for order in orders)
+    if budget < least:
+        raise ParaJaxError(
+            f"a budget of {budget:,} parameters leaves layers without a module; the most critical one of each layer "
+            f"takes {least:,} at r={r}. Raise the budget, or lower r"
+        )
+    taken: list[list[int]] = [[] for _ in orders]
+    open_layers, left = list(range(len(orders))), budget
+    for turn in range(len(names)):
+        offers = sorted(open_layers, key=lambda layer: -scores_ls[layer, orders[layer][turn]])
+        for layer in offers:
+            site = orders[layer][turn]
+            if cost[site] <= left:
+                taken[layer].append(site)
+                left -= cost[site]
+            else:
+                open_layers.remove(layer)
+    return _kept(taken, shape)
+
+
+def _orders(scores_ls: np.ndarray, shape: BackboneShape) -> list[list[int]]:
+    """The sites of each layer, most important first."""
+    size = (shape.num_hidden_layers, len(shape.sites))
+    if scores_ls.shape != size or not np.isfinite(scores_ls).all():
+        raise ParaJaxError(f"scores must be finite numbers of shape {size} (layers, sites), not {scores_ls.shape}")
+    return np.argsort(-scores_ls, axis=1, kind="stable").tolist()
+
+
+def _kept(places: Sequence[Sequence[int]], shape: BackboneShape) -> Kept:
+    names = list(shape.sites)
+    return tuple(tuple(names[i] for i in sorted(layer)) for layer in places)
+
+
+def plot_importance(
+    scores_ls: Float[np.ndarray, "layers sites"], kept: Kept, shape: BackboneShape, path: str | Path, title: str
+) -> None:
+    """Draws a layer x module heat map as a PNG: importance as colour, the kept modules in a frame."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    names = list(shape.sites)
+    layers = len(scores_ls)
+    few = layers <= MOST_NUMBERS
+    figure = Figure(figsize=(7.5, 1.2 + (0.42 if few else 0.2) * layers), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(scores_ls, aspect="auto", cmap="viridis")
+    figure.colorbar(image, label="importance")
+    middle = (scores_ls.min() + scores_ls.max()) / 2
+    for layer in range(layers):
+        for i, name in enumerate(names):
+            if few:
+                color = "white" if scores_ls[layer, i] < middle else "black"
+                axes.text(i, layer, f"{scores_ls[layer, i]:.3g}", ha="center", va="center", color=color, fontsize=8)
+            if name in kept[layer]:
+                frame = Rectangle((i - 0.46, layer - 0.44), 0.92, 0.88, fill=False, edgecolor="#e8442f", linewidth=2.2)
+                axes.add_patch(frame)
+    axes.set_xticks(range(len(names)), names)
+    axes.set_yticks(range(0, layers, 1 if few else 4))
+    axes.set(ylabel="layer", title=title)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    save_figure(figure, Path(path))

@@ -1,0 +1,31 @@
+"""Keeping freed memory in the process, which a CPU's tuning steps need more than anything else."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+# mallopt's names for the options, from glibc's malloc.h.
+TRIM_THRESHOLD, TOP_PAD, MMAP_MAX, ARENA_MAX = -1, -2, -4, -8
+
+
+def keep_freed_memory() -> bool:
+    """Makes malloc keep what is freed instead of giving it back to the system.
+
+    XLA on a CPU asks for a program's temporary memory at every call and frees it afterwards. By default glibc gives
+    so large a piece back each time, and the system has to fill it with zeros again, page by page: a fifth of a
+    tuning step of the tiny backbone (docs/backbone.md). The command line calls this; a Python program may, before
+    JAX computes anything. The process's memory does not shrink any more afterwards.
+
+    Returns whether it was done: only with glibc, on Linux.
+
+    >>> keep_freed_memory() in (True, False)
+    True
+    """
+    if sys.platform != "linux":
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    options = {ARENA_MAX: 1, MMAP_MAX: 0, TRIM_THRESHOLD: 2**31 - 1, TOP_PAD: 2**26}
+    return all(mallopt(option, value) == 1 for option, value in options.items())

@@ -1,0 +1,165 @@
+"""What a prepared adapter does to a projection's output, against NumPy in float64."""
+
+from __future__ import annotations
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from para_jax.adjustment import Adjustment, Dropout, LowRank, total
+
+B, T, INPUTS, OUTPUTS, RANK = 4, 3, 6, 5, 2
+RNG = np.random.default_rng(0)
+X, Y = RNG.normal(size=(B, T, INPUTS)).astype(np.float32), RNG.normal(size=(B, T, OUTPUTS)).astype(np.float32)
+PROMPT = np.arange(T)[None] < np.array([[1], [3], [0], [2]])
+
+
+def draw(*shape: int, seed: int = 1) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def pair_of(n: int, rank: int = RANK, seed: int = 1) -> LowRank:
+    return LowRank(draw(n, rank, INPUTS, seed=seed), draw(n, OUTPUTS, rank, seed=seed + 1))
+
+
+def change(pair: LowRank, row: int, n: int) -> np.ndarray:
+    """x down^T up^T of one row, in float64."""
+    down, up = (np.asarray(half, np.float64)[row // (B // n)] for half in (pair.down, pair.up))
+    return X[row].astype(np.float64) @ down.T @ up.T
+
+
+@pytest.mark.parametrize("n", [B, 2, 1])
+def test_a_pair_serves_consecutive_rows(n: int) -> None:
+    pair = pair_of(n)
+    expected = np.stack([change(pair, row, n) for row in range(B)])
+    np.testing.assert_allclose(pair(jnp.asarray(X)), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_apply_scales_and_adds() -> None:
+    """Everywhere; or, of `later`, on tokens that are not the prompt's."""
+    always, later, pair = draw(B, OUTPUTS), draw(B, OUTPUTS, seed=2), pair_of(B)
+    adjustment = Adjustment({"q_proj": always}, {"q_proj": later}, {"q_proj": pair})
+    scale = 1 + np.asarray(always)[:, None] + np.where(PROMPT[..., None], 0, np.asarray(later)[:, None])
+    expected = Y * scale + np.stack([change(pair, row, B) for row in range(B)])
+    ours = adjustment.apply("q_proj", jnp.asarray(X), jnp.asarray(Y), jnp.asarray(PROMPT))
+    np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
+    # After the prompt, both forms are one.
+    after = adjustment.apply("q_proj", jnp.asarray(X), jnp.asarray(Y))
+    np.testing.assert_allclose(adjustment.settled().apply("q_proj", jnp.asarray(X), jnp.asarray(Y)), after, rtol=1e-5)
+    # `later` alone, and a site that is not adjusted.
+    alone = Adjustment(later={"q_proj": later}).apply("q_proj", jnp.asarray(X), jnp.asarray(Y), jnp.asarray(PROMPT))
+    assert np.array_equal(np.asarray(alone)[PROMPT], Y[PROMPT])
+    assert not np.any(np.isclose(np.asarray(alone)[~PROMPT], Y[~PROMPT], rtol=1e-6))
+    assert np.array_equal(adjustment.apply("k_proj", jnp.asarray(X), jnp.asarray(Y)), Y)
+
+
+def test_sums_are_taken_in_float32_and_returned_as_they_came() -> None:
+    """A scale of 1 + 2^-10 does not exist in bfloat16; a small change of a large output must not be lost twice."""
+    y = jnp.full((1, 1, 1), 100.0, jnp.bfloat16)
+    small = Adjustment({"q_proj": jnp.full((1, 1), 2.0**-7, jnp.bfloat16)})
+    out = small.apply("q_proj", y, y)
+    assert out.dtype == jnp.bfloat16 and float(out[0, 0, 0]) == 101.0
+    pair = LowRank(jnp.full((1, 4, 1), 0.1, jnp.bfloat16), jnp.full((1, 1, 4), 0.1, jnp.bfloat16))
+    assert pair(y).dtype == jnp.float32
+
+
+def test_weighted() -> None:
+    """Linear in the strength, and with strength zero nothing at all, not even of what is not a number."""
+    made = Adjustment({"q_proj": draw(B, OUTPUTS)}, {"q_proj": draw(B, OUTPUTS, seed=2)}, {"q_proj": pair_of(B)})
+    strengths = np.array([1.0, 0.5, 0.0, -2.0], np.float32)
+
+    def changes(adjustment: Adjustment) -> np.ndarray:
+        return np.asarray(adjustment.apply("q_proj", jnp.asarray(X), jnp.asarray(Y))) - Y
+
+    weighted = changes(made.weighted(jnp.asarray(strengths)))
+    np.testing.assert_allclose(weighted, strengths[:, None, None] * changes(made), rtol=1e-4, atol=1e-5)
+    broken = jax.tree.map(lambda x: x.at[2].set(jnp.nan), made)
+    assert np.isnan(changes(broken)).any()
+    assert np.array_equal(changes(broken.weighted(jnp.asarray(strengths))), weighted)
+    assert not any(np.any(x[2]) for x in jax.tree.leaves(broken.weighted(jnp.asarray(strengths))))
+
+
+def test_weights_of_pairs_that_rows_share() -> None:
+    pair = pair_of(2)
+    weighted = Adjustment(pairs={"q_proj": pair}).weighted(jnp.array([2.0, 2.0, 3.0, 3.0])).pairs["q_proj"]
+    np.testing.assert_allclose(weighted.up, pair.up * jnp.array([2.0, 3.0])[:, None, None])
+    assert np.array_equal(weighted.down, pair.down)
+
+
+@pytest.mark.parametrize("disjoint", [True, False])
+def test_total_is_the_sum_of_the_changes(disjoint: bool) -> None:
+    """Whatever its form: shared places and padding where rows are disjoint, ranks side by side where not."""
+    parts = []
+    for i, rank in enumerate((2, 3, 1)):
+        strength = jnp.array([1.0, 0.0, 0.0, 0.0]) if i == 0 else jnp.array([0.0, i == 1, i == 2, 0.0], jnp.float32)
+        strength = strength if disjoint else jnp.array([1.0, 0.5, 2.0, 0.0])
+        sites = {"q_proj": pair_of(B, rank, seed=5 * i)} | ({} if i else {"up_proj": pair_of(B, rank, seed=9)})
+        made = Adjustment({"q_proj": draw(B, OUTPUTS, seed=20 + i)}, {"v_proj": draw(B, OUTPUTS, seed=i)}, sites)
+        parts.append(made.weighted(strength))
+    whole = total(parts, disjoint=disjoint)
+    assert whole.pairs["q_proj"].up.shape[-1] == (3 if disjoint else 6)
+    for site in ("q_proj", "v_proj", "up_proj", "o_proj"):
+        x, y = jnp.asarray(X), jnp.asarray(Y)
+        expected = sum(np.asarray(part.apply(site, x, y)) - Y for part in parts)
+        np.testing.assert_allclose(np.asarray(whole.apply(site, x, y)) - Y, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_half_precision_is_what_waits() -> None:
+    made = Adjustment({"q_proj": draw(B, OUTPUTS)}, {"q_proj": draw(B, OUTPUTS)}, {"q_proj": pair_of(B)})
+    waiting = made.astype(jnp.dtype("bfloat16"))
+    assert {x.dtype for x in jax.tree.leaves(waiting)} == {jnp.dtype("bfloat16")}
+    assert jax.tree.structure(waiting) == jax.tree.structure(made)
+
+
+def test_the_identity_is_free() -> None:
+    """No arrays, no operations."""
+    assert jax.tree.leaves(Adjustment()) == []
+    jaxpr = jax.make_jaxpr(lambda x, y: Adjustment().apply("q_proj", x, y))(X, Y)
+    assert [str(e.primitive) for e in jaxpr.eqns if e.primitive.name != "convert_element_type"] == []
+
+
+# Dropout
+
+
+def keys(*seeds: int) -> jax.Array:
+    return jnp.stack([jax.random.key(seed) for seed in seeds])
+
+
+def test_dropout_drops_its_share_and_keeps_the_mean() -> None:
+    x = jnp.ones((2, 50, 200), jnp.float32)
+    dropped = np.asarray(Dropout(keys(1, 2), jnp.array([0.25, 0.5]))("q_proj", x))
+    for row, rate in zip(dropped, (0.25, 0.5), strict=True):
+        assert np.all(np.isclose(row, 0) | np.isclose(row, 1 / (1 - rate)))
+        assert np.mean(row == 0) == pytest.approx(rate, abs=0.02)
+        assert np.mean(row) == pytest.approx(1, abs=0.03)
+
+
+def test_dropout_depends_on_the_rows_own_key_and_the_site() -> None:
+    x = jnp.ones((2, 4, 20), jnp.float32)
+    half = jnp.array([0.5, 0.5])
+
+    def masks(site: str, *seeds: int) -> np.ndarray:
+        return np.asarray(Dropout(keys(*seeds), half)(site, x))
+
+    first = masks("q_proj", 1, 2)
+    assert np.array_equal(first, masks("q_proj", 1, 2))
+    assert np.array_equal(first[1], masks("q_proj", 7, 2)[1]), "whatever its neighbour's key"
+    drawn = [first[0], first[1], masks("q_proj", 7, 2)[0], masks("v_proj", 1, 2)[0]]
+    assert not any(np.array_equal(a, b) for a, b in itertools.combinations(drawn, 2))
+
+
+def test_a_rate_of_zero_is_no_dropout() -> None:
+    x = jnp.asarray(X[:2])
+    assert np.array_equal(Dropout(keys(1, 2), jnp.zeros(2))("q_proj", x), x)
+
+
+def test_dropout_is_of_the_pairs_inputs_only() -> None:
+    x, y, pair = jnp.asarray(X), jnp.asarray(Y), pair_of(B)
+    dropout = Dropout(keys(*range(B)), jnp.full(B, 0.5))
+    offsets = {"q_proj": draw(B, OUTPUTS)}
+    ours = Adjustment(offsets, pairs={"q_proj": pair}, dropout=dropout).apply("q_proj", x, y)
+    expected = Adjustment(offsets).apply("q_proj", x, y) + pair(dropout("q_proj", x))
+    np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
