@@ -239,24 +239,27 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--mixture-steps", type=int, default=600, help="of the LoRA that FanLoRA scores (default: 600)")
     parser.add_argument("--keep", type=int, default=2, help="modules of each layer that FanLoRA keeps (default: 2)")
     parser.add_argument("--batch-size", type=int, default=64, help="rows that are scored together (default: 64)")
-    return parser  # fmt: skip
+    return parser
 
 
 SETTINGS = ("r", "seeds", "steps", "rows", "every", "dev_rows", "test_rows", "max_length", "max_new_tokens",
-            "mixture_steps", "keep", "dtype", "model", "grids")  # fmt: skip
+            "mixture_steps", "keep", "dtype", "model")  # fmt: skip
 
 
 def opened(args: argparse.Namespace) -> dict[str, Any]:
     """The results so far. Raises ParaJaxError if they were made with other settings."""
-    settings = json.loads(json.dumps({name: getattr(args, name) for name in SETTINGS}))
-    if not (args.out / "study.json").exists():
+    used = ("ablation",) if args.part == "ablation" else ("lora", *args.methods)
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    settings |= {f"lr of {name}": list(args.grids[name]) for name in used}
+    if (args.out / "study.json").exists():
+        results = json.loads((args.out / "study.json").read_text())
+    else:
         about = {"jax": jax.__version__, "backend": jax.default_backend(), "python": platform.python_version()}
-        return {"settings": settings, "environment": about, "tasks": {}, "parts": {}}
-    results = json.loads((args.out / "study.json").read_text())
+        results = {"settings": {}, "environment": about, "tasks": {}, "parts": {}}
     for name, value in settings.items():
-        if results["settings"].get(name) != value:
-            raise ParaJaxError(f"{args.out}/study.json was made with {name}={results['settings'].get(name)!r}; "
-                               "give the same, or choose another --out")  # fmt: skip
+        before = results["settings"].setdefault(name, value)
+        if before != value:
+            raise ParaJaxError(f"{args.out}/study.json was made with {name}={before!r}; choose another --out")
     return results
 
 
@@ -296,7 +299,7 @@ def main(argv: list[str] | None = None) -> None:
         done = [p for p in parts if p.key in study.done and p.work]
         left = sum(p.work for p in parts if p.key not in study.done)
         rate = sum(study.done[p.key]["seconds"] for p in done) / sum(p.work for p in done) if done else None
-        show(f"[{number}/{len(parts)}] {part.key}" + (f"  about {duration(rate * left)} left" if rate else ""))
+        show(f"[{number}/{len(parts)}] {part.key}" + (f"  about {duration(rate * left)} left" if rate and left else ""))
         began = time.monotonic()
         result = part.run()
         study.done[part.key] = {**result, "seconds": round(time.monotonic() - began, 1)}

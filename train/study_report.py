@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -133,20 +132,22 @@ def differences(rows: Mapping[str, Any], label: str) -> float | None:
     return statistics.fmean(rows[label]["tasks"][task]["mean"] - default[task]["mean"] for task in both)
 
 
-def beside(rows: Mapping[str, Any]) -> tuple[dict[str, float], list[float]]:
-    """Where each method stands on an axis of sizes, and the sizes to name there.
+def beside(rows: Mapping[str, Any]) -> tuple[dict[str, float], dict[float, str]]:
+    """Where each method stands on an axis of sizes, and what to write there.
 
     Methods of nearly one size would hide each other: they stand side by side around it, in the order of the table.
     """
-    near: dict[int, list[str]] = {}
-    for label, row in rows.items():
-        near.setdefault(round(8 * math.log(row["parameters"])), []).append(label)
-    places, sizes = {}, []
-    for labels in near.values():
-        size = statistics.median(rows[label]["parameters"] for label in labels)
-        sizes.append(size)
-        places |= {label: size * 1.15 ** (i - (len(labels) - 1) / 2) for i, label in enumerate(labels)}
-    return places, sizes
+    sizes = {label: row["parameters"] for label, row in rows.items()}
+    places: dict[str, float] = {}
+    ticks: dict[float, str] = {}
+    while left := [label for label in sizes if label not in places]:
+        least = min(sizes[label] for label in left)
+        near = [label for label in left if sizes[label] < 1.25 * least]
+        middle = statistics.median(sizes[label] for label in near)
+        places |= {label: middle * 1.15 ** (i - (len(near) - 1) / 2) for i, label in enumerate(near)}
+        ends = sorted({f"{sizes[label] / 1e3:.3g}" for label in near}, key=float)
+        ticks[middle] = f"{ends[0]}k" if len(ends) == 1 else f"{ends[0]} to {ends[-1]}k"
+    return places, ticks
 
 
 def plot_scores(results: Results, path: Path) -> None:
@@ -159,7 +160,7 @@ def plot_scores(results: Results, path: Path) -> None:
     lines = -(-len(tasks) // columns)
     figure = Figure(figsize=(1 + 3.4 * columns, 0.8 + 2.8 * lines), layout="constrained")
     panels = figure.subplots(lines, columns, squeeze=False).reshape(-1)
-    bare, (places, sizes) = bare_scores(results), beside(rows)
+    bare, (places, ticks) = bare_scores(results), beside(rows)
     for axes, task in zip(panels, tasks, strict=False):
         facts = results["tasks"][task]
         if facts["majority"] is not None:
@@ -173,7 +174,7 @@ def plot_scores(results: Results, path: Path) -> None:
                 axes.plot([x] * len(cells["scores"]), cells["scores"], ".", color=f"C{i % 10}", alpha=0.4, markersize=4)
         axes.set(xscale="log", title=task, ylabel=NAMES[facts["score"]], xlabel="parameters")
         axes.set_xlim(min(places.values()) / 1.5, max(places.values()) * 1.5)
-        axes.set_xticks(list(sizes), [f"{size / 1e3:.3g}k" for size in sizes])
+        axes.set_xticks(list(ticks), list(ticks.values()))
         axes.set_xticks([], minor=True)
         axes.spines[["top", "right"]].set_visible(False)
     for axes in panels[len(tasks) :]:
@@ -202,7 +203,7 @@ def plot_ablation(results: Results, path: Path) -> None:
         axes.set(title=task, xlabel=NAMES[results["tasks"][task]["score"]])
         axes.set_yticks(range(len(labels)), labels)
         axes.spines[["top", "right"]].set_visible(False)
-    axes.invert_yaxis()
+    axes.set_ylim(len(labels) - 0.5, -0.5)
     save_figure(figure, path)
 
 

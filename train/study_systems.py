@@ -119,7 +119,7 @@ class System(NamedTuple):
         return {
             "label": self.label,
             "method": config.method,
-            "config": dataclasses.asdict(config),  # type: ignore[call-overload]
+            "config": dataclasses.asdict(config),
             "parameters": config.size(shape),
             "budget": self.budget,
             "grid": list(self.grid),

@@ -35,7 +35,8 @@ def examples(name: str, vocabulary: int) -> list[Example]:
     def ids(low, high):
         return tuple(int(i) for i in rng.integers(1, vocabulary, rng.integers(low, high)))
 
-    return [Example("", "", ids(2, 12), (*ids(1, 6), 0)) for _ in range(5 + 4 * NAMES.index(name))]
+    # As many as a step takes: every step has the same rows in another order, and so one program.
+    return [Example("", "", ids(2, 12), (*ids(1, 6), 0)) for _ in range(4)]
 
 
 def tune(backbone, names, steps=6, micro_batches=1, poison=None):
@@ -80,12 +81,15 @@ def test_alone_or_together(backbone, together, name):
         np.testing.assert_allclose(leaves(bank, name)[key], x, rtol=1e-2, atol=2e-4, err_msg=key)
 
 
-def test_bit_for_bit_at_one_batch_shape(backbone, together):
+@pytest.mark.parametrize("broken", ["acme", "hooli", "umbrella"])
+def test_bit_for_bit_at_one_batch_shape(backbone, together, broken):
     """The others' weights turn to NaN; this tenant's numbers stay the same to the last bit."""
     bank, history = together
-    poisoned, poisoned_history = tune(backbone, NAMES, poison="acme")
-    assert np.isnan(poisoned_history[0]["loss"]["acme"])
-    for name in NAMES[1:]:
+    poisoned, poisoned_history = tune(backbone, NAMES, poison=broken)
+    assert np.isnan(poisoned_history[0]["loss"][broken])
+    for name in NAMES:
+        if name == broken:
+            continue
         for key, x in leaves(bank, name).items():
             np.testing.assert_array_equal(leaves(poisoned, name)[key], x, err_msg=f"{name} {key}")
         assert [h["loss"][name] for h in history] == [h["loss"][name] for h in poisoned_history]
