@@ -48,7 +48,7 @@ def methods(config: Any) -> dict[str, Any]:
     return {"bare": None, "ia3": IA3Config(), "para": ParaConfig(r=12), "fanlora": fanlora, **loras}
 
 
-def worker(shape: str, dtype: str, stacked: bool | None, most_rows: int) -> dict[str, Any]:
+def worker(shape: str, dtype: str, stacked: bool | None, rows: int) -> dict[str, Any]:
     compilations = common.count_compilations()
     import jax
     from transformers import AutoTokenizer
@@ -58,17 +58,13 @@ def worker(shape: str, dtype: str, stacked: bool | None, most_rows: int) -> dict
     backbone = shapes.random_backbone(shape, dtype, stacked)
     tokenizer = AutoTokenizer.from_pretrained(tiny_backbone_path())
     configs = methods(backbone.config)
-    bank: dict[str, Any] = {}
+    banks: dict[str, Any] = {}
 
-    def use(name: str) -> None:
-        """One method's tenants at a time: 32 of LoRA r=64 are larger than the backbone."""
-        bank.clear()
-        if configs[name] is not None:
-            bank["bank"] = shapes.random_bank(backbone.config, configs[name], most_rows, scale=0.02)
-
-    def run(rows: int, prompts: list[list[int]], new: int) -> float:
-        adapters = {**bank, "tenants": [f"tenant-{i}" for i in range(rows)]} if bank else {}
-        go = partial(complete, backbone, tokenizer, prompts, max_new_tokens=new, eos_token_id=(), **adapters)
+    def run(name: str, prompts: list[list[int]], new: int) -> float:
+        if name not in banks:
+            bank = configs[name] and shapes.random_bank(backbone.config, configs[name], rows, scale=0.02)
+            banks[name] = {"bank": bank, "tenants": list(bank.names)} if bank else {}
+        go = partial(complete, backbone, tokenizer, prompts, max_new_tokens=new, eos_token_id=(), **banks[name])
         return common.timed(go)[0]
 
     def facts() -> dict[str, Any]:
@@ -80,7 +76,7 @@ def worker(shape: str, dtype: str, stacked: bool | None, most_rows: int) -> dict
             "adapter_parameters": {n: c.size(backbone.config) if c else 0 for n, c in configs.items()},
         }
 
-    return {"use": use, "run": run, "facts": facts, "compilations": compilations}
+    return {"run": run, "facts": facts, "compilations": compilations}
 
 
 def forms_worker(shape: str, dtype: str) -> dict[str, Any]:
@@ -150,10 +146,9 @@ def measure(args: argparse.Namespace, engine: common.Worker, names: list[str], r
     for number in range(args.rounds + 1):
         prompts = [[draw.randrange(vocabulary) for _ in range(args.prompt)] for _ in range(rows)]
         for name in names:
-            engine.ask("use", name)
-            engine.ask("run", rows, prompts, 1)  # the rows of another method are gone from the caches by then
+            engine.ask("run", name, prompts, 1)  # what another method left in the caches goes
             before = engine.ask("compilations")
-            spent = [[engine.ask("run", rows, prompts, new) for new in (1, args.new)] for _ in range(3)]
+            spent = [[engine.ask("run", name, prompts, new) for new in (1, args.new)] for _ in range(3)]
             if number:
                 compiled += engine.ask("compilations") - before
                 steps[name].append(statistics.median(long - short for short, long in spent) / (args.new - 1))
@@ -177,12 +172,15 @@ def main() -> None:
     args = parser.parse_args()
 
     stacked = {"auto": None, "stacked": True, "unrolled": False}[args.layers]
-    engine = common.Worker(args.threads, worker, args.shape, args.dtype, stacked, max(args.rows))
-    facts = engine.ask("facts")
-    environment = common.environment(facts["backend"], facts["devices"])
-    names = [name for name in facts["adapter_parameters"] if name not in args.skip]
-    results = {rows: measure(args, engine, names, rows) for rows in args.rows}
-    engine.close()
+    results = {}
+    for number, rows in enumerate(args.rows):
+        engine = common.Worker(args.threads, worker, args.shape, args.dtype, stacked, rows)
+        if not number:
+            facts = engine.ask("facts")
+            environment = common.environment(facts["backend"], facts["devices"])
+            names = [name for name in facts["adapter_parameters"] if name not in args.skip]
+        results[rows] = measure(args, engine, names, rows)
+        engine.close()
     for rows, result in results.items():
         common.print_table(
             f"{facts['parameters'] / 1e6:.1f}M parameters, {facts['dtype']}; {rows} rows of {rows} tenants, "

@@ -47,6 +47,7 @@ from para_jax.errors import ParaJaxError, unknown
 from para_jax.evaluation.evaluate import evaluate
 from para_jax.importance.scores import importance
 from para_jax.importance.select import keep_number, plot_importance
+from para_jax.memory import keep_freed_memory
 from para_jax.training.metrics import duration
 
 TASKS = ("sst2", "trec", "subj", "copa", "e2e", "scan")
@@ -279,6 +280,7 @@ def main(argv: list[str] | None = None) -> None:
     args.tasks = args.tasks or (ABLATION_TASKS if args.part == "ablation" else TASKS)
     results = opened(args)
 
+    keep_freed_memory()
     model = args.model or tiny_backbone_path()
     backbone, tokenizer = Backbone.from_pretrained(model, dtype=args.dtype), load_tokenizer(model)
     scorer = backbone if args.dtype == "auto" else Backbone.from_pretrained(model)
