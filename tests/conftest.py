@@ -12,6 +12,14 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _programs():
+    """Lets a module's compiled programs go. Each holds memory maps, of which Linux gives a process 65,530: with all the
+    suite's programs at once, the compiler crashes."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def tiny():
     """The backbone that ships with the package, and its tokenizer."""
