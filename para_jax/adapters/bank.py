@@ -140,14 +140,18 @@ class Rows:
         if any(count != b for count in served):
             raise ParaJaxError(f"a batch of {b} rows was given the adapters of {served[0]}")
         grouped = jax.tree.map(lambda x: x.reshape(b // self.repeats, self.repeats, *x.shape[1:]), prompt)
+
+        def one(adapter: Any, prompt: Prompt) -> tuple[Any, Any]:
+            made = adapter.prepare(prompt, layer)
+            return (made.offsets, made.later), made.pairs
+
         # Low-rank pairs do not depend on the prompt, and stay one for all the rows that share them.
-        shared = Adjustment(offsets=0, later=0, pairs=None)  # type: ignore[arg-type]
-        prepare = jax.vmap(jax.vmap(lambda one, p: one.prepare(p, layer), in_axes=(None, 0), out_axes=shared))
+        prepare = jax.vmap(jax.vmap(one, in_axes=(None, 0), out_axes=(0, None)))
         adjustments = []
         for strength, adapters in zip(self.strengths, layers, strict=True):
-            made = prepare(adapters, grouped)
-            offsets, later = jax.tree.map(lambda x: x.reshape(b, x.shape[-1]), (made.offsets, made.later))
-            adjustments.append(Adjustment(offsets, later, made.pairs).weighted(jnp.repeat(strength, self.repeats)))
+            scales, pairs = prepare(adapters, grouped)
+            offsets, later = jax.tree.map(lambda x: x.reshape(b, x.shape[-1]), scales)
+            adjustments.append(Adjustment(offsets, later, pairs).weighted(jnp.repeat(strength, self.repeats)))
         adjustment = total(adjustments, disjoint=not self.composed)
         if self.keys_b is None or not any(self.rates):
             return adjustment

@@ -52,7 +52,7 @@ def save_adapter(adapter: Adapter, folder: str | Path, base: BackboneShape, *, o
     else:
         config = {
             "peft_type": adapter.config.method.upper(),
-            **dataclasses.asdict(adapter.config),  # type: ignore[call-overload]
+            **dataclasses.asdict(adapter.config),
             "base_model_name_or_path": getattr(base, "name", ""),
             "base_model": base_sizes(base),
             "para_jax_version": __version__,

@@ -64,6 +64,7 @@ class AdapterLayer(Protocol):
 class MethodConfig(Protocol):
     """The hyper-parameters of a method: a frozen dataclass with PEFT's field names where PEFT has one."""
 
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
     method: ClassVar[str]
 
     def layer(self, shape: BackboneShape, rngs: nnx.Rngs, layer: Int[Array, ""]) -> AdapterLayer:

@@ -101,8 +101,8 @@ def peft_tensors(adapter: Adapter, shape: BackboneShape) -> dict[str, np.ndarray
 def peft_config(adapter: Adapter, shape: BackboneShape) -> dict[str, Any]:
     """The adapter_config.json of a LoRA or (IA)3 adapter: keys of PEFT's only, for it warns of others."""
     config = adapter.config
-    options = asdict(config)  # type: ignore[call-overload]
-    options["exclude_modules"] = config.exclude_modules or None  # type: ignore[attr-defined]
+    options = asdict(config)
+    options["exclude_modules"] = options["exclude_modules"] or None
     if isinstance(config, LoraConfig):
         options |= {"rank_pattern": dict(config.rank_pattern), "alpha_pattern": dict(config.alpha_pattern)}
         options["bias"] = "none"

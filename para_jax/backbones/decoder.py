@@ -184,6 +184,8 @@ class Backbone(nnx.Module):
 
         Returns the final hidden states after the norm, the Adjustments, and the cache.
         """
+        if flat is not None and cache is not None:
+            raise ParaJaxError("a cache is filled from the padded batch; leave out flat, or the cache")
         position_bt = jnp.maximum(jnp.cumsum(mask_bt, axis=1, dtype=jnp.int32) - 1, 0)
         column = None if cache is None else cache.column
         line = None if flat is None else Ragged.of(mask_bt, flat.tokens)

@@ -156,7 +156,7 @@ def describe(
     tenants = {
         name: {
             "method": bank[name].config.method,
-            **dataclasses.asdict(bank[name].config),  # type: ignore[call-overload]
+            **dataclasses.asdict(bank[name].config),
             **dataclasses.asdict(settings[name]),
             "examples": len(examples[name]),
             "data_sha256": fingerprint(examples[name]),
