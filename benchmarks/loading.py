@@ -1,10 +1,12 @@
-"""Time and peak host memory of loading a checkpoint of 1 GB, against a plain read of its files.
+"""Time and peak host memory of loading checkpoints, against a plain read of their files.
 
     python benchmarks/loading.py
+    python benchmarks/loading.py --gigabytes 2
     python benchmarks/loading.py --layers 2 --rounds 1 --json small.json      (a smoke test)
 
-A random Llama (hidden size 1024, vocabulary 32,000) is written to a temporary folder in float32 and in
-bfloat16, as one file and as an index of four, and each is loaded in fresh processes. Memory is what the
+A random Llama (hidden size 1024, vocabulary 32,000) in float32 and in bfloat16 and a random Gemma 3 (1152, vocabulary
+65,536) in bfloat16 are written to a temporary folder, as one file and as an index of four, and each is loaded in fresh
+processes. Memory is what the
 process holds at its peak beyond what it held when JAX and para_jax were imported and JAX had started:
 resident pages as the kernel counts them (VmHWM, mapped pages of the file included), their anonymous part
 sampled every 2 ms, and ru_maxrss. The files are in the page cache, so that the disk does not decide. Goal on
@@ -23,25 +25,33 @@ from typing import Any
 
 import common
 
-FULL = {"float32": 16, "bfloat16": 36}  # layers for 1 GB
+# What is written: a family and its dtype, and how many layers make 1 GB.
+LLAMA = {
+    "model_type": "llama", "vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 2816,
+    "num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 64,
+}  # fmt: skip
+GEMMA3 = {
+    "model_type": "gemma3_text", "vocab_size": 65536, "hidden_size": 1152, "intermediate_size": 6912,
+    "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256, "tie_word_embeddings": True,
+}  # fmt: skip
+FULL = {("llama", "float32"): 16, ("llama", "bfloat16"): 36, ("gemma3_text", "bfloat16"): 16}
+FIELDS = {"llama": LLAMA, "gemma3_text": GEMMA3}
 
 
-def write_checkpoint(folder: Path, dtype: str, layers: int, shards: int) -> int:
+def write_checkpoint(folder: Path, family: str, dtype: str, layers: int, shards: int) -> int:
     """A random checkpoint in Hugging Face's form; returns the bytes of its weights."""
     import ml_dtypes  # noqa: F401  (teaches NumPy the name bfloat16)
     import numpy as np
     from safetensors.numpy import save_file
 
     from para_jax import BackboneConfig
-    from para_jax.convert import tables
+    from para_jax.convert.families import entries
 
-    config = BackboneConfig(
-        vocab_size=32000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=layers,
-        num_attention_heads=16, num_key_value_heads=16, head_dim=64,
-    )  # fmt: skip
+    fields = {**FIELDS[family], "num_hidden_layers": layers, "dtype": dtype}
+    config = BackboneConfig.from_hf(fields)
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({**config.to_hf(), "dtype": dtype}))
-    parts = [p for layer in (None, *range(layers)) for e in tables.llama(config, layer) for p in e.parts]
+    (folder / "config.json").write_text(json.dumps(fields))
+    parts = [p for layer in (None, *range(layers)) for e in entries(config, layer) for p in e.parts]
     rng = np.random.default_rng(0)
     where = {}
     for shard in range(shards):
@@ -138,7 +148,8 @@ def fresh(make: Any, name: str, *args: Any) -> Any:
 
 def main() -> None:
     parser = common.parser(__doc__, rounds=3)
-    parser.add_argument("--layers", type=int, help="fewer layers than 1 GB has")
+    parser.add_argument("--gigabytes", type=int, default=1, help="of each checkpoint, about (default: 1)")
+    parser.add_argument("--layers", type=int, help="so many layers instead")
     parser.add_argument("--shards", type=int, default=4, help="files of the sharded checkpoint")
     parser.add_argument("--stacked", action="store_true", help="load for scanned layers, as on TPU and GPU")
     args = parser.parse_args()
@@ -146,41 +157,41 @@ def main() -> None:
 
     results = []
     with common.temporary_folder() as root:
-        folders = {(dtype, n): root / f"{dtype}-{n}" for dtype in FULL for n in (1, args.shards)}
-        cases = [(dtype, shards, dtype) for dtype, shards in folders]
-        cases.append(("bfloat16", 1, "float32"))
+        folders = {(*kind, n): root / "-".join((*kind, str(n))) for kind in FULL for n in (1, args.shards)}
+        cases = [(*key, key[1]) for key in folders] + [("llama", "bfloat16", 1, "float32")]
         size = {
-            (dtype, shards): fresh(writing, "write", folder, dtype, args.layers or FULL[dtype], shards)
-            for (dtype, shards), folder in folders.items()
+            (family, dtype, n): fresh(
+                writing, "write", folder, family, dtype, args.layers or args.gigabytes * FULL[family, dtype], n
+            )
+            for (family, dtype, n), folder in folders.items()
         }
         runs: dict[Any, list[dict[str, Any]]] = {case: [] for case in cases}
         for _ in range(args.rounds):
-            for dtype, shards, as_dtype in cases:
-                folder = str(folders[dtype, shards])
+            for *key, as_dtype in cases:
+                folder = str(folders[tuple(key)])
                 read = fresh(plain_read, "read", folder)
-                runs[dtype, shards, as_dtype].append(
-                    {"read": read, **fresh(loading, "load", folder, as_dtype, args.stacked)}
-                )
-        for (dtype, shards, as_dtype), rounds in runs.items():
-            figures = {key: common.spread(r[key] for r in rounds) for key in ("read", "seconds")}
-            for key in ("peak", "anonymous_peak", "ru_maxrss"):
-                figures[key] = common.spread(r[key] / size[dtype, shards] for r in rounds)
+                runs[*key, as_dtype].append({"read": read, **fresh(loading, "load", folder, as_dtype, args.stacked)})
+        for (*key, as_dtype), rounds in runs.items():
+            size_of_file = size[tuple(key)]
+            figures = {what: common.spread(r[what] for r in rounds) for what in ("read", "seconds")}
+            for what in ("peak", "anonymous_peak", "ru_maxrss"):
+                figures[what] = common.spread(r[what] / size_of_file for r in rounds)
             results.append(
-                {"file": dtype, "shards": shards, "as": as_dtype, "bytes": size[dtype, shards],
+                {"family": key[0], "file": key[1], "shards": key[2], "as": as_dtype, "bytes": size_of_file,
                  "model": rounds[0]["model"], "device_peak": rounds[0]["device_peak"], **figures}
             )  # fmt: skip
 
     common.print_table(
         f"loading, {'stacked' if args.stacked else 'unrolled'} layers; memory in multiples of the file",
-        ("file", "as", "files", "GB", "read s", "load s", "peak", "anonymous", "ru_maxrss"),
+        ("family", "file", "as", "files", "GB", "read s", "load s", "peak", "anonymous", "ru_maxrss"),
         [
-            (r["file"], r["as"], r["shards"], f"{r['bytes'] / 1e9:.2f}",
+            (r["family"], r["file"], r["as"], r["shards"], f"{r['bytes'] / 1e9:.2f}",
              *(common.shown(r[key]) for key in ("read", "seconds", "peak", "anonymous_peak", "ru_maxrss")))
             for r in results
         ],
     )  # fmt: skip
     goals = [
-        common.goal(f"peak / file, {r['file']}, {r['shards']} file(s)", r["peak"], at_most=1.3)
+        common.goal(f"peak / file, {r['family']} {r['file']}, {r['shards']} file(s)", r["peak"], at_most=1.3)
         for r in results
         if r["file"] == r["as"]
     ]

@@ -8,8 +8,14 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import jax
 import pytest
 
+jax.config.update("jax_num_cpu_devices", 8)  # for meshes; all else runs on the first
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--parity-examples", type=int, default=5, help="random configs of each family in tests/parity")
+    parser.addoption("--parity-table", help="Markdown file for the worst errors of tests/parity/test_families.py")
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import zlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +54,54 @@ def random_backbone(seed: int = 0, stacked: bool = False, **overrides) -> Backbo
 
     def louder(path, x):
         return x if "norm" in jax.tree_util.keystr(path) else 10 * x
+
+    return jax.tree_util.tree_map_with_path(louder, backbone)
+
+
+# What a family has beyond Llama's options, at settings that differ from layer to layer where it can.
+FAMILY_OPTIONS: dict[str, dict[str, Any]] = {
+    "llama": {"attention_bias": True, "mlp_bias": True},
+    "mistral": {"sliding_window": 4},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+    "qwen3": {},
+    "gemma": {},
+    "gemma2": {"sliding_window": 4, "final_logit_softcapping": 4.0, "attn_logit_softcapping": 2.0},
+    "gemma3_text": {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
+    "phi3": {"partial_rotary_factor": 0.5, "sliding_window": 4},
+    "smollm3": {"no_rope_layers": [1, 0]},
+    "olmo2": {},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True},
+}
+# Methods that every family takes: experts have no low-rank pairs, and no input of their last projection to scale.
+FAMILY_METHODS: dict[str, MethodConfig] = {
+    "para": METHODS["para"],
+    "response": METHODS["response"],
+    "lora": METHODS["lora"],
+    "group": METHODS["group"],
+}
+
+
+def family_fields(family: str) -> dict[str, Any]:
+    """The config.json of a small model of this family."""
+    sizes = {
+        "vocab_size": 62, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128, "eos_token_id": 0,
+    }  # fmt: skip
+    if family == "phi3":
+        del sizes["head_dim"]
+    return {"model_type": family, **sizes, "rope_theta": 10000.0, **FAMILY_OPTIONS[family]}
+
+
+def family_backbone(family: str, seed: int = 0, stacked: bool = False) -> Backbone:
+    """A small backbone of this family, with all weights random and large enough for logits to differ."""
+    backbone = Backbone(BackboneConfig.from_hf(family_fields(family)), jax.random.key(seed), "float32", stacked)
+
+    def louder(path, x):
+        name = jax.tree_util.keystr(path)
+        if "norm" in name or "bias" in name:
+            return x + 0.2 * jax.random.normal(jax.random.key(zlib.crc32(name.encode())), x.shape, x.dtype)
+        return 10 * x
 
     return jax.tree_util.tree_map_with_path(louder, backbone)
 

@@ -151,7 +151,9 @@ def _as_pairs(name: str, patterns: Any) -> tuple[tuple[str, Any], ...]:
 
 @lru_cache(maxsize=256)
 def _modules(config: LoraConfig, shape: BackboneShape) -> tuple[Mapping[str, Module], ...]:
-    sites = resolve(config.target_modules, shape, exclude=config.exclude_modules, layers=config.layers_to_transform)
+    sites = resolve(
+        config.target_modules, shape, exclude=config.exclude_modules, layers=config.layers_to_transform, linear=True
+    )
     paths = [module_path(i, site, shape) for i, layer in enumerate(sites) for site in layer]
     for name in ("rank_pattern", "alpha_pattern"):
         for key, _ in getattr(config, name):

@@ -18,11 +18,16 @@ if TYPE_CHECKING:
 
 
 class Site(NamedTuple):
-    """A linear projection `y = x W^T` with x (..., inputs) and y (..., outputs), and where it is in a layer."""
+    """A projection `y = x W^T` with x (..., inputs) and y (..., outputs), and where it is in a layer.
+
+    `linear` is False where one name stands for the projections of many experts, whose outputs may be scaled and
+    nothing else: a token goes through several of them.
+    """
 
     inputs: int
     outputs: int
     path: str
+    linear: bool = True
 
 
 class BackboneShape(Protocol):
@@ -35,6 +40,11 @@ class BackboneShape(Protocol):
     @property
     def sites(self) -> Mapping[str, Site]: ...
     def __hash__(self) -> int: ...
+
+
+def linear_sites(shape: BackboneShape) -> dict[str, Site]:
+    """The sites that a low-rank pair can stand beside."""
+    return {name: site for name, site in shape.sites.items() if site.linear}
 
 
 @jax.tree_util.register_dataclass

@@ -61,7 +61,7 @@ def places(config: LoraConfig | IA3Config, shape: BackboneShape) -> dict[str, Pl
     for layer, modules in enumerate(config.modules(shape)):
         for site in modules:
             at = f"{PREFIX}.{module_path(layer, site, shape)}"
-            inputs, outputs, _ = shape.sites[site]
+            inputs, outputs = shape.sites[site][:2]
             if isinstance(config, IA3Config):
                 size = (1, inputs) if is_input(site, config, shape) else (outputs, 1)
                 found[f"{at}.ia3_l"] = Place(f"vectors.{site}", (layer,), size)

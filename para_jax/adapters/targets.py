@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import TypeVar
 
-from para_jax.adapters.method import BackboneShape, as_targets
+from para_jax.adapters.method import BackboneShape, as_targets, linear_sites
 from para_jax.errors import ParaJaxError, unknown
 
 ALL_LINEAR = "all-linear"
@@ -46,6 +46,7 @@ def resolve(
     exclude: str | tuple[str, ...] = (),
     layers: tuple[int, ...] | None = None,
     option: str = "target_modules",
+    linear: bool = False,
 ) -> tuple[tuple[str, ...], ...]:
     """The targeted sites of each layer.
 
@@ -54,6 +55,7 @@ def resolve(
         or "all-linear" for every projection.
       exclude: modules to leave out, in the same forms.
       layers: the only layers that are meant; all, if None.
+      linear: whether only what is one linear projection can be targeted; "all-linear" never means anything else.
 
     Raises ParaJaxError for an entry that matches nothing, with the nearest name there is.
     """
@@ -61,7 +63,15 @@ def resolve(
     for layer in layers or ():
         if not 0 <= layer < total:
             raise ParaJaxError(f"layers_to_transform has layer {layer}; the backbone has layers 0 to {total - 1}")
-    paths = {(i, site): module_path(i, site, shape) for i in range(total) for site in shape.sites}
+    sites = linear_sites(shape) if linear or target_modules == ALL_LINEAR else shape.sites
+    if linear and not isinstance(target_modules, str):
+        for entry in target_modules:
+            if any(names_module(entry, site.path) for name, site in shape.sites.items() if name not in sites):
+                raise ParaJaxError(
+                    f"{option} has {entry}, which is the projections of many experts here; they can be scaled (para, "
+                    f"ia3) and have no low-rank pairs. Choose among {', '.join(sites)}"
+                )
+    paths = {(i, site): module_path(i, site, shape) for i in range(total) for site in sites}
     for name, pattern in ((option, target_modules), ("exclude_modules", exclude)):
         _check(name, pattern, list(paths.values()), shape)
     pattern = ".*" if target_modules == ALL_LINEAR else target_modules

@@ -17,16 +17,22 @@ def attention(
     k_bksh: Float[Array, "b k s hd"],
     v_bksh: Float[Array, "b k s hd"],
     visible_bts: Bool[Array, "b t s"],
+    scale: float | None = None,
+    softcap: float | None = None,
 ) -> Float[Array, "b t kghd"]:
-    """softmax(q k^T / sqrt(hd)) v over the keys that each query may see.
+    """softmax(scale q k^T) v over the keys that each query may see; the scale is 1 / sqrt(hd) if none is given.
 
-    A query that sees none, as padding may, gets the mean of all values; nothing reads it.
+    With `softcap` c, a score x becomes c tanh(x / c) (Gemma 2). A query that sees no key, as padding may, gets the mean
+    of all values; nothing reads it.
     """
     b, t, k, g, hd = q_btkgh.shape
     # The queries of a key's group stand together, which makes both products plain batched matrix products. Left to
     # the compiler, the transposition costs five times the product on CPU.
     q_bkqh = q_btkgh.transpose(0, 2, 3, 1, 4).reshape(b, k, g * t, hd)
-    score = jnp.einsum("bkqh,bksh->bkqs", q_bkqh, k_bksh, preferred_element_type=jnp.float32) * hd**-0.5
+    score = jnp.einsum("bkqh,bksh->bkqs", q_bkqh, k_bksh, preferred_element_type=jnp.float32)
+    score = score * (hd**-0.5 if scale is None else scale)
+    if softcap is not None:
+        score = softcap * jnp.tanh(score / softcap)
     visible_bqs = jnp.tile(visible_bts, (1, g, 1))
     score = jnp.where(visible_bqs[:, None], score, jnp.finfo(jnp.float32).min)
     weight = jax.nn.softmax(score, axis=-1).astype(v_bksh.dtype)
@@ -34,7 +40,14 @@ def attention(
     return mixed.reshape(b, k, g, t, hd).transpose(0, 3, 1, 2, 4).reshape(b, t, k * g * hd)
 
 
-def causal(mask_bt: Bool[Array, "b t"]) -> Bool[Array, "b t t"]:
-    """Which keys each token of a row may see: those up to its own that are none of the padding."""
+def causal(mask_bt: Bool[Array, "b t"], window: int | None = None) -> Bool[Array, "b t t"]:
+    """Which keys each token of a row may see: those up to its own, or the last `window`, that are none of the padding.
+
+    >>> causal(jnp.ones((1, 3), bool), window=2)[0].tolist()
+    [[True, False, False], [True, True, False], [False, True, True]]
+    """
     t = mask_bt.shape[1]
-    return jnp.tril(jnp.ones((t, t), bool))[None] & mask_bt[:, None, :]
+    seen = jnp.tril(jnp.ones((t, t), bool))
+    if window is not None:
+        seen = seen & ~jnp.tril(seen, -window)
+    return seen[None] & mask_bt[:, None, :]

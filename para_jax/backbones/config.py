@@ -1,41 +1,92 @@
-"""A backbone's sizes and settings, read from a Hugging Face config.json."""
+"""A backbone's sizes and settings, whatever family of Hugging Face checkpoints it comes from."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from para_jax.adapters.method import Site
-from para_jax.errors import ParaJaxError, unknown
+from para_jax.errors import ParaJaxError
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
-ARCHITECTURES = ("llama",)
-# Settings of the Llama architecture that have one supported value.
-FIXED = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}
+ATTENTION_SITES = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP_SITES = ("gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
-class RopeScaling:
-    """How rotary frequencies are stretched: "default" (not at all), "linear", or "llama3" (Llama 3.1 to 3.3)."""
+class Rope:
+    """Rotary position embedding.
 
+    Attributes:
+      theta: the base of the wavelengths.
+      rope_type: how frequencies are stretched for long contexts, a type of transformers' (`backbones/rope.py`).
+      partial_rotary_factor: the share of a head's features that is turned.
+      options: what the type needs to know, by transformers' names.
+    """
+
+    theta: float = 10000.0
     rope_type: str = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
+    partial_rotary_factor: float = 1.0
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def dim(self, head_dim: int) -> int:
+        """How many features of a head are turned."""
+        return int(head_dim * self.partial_rotary_factor)
+
+
+@dataclass(frozen=True)
+class AttentionKind:
+    """What layers of one model may differ in: how far back a token sees, and how positions are told.
+
+    Attributes:
+      window: a token sees itself and `window - 1` tokens before it; all, if None.
+      rope: None where queries and keys have no positions (NoPE).
+    """
+
+    window: int | None = None
+    rope: Rope | None = Rope()
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A mixture of experts in place of the feed-forward block.
+
+    Attributes:
+      count, per_token: how many there are, and how many of them a token is sent to.
+      width: the inner features of one.
+      normalized: whether the weights of a token's experts are made to sum to one.
+    """
+
+    count: int
+    per_token: int
+    width: int
+    normalized: bool
 
 
 @dataclass(frozen=True)
 class BackboneConfig:
-    """The shape of a Llama-architecture decoder, with the field names of transformers' LlamaConfig.
+    """The shape of a decoder, with the field names of transformers' configs where it has them.
+
+    Left at their defaults, the fields from `family` on make a Llama.
+
+    Attributes:
+      attention_kinds, kind_of_layer: the kinds there are, and the number of each layer's; empty, if all have the first.
+      biases: the projections that have one.
+      qk_norm: RMS norm of queries and keys, of each head or of all heads together, before positions are told.
+      pre_norm, post_norm: whether a layer's two halves have a norm before and behind them.
+      norm_offset: added to the weights of norms; 1 where they are stored as their distance from one.
+      attention_scale: of the scores; head_dim ** -0.5, if None.
+      attn_logit_softcapping, final_logit_softcapping: c, where scores or logits x become c tanh(x / c).
+      embedding_scale: what embeddings are multiplied by.
+      hf: the config.json that this was read from, which is what is written out again.
 
     >>> from para_jax import tiny_backbone_path
-    >>> BackboneConfig.from_pretrained(tiny_backbone_path()).sites["q_proj"]
-    Site(inputs=256, outputs=256, path='self_attn.q_proj')
+    >>> BackboneConfig.from_pretrained(tiny_backbone_path()).sites["q_proj"].path
+    'self_attn.q_proj'
     """
 
     vocab_size: int
@@ -46,24 +97,45 @@ class BackboneConfig:
     num_key_value_heads: int
     head_dim: int
     rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
-    rope_scaling: RopeScaling = RopeScaling()
+    attention_kinds: tuple[AttentionKind, ...] = (AttentionKind(),)
+    kind_of_layer: tuple[int, ...] = ()
     tie_word_embeddings: bool = False
     max_position_embeddings: int = 2048
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     name: str = ""
+    family: str = "llama"
+    hidden_act: str = "silu"
+    biases: tuple[str, ...] = ()
+    qk_norm: Literal["none", "head", "all"] = "none"
+    pre_norm: bool = True
+    post_norm: bool = False
+    norm_offset: float = 0.0
+    attention_scale: float | None = None
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
+    embedding_scale: float = 1.0
+    experts: Experts | None = None
+    hf: str = field(default="", compare=False, repr=False)
 
     @cached_property
     def sites(self) -> Mapping[str, Site]:
-        """The linear projections of a layer, by Hugging Face name."""
+        """The projections of a layer that adapters may adjust, by Hugging Face name.
+
+        Of experts it is the up projection, which one vector scales in all of them.
+        """
         d, f = self.hidden_size, self.intermediate_size
         q, kv = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
-        return {
+        attention = {
             "q_proj": Site(d, q, "self_attn.q_proj"),
             "k_proj": Site(d, kv, "self_attn.k_proj"),
             "v_proj": Site(d, kv, "self_attn.v_proj"),
             "o_proj": Site(q, d, "self_attn.o_proj"),
+        }
+        if self.experts is not None:
+            return {**attention, "up_proj": Site(d, self.experts.width, "mlp.experts.up_proj", linear=False)}
+        return {
+            **attention,
             "gate_proj": Site(d, f, "mlp.gate_proj"),
             "up_proj": Site(d, f, "mlp.up_proj"),
             "down_proj": Site(f, d, "mlp.down_proj"),
@@ -72,9 +144,10 @@ class BackboneConfig:
     @property
     def size(self) -> int:
         """The number of parameters."""
-        a_layer = sum(site.inputs * site.outputs for site in self.sites.values()) + 2 * self.hidden_size
-        heads = 1 if self.tie_word_embeddings else 2
-        return self.num_hidden_layers * a_layer + self.hidden_size * (1 + heads * self.vocab_size)
+        from para_jax.convert.families import entries
+
+        of_layers = [entry for layer in range(self.num_hidden_layers) for entry in entries(self, layer)]
+        return sum(entry.size for entry in [*entries(self), *of_layers])
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id: str | Path) -> BackboneConfig:
@@ -88,95 +161,21 @@ class BackboneConfig:
     @classmethod
     def from_folder(cls, folder: Path, name: str = "") -> BackboneConfig:
         """From the folder that `checkpoint_folder` found."""
-        fields = read_json(folder / CONFIG)
+        config = cls.from_hf(read_json(folder / CONFIG), name)
         if (folder / GENERATION).is_file():
             # The chat models' list of stop tokens is often only here.
             eos = read_json(folder / GENERATION).get("eos_token_id")
-            fields["eos_token_id"] = fields.get("eos_token_id") if eos is None else eos
-        return cls.from_hf(fields, name)
+            if eos is not None:
+                return replace(config, eos_token_ids=tuple(eos) if isinstance(eos, list) else (eos,))
+        return config
 
     @classmethod
     def from_hf(cls, fields: Mapping[str, Any], name: str = "") -> BackboneConfig:
         """From the fields of config.json, in the spelling of transformers 4 or 5."""
-        model_type = fields.get("model_type")
-        if model_type not in ARCHITECTURES:
-            raise ParaJaxError(
-                f"{name or 'this checkpoint'} is of architecture {model_type!r}, which is not supported. "
-                f"Supported: {', '.join(ARCHITECTURES)}"
-            )
-        for key, value in FIXED.items():
-            if fields.get(key, value) != value:
-                raise ParaJaxError(f"config.json has {key}={fields[key]!r}; only {value!r} is supported")
-        if fields.get("quantization_config"):
-            raise ParaJaxError("config.json has a quantization_config; only float32, float16 and bfloat16 are read")
-        required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        missing = [key for key in required if key not in fields]
-        if missing:
-            raise ParaJaxError(f"config.json lacks {', '.join(missing)}")
-        heads = fields["num_attention_heads"]
-        kv_heads = fields.get("num_key_value_heads") or heads
-        if heads % kv_heads:
-            raise ParaJaxError(f"config.json has {heads} attention heads that {kv_heads} key/value heads do not divide")
-        eos = fields.get("eos_token_id")
-        theta, scaling = _rope(fields)
-        return cls(
-            **{key: fields[key] for key in required},
-            num_key_value_heads=kv_heads,
-            head_dim=fields.get("head_dim") or fields["hidden_size"] // heads,
-            rms_norm_eps=fields.get("rms_norm_eps", 1e-6),
-            rope_theta=theta,
-            rope_scaling=scaling,
-            tie_word_embeddings=fields.get("tie_word_embeddings", False),
-            max_position_embeddings=fields.get("max_position_embeddings", 2048),
-            bos_token_id=fields.get("bos_token_id"),
-            eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
-            name=name,
-        )
+        # What the families' options mean is the business of convert/, which builds on this module.
+        from para_jax.convert.families import config_from_hf
 
-    def to_hf(self) -> dict[str, Any]:
-        """The fields of a config.json that transformers opens; inverse of `from_hf`."""
-        scaling = {"rope_type": self.rope_scaling.rope_type}
-        for key in _ROPE_FIELDS[self.rope_scaling.rope_type]:
-            scaling[key] = getattr(self.rope_scaling, key)
-        same = (
-            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-            "num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings", "max_position_embeddings",
-            "bos_token_id",
-        )  # fmt: skip
-        eos = self.eos_token_ids
-        return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            **{key: getattr(self, key) for key in same},
-            **FIXED,
-            "eos_token_id": None if not eos else eos[0] if len(eos) == 1 else list(eos),
-            "rope_parameters": {"rope_theta": self.rope_theta, **scaling},
-        }
-
-
-_ROPE_FIELDS: dict[str, tuple[str, ...]] = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
-
-
-def _rope(fields: Mapping[str, Any]) -> tuple[float, RopeScaling]:
-    """transformers 5 keeps all in `rope_parameters`; 4 has `rope_theta` beside an optional `rope_scaling`."""
-    rope = {**(fields.get("rope_scaling") or {}), **(fields.get("rope_parameters") or {})}
-    theta = rope.pop("rope_theta", fields.get("rope_theta", 10000.0))
-    kind = rope.pop("rope_type", None) or rope.pop("type", "default")
-    rope.pop("type", None)
-    if kind not in _ROPE_FIELDS:
-        raise unknown("rope_type in config.json", kind, _ROPE_FIELDS)
-    missing = [key for key in _ROPE_FIELDS[kind] if key not in rope]
-    extra = [key for key in rope if key not in _ROPE_FIELDS[kind]]
-    if missing or extra:
-        raise ParaJaxError(
-            f"RoPE scaling of type {kind!r} in config.json takes {list(_ROPE_FIELDS[kind])}; "
-            f"missing {missing}, not understood {extra}"
-        )
-    return float(theta), RopeScaling(kind, **rope)
+        return config_from_hf(fields, name)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -20,77 +20,24 @@ from para_jax.adapters.method import Prompt
 from para_jax.adjustment import Adjustment
 from para_jax.backbones import rope
 from para_jax.backbones.attention import attention, causal
+from para_jax.backbones.block import Block
 from para_jax.backbones.cache import Cache, DecodeState
 from para_jax.backbones.config import BackboneConfig
-from para_jax.backbones.linear import product, rms_norm
+from para_jax.backbones.linear import QUANTIZED, product, rms_norm
 from para_jax.backbones.ragged import Line, Ragged
-from para_jax.errors import ParaJaxError
+from para_jax.errors import ParaJaxError, unknown
 
 if TYPE_CHECKING:
     from jax import Array
+    from jax.sharding import Mesh
     from jaxtyping import Bool, Float, Int
 
 Dtype = Literal["auto", "float32", "bfloat16"]
-
-
-class Block(nnx.Module):
-    """One Transformer layer. Weights, with k key/value heads of g query heads each, hd features a head:
-
-    attention_norm (d,), qkv (k, g + 2, hd, d), out (d, k * g * hd), mlp_norm (d,), gate_up (2, f, d), down (d, f).
-    """
-
-    def __init__(self, config: BackboneConfig, dtype: jnp.dtype, key: Array):
-        d, f, hd, k = config.hidden_size, config.intermediate_size, config.head_dim, config.num_key_value_heads
-        g = config.num_attention_heads // k
-        keys = jax.random.split(key, 4)
-
-        def normal(key: Array, *shape: int) -> nnx.Param:
-            return nnx.Param((0.02 * jax.random.normal(key, shape, jnp.float32)).astype(dtype))
-
-        self.config = config
-        self.attention_norm = nnx.Param(jnp.ones((d,), dtype))
-        self.qkv = normal(keys[0], k, g + 2, hd, d)
-        self.out = normal(keys[1], d, k * g * hd)
-        self.mlp_norm = nnx.Param(jnp.ones((d,), dtype))
-        self.gate_up = normal(keys[2], 2, f, d)
-        self.down = normal(keys[3], d, f)
-
-    def __call__(
-        self,
-        x_btd: Float[Array, "b t d"],
-        adjust: Callable[[str, Array, Array], Array],
-        angles: tuple[Float[Array, "b t hd"], Float[Array, "b t hd"]],
-        attend: Callable[[Array, Array, Array], Array],
-    ) -> Float[Array, "b t d"]:
-        """One layer.
-
-        `adjust` takes a site's name, its input and its output and returns the output adjusted. `attend` takes
-        q (b, t, k, g, hd) and k, v (b, t, k, hd) of these tokens and returns (b, t, k * g * hd).
-        """
-        c = self.config
-        b, t, _ = x_btd.shape
-        k, hd = c.num_key_value_heads, c.head_dim
-        g = c.num_attention_heads // k
-
-        normed = rms_norm(x_btd, self.attention_norm[...], c.rms_norm_eps)
-        # Splitting and not indexing: the gradient of a split is one concatenation.
-        q, k_, v = jnp.split(product(normed, self.qkv[...]), [g, g + 1], axis=-2)
-        q = adjust("q_proj", normed, q.reshape(b, t, -1)).reshape(b, t, k * g, hd)
-        k_ = adjust("k_proj", normed, k_.reshape(b, t, -1)).reshape(b, t, k, hd)
-        v = adjust("v_proj", normed, v.reshape(b, t, -1)).reshape(b, t, k, hd)
-        q = rope.rotate(q, *angles).reshape(b, t, k, g, hd)
-        mixed = attend(q, rope.rotate(k_, *angles), v)
-        x_btd = x_btd + adjust("o_proj", mixed, product(mixed, self.out[...]))
-
-        normed = rms_norm(x_btd, self.mlp_norm[...], c.rms_norm_eps)
-        gate, up = jnp.split(product(normed, self.gate_up[...]).reshape(b, t, -1), 2, axis=-1)
-        gate, up = adjust("gate_proj", normed, gate), adjust("up_proj", normed, up)
-        inner = jax.nn.silu(gate) * up
-        return x_btd + adjust("down_proj", inner, product(inner, self.down[...]))
+Quantize = Literal["int8", "int4"]
 
 
 class Backbone(nnx.Module):
-    """A frozen Llama-architecture language model; a pytree of arrays that programs take as an argument.
+    """A frozen language model of any of the families; a pytree of arrays that programs take as an argument.
 
     Weights: embed (v, d), blocks, norm (d,), and head (v, d) unless it is tied to embed.
 
@@ -100,9 +47,18 @@ class Backbone(nnx.Module):
     (1, 3, 4096)
     """
 
-    def __init__(self, config: BackboneConfig, key: Array, dtype: Dtype = "auto", stacked: bool | None = None):
+    def __init__(
+        self,
+        config: BackboneConfig,
+        key: Array,
+        dtype: Dtype = "auto",
+        stacked: bool | None = None,
+        quantize: Quantize | None = None,
+    ):
         """Random weights, N(0, 0.02). `from_pretrained` is for a checkpoint."""
         compute = compute_dtype(dtype)
+        if quantize is not None and quantize not in QUANTIZED:
+            raise unknown("quantize", quantize, QUANTIZED)
         self.config = config
         self.stacked = default_stacked() if stacked is None else stacked
         top, *layers = jax.random.split(key, 1 + config.num_hidden_layers)
@@ -110,31 +66,41 @@ class Backbone(nnx.Module):
         shape = (config.vocab_size, config.hidden_size)
         self.embed = nnx.Param((0.02 * jax.random.normal(embed, shape, jnp.float32)).astype(compute))
         if self.stacked:
-            self.blocks: Any = jax.vmap(lambda k: Block(config, compute, k))(jnp.stack(layers))
+            self.blocks: Any = jax.vmap(lambda k: Block(config, compute, k, quantize))(jnp.stack(layers))
         else:
-            self.blocks = nnx.List([Block(config, compute, k) for k in layers])
-        self.norm = nnx.Param(jnp.ones((config.hidden_size,), compute))
+            self.blocks = nnx.List([Block(config, compute, k, quantize) for k in layers])
+        self.norm = nnx.Param(jnp.full((config.hidden_size,), 1.0 - config.norm_offset, compute))
         if not config.tie_word_embeddings:
             self.head = nnx.Param((0.02 * jax.random.normal(head, shape, jnp.float32)).astype(compute))
 
     @classmethod
     def from_pretrained(
-        cls, path_or_hub_id: str | Path, dtype: Dtype = "auto", stacked: bool | None = None
+        cls,
+        path_or_hub_id: str | Path,
+        dtype: Dtype = "auto",
+        stacked: bool | None = None,
+        quantize: Quantize | None = None,
+        check_finite: bool = False,
+        mesh: Mesh | None = None,
     ) -> Backbone:
-        """Reads a Hugging Face checkpoint: config.json and safetensors, one file or an index of several.
+        """Reads a Hugging Face checkpoint: config.json and safetensors (or PyTorch's .bin), one file or several.
 
         Args:
           path_or_hub_id: a folder, or a hub id that is downloaded.
           dtype: of weights and computation; "auto" is bfloat16 on TPU and GPU, float32 on CPU.
           stacked: whether layers are stacked and scanned or kept apart and unrolled; by default as is fastest.
+          quantize: "int8" or "int4" for the projections of the layers, quantised while they are read
+            (docs/backbone.md). Embeddings, head and norms stay in `dtype`, and so does computation.
+          check_finite: whether to look for weights that are infinite or no number.
+          mesh: devices to split the weights over (`para_jax.sharding.make_mesh`); each gets its part as it is read.
 
-        Raises ParaJaxError for what is no checkpoint, an architecture not supported, or missing, extra or
+        Raises ParaJaxError for what is no checkpoint, a family or an option not supported, or missing, extra or
         misshapen tensors (all of them are listed).
         """
         # Reading files is the business of convert/, which builds on this module.
         from para_jax.convert.checkpoint import load_backbone
 
-        return load_backbone(path_or_hub_id, dtype, stacked)
+        return load_backbone(path_or_hub_id, dtype, stacked, quantize, check_finite, mesh)
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -190,6 +156,7 @@ class Backbone(nnx.Module):
         column = None if cache is None else cache.column
         line = None if flat is None else Ragged.of(mask_bt, flat.tokens)
         halves = () if line is None or flat is None else line.halves(flat.short)
+        masks = [half.mask_bt for half in halves] or [mask_bt]
 
         def flatten(x: Array) -> Array:
             return x if line is None else line.flat(x)
@@ -197,13 +164,15 @@ class Backbone(nnx.Module):
         def padded(x: Array) -> Array:
             return x if line is None else line.padded(x)
 
-        angles = rope.angles(self.config, flatten(position_bt))
+        length_bt = jnp.broadcast_to(jnp.sum(mask_bt, axis=1, keepdims=True, dtype=jnp.int32), mask_bt.shape)
+        angles = self._angles(flatten(position_bt), flatten(length_bt))
         in_prompt = flatten(prompt_mask_bt)
+        visible = [[causal(half, kind.window) for half in masks] for kind in self.config.attention_kinds]
 
         def body(carry: Any, layer: Any, block: Block, adapters: Any) -> tuple[Any, Adjustment]:
             x, cache = carry
-            normed = rms_norm(x, block.attention_norm[...], self.config.rms_norm_eps)
-            prompt = Prompt(padded(x), padded(normed), prompt_mask_bt)
+            prompt = Prompt(padded(x), padded(block.attention_input(x)), prompt_mask_bt)
+            seen = self._of_kind(layer, visible)
             adjustment = rows.prepare(adapters, layer, prompt).astype(x.dtype)
             new: list[Array] = []
 
@@ -216,23 +185,23 @@ class Backbone(nnx.Module):
                 if line is None:
                     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
                     new.extend((k, v))
-                    return attention(q, k, v, causal(mask_bt))
+                    return self._attention(q, k, v, seen[0])
                 mixed = []
-                for half in halves:
+                for half, seen_half in zip(halves, seen, strict=True):
                     keys, values = half.padded(k).swapaxes(1, 2), half.padded(v).swapaxes(1, 2)
-                    mixed.append(half.flat(attention(half.padded(q), keys, values, causal(half.mask_bt))))
+                    mixed.append(half.flat(self._attention(half.padded(q), keys, values, seen_half)))
                 return mixed[0] if len(mixed) == 1 else mixed[0] + mixed[1]
 
-            x = block(x, adjust, angles, attend)
+            x = block(x, adjust, self._of_kind(layer, angles), attend)
             if cache is not None:
                 cache = cache.write(layer, column, *new)
             return (x, cache), adjustment.settled()
 
-        carry = (flatten(self.embed[...][tokens_bt]), cache)
+        carry = (flatten(self._embedded(tokens_bt)), cache)
         (x, cache), adjustments = self._over_layers(body, carry, self._layered(rows.per_layer()), remat)
         if cache is not None:
             cache = cache.admit(mask_bt)
-        return padded(rms_norm(x, self.norm[...], self.config.rms_norm_eps)), adjustments, cache
+        return padded(self._final_norm(x)), adjustments, cache
 
     def prefill(
         self, tokens_bt: Int[Array, "b t"], mask_bt: Bool[Array, "b t"], rows: Rows, length: int
@@ -252,9 +221,10 @@ class Backbone(nnx.Module):
     def decode(self, token_b: Int[Array, "b"], state: DecodeState) -> tuple[Float[Array, "b v"], DecodeState]:
         """One token for every row: float32 logits of the next, and the state after it."""
         column = state.cache.column
-        angles = rope.angles(self.config, state.cache.position_b[:, None])
+        position_bt = state.cache.position_b[:, None]
+        angles = self._angles(position_bt, position_bt + 1)
         cache = state.cache.admit(jnp.ones((token_b.shape[0], 1), bool))
-        visible_bts = cache.valid_bs[:, None, :]
+        visible = [cache.visible(column, kind.window) for kind in self.config.attention_kinds]
 
         def body(carry: Any, layer: Any, block: Block, adjustment: Adjustment) -> tuple[Any, None]:
             x_btd, cache = carry
@@ -263,20 +233,47 @@ class Backbone(nnx.Module):
             def attend(q: Array, k: Array, v: Array) -> Array:
                 after.append(cache.write(layer, column, k.swapaxes(1, 2), v.swapaxes(1, 2)))
                 keys, values = after[0].read(layer)
-                return attention(q, keys, values, visible_bts)
+                return self._attention(q, keys, values, self._of_kind(layer, visible))
 
-            x_btd = block(x_btd, adjustment.apply, angles, attend)
+            x_btd = block(x_btd, adjustment.apply, self._of_kind(layer, angles), attend)
             return (x_btd, after[0]), None
 
-        carry = (self.embed[...][token_b[:, None]], cache)
+        carry = (self._embedded(token_b[:, None]), cache)
         (x_btd, cache), _ = self._over_layers(body, carry, state.adjustments)
-        hidden = rms_norm(x_btd, self.norm[...], self.config.rms_norm_eps)
-        return self.logits(hidden)[:, 0], DecodeState(cache, state.adjustments)
+        return self.logits(self._final_norm(x_btd))[:, 0], DecodeState(cache, state.adjustments)
 
     def logits(self, hidden_btd: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
         """The head, float32 out."""
         head = self.embed if self.config.tie_word_embeddings else self.head
-        return product(hidden_btd, head[...], jnp.float32)
+        logits, cap = product(hidden_btd, head[...], jnp.float32), self.config.final_logit_softcapping
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+    def _embedded(self, tokens_bt: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+        x, scale = self.embed[...][tokens_bt], self.config.embedding_scale
+        return x if scale == 1 else x * jnp.asarray(scale, x.dtype)
+
+    def _final_norm(self, x_btd: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        return rms_norm(x_btd, self.norm[...], self.config.rms_norm_eps, self.config.norm_offset)
+
+    def _attention(self, q: Array, k: Array, v: Array, visible_bts: Bool[Array, "b t s"]) -> Array:
+        return attention(q, k, v, visible_bts, self.config.attention_scale, self.config.attn_logit_softcapping)
+
+    def _angles(self, position_bt: Int[Array, "b t"], length_bt: Int[Array, "b t"]) -> list[tuple[Array, Array]]:
+        """Cosines and sines for each kind of attention."""
+        c = self.config
+        return [
+            rope.angles(kind.rope, c.head_dim, c.max_position_embeddings, position_bt, length_bt)
+            for kind in c.attention_kinds
+        ]
+
+    def _of_kind(self, layer: int | Int[Array, ""], kinds: Sequence[Any]) -> Any:
+        """What a layer takes of what there is for each kind of attention."""
+        if len(kinds) == 1:
+            return kinds[0]
+        if isinstance(layer, int):
+            return kinds[self.config.kind_of_layer[layer]]
+        kind = jnp.array(self.config.kind_of_layer)[layer]
+        return jax.tree.map(lambda *x: jnp.stack(x)[kind], *kinds)
 
     def _layered(self, stacked: Any) -> Any:
         """Per-layer inputs in the form `_over_layers` takes: apart if the blocks are, stacked if they are."""

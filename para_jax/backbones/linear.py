@@ -1,33 +1,77 @@
-"""The backbone's products and its norm, with the float32 sums spelled out."""
+"""The backbone's products and its norm, with the float32 sums spelled out, and weights in few bits."""
 
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 if TYPE_CHECKING:
     from jax import Array
-    from jaxtyping import Float
+    from jaxtyping import Float, Int
 
 # Up to this many rows, as when decoding, a CPU reads float32 weights faster in a product with columns
 # (docs/backbone.md).
 FEW_ROWS = 32
 
 
-def rms_norm(x: Float[Array, "*b d"], weight_d: Float[Array, "d"], eps: float) -> Float[Array, "*b d"]:
-    """Root-mean-square norm (Zhang and Sennrich, arXiv 1910.07467), in float32."""
+def rms_norm(
+    x: Float[Array, "*b d"], weight_d: Float[Array, "d"], eps: float, offset: float = 0.0
+) -> Float[Array, "*b d"]:
+    """Root-mean-square norm (Zhang and Sennrich, arXiv 1910.07467), in float32; `offset` is added to the weight."""
     x32 = x.astype(jnp.float32)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    return jnp.expand_dims(weight_d, range(x.ndim - 1)) * x32.astype(x.dtype)
+    weight = weight_d.astype(jnp.float32) + offset if offset else weight_d.astype(jnp.float32)
+    return (jnp.expand_dims(weight, range(x.ndim - 1)) * x32).astype(x.dtype)
 
 
 def product(x: Float[Array, "b t i"], weight: Float[Array, "*o i"], dtype: Any = None) -> Float[Array, "b t *o"]:
     """x W^T for a weight whose outputs may have several axes, as one wide product; in x's dtype unless one is given."""
     out = _dot(x, weight.reshape(-1, weight.shape[-1]), dtype or x.dtype)
     return out.reshape(*x.shape[:2], *weight.shape[:-1])
+
+
+class Bits(NamedTuple):
+    """How weights are quantised: symmetrically, one scale for each output, or for each `group` of its inputs."""
+
+    dtype: str
+    most: int
+    group: int | None = None
+
+    def groups(self, inputs: int) -> int:
+        """How many scales an output has: groups are as large as divides its inputs, `self.group` at the most."""
+        if self.group is None:
+            return 1
+        return inputs // max(size for size in range(1, self.group + 1) if inputs % size == 0)
+
+
+QUANTIZED = {"int8": Bits("int8", 127), "int4": Bits("int4", 7, group=64)}
+
+
+def quantized(weight: Float[np.ndarray, "*o i"], bits: Bits) -> tuple[np.ndarray, np.ndarray]:
+    """The weight in few bits (*o, i), and its float32 scales (*o, groups), on the host.
+
+    A scale is the largest of its weights over the largest whole number there is.
+
+    >>> few, scale = quantized(np.array([[127.0, -1.4], [0.0, 0.0]], np.float32), QUANTIZED["int8"])
+    >>> few.tolist(), scale.tolist()
+    ([[127, -1], [0, 0]], [[1.0], [0.0]])
+    """
+    *outputs, inputs = weight.shape
+    grouped = weight.astype(np.float32).reshape(*outputs, bits.groups(inputs), -1)
+    scale = np.abs(grouped).max(axis=-1) / np.float32(bits.most)
+    whole = np.rint(grouped / np.where(scale == 0, 1, scale)[..., None])
+    return whole.reshape(weight.shape).astype(bits.dtype), scale
+
+
+def dequantized(weight: Int[Array, "*o i"], scale: Float[Array, "*o groups"], dtype: Any) -> Float[Array, "*o i"]:
+    """The weight again, in `dtype`, for the product that reads it."""
+    *outputs, inputs = weight.shape
+    grouped = weight.astype(dtype).reshape(*outputs, scale.shape[-1], -1)
+    return (grouped * scale.astype(dtype)[..., None]).reshape(*outputs, inputs)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))

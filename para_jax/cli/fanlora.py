@@ -60,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
 
     from para_jax.adapters.fanlora import FanLoraConfig
     from para_jax.adapters.files import load_adapter, new_folder
+    from para_jax.adapters.method import linear_sites
     from para_jax.importance.scores import NEED_ROWS, check, importance
     from para_jax.importance.select import keep_number, keep_within, plot_importance
 
@@ -69,8 +70,9 @@ def run(args: argparse.Namespace) -> int:
     shape = backbone.config
     adapter = load_adapter(args.adapter, shape)
     check(adapter, backbone)
-    if args.keep is not None and not 1 <= args.keep <= len(shape.sites):  # before the scoring, which takes a while
-        raise ParaJaxError(f"--keep must be from 1 to {len(shape.sites)}, the modules of a layer, not {args.keep}")
+    sites = list(linear_sites(shape))
+    if args.keep is not None and not 1 <= args.keep <= len(sites):  # before the scoring, which takes a while
+        raise ParaJaxError(f"--keep must be from 1 to {len(sites)}, the modules of a layer, not {args.keep}")
     examples = held_out(args, tokenizer, shape)
     scores = importance(
         args.score,
@@ -96,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
             "model": Path(shape.name).name,
             "rows": len(examples),
             "response_tokens": sum(len(e.response_ids) for e in examples),
-            "sites": list(shape.sites),
+            "sites": sites,
             "scores": scores.tolist(),
             "kept": kept,
             "parameters": config.size(shape),
@@ -106,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
     print(
         common.table(
             ["layer", "kept, by importance"],
-            [[i, ", ".join(by_importance(scores[i], kept[i], shape))] for i in range(len(kept))],
+            [[i, ", ".join(by_importance(scores[i], kept[i], sites))] for i in range(len(kept))],
         )
     )
     print(
@@ -117,10 +119,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def by_importance(scores_s: Any, kept: tuple[str, ...], shape: Any) -> list[str]:
+def by_importance(scores_s: Any, kept: tuple[str, ...], sites: list[str]) -> list[str]:
     """The kept sites of a layer, the most important first."""
-    at = list(shape.sites)
-    return sorted(kept, key=lambda site: -scores_s[at.index(site)])
+    return sorted(kept, key=lambda site: -scores_s[sites.index(site)])
 
 
 def held_out(args: argparse.Namespace, tokenizer: Any, shape: Any) -> list[Example]:

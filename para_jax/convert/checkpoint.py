@@ -4,80 +4,34 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes  # noqa: F401  (teaches NumPy the name bfloat16)
+import ml_dtypes  # noqa: F401  (teaches NumPy the names bfloat16 and int4)
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from para_jax.adapters.bank import named_leaves
 from para_jax.adapters.files import new_folder
-from para_jax.backbones.config import BackboneConfig, checkpoint_folder, read_json
-from para_jax.backbones.decoder import Backbone, Dtype, compute_dtype, default_stacked
-from para_jax.convert import tables
+from para_jax.backbones.config import CONFIG, GENERATION, BackboneConfig, checkpoint_folder
+from para_jax.backbones.decoder import Backbone, Dtype, Quantize, compute_dtype, default_stacked
+from para_jax.backbones.linear import QUANTIZED, quantized
+from para_jax.convert.families import entries, hf_fields
+from para_jax.convert.tables import Entry
+from para_jax.convert.tensors import INDEX, TensorFiles, open_tensors
 from para_jax.errors import ParaJaxError
+from para_jax.sharding import check_mesh, spec
 
 FILES = ["*.json", "*.safetensors", "tokenizer*", "*.jinja"]
-DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-
-
-class TensorFiles:
-    """The tensors of a folder's safetensors files: shapes from the headers, contents one at a time."""
-
-    def __init__(self, folder: Path):
-        """Raises ParaJaxError if there are no such files, or one is missing, damaged or of a dtype not supported."""
-        from safetensors import SafetensorError, safe_open
-
-        index = folder / "model.safetensors.index.json"
-        files = ["model.safetensors"]
-        if index.is_file() and not (folder / files[0]).is_file():  # transformers prefers the single file, too
-            try:
-                files = sorted(set(read_json(index)["weight_map"].values()))
-            except (KeyError, AttributeError, TypeError) as error:
-                raise ParaJaxError(f"{index} is damaged: it has no weight_map from tensors to files") from error
-        missing = [name for name in files if not (folder / name).is_file()]
-        if missing:
-            raise ParaJaxError(f"{folder} lacks {', '.join(missing)}; only safetensors checkpoints are read")
-        self.file: dict[str, Path] = {}
-        self.shape: dict[str, tuple[int, ...]] = {}
-        self._place: dict[str, tuple[str, int]] = {}  # NumPy's name of the dtype, first byte in the file
-        for name in files:
-            try:
-                with safe_open(folder / name, framework="numpy") as f:
-                    for key in f.keys():  # noqa: SIM118  (no mapping)
-                        piece = f.get_slice(key)
-                        if piece.get_dtype() not in DTYPES:
-                            raise ParaJaxError(
-                                f"{folder / name}: {key} is {piece.get_dtype()}; supported: {', '.join(sorted(DTYPES))}"
-                            )
-                        self.file[key], self.shape[key] = folder / name, tuple(piece.get_shape())
-                self._place |= _places(folder / name)
-            except SafetensorError as error:
-                raise ParaJaxError(f"{folder / name} is damaged: {error}") from error
-
-    def read(self, key: str) -> np.ndarray:
-        """One tensor, as a view of the file that is to be copied and let go.
-
-        The safetensors reader would make two copies of it. The file is mapped anew for every tensor, so that the
-        pages that were read do not add up in memory.
-        """
-        dtype, offset = self._place[key]
-        return np.memmap(self.file[key], np.dtype(dtype), "r", offset, self.shape[key])
-
-
-def _places(path: Path) -> dict[str, tuple[str, int]]:
-    """Where a safetensors file keeps its tensors: it is eight bytes, a JSON header and the contents. Checked before."""
-    with path.open("rb") as f:
-        size = int.from_bytes(f.read(8), "little")
-        header = json.loads(f.read(size))
-    return {
-        key: (DTYPES[entry["dtype"]], 8 + size + entry["data_offsets"][0])
-        for key, entry in header.items()
-        if key != "__metadata__"
-    }
+# What belongs to a checkpoint and says nothing about its weights.
+BESIDE = (GENERATION, "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
+          "chat_template*", "LICENSE*", "NOTICE*")  # fmt: skip
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -87,42 +41,75 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return room[-room.ctypes.data % 64 :][:size].view(dtype).reshape(shape)
 
 
-def load_backbone(path_or_hub_id: str | Path, dtype: Dtype = "auto", stacked: bool | None = None) -> Backbone:
-    """See `Backbone.from_pretrained`. Holds the model and one of its tensors in host memory, never more."""
+def load_backbone(
+    path_or_hub_id: str | Path,
+    dtype: Dtype = "auto",
+    stacked: bool | None = None,
+    quantize: Quantize | None = None,
+    check_finite: bool = False,
+    mesh: Mesh | None = None,
+) -> Backbone:
+    """See `Backbone.from_pretrained`. A host holds the model, or its part of it, and one tensor, never more."""
     folder = checkpoint_folder(path_or_hub_id, FILES)
     config = BackboneConfig.from_folder(folder, name=str(path_or_hub_id))
-    files = TensorFiles(folder)
+    if mesh is not None:
+        check_mesh(config, mesh)
+    files = open_tensors(folder)
     layers = range(config.num_hidden_layers)
-    outside, inside = tables.llama(config), [tables.llama(config, layer) for layer in layers]
+    outside, inside = entries(config), [entries(config, layer) for layer in layers]
     _check(folder, files, config, [*outside, *(entry for layer in inside for entry in layer)])
 
     compute = compute_dtype(dtype)
     stacked = default_stacked() if stacked is None else stacked
-    make = partial(Backbone, config, dtype=dtype, stacked=stacked)
-    abstract = jax.eval_shape(make, jax.random.key(0))
+    make = partial(Backbone, config, dtype=dtype, stacked=stacked, quantize=quantize)
+    abstract = named_leaves(tree := jax.eval_shape(make, jax.random.key(0)))
 
-    def read(entry: tables.Entry) -> jax.Array:
-        ours = _aligned(entry.shape, np.dtype(compute))
-        entry.join([files.read(part.name) for part in entry.parts], out=ours)
-        # Transfers run in the background and hold what they copy: one at a time.
-        return jnp.asarray(ours).block_until_ready()
+    where = {
+        name: None if mesh is None else NamedSharding(mesh, spec(name, x.shape, mesh)) for name, x in abstract.items()
+    }
 
-    leaves: dict[str, Any] = {entry.name: read(entry) for entry in outside}
+    def read(entry: Entry, at: str = "") -> Iterator[tuple[str, jax.Array]]:
+        """Our tensor of this name, or what it is quantised to."""
+        few = abstract[f"{at}{entry.name}"].dtype != compute
+        ours = _aligned(entry.shape, np.dtype("float32" if few else compute))
+        entry.join([part.of(files.read(part.name)) for part in entry.parts], out=ours)
+        if check_finite and not np.isfinite(ours.astype(np.float32)).all():
+            raise ParaJaxError(f"{folder}: {', '.join(p.name for p in entry.parts)} has values that are no number")
+        parts = {entry.name: ours}
+        if few and quantize is not None:
+            parts = dict(zip((entry.name, f"{entry.name}_scale"), quantized(ours, QUANTIZED[quantize]), strict=True))
+        for name, x in parts.items():
+            # Transfers run in the background and hold what they copy: one at a time.
+            yield f"{at}{name}", _placed(x, where[f"{at}{name}"]).block_until_ready()
+
+    leaves = dict(leaf for entry in outside for leaf in read(entry))
     if stacked:
-        for i, entry in enumerate(inside[0]):
-            leaf = jnp.zeros(named_leaves(abstract)[f"blocks.{entry.name}"].shape, compute)
+        for i in range(len(inside[0])):
             for layer in layers:
-                leaf = _put(leaf, read(inside[layer][i]), layer)
-            leaves[f"blocks.{entry.name}"] = leaf
+                for name, x in read(inside[layer][i], "blocks."):
+                    empty = partial(jnp.zeros, abstract[name].shape, x.dtype, device=where[name])
+                    leaves[name] = _put(leaves[name] if layer else empty(), x, layer, where[name])
     else:
         for layer in layers:
-            for entry in inside[layer]:
-                leaves[f"blocks.{layer}.{entry.name}"] = read(entry)
-    return jax.tree.unflatten(jax.tree.structure(abstract), [leaves[name] for name in named_leaves(abstract)])
+            leaves |= dict(leaf for entry in inside[layer] for leaf in read(entry, f"blocks.{layer}."))
+    return jax.tree.unflatten(jax.tree.structure(tree), [leaves[name] for name in abstract])
 
 
-@partial(jax.jit, donate_argnums=0)
-def _put(stack: jax.Array, x: jax.Array, layer: int) -> jax.Array:
+def _placed(x: np.ndarray, where: NamedSharding | None) -> jax.Array:
+    """On the default device, or each device's part on it; `where` may be of a stack, whose first axis x lacks."""
+    if where is None:
+        return jnp.asarray(x)
+    if len(where.spec) > x.ndim:
+        where = NamedSharding(where.mesh, P(*where.spec[1:]))
+    return jax.make_array_from_callback(x.shape, where, lambda part: x[part])
+
+
+@partial(jax.jit, donate_argnums=0, static_argnums=3)
+def _put(stack: jax.Array, x: jax.Array, layer: int, where: NamedSharding | None) -> jax.Array:
+    if where is not None:
+        stack = jax.lax.with_sharding_constraint(stack, where)
+    if not jnp.issubdtype(stack.dtype, jnp.floating):
+        return jax.lax.dynamic_update_index_in_dim(stack, x, layer, 0)
     # As integers: XLA on CPU would widen the whole of a bfloat16 stack to float32 and back for every layer.
     integer = jnp.dtype(f"uint{8 * stack.dtype.itemsize}")
     bits, new = (jax.lax.bitcast_convert_type(a, integer) for a in (stack, x))
@@ -130,19 +117,19 @@ def _put(stack: jax.Array, x: jax.Array, layer: int) -> jax.Array:
     return jax.lax.bitcast_convert_type(bits, stack.dtype)
 
 
-def _check(folder: Path, files: TensorFiles, config: BackboneConfig, entries: list[tables.Entry]) -> None:
+def _check(folder: Path, files: TensorFiles, config: BackboneConfig, table: list[Entry]) -> None:
     """Every tensor accounted for, or one error that lists all that is wrong."""
-    parts = {part.name: part for entry in entries for part in entry.parts}
+    shapes = {part.name: part.tensor_shape for entry in table for part in entry.parts}
     # Old checkpoints carry the rotary frequencies; tied ones may carry the embedding twice.
     spare = {name for name in files.shape if name.endswith("rotary_emb.inv_freq")}
     if config.tie_word_embeddings:
         spare.add("lm_head.weight")
-    problems = [f"{name} {list(part.shape)} is missing" for name, part in parts.items() if name not in files.shape]
-    problems += [f"{name} is not expected" for name in files.shape if name not in parts and name not in spare]
+    problems = [f"{name} {list(shape)} is missing" for name, shape in shapes.items() if name not in files.shape]
+    problems += [f"{name} is not expected" for name in files.shape if name not in shapes and name not in spare]
     problems += [
-        f"{name} is {list(files.shape[name])} and should be {list(part.shape)}"
-        for name, part in parts.items()
-        if name in files.shape and files.shape[name] != part.shape
+        f"{name} is {list(files.shape[name])} and should be {list(shape)}"
+        for name, shape in shapes.items()
+        if name in files.shape and files.shape[name] != shape
     ]
     twice = not problems and config.tie_word_embeddings and "lm_head.weight" in files.shape
     if twice and not np.array_equal(files.read("lm_head.weight"), files.read("model.embed_tokens.weight")):
@@ -152,29 +139,67 @@ def _check(folder: Path, files: TensorFiles, config: BackboneConfig, entries: li
         raise ParaJaxError(f"{folder}: the tensors do not fit config.json:\n  {listed}")
 
 
-def save_backbone(backbone: Backbone, folder: str | Path, *, dtype: str | None = None, overwrite: bool = False) -> None:
-    """Writes config.json and model.safetensors, which transformers opens; `dtype` casts the weights.
+def save_backbone(
+    backbone: Backbone,
+    folder: str | Path,
+    *,
+    dtype: str | None = None,
+    like: str | Path | None = None,
+    shard_size: int = 5_000_000_000,
+    overwrite: bool = False,
+) -> None:
+    """Writes a checkpoint that transformers opens: config.json and safetensors.
 
-    Raises ParaJaxError if the folder exists and `overwrite` is False or it is no checkpoint, or if it cannot be
-    written.
+    Args:
+      dtype: what the weights are cast to; their own, if None.
+      like: the folder they came from, whose tokenizer and generation config are copied.
+      shard_size: the most bytes of a file. A larger model is several files with an index; one is in memory at a time.
+
+    Raises ParaJaxError if the folder exists and `overwrite` is False or it is no checkpoint, if it cannot be
+    written, or if the weights are quantised.
     """
     from safetensors.numpy import save_file
 
-    config = backbone.config
-    tensors: dict[str, np.ndarray] = {}
-    leaves = named_leaves(backbone)
-    for layer in (None, *range(config.num_hidden_layers)):
-        for entry in tables.llama(config, layer):
-            if layer is None:
-                leaf = leaves[entry.name]
-            elif backbone.stacked:
-                leaf = leaves[f"blocks.{entry.name}"][layer]
-            else:
-                leaf = leaves[f"blocks.{layer}.{entry.name}"]
-            tensors |= entry.split(np.asarray(leaf if dtype is None else leaf.astype(dtype)))
-    written = dtype or str(backbone.dtype)
-    with new_folder(folder, "config.json", overwrite=overwrite) as partial_folder:
-        fields = {**config.to_hf(), "dtype": written}
-        (partial_folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
-        contiguous = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
-        save_file(contiguous, partial_folder / "model.safetensors", metadata={"format": "pt"})
+    config, leaves = backbone.config, named_leaves(backbone)
+    if any(name.endswith("_scale") for name in leaves):
+        raise ParaJaxError("a quantised backbone has lost what its weights were; load it without quantize to write it")
+    table = [(layer, e) for layer in (None, *range(config.num_hidden_layers)) for e in entries(config, layer)]
+    written = np.dtype(dtype or str(backbone.dtype))
+    files = _files([(layer, entry, entry.size * written.itemsize) for layer, entry in table], shard_size)
+    with new_folder(folder, CONFIG, overwrite=overwrite) as partial_folder:
+        place: dict[str, str] = {}
+        for number, some in enumerate(files, 1):
+            name = f"model-{number:05}-of-{len(files):05}.safetensors" if len(files) > 1 else "model.safetensors"
+            tensors: dict[str, np.ndarray] = {}
+            for layer, entry in some:
+                leaf = leaves[entry.name] if layer is None else _of_layer(backbone, leaves, layer, entry.name)
+                tensors |= entry.tensors(np.asarray(leaf.astype(written)))
+            contiguous = {key: np.ascontiguousarray(x) for key, x in tensors.items()}
+            save_file(contiguous, partial_folder / name, metadata={"format": "pt"})
+            place |= dict.fromkeys(tensors, name)
+        if len(files) > 1:
+            total = sum(entry.size for _, entry in table) * written.itemsize
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(place.items()))}
+            (partial_folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        fields = {k: v for k, v in hf_fields(config).items() if k != "torch_dtype"} | {"dtype": str(written)}
+        (partial_folder / CONFIG).write_text(json.dumps(fields, indent=2) + "\n")
+        for pattern in BESIDE if like is not None else ():
+            for path in Path(like or "").glob(pattern):
+                shutil.copyfile(path, partial_folder / path.name)
+
+
+def _of_layer(backbone: Backbone, leaves: dict[str, Any], layer: int, name: str) -> Any:
+    return leaves[f"blocks.{name}"][layer] if backbone.stacked else leaves[f"blocks.{layer}.{name}"]
+
+
+def _files(sized: list[tuple[int | None, Entry, int]], most: int) -> list[list[tuple[int | None, Entry]]]:
+    """Entries in files of at most so many bytes; one that is larger has a file of its own."""
+    files: list[list[tuple[int | None, Entry]]] = []
+    left = 0
+    for layer, entry, size in sized:
+        if size > left or not files:
+            files.append([])
+            left = most
+        files[-1].append((layer, entry))
+        left -= size
+    return files

@@ -14,7 +14,7 @@ from para_jax.adapters.lora import LoraConfig
 from para_jax.adapters.peft import PREFIX, peft_tensors
 from para_jax.adapters.targets import module_path
 from para_jax.backbones.decoder import Backbone
-from para_jax.convert import tables
+from para_jax.convert.families import entries
 from para_jax.errors import ParaJaxError
 
 if TYPE_CHECKING:
@@ -50,19 +50,23 @@ def merge_adapter(backbone: Backbone, adapter: Adapter) -> Backbone:
             "set of weights does what it does. Serve it from a bank, or tune lora or ia3 to merge"
         )
     adapter.check(shape)
+    if any(name.endswith("_scale") for name in named_leaves(backbone)):
+        raise ParaJaxError("a quantised backbone cannot be merged into; load it without quantize")
     tensors = peft_tensors(adapter, shape)
     leaves: dict[str, Any] = dict(named_leaves(backbone))
     for layer, modules in enumerate(config.modules(shape)):
-        scales = {f"{module_path(layer, site, shape)}.weight": _scale(modules, site) for site in modules}
-        for entry in tables.llama(shape, layer):
-            if not any(part.name in scales for part in entry.parts):
+        scales = {site: _scale(modules, site) for site in modules}
+        for entry in entries(shape, layer):
+            if not any(part.site in scales for part in entry.parts):
                 continue
             name = f"blocks.{entry.name}" if backbone.stacked else f"blocks.{layer}.{entry.name}"
             if not isinstance(leaves[name], np.ndarray):
                 leaves[name] = np.array(leaves[name])  # a copy to write to
             ours = leaves[name][layer] if backbone.stacked else leaves[name]
-            parts = entry.split(ours.astype(np.float32))
-            merged = [_merged(part, x, tensors, scales.get(part)) for part, x in parts.items()]
+            merged = []
+            for part, x in zip(entry.parts, entry.split(ours.astype(np.float32)), strict=True):
+                at = f"{PREFIX}.{module_path(layer, part.site, shape)}" if part.site in scales else ""
+                merged.append(_merged(at, x, tensors, scales[part.site]) if at else x)
             ours[...] = entry.join(merged)
     placed = [_placed(x, old) for x, old in zip(leaves.values(), jax.tree.leaves(backbone), strict=True)]
     return jax.tree.unflatten(jax.tree.structure(backbone), placed)
@@ -72,14 +76,16 @@ def _scale(modules: Any, site: str) -> float:
     return modules[site].scale if isinstance(modules, Mapping) else 1.0
 
 
-def _merged(name: str, weight: np.ndarray, tensors: Mapping[str, np.ndarray], scale: float | None) -> np.ndarray:
-    """One projection's float32 weight, whose PEFT tensors broadcast against it as they are."""
-    at = f"{PREFIX}.{name.removesuffix('.weight')}"
-    if scale is None:
-        return weight
-    if f"{at}.ia3_l" in tensors:
-        return weight * tensors[f"{at}.ia3_l"]
-    return weight + np.float32(scale) * (tensors[f"{at}.lora_B.weight"] @ tensors[f"{at}.lora_A.weight"])
+def _merged(at: str, weight: np.ndarray, tensors: Mapping[str, np.ndarray], scale: float) -> np.ndarray:
+    """One projection's float32 weight or bias, whose PEFT tensors broadcast against it as they are."""
+    vector = tensors.get(f"{at}.ia3_l")
+    if vector is None:
+        if weight.ndim == 1:  # LoRA leaves biases alone
+            return weight
+        return weight + np.float32(scale) * (tensors[f"{at}.lora_B.weight"] @ tensors[f"{at}.lora_A.weight"])
+    if weight.ndim == 1:  # a bias belongs to the output, so that scaling the input leaves it alone
+        return weight if vector.shape[0] == 1 else weight * vector[:, 0]
+    return weight * vector
 
 
 def _placed(x: np.ndarray | Array, old: Array) -> Array:

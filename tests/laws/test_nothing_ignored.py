@@ -243,21 +243,30 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 CONFIGS: list[tuple[dict, tuple[str, ...]]] = [
-    ({"model_type": "gpt2"}, ("'gpt2'", "not supported", "Supported: llama")),
+    ({"model_type": "gpt2"}, ("'gpt2'", "not supported", "Supported: llama, mistral")),
+    ({"model_type": "gemma3"}, ("'gemma3'", "gemma3_text")),
     ({"model_type": None}, ("None", "Supported: llama")),
-    ({"attention_bias": True}, ("attention_bias=True", "only False is supported")),
-    ({"mlp_bias": True}, ("mlp_bias=True",)),
-    ({"hidden_act": "gelu"}, ("hidden_act='gelu'", "'silu'")),
+    ({"hidden_act": "glu"}, ("hidden_act in config.json 'glu'", "gelu", "silu")),
     ({"quantization_config": {"bits": 4}}, ("quantization_config",)),
     ({"num_key_value_heads": 3}, ("4 attention heads", "3 key/value heads")),
     ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "liner"}}, ("'liner'", "did you mean 'linear'?", "llama3")),
-    ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, ("'yarn'", "Known: default, linear, llama3")),
-    ({"rope_parameters": {"rope_type": "linear"}}, ("'linear'", "missing ['factor']")),
+    ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "linear"}}, ("not understood by", "'factor'")),
     (
-        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "beta_fast": 32}},
+        {"rope_parameters": {"rope_theta": 1e4, "rope_type": "linear", "factor": 2.0, "beta_fast": 32}},
         ("'linear'", "not understood ['beta_fast']"),
     ),
-    ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, ("['partial_rotary_factor']",)),
+    (
+        {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 0.5}},
+        ("partial_rotary_factor=0.5", "llama has no code for"),
+    ),
+    # An option of another family, and one of none.
+    ({"sliding_window": 8}, ("sliding_window=8", "LlamaForCausalLM is not known for", "take it out of config.json")),
+    ({"residual_multiplier": 0.5}, ("residual_multiplier=0.5",)),
+    ({"model_type": "gemma", "use_bidirectional_attention": True}, ("use_bidirectional_attention=True", "only False")),
+    ({"model_type": "qwen3_moe", "decoder_sparse_step": 2}, ("decoder_sparse_step=2", "only 1")),
+    ({"model_type": "qwen3", "layer_types": ["full_attention", "linear_attention"]}, ("linear_attention",)),
+    ({"model_type": "smollm3", "no_rope_layers": [1]}, ("1 no_rope_layers for 2 layers",)),
+    ({"hidden_size": "wide"}, ("not understood by transformers", "hidden_size")),
 ]
 
 
@@ -329,7 +338,7 @@ def test_no_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
         Backbone.from_pretrained("nobody/nothing")
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "config.json").write_bytes((checkpoint / "config.json").read_bytes())
-    with says("lacks model.safetensors", "only safetensors"):
+    with says("has no weights", "neither model.safetensors nor pytorch_model.bin"):
         Backbone.from_pretrained(tmp_path / "torch")
     with says("dtype 'float16' is not supported", "bfloat16"):
         Backbone.from_pretrained(checkpoint, dtype="float16")

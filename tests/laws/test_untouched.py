@@ -129,7 +129,7 @@ def test_what_low_rank_rows_hold(stacked: bool) -> None:
         assert set(adjustment.pairs) == set(backbone.config.sites) and not adjustment.offsets
         for site, pair in adjustment.pairs.items():
             # The first layer's q_proj has rank 1 in one configuration and 2 in the other; o_proj 4 and 2.
-            inputs, outputs, _ = backbone.config.sites[site]
+            inputs, outputs = backbone.config.sites[site][:2]
             wide = {"q_proj": 4 if stacked or i else 2, "o_proj": 4, "down_proj": 4 if stacked or i else 2}
             rank = wide.get(site, 2)
             assert pair.down.shape[-3:] == (BATCH, rank, inputs) and pair.up.shape[-3:] == (BATCH, outputs, rank)

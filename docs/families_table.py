@@ -1,0 +1,24 @@
+"""Prints the table of docs/families.md from the code: python docs/families_table.py"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from para_jax.backbones.block import ACTIVATIONS
+from para_jax.backbones.rope import TYPES
+from para_jax.convert.families import FAMILIES
+
+
+def lines() -> Iterator[str]:
+    """The families, and what is understood in the config.json of all of them."""
+    yield "| `model_type` | checkpoints | supported with one setting only |"
+    yield "|---|---|---|"
+    for name, family in FAMILIES.items():
+        only = ", ".join(f"`{key}` = {value!r}" for key, value in family.only.items())
+        yield f"| `{name}` | {family.models} | {only} |"
+    yield ""
+    yield f"RoPE types: {', '.join(TYPES)}. Activations: {', '.join(ACTIVATIONS)}."
+
+
+if __name__ == "__main__":
+    print("\n".join(lines()))

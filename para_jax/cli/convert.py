@@ -1,0 +1,80 @@
+"""Write a checkpoint as a Hugging Face folder: cast, merged with an adapter, made safetensors, in files of a size.
+
+  para-jax convert --model DIR --out DIR --dtype bfloat16
+  para-jax convert --model DIR --adapter runs/first/acme --out DIR      (LoRA or (IA)3 merged into the weights)
+  para-jax convert --model DIR --check                                  (reads everything and writes nothing)
+
+transformers opens what is written, and so does this library. Tokenizer and generation config come along.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+from para_jax.errors import ParaJaxError
+
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        metavar="DIR",
+        help="Hugging Face checkpoint: a folder or a hub id (default: the tiny one that ships)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="of the weights that are written (default: as the checkpoint's config.json says)",
+    )
+    parser.add_argument("--out", metavar="DIR", help="folder to write")
+    parser.add_argument("--adapter", metavar="DIR", help="an adapter's folder, to merge into the weights")
+    parser.add_argument("--shard-size", default="5GB", metavar="SIZE", help="the most of one file (default: 5GB)")
+    parser.add_argument("--check", action="store_true", help="refuse weights that are infinite or no number")
+    parser.add_argument("--overwrite", action="store_true", help="replace --out if it is a checkpoint")
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.out is None and not args.check:
+        raise ParaJaxError("give --out DIR, or --check alone to look at the weights")
+    if args.out is not None and Path(args.out).exists() and not args.overwrite:
+        raise ParaJaxError(f"{args.out} exists; choose another --out or pass --overwrite")
+    size = shard_bytes(args.shard_size)
+
+    from para_jax import Backbone, load_adapter, merge_adapter, tiny_backbone_path
+    from para_jax.backbones.config import CONFIG, checkpoint_folder, read_json
+    from para_jax.convert.checkpoint import FILES, save_backbone
+
+    model = args.model or tiny_backbone_path()
+    folder = checkpoint_folder(model, FILES)
+    fields = read_json(folder / CONFIG)
+    written = fields.get("dtype") or fields.get("torch_dtype") or "float32" if args.dtype == "auto" else args.dtype
+    # Merged in float32, where a small change is not lost in rounding, and cast when it is written.
+    as_it_is = args.adapter is None and written == "bfloat16"
+    backbone = Backbone.from_pretrained(
+        model, dtype="bfloat16" if as_it_is else "float32", stacked=False, check_finite=args.check
+    )
+    print(f"{model}: {backbone.config.size:,} parameters, family {backbone.config.family}")
+    if args.adapter is not None:
+        backbone = merge_adapter(backbone, load_adapter(args.adapter, backbone.config))
+    if args.out is not None:
+        save_backbone(backbone, args.out, dtype=written, like=folder, shard_size=size, overwrite=args.overwrite)
+        files = sorted(path.name for path in Path(args.out).glob("*.safetensors"))
+        more = f" to {files[-1]}" if len(files) > 1 else ""
+        print(f"wrote {args.out}: {files[0]}{more}, {written}")
+    return 0
+
+
+def shard_bytes(text: str) -> int:
+    """A size as transformers writes it.
+
+    >>> shard_bytes("5GB"), shard_bytes("200mb"), shard_bytes("1000")
+    (5000000000, 200000000, 1000)
+    """
+    match = re.fullmatch(r"(\d+)\s*([KMG]?B?)", text.strip().upper())
+    if match is None or match[2] not in UNITS or not int(match[1]):
+        raise ParaJaxError(f"--shard-size takes a size such as 5GB or 200MB, not {text!r}")
+    return int(match[1]) * UNITS[match[2]]

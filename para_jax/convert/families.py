@@ -1,0 +1,280 @@
+"""The families of Hugging Face checkpoints: what their config.json means here, and which tensors they have.
+
+transformers' own config class reads config.json, in the old or the new spelling, and fills in what it leaves out.
+Options are read by one function for all families; a family states what its code does and no option says. To add one,
+see docs/families.md.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from para_jax.backbones.block import ACTIVATIONS
+from para_jax.backbones.config import (
+    ATTENTION_SITES,
+    MLP_SITES,
+    AttentionKind,
+    BackboneConfig,
+    Experts,
+    Rope,
+)
+from para_jax.backbones.rope import TYPES
+from para_jax.convert.tables import Entry, Names, entries_of
+from para_jax.errors import ParaJaxError, unknown
+
+LLAMA_NAMES = Names()
+
+
+@dataclass(frozen=True)
+class Family:
+    """One `model_type` of config.json.
+
+    Attributes:
+      models: what is published in it, for people.
+      architecture: the class of transformers that has its weights.
+      fields: those of `BackboneConfig` that no option says: always the same, or made from transformers' config.
+      only: options of which one setting is supported.
+      neutral: options that change nothing here, beside those of every family.
+      names: what its tensors are called, where that differs from Llama's.
+    """
+
+    models: str
+    architecture: str
+    fields: Mapping[str, Any] | Callable[[Any], Mapping[str, Any]] = field(default_factory=dict)
+    only: Mapping[str, Any] = field(default_factory=dict)
+    neutral: tuple[str, ...] = ()
+    names: Names = LLAMA_NAMES
+
+
+def _gemma(config: Any, **more: Any) -> dict[str, Any]:
+    """Embeddings times sqrt(d), and norms whose weights are stored as their distance from one."""
+    return {"norm_offset": 1.0, "embedding_scale": config.hidden_size**0.5, **more}
+
+
+BOTH_WAYS = {"use_bidirectional_attention": False}
+FAMILIES: dict[str, Family] = {
+    "llama": Family("Llama 2, 3, 3.1 to 3.3; SmolLM, SmolLM2; Yi; TinyLlama", "LlamaForCausalLM"),
+    "mistral": Family("Mistral 7B, Mistral Nemo, Mistral Small", "MistralForCausalLM"),
+    "qwen2": Family("Qwen2, Qwen2.5", "Qwen2ForCausalLM", {"biases": ATTENTION_SITES[:3]}),
+    "qwen3": Family("Qwen3", "Qwen3ForCausalLM", {"qk_norm": "head"}),
+    "gemma": Family("Gemma 1", "GemmaForCausalLM", _gemma, only=BOTH_WAYS, neutral=("hidden_activation",)),
+    "gemma2": Family(
+        "Gemma 2", "Gemma2ForCausalLM", lambda c: _gemma(c, post_norm=True), only=BOTH_WAYS, neutral=("hidden_act",)
+    ),
+    "gemma3_text": Family(
+        "Gemma 3, text only",
+        "Gemma3ForCausalLM",
+        lambda c: _gemma(c, post_norm=True, qk_norm="head"),
+        only=BOTH_WAYS,
+        neutral=("hidden_act", "sliding_window_pattern", "_sliding_window_pattern", "rope_local_base_freq"),
+    ),
+    "phi3": Family(
+        "Phi-3 mini and medium, Phi-3.5 mini, Phi-4, Phi-4 mini",
+        "Phi3ForCausalLM",
+        neutral=("resid_pdrop", "embd_pdrop", "original_max_position_embeddings", "partial_rotary_factor"),
+        names=Names(qkv="self_attn.qkv_proj", gate_up="mlp.gate_up_proj"),
+    ),
+    "smollm3": Family("SmolLM3", "SmolLM3ForCausalLM", neutral=("no_rope_layer_interval", "max_window_layers")),
+    "olmo2": Family("OLMo 2", "Olmo2ForCausalLM", {"pre_norm": False, "post_norm": True, "qk_norm": "all"}),
+    "mixtral": Family(
+        "Mixtral 8x7B, 8x22B",
+        "MixtralForCausalLM",
+        lambda c: {"experts": Experts(c.num_local_experts, c.num_experts_per_tok, c.intermediate_size, True)},
+        neutral=("router_jitter_noise",),
+        names=Names(router="block_sparse_moe.gate", experts="block_sparse_moe.experts", expert=("w1", "w3", "w2")),
+    ),
+    "qwen3_moe": Family(
+        "Qwen3 30B-A3B, 235B-A22B",
+        "Qwen3MoeForCausalLM",
+        lambda c: {
+            "qk_norm": "head",
+            "experts": Experts(c.num_local_experts, c.num_experts_per_tok, c.moe_intermediate_size, c.norm_topk_prob),
+        },
+        only={"mlp_only_layers": [], "decoder_sparse_step": 1},
+        neutral=("max_window_layers",),
+        names=Names(router="mlp.gate", experts="mlp.experts"),
+    ),
+}  # fmt: skip
+
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+READ = {
+    *SIZES, "num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings", "max_position_embeddings",
+    "bos_token_id", "eos_token_id", "hidden_act", "hidden_activation", "attention_bias", "mlp_bias", "rope_theta",
+    "rope_scaling", "rope_parameters", "sliding_window", "use_sliding_window", "max_window_layers", "layer_types",
+    "no_rope_layers", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping",
+    "num_local_experts", "num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob",
+}  # fmt: skip
+# What transformers' classes take, or its models read, without having it as a field.
+SPELLINGS = {"rope_theta", "rope_scaling", "num_experts", "num_local_experts", "head_dim"}
+# Where a checkpoint comes from, how it was trained, and what only transformers' own code looks at.
+NEUTRAL = {
+    "model_type", "architectures", "transformers_version", "dtype", "torch_dtype", "initializer_range", "use_cache",
+    "pad_token_id", "attention_dropout", "pretraining_tp", "auto_map", "_name_or_path", "_attn_implementation_autoset",
+    "_attn_implementation", "cache_implementation", "output_router_logits", "router_aux_loss_coef", "is_llama_config",
+    "torchscript", "unsloth_fixed", "unsloth_version", "transformers.js_config", "id2label", "label2id", "problem_type",
+    "chunk_size_feed_forward", "return_dict", "output_hidden_states", "output_attentions", "is_encoder_decoder",
+}  # fmt: skip
+
+
+def config_from_hf(fields: Mapping[str, Any], name: str = "") -> BackboneConfig:
+    """What config.json's fields mean here. Raises ParaJaxError for a family or an option that is not supported."""
+    model_type = fields.get("model_type")
+    if model_type not in FAMILIES:
+        more = "; its text part alone is, as gemma3_text" if model_type == "gemma3" else ""
+        raise ParaJaxError(
+            f"{name or 'this checkpoint'} is of architecture {model_type!r}, which is not supported{more}. "
+            f"Supported: {', '.join(FAMILIES)}"
+        )
+    family = FAMILIES[model_type]
+    config = _read_by_transformers(model_type, family, fields)
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    if heads % kv_heads:
+        raise ParaJaxError(f"config.json has {heads} attention heads that {kv_heads} key/value heads do not divide")
+    act = config.hidden_activation if "hidden_act" in family.neutral else config.hidden_act
+    if act not in ACTIVATIONS:
+        raise unknown("hidden_act in config.json", act, ACTIVATIONS)
+    kinds = _attention_kinds(config, model_type)
+    different = tuple(dict.fromkeys(kinds))
+    biased = [*(ATTENTION_SITES if getattr(config, "attention_bias", False) else ())]
+    biased += MLP_SITES if getattr(config, "mlp_bias", False) else ()
+    scalar = getattr(config, "query_pre_attn_scalar", None)
+    eos = config.eos_token_id
+    architecture = family.fields(config) if callable(family.fields) else family.fields
+    return BackboneConfig(
+        **{
+            **{size: getattr(config, size) for size in SIZES},
+            "num_key_value_heads": kv_heads,
+            "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
+            "rms_norm_eps": config.rms_norm_eps,
+            "attention_kinds": different,
+            "kind_of_layer": () if len(different) == 1 else tuple(different.index(kind) for kind in kinds),
+            "tie_word_embeddings": config.tie_word_embeddings,
+            "max_position_embeddings": config.max_position_embeddings,
+            "bos_token_id": config.bos_token_id,
+            "eos_token_ids": tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+            "name": name,
+            "family": model_type,
+            "hidden_act": act,
+            "biases": tuple(biased),
+            "attention_scale": None if scalar is None else scalar**-0.5,
+            "attn_logit_softcapping": getattr(config, "attn_logit_softcapping", None),
+            "final_logit_softcapping": getattr(config, "final_logit_softcapping", None),
+            "hf": json.dumps(fields),
+            **architecture,
+        }
+    )
+
+
+def _read_by_transformers(model_type: str, family: Family, fields: Mapping[str, Any]) -> Any:
+    """transformers' config object: both spellings made one, and what is left out filled in.
+
+    Raises ParaJaxError for what config.json lacks, or has and is not understood; null and false turn an option off.
+    """
+    missing = [key for key in SIZES if key not in fields]
+    if missing:
+        raise ParaJaxError(f"config.json lacks {', '.join(missing)}")
+    if fields.get("quantization_config"):
+        raise ParaJaxError("config.json has a quantization_config; only float32, float16 and bfloat16 are read")
+    for key, value in family.only.items():
+        if (fields.get(key) or value) != value:
+            raise ParaJaxError(f"config.json has {key}={fields[key]!r}; only {value!r} is supported")
+
+    for option in ("layer_types", "no_rope_layers"):
+        if len(fields.get(option) or range(fields["num_hidden_layers"])) < fields["num_hidden_layers"]:
+            raise ParaJaxError(
+                f"config.json has {len(fields[option])} {option} for {fields['num_hidden_layers']} layers"
+            )
+
+    from transformers import CONFIG_MAPPING
+
+    made = CONFIG_MAPPING[model_type]
+    # An option of another family is none of this one's: transformers keeps it and does not look at it.
+    own = READ & (set(made.__dataclass_fields__) | SPELLINGS)
+    known = own | NEUTRAL | set(family.neutral) | set(family.only)
+    strange = [f"{key}={value!r}" for key, value in fields.items() if value and key not in known]
+    if strange:
+        raise ParaJaxError(
+            f"config.json has {', '.join(strange)}, which {family.architecture} is not known for here. Nothing is "
+            "ignored: if it does not change what the model computes, take it out of config.json"
+        )
+    try:
+        return made(**copy.deepcopy(dict(fields)))
+    except Exception as error:  # its checks raise errors of many kinds
+        raise ParaJaxError(f"config.json is not understood by transformers: {error}") from error
+
+
+def _attention_kinds(config: Any, model_type: str) -> list[AttentionKind]:
+    """Each layer's. Windows are of the layers that `layer_types` names, or of all where there is no such option."""
+    layers = config.num_hidden_layers
+    window = config.sliding_window if hasattr(config, "sliding_window") else None
+    types = getattr(config, "layer_types", None)
+    turned = getattr(config, "no_rope_layers", None) or [1] * layers
+    types = types or ["full_attention" if window is None else "sliding_attention"] * layers
+    known = ("full_attention", "sliding_attention")
+    for kind in types:
+        if kind not in known:
+            raise unknown("entry of layer_types in config.json", kind, known)
+    ropes = config.rope_parameters
+    each = {kind: _rope(ropes.get(kind, ropes), model_type) for kind in dict.fromkeys(types[:layers])}
+    return [
+        AttentionKind(window if types[i] == "sliding_attention" else None, each[types[i]] if turned[i] else None)
+        for i in range(layers)
+    ]
+
+
+def _rope(parameters: Mapping[str, Any], model_type: str) -> Rope:
+    rope = {key: value for key, value in parameters.items() if value is not None and key != "type"}
+    theta, kind, share = rope.pop("rope_theta"), rope.pop("rope_type"), rope.pop("partial_rotary_factor", 1.0)
+    if kind not in TYPES:
+        raise unknown("rope_type in config.json", kind, TYPES)
+    if share != 1 and model_type != "phi3":
+        raise ParaJaxError(f"config.json has partial_rotary_factor={share}, which {model_type} has no code for")
+    if kind == "default":
+        rope.pop("original_max_position_embeddings", None)
+    missing = [key for key in TYPES[kind].needs if key not in rope]
+    extra = [key for key in rope if key not in (*TYPES[kind].needs, *TYPES[kind].may_have)]
+    if missing or extra:
+        raise ParaJaxError(
+            f"RoPE scaling of type {kind!r} in config.json takes {[*TYPES[kind].needs, *TYPES[kind].may_have]}; "
+            f"missing {missing}, not understood {extra}"
+        )
+    options = tuple((key, tuple(value) if isinstance(value, list) else value) for key, value in sorted(rope.items()))
+    return Rope(float(theta), kind, float(share), options)
+
+
+def hf_fields(config: BackboneConfig) -> dict[str, Any]:
+    """The fields of a config.json that transformers opens; inverse of `config_from_hf`.
+
+    Raises ParaJaxError for a config that was changed after it was read: what it means in its family is not known.
+    """
+    if config.hf:
+        fields = json.loads(config.hf)
+        if replace(config_from_hf(fields), name=config.name, eos_token_ids=config.eos_token_ids) != config:
+            raise ParaJaxError("the config was changed after it was read; make the changes in config.json and read it")
+    else:
+        rope = config.attention_kinds[0].rope
+        same = (
+            *SIZES, "num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings", "max_position_embeddings",
+            "bos_token_id", "hidden_act",
+        )  # fmt: skip
+        fields = {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            **{key: getattr(config, key) for key in same},
+            "attention_bias": ATTENTION_SITES[0] in config.biases,
+            "mlp_bias": MLP_SITES[0] in config.biases,
+            "rope_parameters": rope and {"rope_theta": rope.theta, "rope_type": rope.rope_type, **dict(rope.options)},
+        }
+        if replace(config_from_hf(fields), name=config.name, eos_token_ids=config.eos_token_ids) != config:
+            raise ParaJaxError("only a Llama can be written from a config made by hand; read another from config.json")
+    eos = config.eos_token_ids
+    return {**fields, "eos_token_id": None if not eos else eos[0] if len(eos) == 1 else list(eos)}
+
+
+def entries(config: BackboneConfig, layer: int | None = None) -> list[Entry]:
+    """The tensors of one layer, or with None those outside the layers."""
+    return entries_of(config, FAMILIES[config.family].names, layer)

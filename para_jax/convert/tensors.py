@@ -1,0 +1,135 @@
+"""The tensors of a checkpoint's files: all shapes at once, contents one at a time."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, Protocol
+
+import ml_dtypes  # noqa: F401  (teaches NumPy the name bfloat16)
+import numpy as np
+
+from para_jax.backbones.config import read_json
+from para_jax.errors import ParaJaxError
+
+INDEX = "model.safetensors.index.json"
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+class TensorFiles(Protocol):
+    """What a loader needs."""
+
+    shape: dict[str, tuple[int, ...]]
+
+    def read(self, key: str) -> np.ndarray:
+        """One tensor, which is to be copied and let go."""
+        ...
+
+
+def open_tensors(folder: Path) -> TensorFiles:
+    """The tensors of a folder, of safetensors if it has any, or of PyTorch's .bin files.
+
+    Raises ParaJaxError if there are no such files, or one is missing, damaged or of a dtype not supported.
+    """
+    for index, single, kind in (
+        (INDEX, "model.safetensors", SafetensorsFiles),
+        ("pytorch_model.bin.index.json", "pytorch_model.bin", TorchFiles),
+    ):
+        files = [single]
+        if (folder / index).is_file() and not (folder / single).is_file():  # transformers prefers the single file, too
+            try:
+                files = sorted(set(read_json(folder / index)["weight_map"].values()))
+            except (KeyError, AttributeError, TypeError) as error:
+                raise ParaJaxError(
+                    f"{folder / index} is damaged: it has no weight_map from tensors to files"
+                ) from error
+        missing = [name for name in files if not (folder / name).is_file()]
+        if not missing:
+            return kind(folder, files)
+        if files != [single]:
+            raise ParaJaxError(f"{folder} lacks {', '.join(missing)}, which {index} names; download it again")
+    raise ParaJaxError(f"{folder} has no weights: neither model.safetensors nor pytorch_model.bin, nor their index")
+
+
+class SafetensorsFiles:
+    """Those of safetensors files, mapped into memory."""
+
+    def __init__(self, folder: Path, files: list[str]):
+        from safetensors import SafetensorError, safe_open
+
+        self.file: dict[str, Path] = {}
+        self.shape: dict[str, tuple[int, ...]] = {}
+        self._place: dict[str, tuple[str, int]] = {}  # NumPy's name of the dtype, first byte in the file
+        for name in files:
+            try:
+                with safe_open(folder / name, framework="numpy") as f:
+                    for key in f.keys():  # noqa: SIM118  (no mapping)
+                        piece = f.get_slice(key)
+                        if piece.get_dtype() not in DTYPES:
+                            raise ParaJaxError(
+                                f"{folder / name}: {key} is {piece.get_dtype()}; supported: {', '.join(sorted(DTYPES))}"
+                            )
+                        self.file[key], self.shape[key] = folder / name, tuple(piece.get_shape())
+                self._place |= _places(folder / name)
+            except SafetensorError as error:
+                raise ParaJaxError(f"{folder / name} is damaged: {error}") from error
+
+    def read(self, key: str) -> np.ndarray:
+        """One tensor, as a view of the file that is to be copied and let go.
+
+        The safetensors reader would make two copies of it. The file is mapped anew for every tensor, so that the
+        pages that were read do not add up in memory.
+        """
+        dtype, offset = self._place[key]
+        return np.memmap(self.file[key], np.dtype(dtype), "r", offset, self.shape[key])
+
+
+def _places(path: Path) -> dict[str, tuple[str, int]]:
+    """Where a safetensors file keeps its tensors: it is eight bytes, a JSON header and the contents. Checked before."""
+    with path.open("rb") as f:
+        size = int.from_bytes(f.read(8), "little")
+        header = json.loads(f.read(size))
+    return {
+        key: (DTYPES[entry["dtype"]], 8 + size + entry["data_offsets"][0])
+        for key, entry in header.items()
+        if key != "__metadata__"
+    }
+
+
+class TorchFiles:
+    """Those of PyTorch's .bin files, read by torch with nothing in them executed (`weights_only`)."""
+
+    def __init__(self, folder: Path, files: list[str]):
+        try:
+            import torch
+        except ImportError as error:
+            raise ParaJaxError(
+                f"{folder} has PyTorch's .bin files, which torch has to read; pip install torch, or get the checkpoint "
+                "as safetensors"
+            ) from error
+
+        self._tensors: dict[str, Any] = {}
+        for name in files:
+            try:
+                # Mapped: what is not read yet is not in memory. Files of old versions of torch cannot be.
+                mapped = zipfile.is_zipfile(folder / name)
+                self._tensors |= torch.load(folder / name, map_location="cpu", weights_only=True, mmap=mapped)
+            except (RuntimeError, UnpicklingError, EOFError, ValueError, OSError) as error:
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                raise ParaJaxError(f"{folder / name} is damaged or holds more than tensors: {reason}") from error
+        for key, x in self._tensors.items():
+            if not isinstance(x, torch.Tensor) or x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+                kind = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
+                raise ParaJaxError(f"{folder}: {key} is {kind}; supported: {', '.join(sorted(DTYPES.values()))}")
+        self.shape = {key: tuple(x.shape) for key, x in self._tensors.items()}
+
+    def read(self, key: str) -> np.ndarray:
+        """One tensor, as a view of the file."""
+        import torch
+
+        x = self._tensors[key]
+        if x.dtype == torch.bfloat16:  # which NumPy does not know by torch's name
+            return x.contiguous().view(torch.int16).numpy().view("bfloat16")
+        return x.numpy()

@@ -1,0 +1,116 @@
+"""Meshes of devices, and which axis of every array is split over which axis of a mesh.
+
+One place says what the axes of the backbone's weights mean and where each meaning goes:
+
+    data    rows of a batch only
+    fsdp    rows of a batch, and one axis of every large weight, which is gathered for its product
+    tensor  heads and inner features, so that a product is split and its parts are summed
+
+Everything else takes its placement from these.
+
+>>> parse_mesh("fsdp=4,tensor=2")
+{'fsdp': 4, 'tensor': 2}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from para_jax.errors import ParaJaxError, unknown
+
+if TYPE_CHECKING:
+    from para_jax.backbones.config import BackboneConfig
+
+AXES = ("data", "fsdp", "tensor")
+
+# The meaning of every axis of a weight, by its name in the backbone.
+MEANINGS: dict[str, tuple[str | None, ...]] = {
+    "embed": ("vocab", "model"),
+    "head": ("vocab", "model"),
+    "qkv": ("kv_heads", None, None, "model"),
+    "qkv_bias": ("kv_heads", None, None),
+    "out": ("model", "heads"),
+    "gate_up": (None, "inner", "model"),
+    "gate_up_bias": (None, "inner"),
+    "down": ("model", "inner"),
+    # With experts, these have their axis in front.
+    "experts.gate_up": (None, None, "inner", "model"),
+    "experts.down": (None, "model", "inner"),
+}
+PLACES = {"vocab": "tensor", "kv_heads": "tensor", "heads": "tensor", "inner": "tensor", "model": "fsdp"}
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """Axis sizes from `fsdp=8,tensor=2`. Raises ParaJaxError for another form or an unknown axis."""
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        name, equals, size = part.strip().partition("=")
+        if name not in AXES:
+            raise unknown("mesh axis", name, AXES)
+        if not equals or not size.isdigit() or int(size) < 1 or name in sizes:
+            raise ParaJaxError(f"--mesh takes each axis once, with a size, as in fsdp=8,tensor=2; not {text!r}")
+        sizes[name] = int(size)
+    return sizes
+
+
+def make_mesh(sizes: Mapping[str, int] | str, devices: Any = None) -> Mesh:
+    """A mesh with these axis sizes, one where an axis is not named; its axes are all there, in the order of `AXES`.
+
+    Raises ParaJaxError unless the sizes' product is the number of devices.
+    """
+    sizes = parse_mesh(sizes) if isinstance(sizes, str) else sizes
+    for name in sizes:
+        if name not in AXES:
+            raise unknown("mesh axis", name, AXES)
+    devices = jax.devices() if devices is None else list(devices)
+    shape = tuple(sizes.get(axis, 1) for axis in AXES)
+    if int(np.prod(shape)) != len(devices):
+        asked = ",".join(f"{name}={size}" for name, size in sizes.items())
+        raise ParaJaxError(f"a mesh of {asked} has {int(np.prod(shape))} devices; there are {len(devices)}")
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def check_mesh(config: BackboneConfig, mesh: Mesh) -> None:
+    """Raises ParaJaxError, naming the size and its nearest divisor, if a backbone cannot be split so."""
+    tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
+    inner = config.intermediate_size if config.experts is None else config.experts.width
+    for what, size, axis, parts in (
+        ("key/value heads", config.num_key_value_heads, "tensor", tensor),
+        ("inner features", inner, "tensor", tensor),
+        ("features", config.hidden_size, "fsdp", fsdp),
+    ):
+        if size % parts:
+            near = max(n for n in range(1, parts) if size % n == 0)
+            raise ParaJaxError(f"{axis}={parts} does not divide the backbone's {size} {what}; choose {axis}={near}")
+
+
+def spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+    """Where the axes of a weight go: `blocks.3.qkv`, `blocks.qkv` with the layers in front, or `embed`.
+
+    What is small (norms, routers, scales, most biases) is on every device, and so is an axis that its mesh axis does
+    not divide, such as an odd vocabulary.
+    """
+    leaf = name.rpartition(".")[2]
+    layers = name.startswith("blocks.") and name.count(".") == 1
+    own = shape[1:] if layers else shape
+    meanings = MEANINGS.get(leaf, ())
+    if len(meanings) + 1 == len(own):
+        meanings = MEANINGS.get(f"experts.{leaf}", ())
+    if len(meanings) != len(own):
+        return P()
+    axes = [PLACES.get(meaning or "") for meaning in meanings]
+    split = [
+        axis if axis is not None and n % mesh.shape[axis] == 0 else None for axis, n in zip(axes, own, strict=True)
+    ]
+    return P(*([None] if layers else []), *split)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Of arrays whose first axis is the rows of a batch."""
+    return NamedSharding(mesh, P(("data", "fsdp")))

@@ -1,0 +1,157 @@
+"""Laws 1 to 6 on every family; tests/parity has law 8."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from para_jax import AdapterBank, Backbone
+from para_jax.adapters.bank import Rows
+from para_jax.convert.checkpoint import save_backbone
+from para_jax.convert.families import FAMILIES
+from para_jax.errors import ParaJaxError
+from para_jax.sharding import AXES, batch_sharding, check_mesh, make_mesh
+from tests.compilations import compilations
+from tests.helpers import FAMILY_METHODS, SMALL, family_backbone, random_adapter, random_backbone, random_bank
+
+B, PROMPT, STEPS = 8, 7, 3
+TENANTS = ["para", None, "lora", "response", "group", "lora", None, {"para": 0.5, "group": 0.5}]
+LENGTHS = np.array([7, 1, 4, 6, 3, 7, 5, 2])[:, None]
+
+
+class Model(NamedTuple):
+    """A backbone of a family, its adapters, and the two programs that the laws run."""
+
+    backbone: Backbone
+    bank: AdapterBank
+    tokens: np.ndarray
+    mask: np.ndarray
+
+
+@jax.jit
+def stepwise(backbone: Backbone, tokens: jax.Array, mask: jax.Array, rows: Rows) -> jax.Array:
+    """Logits of prefill and of single steps: (b, 1 + STEPS, v)."""
+    last, state = Backbone.prefill(backbone, tokens[:, :PROMPT], mask, rows, PROMPT + STEPS)
+    logits = [last]
+    for i in range(STEPS):
+        last, state = backbone.decode(tokens[:, PROMPT + i], state)
+        logits.append(last)
+    return jnp.stack(logits, axis=1)
+
+
+@jax.jit
+def whole(backbone: Backbone, tokens: jax.Array, mask: jax.Array, prompt_mask: jax.Array, rows: Rows) -> jax.Array:
+    hidden, _, _ = backbone.forward(tokens, mask, prompt_mask, rows)
+    return backbone.logits(hidden)
+
+
+def batch(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 62, (B, PROMPT + STEPS), dtype=np.int32)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request: pytest.FixtureRequest) -> Model:
+    stacked = list(FAMILIES).index(request.param) % 2 == 1
+    backbone = family_backbone(request.param, seed=1, stacked=stacked)
+    bank = random_bank(FAMILY_METHODS, backbone.config, seed=2, scale=0.3)
+    return Model(backbone, bank, batch(3), np.arange(PROMPT)[None] >= PROMPT - LENGTHS)
+
+
+def test_fresh_adapters_are_the_identity(model: Model) -> None:
+    fresh = AdapterBank.create(FAMILY_METHODS, model.backbone.config)
+    names = [*fresh.names]
+    first, second = (fresh.rows(rows) for rows in ([*names, None, None, None, None], [None] * 4 + names))
+    tokens = np.concatenate([model.tokens[:4]] * 2)
+    mask = np.concatenate([model.mask[:4]] * 2)
+    one, other = (np.asarray(stepwise(model.backbone, tokens, mask, rows)) for rows in (first, second))
+    assert np.array_equal(one, other)
+    assert np.array_equal(one[:4], one[4:])
+    bare = np.asarray(stepwise(model.backbone, tokens, mask, Rows()))
+    assert np.abs(one - bare).max() < 1e-5 * np.abs(bare).max()
+
+
+def test_prepared_once(model: Model) -> None:
+    """Prefill and single steps, flush right, equal one pass over the whole rows, flush left."""
+    rows = model.bank.rows(TENANTS)
+    ours = np.asarray(stepwise(model.backbone, model.tokens, model.mask, rows))
+    tokens = np.zeros_like(model.tokens)
+    for row, length in enumerate(LENGTHS[:, 0]):
+        tokens[row, : length + STEPS] = model.tokens[row, PROMPT - length :]
+    column = np.arange(PROMPT + STEPS)[None]
+    logits = np.asarray(whole(model.backbone, tokens, column < LENGTHS + STEPS, column < LENGTHS, rows))
+    expected = np.take_along_axis(logits, (LENGTHS - 1 + np.arange(STEPS + 1)[None])[..., None], axis=1)
+    assert np.abs(ours - expected).max() < 1e-5 * np.abs(expected).max()
+    bare = np.asarray(stepwise(model.backbone, model.tokens, model.mask, Rows()))
+    different = np.abs(ours - bare).max(axis=(1, 2)) > 0.01
+    assert different.tolist() == [tenant is not None for tenant in TENANTS]
+
+
+def test_neighbours_do_not_change_a_row(model: Model) -> None:
+    outputs = []
+    for seed, others in enumerate((TENANTS, [TENANTS[0], *TENANTS[:0:-1]])):
+        tokens, mask = batch(seed + 10), np.roll(model.mask, seed, axis=0)
+        tokens[0], mask[0] = model.tokens[0], model.mask[0]
+        outputs.append(np.asarray(stepwise(model.backbone, tokens, mask, model.bank.rows(others))))
+    assert np.array_equal(outputs[0][0], outputs[1][0])
+    assert not np.array_equal(outputs[0][1], outputs[1][1])
+
+
+def test_untouched_and_compiled_once(model: Model) -> None:
+    where = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(model.backbone)]
+    stepwise(model.backbone, model.tokens, model.mask, model.bank.rows(TENANTS))
+    others = model.bank.replace("lora", random_adapter(FAMILY_METHODS["lora"], model.backbone.config, seed=9))
+    with compilations() as compiled:
+        stepwise(model.backbone, batch(7), model.mask[::-1].copy(), others.rows(TENANTS[1:] + TENANTS[:1]))
+    assert compiled == []
+    assert [x.unsafe_buffer_pointer() for x in jax.tree.leaves(model.backbone)] == where
+
+
+MESHES = ["tensor=2,fsdp=4", "data=4,tensor=2", "fsdp=8", "data=8", "data=2,fsdp=2,tensor=2"]
+
+
+def check_sharded(backbone: Backbone, mesh_text: str, folder: str, tenants: list) -> None:
+    """A checkpoint read straight to its parts computes what it computes on one device."""
+    bank = random_bank(FAMILY_METHODS, backbone.config, seed=2, scale=0.3)
+    tokens, mask = batch(3), np.arange(PROMPT)[None] >= PROMPT - LENGTHS
+    save_backbone(backbone, folder)
+    mesh = make_mesh(mesh_text)
+    sharded = Backbone.from_pretrained(folder, dtype="float32", stacked=backbone.stacked, mesh=mesh)
+    split = [x for x in jax.tree.leaves(sharded) if x.addressable_shards[0].data.size < x.size]
+    if mesh.shape["fsdp"] * mesh.shape["tensor"] > 1:
+        assert sum(x.size for x in split) > 0.9 * sum(x.size for x in jax.tree.leaves(sharded))
+    rows = batch_sharding(mesh)
+    there = partial(jax.device_put, device=rows)
+    ours = stepwise(sharded, there(tokens), there(mask), jax.tree.map(there, bank.rows(tenants)))
+    theirs = np.asarray(stepwise(backbone, tokens, mask, bank.rows(tenants)))
+    assert np.abs(np.asarray(ours) - theirs).max() < 2e-5 * np.abs(theirs).max()
+
+
+def test_sharded_is_unsharded(model: Model, tmp_path) -> None:
+    number = list(FAMILIES).index(model.backbone.config.family)
+    check_sharded(model.backbone, MESHES[number % len(MESHES)], str(tmp_path / "a"), TENANTS)
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("mesh", MESHES)
+def test_every_mesh(mesh: str, stacked: bool, tmp_path) -> None:
+    check_sharded(random_backbone(seed=4, stacked=stacked, vocab_size=62), mesh, str(tmp_path / "a"), TENANTS)
+
+
+def test_meshes_that_do_not_fit() -> None:
+    assert make_mesh("tensor=2,fsdp=4").axis_names == AXES
+    for text, words in (
+        ("tensor=3", "a mesh of tensor=3 has 3 devices; there are 8"),
+        ("tensro=2", "did you mean 'tensor'?"),
+        ("tensor=0", "with a size"),
+    ):
+        with pytest.raises(ParaJaxError, match=words.replace("?", r"\?")):
+            make_mesh(text)
+    with pytest.raises(
+        ParaJaxError, match="tensor=8 does not divide the backbone's 2 key/value heads; choose tensor=2"
+    ):
+        check_mesh(SMALL, make_mesh("tensor=8"))

@@ -1,0 +1,103 @@
+"""Every family's adapters against peft: logits and gradients of a LoRA and of an (IA)3 adapter, float32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peft
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from transformers import AutoModelForCausalLM
+
+from para_jax import AdapterBank, Backbone, load_adapter
+from para_jax.adapters.bank import Adapter
+from para_jax.adapters.peft import peft_tensors
+from para_jax.convert.families import FAMILIES
+from tests.parity import models
+
+# The installed peft calls this of the installed transformers.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+TOKENS = np.random.default_rng(0).integers(0, 31, (2, 9))
+# Where a family fuses projections, peft's adapters of the fused ones have no counterpart here.
+FUSED = {"phi3": {"lora": ["o_proj", "down_proj"], "ia3": (["o_proj", "down_proj"], ["down_proj"])}}
+# Experts are no linear modules.
+EXPERTS = {"lora": ["q_proj", "k_proj", "v_proj", "o_proj"], "ia3": (["k_proj", "v_proj"], [])}
+USUAL = {"lora": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+         "ia3": (["k_proj", "v_proj", "down_proj"], ["down_proj"])}  # fmt: skip
+
+
+def peft_config(family: str, method: str) -> Any:
+    targets: dict[str, Any] = FUSED.get(family, EXPERTS if "mixtral" in family or "moe" in family else USUAL)
+    if method == "lora":
+        return peft.LoraConfig(task_type="CAUSAL_LM", r=3, lora_alpha=5, target_modules=targets["lora"])
+    modules, feedforward = targets["ia3"]
+    return peft.IA3Config(task_type="CAUSAL_LM", target_modules=modules, feedforward_modules=feedforward)
+
+
+def first_case(family: str) -> models.Case:
+    """A config of the family with the first of all choices, which is none of the trivial ones."""
+    found: list[models.Case] = []
+
+    @settings(max_examples=1, database=None, derandomize=True, phases=[Phase.generate],
+              suppress_health_check=list(HealthCheck))  # fmt: skip
+    @given(models.cases(family))
+    def draw(case: models.Case) -> None:
+        found.append(case)
+
+    draw()
+    return found[0]
+
+
+@pytest.mark.parametrize("method", ["lora", "ia3"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_and_gradients(family: str, method: str, tmp_path: Path) -> None:
+    case = first_case(family)
+    base = models.make_model(case, family)
+    base.save_pretrained(tmp_path / "base")
+    backbone = Backbone.from_pretrained(tmp_path / "base", dtype="float32", stacked=method == "lora")
+
+    model = peft.get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base", **models.plain(family)),
+        peft_config(family, method),
+    ).eval()
+    for name, weight in model.named_parameters():
+        if "lora_" in name or "ia3_" in name:
+            torch.nn.init.normal_(weight, mean=float("ia3_" in name), std=0.3)
+    model.save_pretrained(tmp_path / "adapter")
+    tokens = torch.from_numpy(TOKENS)
+    theirs = model(tokens).logits
+    loss = torch.nn.functional.cross_entropy(theirs[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    loss.backward()
+    expected = {
+        name.replace(".default", ""): weight.grad.numpy()
+        for name, weight in model.named_parameters()
+        if weight.grad is not None and ("lora_" in name or "ia3_" in name)
+    }
+
+    adapter = load_adapter(tmp_path / "adapter", backbone.config)
+    rows = AdapterBank.stack({"a": adapter}, backbone.config).rows(["a", "a"])
+
+    def loss_of(layers: Any) -> tuple[jax.Array, jax.Array]:
+        gathered = jax.tree.map(lambda x: jnp.broadcast_to(x, (2, *x.shape)), layers)
+        ids, everything = jnp.asarray(TOKENS, jnp.int32), jnp.ones(TOKENS.shape, bool)
+        own = type(rows)(rows.strengths, (gathered,), rows.rates)
+        hidden, _, _ = backbone.forward(ids, everything, everything, own)
+        logits = backbone.logits(hidden)
+        log_p = jax.nn.log_softmax(logits[:, :-1])
+        return -jnp.mean(jnp.take_along_axis(log_p, ids[:, 1:, None], axis=-1)), logits
+
+    gradient, logits = jax.jit(jax.grad(loss_of, has_aux=True))(adapter.layers)
+    worst: models.Worst = {}
+    models.compare(worst, "logits", logits, theirs.detach())
+    ours = peft_tensors(Adapter(adapter.config, gradient), backbone.config)
+    assert {f"base_model.model.{n.removeprefix('base_model.model.')}" for n in expected} == ours.keys()
+    largest = max(np.abs(x).max() for x in expected.values())
+    assert largest > 1e-3
+    for name, x in expected.items():
+        assert np.abs(ours[name] - x).max() < models.TOLERANCE * largest, name
