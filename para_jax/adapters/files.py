@@ -29,15 +29,23 @@ from para_jax.adapters.bank import Adapter, abstract_layers, mismatches, named_l
 from para_jax.adapters.method import BackboneShape, config_from_dict, methods
 from para_jax.errors import ParaJaxError, unknown
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS, TEMPLATE = "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja"
 OURS = ("peft_type", "base_model_name_or_path", "base_model", "para_jax_version")
 
 
-def save_adapter(adapter: Adapter, folder: str | Path, base: BackboneShape, *, overwrite: bool = False) -> None:
+def save_adapter(
+    adapter: Adapter,
+    folder: str | Path,
+    base: BackboneShape,
+    *,
+    chat_template: str | None = None,
+    overwrite: bool = False,
+) -> None:
     """Writes an adapter so that `load_adapter` gives it back bit for bit, and LoRA and (IA)3 so that `peft` opens it.
 
     The folder appears whole or not at all: it is written beside its place and renamed. With `overwrite` it takes
-    the place of the adapter that was there, all of whose files go once their successors are complete.
+    the place of the adapter that was there, all of whose files go once their successors are complete. A chat template
+    that the adapter was tuned with is kept beside it.
 
     Raises ParaJaxError if the folder exists and `overwrite` is False or it holds no adapter, if it cannot be
     written, or if the adapter does not fit `base`.
@@ -61,6 +69,14 @@ def save_adapter(adapter: Adapter, folder: str | Path, base: BackboneShape, *, o
     with new_folder(folder, CONFIG, overwrite=overwrite) as partial:
         (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
+        if chat_template is not None:
+            (partial / TEMPLATE).write_text(chat_template)
+
+
+def load_chat_template(folder: str | Path) -> str | None:
+    """The chat template that is kept with an adapter, if there is one."""
+    path = Path(folder) / TEMPLATE
+    return path.read_text() if path.is_file() else None
 
 
 def load_adapter(folder: str | Path, shape: BackboneShape) -> Adapter:

@@ -1,53 +1,83 @@
-"""Grouped-query attention, the plain path: scores and softmax in float32."""
+"""Grouped-query attention, plain: scores and softmax in float32, long rows in blocks; kernels.py has the others."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 if TYPE_CHECKING:
     from jax import Array
-    from jaxtyping import Bool, Float
+    from jaxtyping import Bool, Float, Int
+
+# Queries whose scores are in memory at once. A row of up to so many is one block.
+BLOCK = 512
+
+
+class Seen(NamedTuple):
+    """Which keys each query may see: those that hold a token, up to its own column, the last `window` of them.
+
+    Attributes:
+      valid_bs: which columns of the keys hold a token.
+      column_t: the queries' own columns.
+      window: how many columns, the query's own included; all, if None.
+
+    >>> Seen(jnp.ones((1, 3), bool), jnp.arange(3), window=2).mask()[0].tolist()
+    [[True, False, False], [True, True, False], [False, True, True]]
+    """
+
+    valid_bs: Bool[Array, "b s"]
+    column_t: Int[Array, "t"]
+    window: int | None = None
+
+    def mask(self) -> Bool[Array, "b t s"]:
+        """The same as an array."""
+        key_s, column_t1 = jnp.arange(self.valid_bs.shape[1])[None], self.column_t[:, None]
+        near_ts = key_s <= column_t1
+        if self.window is not None:
+            near_ts = near_ts & (key_s > column_t1 - self.window)
+        return near_ts[None] & self.valid_bs[:, None]
 
 
 def attention(
     q_btkgh: Float[Array, "b t k g hd"],
     k_bksh: Float[Array, "b k s hd"],
     v_bksh: Float[Array, "b k s hd"],
-    visible_bts: Bool[Array, "b t s"],
-    scale: float | None = None,
+    seen: Seen,
+    scale: float,
     softcap: float | None = None,
 ) -> Float[Array, "b t kghd"]:
-    """softmax(scale q k^T) v over the keys that each query may see; the scale is 1 / sqrt(hd) if none is given.
+    """softmax(scale q k^T) v over the keys that each query may see.
 
     With `softcap` c, a score x becomes c tanh(x / c) (Gemma 2). A query that sees no key, as padding may, gets the mean
-    of all values; nothing reads it.
+    of all values; nothing reads it. Of a long row only the scores of `BLOCK` queries are ever in memory.
     """
+    b, t, *heads = q_btkgh.shape
+    if t <= BLOCK:
+        return _block(q_btkgh, k_bksh, v_bksh, seen, scale, softcap)
+    n, more = -(-t // BLOCK), -t % BLOCK
+    q = jnp.pad(q_btkgh, [(0, 0), (0, more), *[(0, 0)] * len(heads)]).reshape(b, n, BLOCK, *heads).swapaxes(0, 1)
+    columns = jnp.pad(seen.column_t, (0, more), constant_values=-1).reshape(n, BLOCK)
+
+    @jax.checkpoint
+    def one(block: tuple[Array, Array]) -> Array:
+        return _block(block[0], k_bksh, v_bksh, seen._replace(column_t=block[1]), scale, softcap)
+
+    mixed = jax.lax.map(one, (q, columns))
+    return mixed.swapaxes(0, 1).reshape(b, n * BLOCK, -1)[:, :t]
+
+
+def _block(q_btkgh: Array, k_bksh: Array, v_bksh: Array, seen: Seen, scale: float, softcap: float | None) -> Array:
     b, t, k, g, hd = q_btkgh.shape
     # The queries of a key's group stand together, which makes both products plain batched matrix products. Left to
     # the compiler, the transposition costs five times the product on CPU.
     q_bkqh = q_btkgh.transpose(0, 2, 3, 1, 4).reshape(b, k, g * t, hd)
-    score = jnp.einsum("bkqh,bksh->bkqs", q_bkqh, k_bksh, preferred_element_type=jnp.float32)
-    score = score * (hd**-0.5 if scale is None else scale)
+    score = jnp.einsum("bkqh,bksh->bkqs", q_bkqh, k_bksh, preferred_element_type=jnp.float32) * scale
     if softcap is not None:
         score = softcap * jnp.tanh(score / softcap)
-    visible_bqs = jnp.tile(visible_bts, (1, g, 1))
+    visible_bqs = jnp.tile(seen.mask(), (1, g, 1))
     score = jnp.where(visible_bqs[:, None], score, jnp.finfo(jnp.float32).min)
     weight = jax.nn.softmax(score, axis=-1).astype(v_bksh.dtype)
     mixed = jnp.einsum("bkqs,bksh->bkqh", weight, v_bksh)
     return mixed.reshape(b, k, g, t, hd).transpose(0, 3, 1, 2, 4).reshape(b, t, k * g * hd)
-
-
-def causal(mask_bt: Bool[Array, "b t"], window: int | None = None) -> Bool[Array, "b t t"]:
-    """Which keys each token of a row may see: those up to its own, or the last `window`, that are none of the padding.
-
-    >>> causal(jnp.ones((1, 3), bool), window=2)[0].tolist()
-    [[True, False, False], [True, True, False], [False, True, True]]
-    """
-    t = mask_bt.shape[1]
-    seen = jnp.tril(jnp.ones((t, t), bool))
-    if window is not None:
-        seen = seen & ~jnp.tril(seen, -window)
-    return seen[None] & mask_bt[:, None, :]

@@ -58,13 +58,6 @@ class Cache:
         length = jnp.sum(mask_bt, axis=1, dtype=jnp.int32)
         return replace(self, valid_bs=valid, column=self.column + mask_bt.shape[1], position_b=self.position_b + length)
 
-    def visible(self, column: Int[Array, ""], window: int | None) -> Bool[Array, "b 1 s"]:
-        """Which columns the token in `column` may see: all that hold one, or those of the last `window` columns."""
-        if window is None:
-            return self.valid_bs[:, None, :]
-        near_s = jnp.arange(self.valid_bs.shape[1]) > column - window
-        return (self.valid_bs & near_s[None])[:, None, :]
-
     def write(
         self,
         layer: int | Int[Array, ""],

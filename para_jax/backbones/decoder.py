@@ -19,10 +19,11 @@ from para_jax.adapters.bank import AdapterBank, Rows, Tenant, strengths_of
 from para_jax.adapters.method import Prompt
 from para_jax.adjustment import Adjustment
 from para_jax.backbones import rope
-from para_jax.backbones.attention import attention, causal
+from para_jax.backbones.attention import Seen
 from para_jax.backbones.block import Block
 from para_jax.backbones.cache import Cache, DecodeState
 from para_jax.backbones.config import BackboneConfig
+from para_jax.backbones.kernels import Kernel, choose, prompt_attention
 from para_jax.backbones.linear import QUANTIZED, product, rms_norm
 from para_jax.backbones.ragged import Line, Ragged
 from para_jax.errors import ParaJaxError, unknown
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 Quantize = Literal["int8", "int4"]
+Attention = Literal["auto", "plain", "cudnn", "splash"]
 
 
 class Backbone(nnx.Module):
@@ -54,12 +56,14 @@ class Backbone(nnx.Module):
         dtype: Dtype = "auto",
         stacked: bool | None = None,
         quantize: Quantize | None = None,
+        attention: Attention = "auto",
     ):
         """Random weights, N(0, 0.02). `from_pretrained` is for a checkpoint."""
         compute = compute_dtype(dtype)
         if quantize is not None and quantize not in QUANTIZED:
             raise unknown("quantize", quantize, QUANTIZED)
         self.config = config
+        self.attention = choose(attention, config, compute)
         self.stacked = default_stacked() if stacked is None else stacked
         top, *layers = jax.random.split(key, 1 + config.num_hidden_layers)
         embed, head = jax.random.split(top)
@@ -80,6 +84,7 @@ class Backbone(nnx.Module):
         dtype: Dtype = "auto",
         stacked: bool | None = None,
         quantize: Quantize | None = None,
+        attention: Attention = "auto",
         check_finite: bool = False,
         mesh: Mesh | None = None,
     ) -> Backbone:
@@ -91,6 +96,8 @@ class Backbone(nnx.Module):
           stacked: whether layers are stacked and scanned or kept apart and unrolled; by default as is fastest.
           quantize: "int8" or "int4" for the projections of the layers, quantised while they are read
             (docs/backbone.md). Embeddings, head and norms stay in `dtype`, and so does computation.
+          attention: how whole prompts attend: "plain", "cudnn" (GPU), "splash" (TPU), or "auto" for the device's own
+            (`backbones/kernels.py`).
           check_finite: whether to look for weights that are infinite or no number.
           mesh: devices to split the weights over (`para_jax.sharding.make_mesh`); each gets its part as it is read.
 
@@ -100,7 +107,7 @@ class Backbone(nnx.Module):
         # Reading files is the business of convert/, which builds on this module.
         from para_jax.convert.checkpoint import load_backbone
 
-        return load_backbone(path_or_hub_id, dtype, stacked, quantize, check_finite, mesh)
+        return load_backbone(path_or_hub_id, dtype, stacked, quantize, attention, check_finite, mesh)
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -167,12 +174,11 @@ class Backbone(nnx.Module):
         length_bt = jnp.broadcast_to(jnp.sum(mask_bt, axis=1, keepdims=True, dtype=jnp.int32), mask_bt.shape)
         angles = self._angles(flatten(position_bt), flatten(length_bt))
         in_prompt = flatten(prompt_mask_bt)
-        visible = [[causal(half, kind.window) for half in masks] for kind in self.config.attention_kinds]
+        seen = [Seen(half, jnp.arange(half.shape[1]), None) for half in masks]
 
         def body(carry: Any, layer: Any, block: Block, adapters: Any) -> tuple[Any, Adjustment]:
             x, cache = carry
             prompt = Prompt(padded(x), padded(block.attention_input(x)), prompt_mask_bt)
-            seen = self._of_kind(layer, visible)
             adjustment = rows.prepare(adapters, layer, prompt).astype(x.dtype)
             new: list[Array] = []
 
@@ -185,11 +191,11 @@ class Backbone(nnx.Module):
                 if line is None:
                     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
                     new.extend((k, v))
-                    return self._attention(q, k, v, seen[0])
+                    return self._attend(layer, self.attention, q, k, v, seen[0])
                 mixed = []
-                for half, seen_half in zip(halves, seen, strict=True):
+                for half, own in zip(halves, seen, strict=True):
                     keys, values = half.padded(k).swapaxes(1, 2), half.padded(v).swapaxes(1, 2)
-                    mixed.append(half.flat(self._attention(half.padded(q), keys, values, seen_half)))
+                    mixed.append(half.flat(self._attend(layer, self.attention, half.padded(q), keys, values, own)))
                 return mixed[0] if len(mixed) == 1 else mixed[0] + mixed[1]
 
             x = block(x, adjust, self._of_kind(layer, angles), attend)
@@ -224,7 +230,7 @@ class Backbone(nnx.Module):
         position_bt = state.cache.position_b[:, None]
         angles = self._angles(position_bt, position_bt + 1)
         cache = state.cache.admit(jnp.ones((token_b.shape[0], 1), bool))
-        visible = [cache.visible(column, kind.window) for kind in self.config.attention_kinds]
+        seen = Seen(cache.valid_bs, column[None])
 
         def body(carry: Any, layer: Any, block: Block, adjustment: Adjustment) -> tuple[Any, None]:
             x_btd, cache = carry
@@ -233,7 +239,7 @@ class Backbone(nnx.Module):
             def attend(q: Array, k: Array, v: Array) -> Array:
                 after.append(cache.write(layer, column, k.swapaxes(1, 2), v.swapaxes(1, 2)))
                 keys, values = after[0].read(layer)
-                return self._attention(q, keys, values, self._of_kind(layer, visible))
+                return self._attend(layer, "plain", q, keys, values, seen)
 
             x_btd = block(x_btd, adjustment.apply, self._of_kind(layer, angles), attend)
             return (x_btd, after[0]), None
@@ -255,8 +261,24 @@ class Backbone(nnx.Module):
     def _final_norm(self, x_btd: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         return rms_norm(x_btd, self.norm[...], self.config.rms_norm_eps, self.config.norm_offset)
 
-    def _attention(self, q: Array, k: Array, v: Array, visible_bts: Bool[Array, "b t s"]) -> Array:
-        return attention(q, k, v, visible_bts, self.config.attention_scale, self.config.attn_logit_softcapping)
+    def _attend(self, layer: int | Int[Array, ""], kernel: Kernel, q: Array, k: Array, v: Array, seen: Seen) -> Array:
+        """Attention as the layer's kind has it."""
+        c = self.config
+        scale = c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale
+
+        def of_window(window: int | None) -> Callable[[Array, Array, Array], Array]:
+            own = seen._replace(window=window)
+            return lambda q, k, v: prompt_attention(kernel, q, k, v, own, scale, c.attn_logit_softcapping)
+
+        # Kernels want to know the window when they are compiled: a branch for each, if layers are scanned.
+        windows = [kind.window for kind in c.attention_kinds]
+        different = list(dict.fromkeys(windows))
+        if len(different) == 1:
+            return of_window(windows[0])(q, k, v)
+        if isinstance(layer, int):
+            return of_window(windows[c.kind_of_layer[layer]])(q, k, v)
+        branch = jnp.array([different.index(windows[kind]) for kind in c.kind_of_layer])[layer]
+        return jax.lax.switch(branch, [of_window(window) for window in different], q, k, v)
 
     def _angles(self, position_bt: Int[Array, "b t"], length_bt: Int[Array, "b t"]) -> list[tuple[Array, Array]]:
         """Cosines and sines for each kind of attention."""

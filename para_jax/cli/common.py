@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """--model and --dtype."""
+    """--model, --dtype and --quantize."""
     parser.add_argument(
         "--model",
         metavar="DIR",
@@ -30,6 +30,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         choices=("auto", "float32", "bfloat16"),
         default="auto",
         help="of weights and computation (default: bfloat16 on TPU and GPU, float32 on CPU)",
+    )
+    parser.add_argument(
+        "--quantize", choices=("int8", "int4"), help="the layers' weights in few bits, for small accelerators"
     )
 
 
@@ -48,12 +51,15 @@ def add_tenants(parser: argparse.ArgumentParser) -> None:
 def load_model(args: argparse.Namespace) -> tuple[Backbone, Any]:
     """The backbone and its tokenizer. Raises ParaJaxError if either cannot be had."""
     from para_jax import Backbone, tiny_backbone_path
-    from para_jax.convert.tokenizer import load_tokenizer
+    from para_jax.convert.tokenizer import check_vocabulary, load_tokenizer
     from para_jax.memory import keep_freed_memory
 
     keep_freed_memory()
     path = args.model or tiny_backbone_path()
-    return Backbone.from_pretrained(path, dtype=args.dtype), load_tokenizer(path)
+    tokenizer = load_tokenizer(path)
+    backbone = Backbone.from_pretrained(path, dtype=args.dtype, quantize=args.quantize)
+    check_vocabulary(tokenizer, backbone.config.vocab_size)
+    return backbone, tokenizer
 
 
 def pairs(values: Sequence[str], option: str) -> dict[str, str]:
@@ -87,6 +93,8 @@ def per_tenant(values: Sequence[str], option: str, names: Sequence[str], kind: C
             raise unknown(f"tenant in {option}", name, names)
         try:
             (particular if equals else general).update(dict.fromkeys([name] if equals else names, kind(rest)))
+        except ParaJaxError:
+            raise
         except ValueError:
             raise ParaJaxError(f"{option} takes {kind.__name__} or NAME={kind.__name__}, not {value!r}") from None
     merged = general | particular
@@ -103,6 +111,16 @@ def adapter_folders(folder: str | Path, names: Sequence[str] | None = None) -> d
         if name not in there:
             raise unknown(f"tenant in {folder}", name, there)
     return there if names is None else {name: there[name] for name in names}
+
+
+def tenant_tokenizer(tokenizer: Any, folder: str | Path | None, tenant: str | None) -> Any:
+    """The tokenizer with the chat template that is kept with a tenant's adapter, if there is one."""
+    from para_jax.adapters.files import load_chat_template
+    from para_jax.convert.tokenizer import with_chat_template
+
+    if folder is None or tenant is None:
+        return tokenizer
+    return with_chat_template(tokenizer, load_chat_template(Path(folder) / tenant))
 
 
 def load_bank(folder: str | Path | None, names: Sequence[str], backbone: Backbone) -> AdapterBank | None:

@@ -68,7 +68,8 @@ def run(args: argparse.Namespace) -> int:
             if len(answers) > MOST_CHOICES:
                 raise ParaJaxError(f"{file} has {len(answers)} different responses, too many for --choose")
             rows = [(place, {"choices": answers, **row}) for place, row in rows]
-        examples[name] = encode_rows(rows[: args.limit], tokenizer, backbone.config.eos_token_ids)
+        own = common.tenant_tokenizer(tokenizer, args.adapters, name)
+        examples[name] = encode_rows(rows[: args.limit], own, backbone.config.eos_token_ids)
 
     began = shown = time.monotonic()
 

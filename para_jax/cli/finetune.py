@@ -76,6 +76,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     tuning.add_argument("--seed", type=int, default=0, help="of the first weights and the order of rows")
     tuning.add_argument("--max-length", type=int, help="tokens of a row (default: the backbone's context)")
+    tuning.add_argument(
+        "--chat-template",
+        metavar="[NAME=]FILE.jinja",
+        action="append",
+        default=[],
+        help="for rows of messages, instead of the tokenizer's; kept with the adapter; repeat",
+    )
     tuning.add_argument("--truncate", action="store_true", help="cut prompts that are too long at their beginning")
     tuning.add_argument(
         "--remat",
@@ -90,6 +97,7 @@ def run(args: argparse.Namespace) -> int:
     names = list(files)
 
     from para_jax.adapters.bank import AdapterBank
+    from para_jax.convert.tokenizer import with_chat_template
     from para_jax.data.examples import read_examples
     from para_jax.training.loop import finetune
     from para_jax.training.optimizer import Settings
@@ -107,12 +115,17 @@ def run(args: argparse.Namespace) -> int:
     }
     settings = {n: Settings.checked(**{k: v[n] for k, v in values.items() if n in v}) for n in names}
 
+    templates = common.per_tenant(args.chat_template, "--chat-template", names, template_file)
+
     backbone, tokenizer = common.load_model(args)
     # Raises for a target that is none, before the data is read.
     sizes = {n: f"{config.method} {config.size(backbone.config):,}" for n, config in configs.items()}
     length = min(args.max_length or backbone.config.max_position_embeddings, backbone.config.max_position_embeddings)
     eos = backbone.config.eos_token_ids
-    examples = {n: read_examples(f, tokenizer, eos, length, truncate=args.truncate) for n, f in files.items()}
+    examples = {
+        n: read_examples(f, with_chat_template(tokenizer, templates.get(n)), eos, length, truncate=args.truncate)
+        for n, f in files.items()
+    }
     bank = AdapterBank.create(configs, backbone.config, args.seed)
     rows = sum(map(len, examples.values()))
     print(
@@ -133,10 +146,18 @@ def run(args: argparse.Namespace) -> int:
         resume=args.resume,
         overwrite=args.overwrite,
         remat=args.remat,
+        chat_templates=templates,
         show=lambda line: print(line, flush=True),
     )
     print(f"saved {', '.join(names)} and loss.png in {args.out}")
     return 0
+
+
+def template_file(path: str) -> str:
+    """The text of a chat template. Raises ParaJaxError if there is no such file."""
+    if not Path(path).is_file():
+        raise ParaJaxError(f"--chat-template: {path} is no file")
+    return Path(path).read_text()
 
 
 def method_configs(names: Sequence[str], chosen: Sequence[str], given: Sequence[str]) -> dict[str, Any]:

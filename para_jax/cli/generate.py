@@ -69,11 +69,22 @@ def run(args: argparse.Namespace) -> int:
         names |= dict.fromkeys(own)
     backbone, tokenizer = common.load_model(args)
     bank = common.load_bank(args.adapters, list(names), backbone)
-    examples = encode_rows(placed, tokenizer, backbone.config.eos_token_ids, need_response=False)
+    # A row of one tenant goes through the chat template that is kept with its adapter.
+    of_tenant: dict[str | None, list[int]] = {}
+    for i, tenant in enumerate(tenants):
+        of_tenant.setdefault(tenant if isinstance(tenant, str) else None, []).append(i)
+    prompts: list[list[int]] = [[] for _ in placed]
+    for tenant, places in of_tenant.items():
+        own = common.tenant_tokenizer(tokenizer, args.adapters, tenant)
+        rows = [placed[i] for i in places]
+        for i, e in zip(
+            places, encode_rows(rows, own, backbone.config.eos_token_ids, need_response=False), strict=True
+        ):
+            prompts[i] = list(e.prompt_ids)
     completions = complete(
         backbone,
         tokenizer,
-        [list(e.prompt_ids) for e in examples],
+        prompts,
         bank=bank,
         tenants=tenants,
         max_new_tokens=args.max_new_tokens,

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from para_jax.adapters.bank import named_leaves
 from para_jax.adapters.files import new_folder
 from para_jax.backbones.config import CONFIG, GENERATION, BackboneConfig, checkpoint_folder
-from para_jax.backbones.decoder import Backbone, Dtype, Quantize, compute_dtype, default_stacked
+from para_jax.backbones.decoder import Attention, Backbone, Dtype, Quantize, compute_dtype, default_stacked
 from para_jax.backbones.linear import QUANTIZED, quantized
 from para_jax.convert.families import entries, hf_fields
 from para_jax.convert.tables import Entry
@@ -46,6 +46,7 @@ def load_backbone(
     dtype: Dtype = "auto",
     stacked: bool | None = None,
     quantize: Quantize | None = None,
+    attention: Attention = "auto",
     check_finite: bool = False,
     mesh: Mesh | None = None,
 ) -> Backbone:
@@ -61,7 +62,7 @@ def load_backbone(
 
     compute = compute_dtype(dtype)
     stacked = default_stacked() if stacked is None else stacked
-    make = partial(Backbone, config, dtype=dtype, stacked=stacked, quantize=quantize)
+    make = partial(Backbone, config, dtype=dtype, stacked=stacked, quantize=quantize, attention=attention)
     abstract = named_leaves(tree := jax.eval_shape(make, jax.random.key(0)))
 
     where = {

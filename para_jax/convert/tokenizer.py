@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -27,3 +28,31 @@ def load_tokenizer(path_or_hub_id: str | Path) -> Any:
         raise ParaJaxError(
             f"{path_or_hub_id} has no tokenizer that can be read: {str(error).splitlines()[0]}"
         ) from error
+
+
+def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
+    """Raises ParaJaxError if the tokenizer has tokens that the backbone has no embedding of."""
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= vocab_size:
+        raise ParaJaxError(
+            f"the tokenizer has token {highest} ({tokenizer.convert_ids_to_tokens(highest)!r}), and the backbone's "
+            f"vocabulary has {vocab_size}; one of the two is another model's"
+        )
+
+
+def with_chat_template(tokenizer: Any, template: str | None) -> Any:
+    """The tokenizer with another chat template, or the same one if there is none.
+
+    >>> from para_jax import tiny_backbone_path
+    >>> tokenizer = load_tokenizer(tiny_backbone_path())
+    >>> shouting = with_chat_template(tokenizer, "{{ messages[0].content | upper }}")
+    >>> shouting.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False)
+    'HELLO'
+    >>> with_chat_template(tokenizer, None) is tokenizer
+    True
+    """
+    if template is None:
+        return tokenizer
+    other = copy.copy(tokenizer)
+    other.chat_template = template
+    return other

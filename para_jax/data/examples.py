@@ -4,12 +4,13 @@ A row is {"prompt", "response"}, {"prompt", "completion"} or {"messages": [...]}
 that are as good) and `choices` (answers to choose from). A response is an answer: a space is put between it and a
 prompt that does not end in white space. A completion goes on from its prompt to the letter. Messages go through the
 tokenizer's chat template; every assistant turn is an example of its own, with all before it as the prompt, because
-an adapter is prepared once for each prompt.
+an adapter is prepared once for each prompt. Where the template marks what is generated, the response ends there.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -205,7 +206,26 @@ def _chat_pairs(messages: Any, tokenizer: Any, need_response: bool) -> Iterator[
         whole = tokenizer.apply_chat_template(messages[: i + 1], tokenize=False)
         if not whole.startswith(prompt):
             raise ParaJaxError("the chat template changes earlier turns, so its prompts cannot be told from responses")
-        yield prompt, whole[len(prompt) :]
+        end = _generated_end(messages[: i + 1], tokenizer)
+        yield prompt, whole[len(prompt) : end]
+
+
+def _generated_end(messages: list[Any], tokenizer: Any) -> int | None:
+    """Where the last turn ends that the template marks with {% generation %}; None for a template without such marks.
+
+    What follows, such as the line break behind a turn, is the template's and not the assistant's to say.
+    """
+    if not re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.chat_template):
+        return None
+    encoded = tokenizer.apply_chat_template(
+        messages,
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        tokenizer_kwargs={"return_offsets_mapping": True},
+    )
+    ends = [end for (_, end), own in zip(encoded["offset_mapping"], encoded["assistant_masks"], strict=True) if own]
+    return ends[-1] if ends else 0
 
 
 def _join(tokenizer: Any, pairs: Sequence[tuple[_Turn, str]]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:

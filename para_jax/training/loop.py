@@ -52,6 +52,7 @@ def finetune(
     resume: bool = False,
     overwrite: bool = False,
     remat: bool | None = None,
+    chat_templates: Mapping[str, str] | None = None,
     show: Callable[[str], None] = print,
 ) -> AdapterBank:
     """Tunes every tenant of `bank` on its own examples, all in one step.
@@ -68,6 +69,7 @@ def finetune(
       overwrite: replace an existing `out`.
       remat: recompute layers in the backward pass, which takes less memory and more time; by default only on
         accelerators.
+      chat_templates: those to keep with tenants' adapters; `examples` are encoded with them already.
       show: takes a line of progress.
 
     Returns the tuned bank. Raises ParaJaxError if `out` exists and neither `resume` nor `overwrite` is set, or holds
@@ -126,7 +128,8 @@ def finetune(
         if done < total:
             raise Interrupted(done)
     for name in names:
-        save_adapter(state.bank[name], out / name, backbone.config, overwrite=True)
+        template = (chat_templates or {}).get(name)
+        save_adapter(state.bank[name], out / name, backbone.config, chat_template=template, overwrite=True)
     return state.bank
 
 

@@ -9,6 +9,7 @@ import pytest
 from para_jax import IA3Config, LoraConfig, ParaConfig, ParaJaxError, tiny_backbone_path
 from para_jax.cli import main
 from para_jax.cli.finetune import method_configs
+from para_jax.decoding import generate as generate_module
 
 
 def rows(tmp_path, name, words):
@@ -290,3 +291,42 @@ def test_the_tiny_backbone_is_the_default():
 
     assert parser().parse_args(["generate", "--prompt", "x"]).model is None
     assert tiny_backbone_path().endswith("tiny-books")
+
+
+def test_a_chat_template_is_kept_with_its_adapter(tmp_path, capsys, monkeypatch):
+    """Rows of messages of one tenant go through its own template, when it is tuned, evaluated and served."""
+    template = tmp_path / "shout.jinja"
+    template.write_text("{% for m in messages %}{{ m.content | upper }} {% endfor %}")
+    chat = {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "captain"}]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(chat) + "\n")
+    tenants = ["--tenant", f"a={tmp_path / 'rows.jsonl'}", "--tenant", f"b={tmp_path / 'rows.jsonl'}"]
+    out = tmp_path / "out"
+    options = ["--steps", "1", "--rows", "1", "--r", "2", "--out", out]
+    missing = failure(capsys, "finetune", *tenants, "--chat-template", "b=nowhere.jinja", *options)
+    assert "nowhere.jinja is no file" in missing
+    arguments = [*tenants, "--chat-template", f"b={template}", *options]
+    assert main(["finetune", *map(str, arguments)]) == 0
+    assert (out / "b" / "chat_template.jinja").read_text() == template.read_text()
+    assert not (out / "a" / "chat_template.jinja").exists()
+
+    seen = {}
+
+    def complete(backbone, tokenizer, prompts, **options):
+        seen.update(zip(options["tenants"], map(tokenizer.decode, prompts), strict=True))
+        return original(backbone, tokenizer, prompts, **options)
+
+    original = generate_module.complete
+    monkeypatch.setattr(generate_module, "complete", complete)
+    rows = [{"tenant": tenant, "messages": chat["messages"][:1]} for tenant in ("b", None, "a")]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = ["--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "answers.jsonl")]
+    assert main(["generate", "--adapters", str(out), *files, "--max-new-tokens", "2"]) == 0
+    assert seen == {"b": "HELLO ", None: "User: hello\nAssistant:", "a": "User: hello\nAssistant:"}
+    assert main(["evaluate", "--adapters", str(out), *tenants, "--max-new-tokens", "2"]) == 0
+
+
+def test_weights_in_few_bits(tuned, capsys):
+    out, _ = tuned
+    arguments = ["--adapters", str(out), "--quantize", "int8", "--tenant", "acme", "--prompt", "The house is"]
+    assert main(["generate", *arguments, "--max-new-tokens", "3"]) == 0
+    assert capsys.readouterr().out.strip()

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from para_jax import ParaJaxError
+from para_jax.convert.tokenizer import check_vocabulary, with_chat_template
 from para_jax.data.examples import read_examples
 
 EOS = (0,)
@@ -54,6 +55,33 @@ def test_every_assistant_turn_is_an_example(tmp_path, tokenizer):
     assert question.prompt_ids == second.prompt_ids and question.response_ids == ()
 
 
+# Ends a turn with a token of its own, which the assistant says, and a line that it does not.
+MARKED = (
+    "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<end>"
+    "{% endgeneration %}{% else %}{{ m.content }}{% endif %}--- {% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def test_what_a_template_marks_is_the_response(tmp_path, tokenizer):
+    messages = [
+        {"role": "user", "content": "Who are you?"},
+        {"role": "assistant", "content": "A captain."},
+        {"role": "user", "content": "Where to?"},
+        {"role": "assistant", "content": "London."},
+    ]
+    path = write(tmp_path, {"messages": messages})
+    first, second = read_examples(path, with_chat_template(tokenizer, MARKED), EOS)
+    assert tokenizer.decode(first.response_ids) == "A captain.<end><|endoftext|>"
+    assert first.prompt == "<user>Who are you?--- <assistant>"
+    assert tokenizer.decode(second.response_ids) == "London.<end><|endoftext|>"
+    assert second.prompt == first.prompt + "A captain.<end>--- <user>Where to?--- <assistant>"
+    # The same template without the marks says more.
+    plain = MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    (more, _) = read_examples(path, with_chat_template(tokenizer, plain), EOS)
+    assert tokenizer.decode(more.response_ids) == "A captain.<end>--- <|endoftext|>"
+
+
 def test_choices_and_references(tmp_path, tokenizer):
     row = {"prompt": "Kind:", "response": "a b", "choices": ["a b", "c"], "references": ["a b", "b a"]}
     (e,) = read_examples(write(tmp_path, row), tokenizer, EOS)
@@ -91,6 +119,12 @@ def test_a_bad_row_is_named(tmp_path, tokenizer, row, says):
 def test_all_bad_rows_are_counted(tmp_path, tokenizer):
     with pytest.raises(ParaJaxError, match="and 3 more"):
         read_examples(write(tmp_path, *["{"] * 8), tokenizer, EOS)
+
+
+def test_a_tokenizer_of_another_model(tokenizer):
+    check_vocabulary(tokenizer, 4096)
+    with pytest.raises(ParaJaxError, match=r"has token 4095 .* vocabulary has 4000; one of the two is another model's"):
+        check_vocabulary(tokenizer, 4000)
 
 
 def test_no_file_no_rows(tmp_path, tokenizer):

@@ -1,0 +1,123 @@
+"""Attention over whole prompts by kernels that others maintain, and which of them a backbone uses.
+
+    plain   jnp and XLA (attention.py), everywhere
+    cudnn   cuDNN's flash attention, through jax.nn.dot_product_attention: NVIDIA GPUs, bfloat16, no soft-capping
+    splash  JAX's Pallas kernel for TPUs; on a CPU it is interpreted, which is slow and for tests
+
+Single steps of decoding are always plain: there is one query a row, and nothing to gain.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+
+from para_jax.backbones.attention import Seen, attention
+from para_jax.errors import ParaJaxError, unknown
+
+if TYPE_CHECKING:
+    from jax import Array
+    from jaxtyping import Float
+
+    from para_jax.backbones.config import BackboneConfig
+
+Kernel = Literal["plain", "cudnn", "splash"]
+LANES = 128  # of a TPU's vectors: heads are padded to a multiple
+TILE = 512  # queries and keys of a step of the TPU kernel, or LANES for rows up to it
+
+
+def choose(name: str, config: BackboneConfig, dtype: jnp.dtype) -> Kernel:
+    """The kernel of this name, or with "auto" the one for the device that JAX runs on.
+
+    Raises ParaJaxError for an unknown name, or a kernel that cannot compute this backbone.
+    """
+    if name not in ("auto", *get_args(Kernel)):
+        raise unknown("attention", name, ("auto", *get_args(Kernel)))
+    capped = config.attn_logit_softcapping is not None
+    if name == "cudnn" and (capped or dtype != jnp.bfloat16):
+        why = "soft-capping" if capped else f"{dtype} (it wants bfloat16)"
+        raise ParaJaxError(f"cuDNN's attention has no {why}; choose attention='plain'")
+    if name != "auto":
+        return name  # type: ignore[return-value]
+    backend = jax.default_backend()
+    if backend == "gpu" and dtype == jnp.bfloat16 and not capped:
+        return "cudnn"
+    return "splash" if backend == "tpu" else "plain"
+
+
+def prompt_attention(
+    kernel: Kernel,
+    q_btkgh: Float[Array, "b t k g hd"],
+    k_bksh: Float[Array, "b k t hd"],
+    v_bksh: Float[Array, "b k t hd"],
+    seen: Seen,
+    scale: float,
+    softcap: float | None = None,
+) -> Float[Array, "b t kghd"]:
+    """`attention` of rows that begin in the first column: their queries, keys and values.
+
+    What padding gets differs between kernels; nothing reads it.
+    """
+    if kernel == "cudnn":
+        return fused(q_btkgh, k_bksh, v_bksh, seen, scale, "cudnn")
+    if kernel == "splash":
+        return splash(q_btkgh, k_bksh, v_bksh, seen, scale, softcap)
+    return attention(q_btkgh, k_bksh, v_bksh, seen, scale, softcap)
+
+
+def fused(
+    q_btkgh: Array, k_bksh: Array, v_bksh: Array, seen: Seen, scale: float, implementation: Literal["cudnn", "xla"]
+) -> Array:
+    """Through jax.nn.dot_product_attention, which wants rows that begin at their first token."""
+    b, t, k, g, hd = q_btkgh.shape
+    first_b = jnp.argmax(seen.valid_bs, axis=1)
+    length_b = jnp.sum(seen.valid_bs, axis=1, dtype=jnp.int32)
+
+    def moved(x_bt: Array, by_b: Array) -> Array:
+        source_bt = (jnp.arange(t)[None] + by_b[:, None]) % t
+        return jnp.take_along_axis(x_bt, source_bt.reshape(b, t, *[1] * (x_bt.ndim - 2)), axis=1)
+
+    q, k_, v = (
+        moved(x, first_b) for x in (q_btkgh.reshape(b, t, k * g, hd), k_bksh.swapaxes(1, 2), v_bksh.swapaxes(1, 2))
+    )
+    mixed = jax.nn.dot_product_attention(
+        q, k_, v, scale=scale, is_causal=True, query_seq_lengths=length_b, key_value_seq_lengths=length_b,
+        local_window_size=None if seen.window is None else (seen.window - 1, 0), implementation=implementation,
+    )  # fmt: skip
+    return moved(mixed, -first_b).reshape(b, t, -1)
+
+
+def splash(
+    q_btkgh: Array, k_bksh: Array, v_bksh: Array, seen: Seen, scale: float, softcap: float | None = None
+) -> Array:
+    """Through JAX's splash attention. Padding is a segment of its own, so that no token sees it."""
+    # Pallas takes a while to import, and is not there on every platform.
+    from jax.experimental.pallas.ops.tpu import splash_attention as sa
+
+    b, t, k, g, hd = q_btkgh.shape
+    tile = TILE if t > TILE else LANES
+    size, width = -(-t // tile) * tile, -(-hd // LANES) * LANES
+
+    def padded(x: Array) -> Array:
+        return jnp.pad(x, [(0, 0), (0, 0), (0, size - t), (0, width - hd)])
+
+    q = padded((q_btkgh * scale).astype(q_btkgh.dtype).reshape(b, t, k * g, hd).swapaxes(1, 2))
+    segment = jnp.pad(seen.valid_bs.astype(jnp.int32), [(0, 0), (0, size - t)])
+    shape = (size, size)
+    mask = sa.CausalMask(shape) if seen.window is None else sa.LocalMask(shape, (seen.window - 1, 0), 0)
+    tiles = sa.BlockSizes(tile, tile, tile, tile, tile, tile, tile, tile)
+    make = partial(
+        sa.make_splash_mha_single_device, sa.MultiHeadMask([mask] * (k * g)), block_sizes=tiles,
+        attn_logits_soft_cap=softcap,
+    )  # fmt: skip
+
+    def run(interpret: bool, q: Array, k: Array, v: Array, segment: Array) -> Any:
+        kernel = make(interpret=interpret)
+        return jax.vmap(lambda q, k, v, ids: kernel(q, k, v, segment_ids=sa.SegmentIds(ids, ids)))(q, k, v, segment)
+
+    arguments = (q, padded(k_bksh), padded(v_bksh), segment)
+    mixed = jax.lax.platform_dependent(*arguments, cpu=partial(run, True), default=partial(run, False))
+    return mixed[..., :t, :hd].swapaxes(1, 2).reshape(b, t, -1)

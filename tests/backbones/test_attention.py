@@ -1,0 +1,172 @@
+"""Every way to attend against the textbook's, and TPU kernels compiled for TPUs that are not here."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from para_jax import Backbone, BackboneConfig, ParaJaxError
+from para_jax.backbones import attention as plain
+from para_jax.backbones.attention import Seen, attention
+from para_jax.backbones.kernels import choose, fused, splash
+from tests.helpers import SMALL, family_backbone, family_fields
+
+B, K, G, HD = 3, 2, 2, 16
+
+
+def drawn(t: int, seed: int = 0) -> tuple[list[jax.Array], np.ndarray]:
+    """q, k, v, and which columns hold tokens: a full row, one flush right, one flush left."""
+    rng = np.random.default_rng(seed)
+    arrays = [rng.normal(size=(B, *shape, HD)).astype(np.float32) for shape in ((t, K, G), (K, t), (K, t))]
+    valid = np.ones((B, t), bool)
+    valid[1, : t // 3], valid[2, t // 2 :] = False, False
+    return [jnp.asarray(x) for x in arrays], valid
+
+
+def textbook(q, k, v, valid, window, scale, softcap) -> np.ndarray:
+    """A loop over rows, heads and queries, float64."""
+    b, t, kh, g, hd = q.shape
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    out = np.zeros((b, t, kh, g, hd))
+    for row, head, group, at in np.ndindex(b, kh, g, t):
+        first = 0 if window is None else max(0, at - window + 1)
+        keys = [s for s in range(first, at + 1) if valid[row, s]]
+        if not keys:
+            continue
+        score = k[row, head, keys] @ q[row, at, head, group] * scale
+        score = score if softcap is None else softcap * np.tanh(score / softcap)
+        weight = np.exp(score - score.max())
+        out[row, at, head, group] = weight / weight.sum() @ v[row, head, keys]
+    return out.reshape(b, t, -1)
+
+
+CASES = [(None, None), (5, None), (None, 1.5), (9, 0.7)]
+
+
+def close(ours: jax.Array, expected: np.ndarray, valid: np.ndarray) -> None:
+    """At tokens; what padding gets nothing reads."""
+    assert np.isfinite(np.asarray(ours)).all()
+    assert np.abs(np.asarray(ours) - expected)[valid].max() < 1e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(("window", "softcap"), CASES)
+@pytest.mark.parametrize("block", [512, 8])
+def test_plain(window: int | None, softcap: float | None, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one block, and as several of which the last is not full."""
+    monkeypatch.setattr(plain, "BLOCK", block)
+    (q, k, v), valid = drawn(19)
+    ours = attention(q, k, v, Seen(jnp.asarray(valid), jnp.arange(19), window), 0.3, softcap)
+    close(ours, textbook(q, k, v, valid, window, 0.3, softcap), valid)
+
+
+def test_long_rows_do_not_hold_their_scores() -> None:
+    """Neither forward nor backward: the temporary memory of four times the length is about four times, not sixteen."""
+
+    def memory(t: int) -> int:
+        (q, k, v), valid = drawn(t)
+        seen = Seen(jnp.asarray(valid), jnp.arange(t))
+        loss = jax.grad(lambda q: jnp.sum(attention(q, k, v, seen, 0.3)))
+        return jax.jit(loss).lower(q).compile().memory_analysis().temp_size_in_bytes
+
+    short, long = memory(2048), memory(8192)
+    assert long < 6 * short
+    assert long < 4 * B * K * G * 8192 * 8192 / 4
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_fused(window: int | None) -> None:
+    """The call that is cuDNN's on a GPU, computed by XLA."""
+    (q, k, v), valid = drawn(19)
+    seen = Seen(jnp.asarray(valid), jnp.arange(19), window)
+    close(fused(q, k, v, seen, 0.3, "xla"), textbook(q, k, v, valid, window, 0.3, None), valid)
+
+
+@pytest.mark.parametrize(("window", "softcap"), CASES)
+def test_splash_interpreted(window: int | None, softcap: float | None) -> None:
+    (q, k, v), valid = drawn(150)
+    seen = Seen(jnp.asarray(valid), jnp.arange(150), window)
+
+    def loss(attend, q, k, v):
+        out = attend(q, k, v, seen, 0.3, softcap)
+        return jnp.sum(jnp.where(valid[..., None], jnp.sin(3 * out), 0)), out
+
+    (ours, theirs) = (
+        jax.jit(jax.value_and_grad(partial(loss, attend), argnums=(0, 1, 2), has_aux=True))(q, k, v)
+        for attend in (splash, attention)
+    )
+    close(ours[0][1], np.asarray(theirs[0][1]), valid)
+    for x, y in zip(ours[1], theirs[1], strict=True):
+        assert np.abs(x - y).max() < 1e-4 * np.abs(y).max()
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_a_backbone_that_uses_it(stacked: bool) -> None:
+    """Prefill and decode of a model with windows in some layers and soft-capping."""
+    backbones = [
+        Backbone(BackboneConfig.from_hf(family_fields("gemma2")), jax.random.key(0), "float32", stacked, None, kernel)
+        for kernel in ("splash", "plain")
+    ]
+    weights = jax.tree.leaves(family_backbone("gemma2", stacked=stacked))
+    backbones = [jax.tree.unflatten(jax.tree.structure(b), weights) for b in backbones]
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 62, (2, 9), dtype=np.int32))
+    mask = jnp.asarray(np.arange(9)[None] >= np.array([[0], [4]]))
+    ours, theirs = (np.asarray(b(tokens, mask=mask)) for b in backbones)
+    assert np.abs(ours - theirs)[np.asarray(mask)].max() < 1e-5 * np.abs(theirs).max()
+
+
+def test_the_choice() -> None:
+    assert choose("auto", SMALL, jnp.dtype("float32")) == "plain"  # on a CPU
+    with pytest.raises(ParaJaxError, match=r"unknown attention 'flash'; did you mean 'splash'\?"):
+        choose("flash", SMALL, jnp.dtype("float32"))
+    with pytest.raises(ParaJaxError, match=r"float32 .it wants bfloat16.; choose attention='plain'"):
+        choose("cudnn", SMALL, jnp.dtype("float32"))
+    with pytest.raises(ParaJaxError, match="soft-capping"):
+        choose("cudnn", BackboneConfig.from_hf(family_fields("gemma2")), jnp.dtype("bfloat16"))
+
+
+COMPILE = """
+import jax, jax.numpy as jnp, sys
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+from para_jax.backbones.attention import Seen
+from para_jax.backbones.kernels import splash
+
+kind = sys.argv[1]
+device = topologies.get_topology_desc(platform="tpu", topology_name=f"{kind}:2x2").devices[0]
+here = SingleDeviceSharding(device)
+def shaped(*shape, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=here)
+b, t, k, g, hd = 2, 1100, 2, 4, 64
+def loss(window, softcap, q, keys, values, valid):
+    return jnp.sum(splash(q, keys, values, Seen(valid, jnp.arange(t), window), 0.125, softcap).astype(jnp.float32))
+for window, softcap in ((None, None), (300, None), (300, 50.0)):
+    step = jax.jit(jax.value_and_grad(lambda *x: loss(window, softcap, *x), argnums=(0, 1, 2)))
+    arguments = shaped(b, t, k, g, hd), shaped(b, k, t, hd), shaped(b, k, t, hd), shaped(b, t, dtype=bool)
+    compiled = step.lower(*arguments).compile()
+    text = compiled.as_text()
+    assert text.count("tpu_custom_call") >= 3, "forward and both halves of the backward pass are the kernel"
+print("compiled for", device.device_kind)
+"""
+
+
+@pytest.mark.parametrize("kind", ["v5e", "v6e"])
+def test_the_kernel_compiles_for_tpus(kind: str) -> None:
+    """With no TPU here: for real chips, forward and backward."""
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-8" if kind == "v5e" else "v6e-8",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }
+    done = subprocess.run([sys.executable, "-c", COMPILE, kind], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "compiled for TPU" in done.stdout
