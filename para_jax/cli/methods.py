@@ -143,14 +143,16 @@ def usual(shape: BackboneShape) -> Mapping[str, MethodConfig]:
     """
     from para_jax.adapters.ia3 import IA3Config
     from para_jax.adapters.lora import LoraConfig
+    from para_jax.adapters.method import linear_sites
     from para_jax.adapters.para import ParaConfig
 
-    q_v, sites, layers = ("q_proj", "v_proj"), list(shape.sites), range(shape.num_hidden_layers)
+    q_v, sites, layers = ("q_proj", "v_proj"), list(linear_sites(shape)), range(shape.num_hidden_layers)
     two = [f"layers.{i}.{shape.sites[sites[(2 * i + j) % len(sites)]].path}" for i in layers for j in (0, 1)]
     ours = IA3Config(target_modules=("q_proj", "k_proj", "up_proj"), feedforward_modules=())
     return {
         "para r=12": ParaConfig(r=12),
-        "ia3 k, v, down (PEFT's)": IA3Config(),
+        # Of experts PEFT scales no input.
+        **({"ia3 k, v, down (PEFT's)": IA3Config()} if "down_proj" in sites else {}),
         "ia3 q, k, up": ours,
         "fanlora r=8, 2 modules a layer": LoraConfig(r=8, target_modules=tuple(two)),
         **{f"lora r={r}, q and v": LoraConfig(r=r, target_modules=q_v) for r in RANKS},

@@ -29,6 +29,7 @@ from para_jax.errors import ParaJaxError
 from para_jax.sharding import check_mesh, spec
 
 FILES = ["*.json", "*.safetensors", "tokenizer*", "*.jinja"]
+TORCH_FILES = ["*.json", "pytorch_model*.bin", "tokenizer*", "*.jinja"]
 # What belongs to a checkpoint and says nothing about its weights.
 BESIDE = (GENERATION, "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
           "chat_template*", "LICENSE*", "NOTICE*")  # fmt: skip
@@ -52,6 +53,8 @@ def load_backbone(
 ) -> Backbone:
     """See `Backbone.from_pretrained`. A host holds the model, or its part of it, and one tensor, never more."""
     folder = checkpoint_folder(path_or_hub_id, FILES)
+    if not Path(path_or_hub_id).expanduser().is_dir() and not any(folder.glob("*.safetensors")):
+        folder = checkpoint_folder(path_or_hub_id, TORCH_FILES)
     config = BackboneConfig.from_folder(folder, name=str(path_or_hub_id))
     if mesh is not None:
         check_mesh(config, mesh)

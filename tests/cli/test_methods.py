@@ -13,7 +13,7 @@ import pytest
 from para_jax import AdapterBank, Backbone, BackboneConfig
 from para_jax.cli import main
 from para_jax.cli.methods import cost, step_bytes, usual
-from tests.helpers import METHODS, SMALL, random_adapter, random_backbone
+from tests.helpers import METHODS, SMALL, family_fields, random_adapter, random_backbone
 
 LLAMA_7B = {
     "model_type": "llama",
@@ -108,3 +108,13 @@ def test_mistakes(tmp_path, capsys) -> None:
     ):
         assert main(["methods", *arguments]) == 1
         assert message in capsys.readouterr().err
+
+
+def test_a_model_with_experts(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its low-rank pairs are of the attention projections, and PEFT's (IA)3, which scales an input, is not offered."""
+    (tmp_path / "config.json").write_text(json.dumps(family_fields("mixtral")))
+    assert main(["methods", "--model", str(tmp_path / "config.json")]) == 0
+    shown = capsys.readouterr().out
+    assert "ia3 q, k, up" in shown and "PEFT's" not in shown
+    shape = BackboneConfig.from_hf(family_fields("mixtral"))
+    assert usual(shape)["lora r=8, all linear"].size(shape) == 2 * 8 * (32 + 32 + 32 + 16 + 32 + 16 + 32 + 32)

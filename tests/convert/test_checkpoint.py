@@ -90,6 +90,22 @@ def test_torch_files_in_bfloat16(folder: Path, tmp_path: Path) -> None:
     assert same(Backbone.from_pretrained(tmp_path / "torch"), Backbone.from_pretrained(folder))
 
 
+def test_a_hub_id_without_safetensors(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its .bin files are fetched only then."""
+    hub = as_torch_files(folder, tmp_path / "torch", 1)
+    fetched = tmp_path / "cache"
+    fetched.mkdir()
+
+    def download(name: str, allow_patterns: list[str]) -> str:
+        for path in hub.iterdir():
+            if any(path.match(pattern) for pattern in allow_patterns):
+                (fetched / path.name).write_bytes(path.read_bytes())
+        return str(fetched)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert same(Backbone.from_pretrained("somebody/something"), Backbone.from_pretrained(folder))
+
+
 class Code:
     """What a pickle runs when it is read."""
 
