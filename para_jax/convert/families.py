@@ -63,7 +63,11 @@ FAMILIES: dict[str, Family] = {
     "qwen3": Family("Qwen3", "Qwen3ForCausalLM", {"qk_norm": "head"}),
     "gemma": Family("Gemma 1", "GemmaForCausalLM", _gemma, only=BOTH_WAYS, neutral=("hidden_activation",)),
     "gemma2": Family(
-        "Gemma 2", "Gemma2ForCausalLM", lambda c: _gemma(c, post_norm=True), only=BOTH_WAYS, neutral=("hidden_act",)
+        "Gemma 2",
+        "Gemma2ForCausalLM",
+        lambda c: _gemma(c, post_norm=True),
+        only=BOTH_WAYS,
+        neutral=("hidden_act", "sliding_window_size"),
     ),
     "gemma3_text": Family(
         "Gemma 3, text only",
@@ -75,7 +79,10 @@ FAMILIES: dict[str, Family] = {
     "phi3": Family(
         "Phi-3 mini and medium, Phi-3.5 mini, Phi-4, Phi-4 mini",
         "Phi3ForCausalLM",
-        neutral=("resid_pdrop", "embd_pdrop", "original_max_position_embeddings", "partial_rotary_factor"),
+        neutral=(
+            *("resid_pdrop", "embd_pdrop", "full_attn_mod", "interpolate_factor"),
+            *("original_max_position_embeddings", "partial_rotary_factor"),  # put into rope_parameters
+        ),
         names=Names(qkv="self_attn.qkv_proj", gate_up="mlp.gate_up_proj"),
     ),
     "smollm3": Family("SmolLM3", "SmolLM3ForCausalLM", neutral=("no_rope_layer_interval", "max_window_layers")),
