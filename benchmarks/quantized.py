@@ -6,10 +6,10 @@
 
 FOLDER holds .txt files. Of the last 50th of the paragraphs of each, which the backbone that ships was not trained on,
 windows of 256 tokens are read by the backbone in float32, in bfloat16, and with the projections of its layers in int8
-(a scale for each output) and int4 (a scale for each 64 inputs). Perplexity is of a token; the error of logits is root
-mean square over root mean square, against float32. Bytes are of the arrays on the device. The second table has, from
-shapes alone, what an 8B model (Llama 3's) and a 7B one (Llama 2's) come to, and how many positions of cache the rest of
-the 16 GiB of a small accelerator holds.
+(a scale for each output) and int4 (a scale for each 64 inputs), computed in float32 and in bfloat16. Perplexity is of a
+token; the error of logits is root mean square over root mean square, against float32. Bytes are of the arrays on the
+device. The second table has, from shapes alone, what an 8B model (Llama 3's) and a 7B one (Llama 2's) come to, and how
+many positions of cache the rest of the 16 GiB of a small accelerator holds.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ FORMS: dict[str, tuple[str, str | None]] = {
     "bfloat16": ("bfloat16", None),
     "int8": ("float32", "int8"),
     "int4": ("float32", "int4"),
+    "int8, bfloat16": ("bfloat16", "int8"),
+    "int4, bfloat16": ("bfloat16", "int4"),
 }
 LARGE = {
     "Llama 3 8B": {

@@ -78,6 +78,8 @@ def make_mesh(sizes: Mapping[str, int] | str, devices: Any = None) -> Mesh:
 
 def check_mesh(config: BackboneConfig, mesh: Mesh) -> None:
     """Raises ParaJaxError, naming the size and its nearest divisor, if a backbone cannot be split so."""
+    if mesh.axis_names != AXES:
+        raise ParaJaxError(f"the mesh has axes {mesh.axis_names}, not {AXES}; make it with para_jax.sharding.make_mesh")
     tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
     inner = config.intermediate_size if config.experts is None else config.experts.width
     for what, size, axis, parts in (
@@ -93,10 +95,10 @@ def check_mesh(config: BackboneConfig, mesh: Mesh) -> None:
 def spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     """Where the axes of a weight go: `blocks.3.qkv`, `blocks.qkv` with the layers in front, or `embed`.
 
-    What is small (norms, routers, scales, most biases) is on every device, and so is an axis that its mesh axis does
-    not divide, such as an odd vocabulary.
+    What is small (norms, routers, biases of o_proj and down_proj) is on every device, and so is an axis that its mesh
+    axis does not divide, such as an odd vocabulary.
     """
-    leaf = name.rpartition(".")[2]
+    leaf, scale = name.rpartition(".")[2].removesuffix("_scale"), name.endswith("_scale")
     layers = name.startswith("blocks.") and name.count(".") == 1
     own = shape[1:] if layers else shape
     meanings = MEANINGS.get(leaf, ())
@@ -104,6 +106,8 @@ def spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
         meanings = MEANINGS.get(f"experts.{leaf}", ())
     if len(meanings) != len(own):
         return P()
+    if scale:  # one for each group of inputs
+        meanings = (*meanings[:-1], None)
     axes = [PLACES.get(meaning or "") for meaning in meanings]
     split = [
         axis if axis is not None and n % mesh.shape[axis] == 0 else None for axis, n in zip(axes, own, strict=True)

@@ -70,13 +70,13 @@ def save_adapter(
         (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
         if chat_template is not None:
-            (partial / TEMPLATE).write_text(chat_template)
+            (partial / TEMPLATE).write_text(chat_template, encoding="utf-8")
 
 
 def load_chat_template(folder: str | Path) -> str | None:
     """The chat template that is kept with an adapter, if there is one."""
     path = Path(folder) / TEMPLATE
-    return path.read_text() if path.is_file() else None
+    return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
 def load_adapter(folder: str | Path, shape: BackboneShape) -> Adapter:

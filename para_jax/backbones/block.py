@@ -16,7 +16,7 @@ from para_jax.backbones.linear import QUANTIZED, dequantized, product, rms_norm
 
 if TYPE_CHECKING:
     from jax import Array
-    from jaxtyping import Float
+    from jaxtyping import Float, Int
 
 Activation = Callable[[Any], Any]
 ACTIVATIONS: dict[str, Activation] = {
@@ -24,6 +24,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "gelu": partial(jax.nn.gelu, approximate=False),
     "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
     "relu": jax.nn.relu,
+    "swish": jax.nn.silu,
 }
 
 
@@ -172,7 +173,7 @@ class Block(nnx.Module):
 
 
 def grouped_product(
-    x: Float[Array, "n i"], weights: Float[Array, "e o i"], sizes: Float[Array, "e"]
+    x: Float[Array, "n i"], weights: Float[Array, "e o i"], sizes: Int[Array, "e"]
 ) -> Float[Array, "n o"]:
     """x W_e^T with the first `sizes[0]` rows of x for the first weight, and so on; float32 sums and output."""
     numbers = jax.lax.RaggedDotDimensionNumbers(

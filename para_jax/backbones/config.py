@@ -164,9 +164,8 @@ class BackboneConfig:
         config = cls.from_hf(read_json(folder / CONFIG), name)
         if (folder / GENERATION).is_file():
             # The chat models' list of stop tokens is often only here.
-            eos = read_json(folder / GENERATION).get("eos_token_id")
-            if eos is not None:
-                return replace(config, eos_token_ids=tuple(eos) if isinstance(eos, list) else (eos,))
+            eos = as_token_ids(read_json(folder / GENERATION).get("eos_token_id"))
+            return replace(config, eos_token_ids=eos) if eos else config
         return config
 
     @classmethod
@@ -176,6 +175,15 @@ class BackboneConfig:
         from para_jax.convert.families import config_from_hf
 
         return config_from_hf(fields, name)
+
+
+def as_token_ids(value: int | list[int] | None) -> tuple[int, ...]:
+    """Token ids as config files have them: one, several, or none.
+
+    >>> as_token_ids(2), as_token_ids([3, 4]), as_token_ids(None)
+    ((2,), (3, 4), ())
+    """
+    return tuple(value) if isinstance(value, list) else () if value is None else (value,)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -57,13 +57,15 @@ class Backbone(nnx.Module):
         stacked: bool | None = None,
         quantize: Quantize | None = None,
         attention: Attention = "auto",
+        devices: int = 1,
     ):
-        """Random weights, N(0, 0.02). `from_pretrained` is for a checkpoint."""
+        """Random weights, N(0, 0.02), to be shared by so many devices. `from_pretrained` is for a checkpoint."""
         compute = compute_dtype(dtype)
         if quantize is not None and quantize not in QUANTIZED:
             raise unknown("quantize", quantize, QUANTIZED)
         self.config = config
-        self.attention = choose(attention, config, compute)
+        self.quantize = quantize
+        self.attention = choose(attention, config, compute, devices)
         self.stacked = default_stacked() if stacked is None else stacked
         top, *layers = jax.random.split(key, 1 + config.num_hidden_layers)
         embed, head = jax.random.split(top)

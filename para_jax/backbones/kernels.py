@@ -1,8 +1,9 @@
 """Attention over whole prompts by kernels that others maintain, and which of them a backbone uses.
 
     plain   jnp and XLA (attention.py), everywhere
-    cudnn   cuDNN's flash attention, through jax.nn.dot_product_attention: NVIDIA GPUs, bfloat16, no soft-capping
-    splash  JAX's Pallas kernel for TPUs; on a CPU it is interpreted, which is slow and for tests
+    cudnn   cuDNN's flash attention, through jax.nn.dot_product_attention: NVIDIA GPUs from Ampere, bfloat16, heads of
+            up to 128 features (256 from Hopper), no soft-capping
+    splash  JAX's Pallas kernel for TPUs, on one device; on a CPU it is interpreted, which is slow and for tests
 
 Single steps of decoding are always plain: there is one query a row, and nothing to gain.
 """
@@ -29,23 +30,40 @@ LANES = 128  # of a TPU's vectors: heads are padded to a multiple
 TILE = 512  # queries and keys of a step of the TPU kernel, or LANES for rows up to it
 
 
-def choose(name: str, config: BackboneConfig, dtype: jnp.dtype) -> Kernel:
+def choose(name: str, config: BackboneConfig, dtype: jnp.dtype, devices: int = 1) -> Kernel:
     """The kernel of this name, or with "auto" the one for the device that JAX runs on.
 
-    Raises ParaJaxError for an unknown name, or a kernel that cannot compute this backbone.
+    `devices` is how many share the weights: the compiler does not split TPU kernels over them.
+
+    Raises ParaJaxError for an unknown name, or a kernel that cannot compute this backbone here.
     """
     if name not in ("auto", *get_args(Kernel)):
         raise unknown("attention", name, ("auto", *get_args(Kernel)))
-    capped = config.attn_logit_softcapping is not None
-    if name == "cudnn" and (capped or dtype != jnp.bfloat16):
-        why = "soft-capping" if capped else f"{dtype} (it wants bfloat16)"
-        raise ParaJaxError(f"cuDNN's attention has no {why}; choose attention='plain'")
+    backend, capped = jax.default_backend(), config.attn_logit_softcapping is not None
+    lacks = {
+        "cudnn": _cudnn_lacks(config.head_dim) if backend == "gpu" else f"runs on NVIDIA GPUs, not on {backend}",
+        "splash": "runs on TPUs" if backend == "gpu" else "is not split over several devices" if devices > 1 else "",
+    }
+    if capped or dtype != jnp.bfloat16:
+        lacks["cudnn"] = "has no soft-capping" if capped else f"has no {dtype}, only bfloat16"
+    if lacks.get(name):
+        raise ParaJaxError(f"attention={name!r} {lacks[name]}; choose attention='plain' or 'auto'")
     if name != "auto":
         return name  # type: ignore[return-value]
-    backend = jax.default_backend()
-    if backend == "gpu" and dtype == jnp.bfloat16 and not capped:
-        return "cudnn"
-    return "splash" if backend == "tpu" else "plain"
+    own: Kernel = "cudnn" if backend == "gpu" else "splash" if backend == "tpu" else "plain"
+    return "plain" if lacks.get(own) else own
+
+
+def _cudnn_lacks(head_dim: int) -> str:
+    """Why cuDNN's flash attention does not run on this GPU, or nothing."""
+    try:
+        capability = tuple(int(part) for part in jax.local_devices()[0].compute_capability.split("."))
+    except (AttributeError, ValueError):
+        return "runs on NVIDIA GPUs"
+    if capability < (8, 0):
+        return "wants an Ampere GPU or a later one"
+    most = 256 if capability >= (9, 0) else 128
+    return "" if head_dim % 8 == 0 and head_dim <= most else f"takes heads of up to {most} features, by eights"
 
 
 def prompt_attention(

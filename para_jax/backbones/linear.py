@@ -60,18 +60,23 @@ def quantized(weight: Float[np.ndarray, "*o i"], bits: Bits) -> tuple[np.ndarray
     >>> few.tolist(), scale.tolist()
     ([[127, -1], [0, 0]], [[1.0], [0.0]])
     """
-    *outputs, inputs = weight.shape
-    grouped = weight.astype(np.float32).reshape(*outputs, bits.groups(inputs), -1)
-    scale = np.abs(grouped).max(axis=-1) / np.float32(bits.most)
-    whole = np.rint(grouped / np.where(scale == 0, 1, scale)[..., None])
-    return whole.reshape(weight.shape).astype(bits.dtype), scale
+    groups = bits.groups(weight.shape[-1])
+    rows = weight.reshape(-1, groups, weight.shape[-1] // groups)
+    whole, scale = np.empty(rows.shape, bits.dtype), np.empty(rows.shape[:2], np.float32)
+    step = max(1, 2**22 // weight.shape[-1])  # rows at a time, so that what is made on the way stays small
+    for start in range(0, len(rows), step):
+        some = rows[start : start + step].astype(np.float32)
+        own = np.abs(some).max(axis=-1) / np.float32(bits.most)
+        scale[start : start + step] = own
+        whole[start : start + step] = np.rint(some / np.where(own == 0, 1, own)[..., None]).astype(bits.dtype)
+    return whole.reshape(weight.shape), scale.reshape(*weight.shape[:-1], groups)
 
 
 def dequantized(weight: Int[Array, "*o i"], scale: Float[Array, "*o groups"], dtype: Any) -> Float[Array, "*o i"]:
     """The weight again, in `dtype`, for the product that reads it."""
     *outputs, inputs = weight.shape
-    grouped = weight.astype(dtype).reshape(*outputs, scale.shape[-1], -1)
-    return (grouped * scale.astype(dtype)[..., None]).reshape(*outputs, inputs)
+    grouped = weight.astype(jnp.float32).reshape(*outputs, scale.shape[-1], -1)
+    return (grouped * scale[..., None]).astype(dtype).reshape(*outputs, inputs)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class Options(NamedTuple):
-    """The options of a type of stretching, by transformers' names; `context` is the model's own without them."""
+    """The options of a type of stretching, by transformers' names."""
 
     needs: tuple[str, ...] = ()
     may_have: tuple[str, ...] = ()

@@ -113,14 +113,17 @@ def adapter_folders(folder: str | Path, names: Sequence[str] | None = None) -> d
     return there if names is None else {name: there[name] for name in names}
 
 
-def tenant_tokenizer(tokenizer: Any, folder: str | Path | None, tenant: str | None) -> Any:
-    """The tokenizer with the chat template that is kept with a tenant's adapter, if there is one."""
-    from para_jax.adapters.files import load_chat_template
-    from para_jax.convert.tokenizer import with_chat_template
+def kept_template(folder: str | Path | None, tenants: Sequence[str]) -> str | None:
+    """The chat template that is kept with these tenants' adapters, if there is one.
 
-    if folder is None or tenant is None:
-        return tokenizer
-    return with_chat_template(tokenizer, load_chat_template(Path(folder) / tenant))
+    Raises ParaJaxError if they do not have the same.
+    """
+    from para_jax.adapters.files import load_chat_template
+
+    kept = {name: load_chat_template(Path(folder) / name) for name in tenants} if folder is not None else {}
+    if len(set(kept.values())) > 1:
+        raise ParaJaxError(f"{' and '.join(kept)} have different chat templates; give prompts instead of messages")
+    return next(iter(kept.values()), None)
 
 
 def load_bank(folder: str | Path | None, names: Sequence[str], backbone: Backbone) -> AdapterBank | None:

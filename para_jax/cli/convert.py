@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
         default="auto",
-        help="of the weights that are written (default: as the checkpoint's config.json says)",
+        help="of the weights that are written (default: as they are in the checkpoint's files)",
     )
     parser.add_argument("--out", metavar="DIR", help="folder to write")
     parser.add_argument("--adapter", metavar="DIR", help="an adapter's folder, to merge into the weights")
@@ -45,15 +45,19 @@ def run(args: argparse.Namespace) -> int:
     size = shard_bytes(args.shard_size)
 
     from para_jax import Backbone, load_adapter, merge_adapter, tiny_backbone_path
-    from para_jax.backbones.config import CONFIG, checkpoint_folder, read_json
+    from para_jax.adapters.files import load_chat_template
+    from para_jax.backbones.config import checkpoint_folder
     from para_jax.convert.checkpoint import FILES, save_backbone
+    from para_jax.convert.tensors import open_tensors
 
     model = args.model or tiny_backbone_path()
     folder = checkpoint_folder(model, FILES)
-    fields = read_json(folder / CONFIG)
-    written = fields.get("dtype") or fields.get("torch_dtype") or "float32" if args.dtype == "auto" else args.dtype
+    dtypes = sorted(set(open_tensors(folder).dtype.values()))
+    if len(dtypes) > 1 and args.dtype == "auto" and args.out is not None:
+        raise ParaJaxError(f"{model} has tensors of {' and '.join(dtypes)}; say with --dtype what to write")
+    written = dtypes[0] if args.dtype == "auto" else args.dtype
     # Merged in float32, where a small change is not lost in rounding, and cast when it is written.
-    as_it_is = args.adapter is None and written == "bfloat16"
+    as_it_is = args.adapter is None and dtypes == [written] == ["bfloat16"]
     backbone = Backbone.from_pretrained(
         model, dtype="bfloat16" if as_it_is else "float32", stacked=False, check_finite=args.check
     )
@@ -61,7 +65,11 @@ def run(args: argparse.Namespace) -> int:
     if args.adapter is not None:
         backbone = merge_adapter(backbone, load_adapter(args.adapter, backbone.config))
     if args.out is not None:
-        save_backbone(backbone, args.out, dtype=written, like=folder, shard_size=size, overwrite=args.overwrite)
+        template = None if args.adapter is None else load_chat_template(args.adapter)
+        save_backbone(
+            backbone, args.out, dtype=written, like=folder, chat_template=template, shard_size=size,
+            overwrite=args.overwrite,
+        )  # fmt: skip
         files = sorted(path.name for path in Path(args.out).glob("*.safetensors"))
         more = f" to {files[-1]}" if len(files) > 1 else ""
         print(f"wrote {args.out}: {files[0]}{more}, {written}")

@@ -54,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
         if name not in files:
             raise unknown("tenant in --choose", name, files)
 
+    from para_jax.convert.tokenizer import with_chat_template
     from para_jax.data.examples import encode_rows, read_rows
     from para_jax.evaluation.evaluate import evaluate
     from para_jax.training.metrics import duration
@@ -68,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
             if len(answers) > MOST_CHOICES:
                 raise ParaJaxError(f"{file} has {len(answers)} different responses, too many for --choose")
             rows = [(place, {"choices": answers, **row}) for place, row in rows]
-        own = common.tenant_tokenizer(tokenizer, args.adapters, name)
+        own = with_chat_template(tokenizer, common.kept_template(args.adapters, [name]))
         examples[name] = encode_rows(rows[: args.limit], own, backbone.config.eos_token_ids)
 
     began = shown = time.monotonic()

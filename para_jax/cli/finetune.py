@@ -157,7 +157,7 @@ def template_file(path: str) -> str:
     """The text of a chat template. Raises ParaJaxError if there is no such file."""
     if not Path(path).is_file():
         raise ParaJaxError(f"--chat-template: {path} is no file")
-    return Path(path).read_text()
+    return Path(path).read_text(encoding="utf-8")
 
 
 def method_configs(names: Sequence[str], chosen: Sequence[str], given: Sequence[str]) -> dict[str, Any]:

@@ -50,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
             raise ParaJaxError(f"{args.output} exists; choose another --output or pass --overwrite")
 
     from para_jax.adapters.bank import strengths_of
+    from para_jax.convert.tokenizer import with_chat_template
     from para_jax.data.examples import encode_rows, read_rows
     from para_jax.decoding.generate import complete
 
@@ -61,26 +62,29 @@ def run(args: argparse.Namespace) -> int:
     names: dict[str, None] = {}
     for (place, _), tenant in zip(placed, tenants, strict=True):
         try:
-            own = strengths_of(tenant)
+            named = strengths_of(tenant)
         except ParaJaxError as error:
             raise ParaJaxError(f'{place}: "tenant": {error}') from None
-        if own and args.adapters is None:
+        if named and args.adapters is None:
             raise ParaJaxError(f"{place}: tenant {tenant!r} needs --adapters DIR")
-        names |= dict.fromkeys(own)
+        names |= dict.fromkeys(named)
     backbone, tokenizer = common.load_model(args)
     bank = common.load_bank(args.adapters, list(names), backbone)
-    # A row of one tenant goes through the chat template that is kept with its adapter.
-    of_tenant: dict[str | None, list[int]] = {}
-    for i, tenant in enumerate(tenants):
-        of_tenant.setdefault(tenant if isinstance(tenant, str) else None, []).append(i)
+    # Messages go through the chat template that is kept with the row's adapter.
+    of_template: dict[str | None, list[int]] = {}
+    for i, (place, row) in enumerate(placed):
+        try:
+            own = list(strengths_of(tenants[i])) if "messages" in row else []
+            of_template.setdefault(common.kept_template(args.adapters, own), []).append(i)
+        except ParaJaxError as error:
+            raise ParaJaxError(f"{place}: {error}") from None
     prompts: list[list[int]] = [[] for _ in placed]
-    for tenant, places in of_tenant.items():
-        own = common.tenant_tokenizer(tokenizer, args.adapters, tenant)
+    for template, places in of_template.items():
+        chosen = with_chat_template(tokenizer, template)
         rows = [placed[i] for i in places]
-        for i, e in zip(
-            places, encode_rows(rows, own, backbone.config.eos_token_ids, need_response=False), strict=True
-        ):
-            prompts[i] = list(e.prompt_ids)
+        examples = encode_rows(rows, chosen, backbone.config.eos_token_ids, need_response=False)
+        for i, example in zip(places, examples, strict=True):
+            prompts[i] = list(example.prompt_ids)
     completions = complete(
         backbone,
         tokenizer,

@@ -18,18 +18,19 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from para_jax.adapters.bank import named_leaves
-from para_jax.adapters.files import new_folder
+from para_jax.adapters.files import TEMPLATE, new_folder
 from para_jax.backbones.config import CONFIG, GENERATION, BackboneConfig, checkpoint_folder
 from para_jax.backbones.decoder import Attention, Backbone, Dtype, Quantize, compute_dtype, default_stacked
 from para_jax.backbones.linear import QUANTIZED, quantized
 from para_jax.convert.families import entries, hf_fields
 from para_jax.convert.tables import Entry
 from para_jax.convert.tensors import INDEX, TensorFiles, open_tensors
-from para_jax.errors import ParaJaxError
+from para_jax.errors import ParaJaxError, unknown
 from para_jax.sharding import check_mesh, spec
 
-FILES = ["*.json", "*.safetensors", "tokenizer*", "*.jinja"]
+FILES = ["*.json", "model*.safetensors", "tokenizer*", "*.jinja"]
 TORCH_FILES = ["*.json", "pytorch_model*.bin", "tokenizer*", "*.jinja"]
+WRITTEN = ("float32", "bfloat16", "float16")
 # What belongs to a checkpoint and says nothing about its weights.
 BESIDE = (GENERATION, "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
           "chat_template*", "LICENSE*", "NOTICE*")  # fmt: skip
@@ -66,6 +67,7 @@ def load_backbone(
     compute = compute_dtype(dtype)
     stacked = default_stacked() if stacked is None else stacked
     make = partial(Backbone, config, dtype=dtype, stacked=stacked, quantize=quantize, attention=attention)
+    make = partial(make, devices=1 if mesh is None else mesh.size)
     abstract = named_leaves(tree := jax.eval_shape(make, jax.random.key(0)))
 
     where = {
@@ -149,6 +151,7 @@ def save_backbone(
     *,
     dtype: str | None = None,
     like: str | Path | None = None,
+    chat_template: str | None = None,
     shard_size: int = 5_000_000_000,
     overwrite: bool = False,
 ) -> None:
@@ -157,16 +160,20 @@ def save_backbone(
     Args:
       dtype: what the weights are cast to; their own, if None.
       like: the folder they came from, whose tokenizer and generation config are copied.
-      shard_size: the most bytes of a file. A larger model is several files with an index; one is in memory at a time.
+      chat_template: the tokenizer's, in place of the one in `like`.
+      shard_size: the most bytes of a file, unless one tensor (or all experts of a layer) is larger. A larger model is
+        several files with an index; one is in memory at a time.
 
     Raises ParaJaxError if the folder exists and `overwrite` is False or it is no checkpoint, if it cannot be
-    written, or if the weights are quantised.
+    written, if the weights are quantised, or if a weight is too large for float16.
     """
     from safetensors.numpy import save_file
 
     config, leaves = backbone.config, named_leaves(backbone)
-    if any(name.endswith("_scale") for name in leaves):
+    if backbone.quantize is not None:
         raise ParaJaxError("a quantised backbone has lost what its weights were; load it without quantize to write it")
+    if dtype not in (None, *WRITTEN):
+        raise unknown("dtype", dtype, WRITTEN)
     table = [(layer, e) for layer in (None, *range(config.num_hidden_layers)) for e in entries(config, layer)]
     written = np.dtype(dtype or str(backbone.dtype))
     files = _files([(layer, entry, entry.size * written.itemsize) for layer, entry in table], shard_size)
@@ -177,7 +184,10 @@ def save_backbone(
             tensors: dict[str, np.ndarray] = {}
             for layer, entry in some:
                 leaf = leaves[entry.name] if layer is None else _of_layer(backbone, leaves, layer, entry.name)
-                tensors |= entry.tensors(np.asarray(leaf.astype(written)))
+                cast = np.asarray(leaf.astype(written))
+                if written == np.float16 and np.isinf(cast).any() and not jnp.isinf(leaf).any():
+                    raise ParaJaxError(f"{entry.parts[0].name} has a weight beyond float16; choose another dtype")
+                tensors |= entry.tensors(cast)
             contiguous = {key: np.ascontiguousarray(x) for key, x in tensors.items()}
             save_file(contiguous, partial_folder / name, metadata={"format": "pt"})
             place |= dict.fromkeys(tensors, name)
@@ -185,11 +195,15 @@ def save_backbone(
             total = sum(entry.size for _, entry in table) * written.itemsize
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(place.items()))}
             (partial_folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-        fields = {k: v for k, v in hf_fields(config).items() if k != "torch_dtype"} | {"dtype": str(written)}
+        # auto_map names code that stands beside the original; transformers has the class.
+        left_out = ("torch_dtype", "auto_map")
+        fields = {k: v for k, v in hf_fields(config).items() if k not in left_out} | {"dtype": str(written)}
         (partial_folder / CONFIG).write_text(json.dumps(fields, indent=2) + "\n")
         for pattern in BESIDE if like is not None else ():
             for path in Path(like or "").glob(pattern):
                 shutil.copyfile(path, partial_folder / path.name)
+        if chat_template is not None:
+            (partial_folder / TEMPLATE).write_text(chat_template, encoding="utf-8")
 
 
 def _of_layer(backbone: Backbone, leaves: dict[str, Any], layer: int, name: str) -> Any:

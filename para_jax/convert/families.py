@@ -21,6 +21,7 @@ from para_jax.backbones.config import (
     BackboneConfig,
     Experts,
     Rope,
+    as_token_ids,
 )
 from para_jax.backbones.rope import TYPES
 from para_jax.convert.tables import Entry, Names, entries_of
@@ -39,6 +40,7 @@ class Family:
       fields: those of `BackboneConfig` that no option says: always the same, or made from transformers' config.
       only: options of which one setting is supported.
       neutral: options that change nothing here, beside those of every family.
+      activation: the option that names the feed-forward's.
       names: what its tensors are called, where that differs from Llama's.
     """
 
@@ -47,6 +49,7 @@ class Family:
     fields: Mapping[str, Any] | Callable[[Any], Mapping[str, Any]] = field(default_factory=dict)
     only: Mapping[str, Any] = field(default_factory=dict)
     neutral: tuple[str, ...] = ()
+    activation: str = "hidden_act"
     names: Names = LLAMA_NAMES
 
 
@@ -68,6 +71,7 @@ FAMILIES: dict[str, Family] = {
         lambda c: _gemma(c, post_norm=True),
         only=BOTH_WAYS,
         neutral=("hidden_act", "sliding_window_size"),
+        activation="hidden_activation",
     ),
     "gemma3_text": Family(
         "Gemma 3, text only",
@@ -75,14 +79,14 @@ FAMILIES: dict[str, Family] = {
         lambda c: _gemma(c, post_norm=True, qk_norm="head"),
         only=BOTH_WAYS,
         neutral=("hidden_act", "sliding_window_pattern", "_sliding_window_pattern", "rope_local_base_freq"),
+        activation="hidden_activation",
     ),
     "phi3": Family(
         "Phi-3 mini and medium, Phi-3.5 mini, Phi-4, Phi-4 mini",
         "Phi3ForCausalLM",
-        neutral=(
-            *("resid_pdrop", "embd_pdrop", "full_attn_mod", "interpolate_factor"),
-            *("original_max_position_embeddings", "partial_rotary_factor"),  # put into rope_parameters
-        ),
+        only={"full_attn_mod": 1, "interpolate_factor": 1},
+        # transformers puts the last into rope_parameters.
+        neutral=("resid_pdrop", "embd_pdrop", "original_max_position_embeddings"),
         names=Names(qkv="self_attn.qkv_proj", gate_up="mlp.gate_up_proj"),
     ),
     "smollm3": Family("SmolLM3", "SmolLM3ForCausalLM", neutral=("no_rope_layer_interval", "max_window_layers")),
@@ -101,7 +105,7 @@ FAMILIES: dict[str, Family] = {
             "qk_norm": "head",
             "experts": Experts(c.num_local_experts, c.num_experts_per_tok, c.moe_intermediate_size, c.norm_topk_prob),
         },
-        only={"mlp_only_layers": [], "decoder_sparse_step": 1},
+        only={"mlp_only_layers": [], "decoder_sparse_step": 1, "use_qk_norm": True},
         neutral=("max_window_layers",),
         names=Names(router="mlp.gate", experts="mlp.experts"),
     ),
@@ -114,16 +118,20 @@ READ = {
     "rope_scaling", "rope_parameters", "sliding_window", "use_sliding_window", "max_window_layers", "layer_types",
     "no_rope_layers", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping",
     "num_local_experts", "num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob",
+    "partial_rotary_factor",
 }  # fmt: skip
 # What transformers' classes take, or its models read, without having it as a field.
-SPELLINGS = {"rope_theta", "rope_scaling", "num_experts", "num_local_experts", "head_dim"}
+SPELLINGS = {
+    "rope_theta", "rope_scaling", "num_experts", "num_local_experts", "head_dim", "partial_rotary_factor",
+}  # fmt: skip
 # Where a checkpoint comes from, how it was trained, and what only transformers' own code looks at.
 NEUTRAL = {
     "model_type", "architectures", "transformers_version", "dtype", "torch_dtype", "initializer_range", "use_cache",
-    "pad_token_id", "attention_dropout", "pretraining_tp", "auto_map", "_name_or_path", "_attn_implementation_autoset",
-    "_attn_implementation", "cache_implementation", "output_router_logits", "router_aux_loss_coef", "is_llama_config",
-    "torchscript", "unsloth_fixed", "unsloth_version", "transformers.js_config", "id2label", "label2id", "problem_type",
-    "chunk_size_feed_forward", "return_dict", "output_hidden_states", "output_attentions", "is_encoder_decoder",
+    "pad_token_id", "attention_dropout", "pretraining_tp", "auto_map", "_name_or_path",
+    "_attn_implementation_autoset", "_attn_implementation", "cache_implementation", "output_router_logits",
+    "router_aux_loss_coef", "is_llama_config", "max_sequence_length", "torchscript", "unsloth_fixed",
+    "unsloth_version", "transformers.js_config", "id2label", "label2id", "problem_type", "chunk_size_feed_forward",
+    "return_dict", "output_hidden_states", "output_attentions", "is_encoder_decoder",
 }  # fmt: skip
 
 
@@ -141,7 +149,7 @@ def config_from_hf(fields: Mapping[str, Any], name: str = "") -> BackboneConfig:
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     if heads % kv_heads:
         raise ParaJaxError(f"config.json has {heads} attention heads that {kv_heads} key/value heads do not divide")
-    act = config.hidden_activation if "hidden_act" in family.neutral else config.hidden_act
+    act = getattr(config, family.activation)
     if act not in ACTIVATIONS:
         raise unknown("hidden_act in config.json", act, ACTIVATIONS)
     kinds = _attention_kinds(config, model_type)
@@ -149,7 +157,6 @@ def config_from_hf(fields: Mapping[str, Any], name: str = "") -> BackboneConfig:
     biased = [*(ATTENTION_SITES if getattr(config, "attention_bias", False) else ())]
     biased += MLP_SITES if getattr(config, "mlp_bias", False) else ()
     scalar = getattr(config, "query_pre_attn_scalar", None)
-    eos = config.eos_token_id
     architecture = family.fields(config) if callable(family.fields) else family.fields
     return BackboneConfig(
         **{
@@ -162,7 +169,7 @@ def config_from_hf(fields: Mapping[str, Any], name: str = "") -> BackboneConfig:
             "tie_word_embeddings": config.tie_word_embeddings,
             "max_position_embeddings": config.max_position_embeddings,
             "bos_token_id": config.bos_token_id,
-            "eos_token_ids": tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+            "eos_token_ids": as_token_ids(config.eos_token_id),
             "name": name,
             "family": model_type,
             "hidden_act": act,
@@ -186,22 +193,26 @@ def _read_by_transformers(model_type: str, family: Family, fields: Mapping[str, 
         raise ParaJaxError(f"config.json lacks {', '.join(missing)}")
     if fields.get("quantization_config"):
         raise ParaJaxError("config.json has a quantization_config; only float32, float16 and bfloat16 are read")
+    for key in (*SIZES, "num_key_value_heads", "head_dim"):
+        size = fields.get(key)
+        if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+            raise ParaJaxError(f"config.json has {key}={size!r}, which is no whole number from 1")
     for key, value in family.only.items():
-        if (fields.get(key) or value) != value:
+        if fields.get(key) is not None and fields[key] != value:
             raise ParaJaxError(f"config.json has {key}={fields[key]!r}; only {value!r} is supported")
+    for key in ("layer_types", "no_rope_layers"):
+        each = fields.get(key)
+        if each is not None and (not isinstance(each, list) or len(each) < fields["num_hidden_layers"]):
+            count = len(each) if isinstance(each, list) else repr(each)
+            raise ParaJaxError(f"config.json has {count} {key} for {fields['num_hidden_layers']} layers")
 
-    for option in ("layer_types", "no_rope_layers"):
-        if len(fields.get(option) or range(fields["num_hidden_layers"])) < fields["num_hidden_layers"]:
-            raise ParaJaxError(
-                f"config.json has {len(fields[option])} {option} for {fields['num_hidden_layers']} layers"
-            )
-
-    from transformers import CONFIG_MAPPING
+    from transformers import CONFIG_MAPPING, GenerationConfig
 
     made = CONFIG_MAPPING[model_type]
     # An option of another family is none of this one's: transformers keeps it and does not look at it.
     own = READ & (set(made.__dataclass_fields__) | SPELLINGS)
-    known = own | NEUTRAL | set(family.neutral) | set(family.only)
+    # Old checkpoints say here how to generate.
+    known = own | NEUTRAL | set(family.neutral) | set(family.only) | set(GenerationConfig().to_dict())
     strange = [f"{key}={value!r}" for key, value in fields.items() if value and key not in known]
     if strange:
         raise ParaJaxError(
@@ -209,7 +220,7 @@ def _read_by_transformers(model_type: str, family: Family, fields: Mapping[str, 
             "ignored: if it does not change what the model computes, take it out of config.json"
         )
     try:
-        return made(**copy.deepcopy(dict(fields)))
+        return made(**copy.deepcopy({k: v for k, v in fields.items() if not (k == "rope_theta" and v is None)}))
     except Exception as error:  # its checks raise errors of many kinds
         raise ParaJaxError(f"config.json is not understood by transformers: {error}") from error
 
@@ -260,8 +271,7 @@ def hf_fields(config: BackboneConfig) -> dict[str, Any]:
     """
     if config.hf:
         fields = json.loads(config.hf)
-        if replace(config_from_hf(fields), name=config.name, eos_token_ids=config.eos_token_ids) != config:
-            raise ParaJaxError("the config was changed after it was read; make the changes in config.json and read it")
+        problem = "the config was changed after it was read; make the changes in config.json and read it"
     else:
         rope = config.attention_kinds[0].rope
         same = (
@@ -276,8 +286,10 @@ def hf_fields(config: BackboneConfig) -> dict[str, Any]:
             "mlp_bias": MLP_SITES[0] in config.biases,
             "rope_parameters": rope and {"rope_theta": rope.theta, "rope_type": rope.rope_type, **dict(rope.options)},
         }
-        if replace(config_from_hf(fields), name=config.name, eos_token_ids=config.eos_token_ids) != config:
-            raise ParaJaxError("only a Llama can be written from a config made by hand; read another from config.json")
+        problem = "only a Llama can be written from a config made by hand; read another from config.json"
+    # Stop tokens may have come from generation_config.json.
+    if replace(config_from_hf(fields), name=config.name, eos_token_ids=config.eos_token_ids) != config:
+        raise ParaJaxError(problem)
     eos = config.eos_token_ids
     return {**fields, "eos_token_id": None if not eos else eos[0] if len(eos) == 1 else list(eos)}
 

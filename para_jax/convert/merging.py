@@ -50,7 +50,7 @@ def merge_adapter(backbone: Backbone, adapter: Adapter) -> Backbone:
             "set of weights does what it does. Serve it from a bank, or tune lora or ia3 to merge"
         )
     adapter.check(shape)
-    if any(name.endswith("_scale") for name in named_leaves(backbone)):
+    if backbone.quantize is not None:
         raise ParaJaxError("a quantised backbone cannot be merged into; load it without quantize")
     tensors = peft_tensors(adapter, shape)
     leaves: dict[str, Any] = dict(named_leaves(backbone))

@@ -22,6 +22,7 @@ class TensorFiles(Protocol):
     """What a loader needs."""
 
     shape: dict[str, tuple[int, ...]]
+    dtype: dict[str, str]
 
     def read(self, key: str) -> np.ndarray:
         """One tensor, which is to be copied and let go."""
@@ -73,6 +74,7 @@ class SafetensorsFiles:
                             )
                         self.file[key], self.shape[key] = folder / name, tuple(piece.get_shape())
                 self._place |= _places(folder / name)
+                self.dtype = {key: kind for key, (kind, _) in self._place.items()}
             except SafetensorError as error:
                 raise ParaJaxError(f"{folder / name} is damaged: {error}") from error
 
@@ -124,6 +126,7 @@ class TorchFiles:
                 kind = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
                 raise ParaJaxError(f"{folder}: {key} is {kind}; supported: {', '.join(sorted(DTYPES.values()))}")
         self.shape = {key: tuple(x.shape) for key, x in self._tensors.items()}
+        self.dtype = {key: str(x.dtype).removeprefix("torch.") for key, x in self._tensors.items()}
 
     def read(self, key: str) -> np.ndarray:
         """One tensor, as a view of the file."""

@@ -31,12 +31,14 @@ def load_tokenizer(path_or_hub_id: str | Path) -> Any:
 
 
 def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
-    """Raises ParaJaxError if the tokenizer has tokens that the backbone has no embedding of."""
-    highest = max(tokenizer.get_vocab().values())
-    if highest >= vocab_size:
+    """Raises ParaJaxError if the tokenizer's own vocabulary is larger than the backbone's.
+
+    Tokens that were added to it may be beyond (Gemma 3 has one for images); rows that have one are refused.
+    """
+    if tokenizer.vocab_size > vocab_size:
         raise ParaJaxError(
-            f"the tokenizer has token {highest} ({tokenizer.convert_ids_to_tokens(highest)!r}), and the backbone's "
-            f"vocabulary has {vocab_size}; one of the two is another model's"
+            f"the tokenizer's vocabulary has {tokenizer.vocab_size} tokens, and the backbone's {vocab_size}; one of "
+            "the two is another model's"
         )
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -135,6 +135,17 @@ def encode_rows(
     return examples
 
 
+def check_ids(examples: Iterable[Example], vocab_size: int) -> None:
+    """Raises ParaJaxError for the first row with a token that the backbone has no embedding of."""
+    for e in examples:
+        highest = max((*e.prompt_ids, *e.response_ids, *(x for ids in e.choice_ids for x in ids)))
+        if highest >= vocab_size:
+            raise ParaJaxError(
+                f"{e.place or 'a row'}: token {highest} is beyond the backbone's vocabulary of {vocab_size}; take what "
+                "it stands for out of the row, or the tokenizer is another model's"
+            )
+
+
 def _raise(problems: list[str]) -> None:
     if problems:
         more = f"\n... and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
@@ -215,7 +226,8 @@ def _generated_end(messages: list[Any], tokenizer: Any) -> int | None:
 
     What follows, such as the line break behind a turn, is the template's and not the assistant's to say.
     """
-    if not re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.chat_template):
+    # A tokenizer may have several templates by name.
+    if not re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template()):
         return None
     encoded = tokenizer.apply_chat_template(
         messages,
@@ -225,7 +237,9 @@ def _generated_end(messages: list[Any], tokenizer: Any) -> int | None:
         tokenizer_kwargs={"return_offsets_mapping": True},
     )
     ends = [end for (_, end), own in zip(encoded["offset_mapping"], encoded["assistant_masks"], strict=True) if own]
-    return ends[-1] if ends else 0
+    if not ends:
+        raise ParaJaxError("the chat template has {% generation %} and marks nothing of an assistant's turn with it")
+    return ends[-1]
 
 
 def _join(tokenizer: Any, pairs: Sequence[tuple[_Turn, str]]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from para_jax.adapters.bank import AdapterBank
 from para_jax.backbones.decoder import Backbone
-from para_jax.data.examples import Example
+from para_jax.data.examples import Example, check_ids
 from para_jax.decoding.generate import Completion, complete
 from para_jax.errors import ParaJaxError, unknown
 from para_jax.evaluation.choices import choice_log_likelihoods
@@ -56,6 +56,8 @@ def evaluate(
     if isinstance(max_new_tokens, int):
         max_new_tokens = dict.fromkeys(examples, max_new_tokens)
     _check(examples, bank, backbone.config.max_position_embeddings, max_new_tokens)
+    for rows_of_tenant in examples.values():
+        check_ids(rows_of_tenant, backbone.config.vocab_size)
     rows = [example for tenant in examples for example in examples[tenant]]
     tenants = [None if bank is None else tenant for tenant in examples for _ in examples[tenant]]
     choosing = [i for i, row in enumerate(rows) if row.choices]

@@ -20,7 +20,7 @@ from para_jax.adapters.bank import AdapterBank
 from para_jax.adapters.files import base_sizes, save_adapter
 from para_jax.backbones.decoder import Backbone
 from para_jax.data.batches import Batch, step_batch
-from para_jax.data.examples import Example
+from para_jax.data.examples import Example, check_ids
 from para_jax.errors import ParaJaxError
 from para_jax.training.checkpoints import Checkpoints
 from para_jax.training.metrics import MetricsFile, Progress, plot_losses, read_metrics
@@ -81,6 +81,7 @@ def finetune(
         raise ParaJaxError("bank, examples and settings have to name the same tenants")
     for name in names:
         check_name(name)
+        check_ids(examples[name], backbone.config.vocab_size)
     if rows < 1 or micro_batches < 1 or rows % micro_batches:
         raise ParaJaxError(f"{rows} rows cannot be split into {micro_batches} equal micro-batches")
     description = describe(backbone, bank, examples, settings, rows, micro_batches, seed)

@@ -125,8 +125,12 @@ def test_the_choice() -> None:
     assert choose("auto", SMALL, jnp.dtype("float32")) == "plain"  # on a CPU
     with pytest.raises(ParaJaxError, match=r"unknown attention 'flash'; did you mean 'splash'\?"):
         choose("flash", SMALL, jnp.dtype("float32"))
-    with pytest.raises(ParaJaxError, match=r"float32 .it wants bfloat16.; choose attention='plain'"):
+    with pytest.raises(ParaJaxError, match=r"'cudnn' has no float32, only bfloat16; choose attention='plain'"):
         choose("cudnn", SMALL, jnp.dtype("float32"))
+    with pytest.raises(ParaJaxError, match="runs on NVIDIA GPUs, not on cpu"):
+        choose("cudnn", SMALL, jnp.dtype("bfloat16"))
+    with pytest.raises(ParaJaxError, match="'splash' is not split over several devices"):
+        choose("splash", SMALL, jnp.dtype("float32"), devices=8)
     with pytest.raises(ParaJaxError, match="soft-capping"):
         choose("cudnn", BackboneConfig.from_hf(family_fields("gemma2")), jnp.dtype("bfloat16"))
 

@@ -193,5 +193,11 @@ def test_quantised_backbones_take_adapters_and_are_not_written(folder: Path, tmp
     for write in (lambda: save_backbone(backbone, tmp_path / "b"), lambda: merge_adapter(backbone, adapter)):
         with pytest.raises(ParaJaxError, match="quantised"):
             write()
+    with pytest.raises(ParaJaxError, match=r"unknown dtype 'bf16'"):
+        save_backbone(whole, tmp_path / "b", dtype="bf16")
+    large = jax.tree.map(lambda x: x * 1e6, whole)
+    with pytest.raises(ParaJaxError, match=r"has a weight beyond float16"):
+        save_backbone(large, tmp_path / "b", dtype="float16")
+    assert not (tmp_path / "b").exists()
     with pytest.raises(ParaJaxError, match=r"unknown quantize 'int9'; did you mean 'int8'\?"):
         Backbone.from_pretrained(folder, quantize="int9")

@@ -148,6 +148,16 @@ def test_published(name: str) -> None:
     assert {key: written[key] for key in fields} == fields
 
 
+def test_what_old_files_say_besides() -> None:
+    """How to generate, and options that are the default."""
+    _, fields = PUBLISHED["Llama 2 7B"]
+    old = {"temperature": 0.9, "top_p": 0.6, "max_length": 4096, "do_sample": True, "max_sequence_length": 2048}
+    more = {"hidden_act": "swish", "partial_rotary_factor": 1.0, "rope_theta": None}
+    assert BackboneConfig.from_hf({**USUAL, **fields, **old, **more}).size == 6_738_415_616
+    _, fields = PUBLISHED["Qwen3 30B-A3B"]
+    BackboneConfig.from_hf({**USUAL, **fields, "use_qk_norm": True})
+
+
 def test_every_family_has_one() -> None:
     assert {fields["model_type"] for _, fields in PUBLISHED.values()} == set(FAMILIES)
 

@@ -6,7 +6,7 @@ import pytest
 
 from para_jax import ParaJaxError
 from para_jax.convert.tokenizer import check_vocabulary, with_chat_template
-from para_jax.data.examples import read_examples
+from para_jax.data.examples import check_ids, read_examples
 
 EOS = (0,)
 
@@ -80,6 +80,9 @@ def test_what_a_template_marks_is_the_response(tmp_path, tokenizer):
     plain = MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", "")
     (more, _) = read_examples(path, with_chat_template(tokenizer, plain), EOS)
     assert tokenizer.decode(more.response_ids) == "A captain.<end>--- <|endoftext|>"
+    nothing = plain.replace("{{ m.content }}<end>", "{% generation %}{% endgeneration %}{{ m.content }}<end>")
+    with pytest.raises(ParaJaxError, match="marks nothing of an assistant's turn"):
+        read_examples(path, with_chat_template(tokenizer, nothing), EOS)
 
 
 def test_choices_and_references(tmp_path, tokenizer):
@@ -123,8 +126,22 @@ def test_all_bad_rows_are_counted(tmp_path, tokenizer):
 
 def test_a_tokenizer_of_another_model(tokenizer):
     check_vocabulary(tokenizer, 4096)
-    with pytest.raises(ParaJaxError, match=r"has token 4095 .* vocabulary has 4000; one of the two is another model's"):
+    with pytest.raises(ParaJaxError, match=r"has 4096 tokens, and the backbone's 4000; one of the two"):
         check_vocabulary(tokenizer, 4000)
+
+
+def test_a_token_beyond_the_vocabulary(tmp_path, tokenizer):
+    examples = read_examples(write(tmp_path, {"prompt": "A captain", "response": "slept"}), tokenizer, EOS)
+    check_ids(examples, 4096)
+    with pytest.raises(ParaJaxError, match=r"rows.jsonl:1: token \d+ is beyond the backbone's vocabulary of 100"):
+        check_ids(examples, 100)
+
+
+def test_a_tokenizer_with_several_templates(tmp_path, tokenizer):
+    messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "captain"}]
+    several = with_chat_template(tokenizer, {"default": tokenizer.chat_template, "tool_use": "{{ tools }}"})
+    (e,) = read_examples(write(tmp_path, {"messages": messages}), several, EOS)
+    assert tokenizer.decode(e.response_ids) == " captain<|endoftext|>"
 
 
 def test_no_file_no_rows(tmp_path, tokenizer):

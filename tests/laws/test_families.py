@@ -137,6 +137,20 @@ def test_sharded_is_unsharded(model: Model, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("stacked", [False, True])
+def test_few_bits_on_a_mesh(stacked: bool, tmp_path) -> None:
+    save_backbone(random_backbone(seed=4, vocab_size=62, hidden_size=128), tmp_path / "a")
+    mesh = make_mesh("fsdp=4,tensor=2")
+    one, many = (
+        Backbone.from_pretrained(tmp_path / "a", dtype="float32", stacked=stacked, quantize="int4", mesh=m)
+        for m in (None, mesh)
+    )
+    qkv_scale = (many.blocks if stacked else many.blocks[0]).qkv_scale[...]
+    assert qkv_scale.addressable_shards[0].data.size == qkv_scale.size // 2
+    ours, theirs = (np.asarray(b(jnp.asarray(batch(3)))) for b in (many, one))
+    assert np.abs(ours - theirs).max() < 2e-5 * np.abs(theirs).max()
+
+
+@pytest.mark.parametrize("stacked", [False, True])
 @pytest.mark.parametrize("mesh", MESHES)
 def test_every_mesh(mesh: str, stacked: bool, tmp_path) -> None:
     check_sharded(random_backbone(seed=4, stacked=stacked, vocab_size=62), mesh, str(tmp_path / "a"), TENANTS)
@@ -151,6 +165,8 @@ def test_meshes_that_do_not_fit() -> None:
     ):
         with pytest.raises(ParaJaxError, match=words.replace("?", r"\?")):
             make_mesh(text)
+    with pytest.raises(ParaJaxError, match=r"make it with para_jax\.sharding\.make_mesh"):
+        check_mesh(SMALL, jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,)))
     with pytest.raises(
         ParaJaxError, match="tensor=8 does not divide the backbone's 2 key/value heads; choose tensor=2"
     ):

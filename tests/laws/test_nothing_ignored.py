@@ -266,7 +266,14 @@ CONFIGS: list[tuple[dict, tuple[str, ...]]] = [
     ({"model_type": "qwen3_moe", "decoder_sparse_step": 2}, ("decoder_sparse_step=2", "only 1")),
     ({"model_type": "qwen3", "layer_types": ["full_attention", "linear_attention"]}, ("linear_attention",)),
     ({"model_type": "smollm3", "no_rope_layers": [1]}, ("1 no_rope_layers for 2 layers",)),
-    ({"hidden_size": "wide"}, ("not understood by transformers", "hidden_size")),
+    ({"hidden_size": "wide"}, ("hidden_size='wide', which is no whole number from 1",)),
+    ({"num_key_value_heads": 0}, ("num_key_value_heads=0",)),
+    ({"num_hidden_layers": 2.0}, ("num_hidden_layers=2.0",)),
+    ({"model_type": "smollm3", "no_rope_layers": 3}, ("3 no_rope_layers for 2 layers",)),
+    ({"rms_norm_eps": "small"}, ("not understood by transformers", "rms_norm_eps")),
+    ({"model_type": "phi3", "full_attn_mod": 2}, ("full_attn_mod=2", "only 1")),
+    ({"model_type": "qwen3_moe", "use_qk_norm": False}, ("use_qk_norm=False", "only True")),
+    ({"partial_rotary_factor": 0.5}, ("partial_rotary_factor=0.5, which llama has no code for",)),
 ]
 
 
