@@ -38,6 +38,6 @@ def vectors(config, tensors, layer, hidden_td, normed_td):
 
 
 def apply(config, l_f, y_tf, in_prompt_t):
-    """A site's output y, scaled; `in_prompt_t` says which tokens are the prompt's."""
+    """A site's output y, scaled; `in_prompt_t` says which tokens are the prompt's, its last left out."""
     left = in_prompt_t[:, None] & (config["scale"] == "response")
     return torch.where(left, y_tf, (y_tf.float() * (1 + l_f)).to(y_tf.dtype))

@@ -68,7 +68,7 @@ class Adjustment:
 
     Attributes:
       offsets: by a site's Hugging Face name (`q_proj`, ...), (features,) for one sequence or (b, features).
-      later: offsets that leave the prompt's own tokens alone.
+      later: offsets that leave the prompt's tokens alone, but for the last.
       pairs: low-rank pairs by site.
       dropout: of the pairs' inputs, only while training.
 
@@ -98,7 +98,7 @@ class Adjustment:
     ) -> Float[Array, "b t features"]:
         """Adjusts the output of one site, in float32, and returns it in its own dtype.
 
-        `prompt_bt` marks the tokens of the prompt; without it there are none, as when decoding.
+        `prompt_bt` marks the tokens of the prompt but its last; without it there are none, as when decoding.
         """
         out = self.scaled(site, y.astype(jnp.float32), prompt_bt)
         if site in self.pairs:

@@ -49,8 +49,8 @@ class ParaConfig:
         scale at every depth of the residual stream.
       bias: whether the generator's up-projection has a bias, a prompt-independent part of the scale.
       read: what the generator reads: the layer's input ("hidden"), or the same behind the layer's norm ("normed").
-      scale: which tokens are scaled: "all", or those after the prompt ("response"), which leaves the prompt's keys
-        and values as the backbone makes them.
+      scale: which tokens are scaled: "all", or those that the response is predicted from ("response"), which are the
+        prompt's last and all after it. Keys and values of the prompt but its last token are then the backbone's own.
       init_std: standard deviation of W_down at the start. W_up starts at zero, which makes a fresh adapter the
         identity.
 

@@ -175,7 +175,8 @@ class Backbone(nnx.Module):
 
         length_bt = jnp.broadcast_to(jnp.sum(mask_bt, axis=1, keepdims=True, dtype=jnp.int32), mask_bt.shape)
         angles = self._angles(flatten(position_bt), flatten(length_bt))
-        in_prompt = flatten(prompt_mask_bt)
+        # The prompt's last token is where the first new one is predicted from: it belongs to what comes.
+        in_prompt = flatten(prompt_mask_bt & jnp.pad(prompt_mask_bt[:, 1:], [(0, 0), (0, 1)]))
         seen = [Seen(half, jnp.arange(half.shape[1]), None) for half in masks]
 
         def body(carry: Any, layer: Any, block: Block, adapters: Any) -> tuple[Any, Adjustment]:

@@ -72,7 +72,6 @@ def test_a_whole_model(options: dict[str, Any], reference: Any, tmp_path: Path) 
 
     tokens = np.random.default_rng(0).integers(0, SMALL.vocab_size, (1, 9))
     prompt = 5
-    in_prompt = torch.arange(9) < prompt
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     with torch.no_grad():
         bare = model(torch.from_numpy(tokens)).logits[0].numpy()
@@ -83,7 +82,7 @@ def test_a_whole_model(options: dict[str, Any], reference: Any, tmp_path: Path) 
         made[layer] = reference.vectors(config, tensors, layer, hidden, module.input_layernorm(hidden))
 
     def scale(layer: int, site: str, module: Any, args: Any, y: torch.Tensor) -> torch.Tensor:
-        return reference.apply(config, made[layer][site], y[0], in_prompt)[None]
+        return reference.apply(config, made[layer][site], y[0], torch.arange(9) < prompt - 1)[None]
 
     for i, layer in enumerate(model.model.layers):
         layer.register_forward_pre_hook(partial(prepare, i))
@@ -93,7 +92,7 @@ def test_a_whole_model(options: dict[str, Any], reference: Any, tmp_path: Path) 
         theirs = model(torch.from_numpy(tokens)).logits[0].numpy()
 
     bank = AdapterBank.load({"a": tmp_path / "a"}, backbone.config)
-    mask = in_prompt.numpy()[None]
+    mask = np.arange(9)[None] < prompt
     ours = np.asarray(backbone(jnp.asarray(tokens), prompt_mask=jnp.asarray(mask), bank=bank, tenants=["a"])[0])
     size = np.abs(theirs).max()
     assert np.abs(theirs - bare).max() > 0.05 * size, "the adapter does something"

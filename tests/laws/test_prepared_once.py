@@ -101,3 +101,22 @@ def test_later_tokens_do_not_change_what_was_prepared(stacked: bool, batch: str)
     prompts = (prompts + 1) % backbone.config.vocab_size
     _, changed = full(backbone, np.concatenate([prompts, generated], axis=1), everything, prompt_mask, rows)
     assert not all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(before), jax.tree.leaves(changed), strict=True))
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_response_scaling_leaves_the_prompts_keys_and_values_alone(stacked: bool) -> None:
+    """All but the last token's, which is where the first new token is predicted from: that one is changed."""
+    backbone, _, prompts, _ = setup(stacked, "mixed")
+    config = METHODS["response"]
+    bank = random_bank({"a": config}, backbone.config, seed=2, scale=0.3)
+    mask = np.arange(PROMPT)[None] >= PROMPT - LENGTHS
+    prefill = jax.jit(partial(Backbone.prefill, length=PROMPT))
+    (ours, adjusted), (theirs, bare) = (
+        prefill(backbone, jnp.asarray(prompts), jnp.asarray(mask), rows=bank.rows(tenants))
+        for tenants in (["a"] * B, [None] * B)
+    )
+    for x, y in zip(jax.tree.leaves((adjusted.cache.keys, adjusted.cache.values)),
+                    jax.tree.leaves((bare.cache.keys, bare.cache.values)), strict=True):  # fmt: skip
+        held = mask[:, None, :, None] & (np.arange(PROMPT) < PROMPT - 1)[:, None]
+        assert np.abs(np.where(held, x - y, 0)).max() < 1e-5 * np.abs(y).max()
+    assert (np.abs(ours - theirs).max(axis=1) > 0.01).all()
