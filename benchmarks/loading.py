@@ -7,7 +7,7 @@
 A random Llama (hidden size 1024, vocabulary 32,000) in float32 and in bfloat16 and a random Gemma 3 (1152, vocabulary
 65,536) in bfloat16 are written to a temporary folder, as one file and as an index of four, and each is loaded in fresh
 processes. Memory is what the
-process holds at its peak beyond what it held when JAX and para_jax were imported and JAX had started:
+process holds at its peak beyond what it held when JAX had started and config.json was read, which imports transformers:
 resident pages as the kernel counts them (VmHWM, mapped pages of the file included), their anonymous part
 sampled every 2 ms, and ru_maxrss. The files are in the page cache, so that the disk does not decide. Goal on
 CPU: a peak of at most 1.3 times the file, in the file's own dtype. `dtype="auto"` on CPU widens a bfloat16
@@ -97,11 +97,13 @@ def plain_read() -> dict[str, Any]:
 def loading() -> dict[str, Any]:
     import jax
 
+    from para_jax import BackboneConfig
     from para_jax.convert.checkpoint import load_backbone
 
     jax.block_until_ready(jax.numpy.zeros(()))
 
     def load(folder: str, dtype: str, stacked: bool) -> dict[str, Any]:
+        BackboneConfig.from_pretrained(folder)  # imports transformers, which imports torch if it is there
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from here
         before, anonymous, maximum = kilobytes("VmRSS"), kilobytes("RssAnon"), _maximum()
         highest, done = [anonymous], threading.Event()

@@ -138,7 +138,7 @@ def encode_rows(
 def check_ids(examples: Iterable[Example], vocab_size: int) -> None:
     """Raises ParaJaxError for the first row with a token that the backbone has no embedding of."""
     for e in examples:
-        highest = max((*e.prompt_ids, *e.response_ids, *(x for ids in e.choice_ids for x in ids)))
+        highest = max((*e.prompt_ids, *e.response_ids, *(x for ids in e.choice_ids for x in ids)), default=-1)
         if highest >= vocab_size:
             raise ParaJaxError(
                 f"{e.place or 'a row'}: token {highest} is beyond the backbone's vocabulary of {vocab_size}; take what "

@@ -113,7 +113,7 @@ def prepared(bank: AdapterBank, tenants: list) -> Adjustment:
 
 def changes(bank: AdapterBank, site: str, tenants: list) -> np.ndarray:
     """By how much each tenant changes one output of the site: (tenants, t, features)."""
-    inputs, outputs, _ = bank.shape.sites[site]
+    inputs, outputs = bank.shape.sites[site][:2]
     rng = np.random.default_rng(6)
     x, y = (np.repeat(rng.normal(size=(1, 3, n)).astype(np.float32), len(tenants), axis=0) for n in (inputs, outputs))
     return np.asarray(prepared(bank, tenants).apply(site, jnp.asarray(x), jnp.asarray(y))) - y
