@@ -236,6 +236,8 @@ def _attention_kinds(config: Any, model_type: str) -> list[AttentionKind]:
     for kind in types:
         if kind not in known:
             raise unknown("entry of layer_types in config.json", kind, known)
+    if window is None and "sliding_attention" in types[:layers]:
+        raise ParaJaxError("config.json has sliding_attention in layer_types and no sliding_window for it")
     ropes = config.rope_parameters
     each = {kind: _rope(ropes.get(kind, ropes), model_type) for kind in dict.fromkeys(types[:layers])}
     return [

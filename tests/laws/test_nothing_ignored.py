@@ -266,6 +266,10 @@ CONFIGS: list[tuple[dict, tuple[str, ...]]] = [
     ({"model_type": "qwen3_moe", "decoder_sparse_step": 2}, ("decoder_sparse_step=2", "only 1")),
     ({"model_type": "qwen3", "layer_types": ["full_attention", "linear_attention"]}, ("linear_attention",)),
     ({"model_type": "smollm3", "no_rope_layers": [1]}, ("1 no_rope_layers for 2 layers",)),
+    (
+        {"model_type": "qwen3", "layer_types": ["full_attention", "sliding_attention"]},
+        ("sliding_attention in layer_types and no sliding_window",),
+    ),
     ({"hidden_size": "wide"}, ("hidden_size='wide', which is no whole number from 1",)),
     ({"num_key_value_heads": 0}, ("num_key_value_heads=0",)),
     ({"num_hidden_layers": 2.0}, ("num_hidden_layers=2.0",)),

@@ -116,7 +116,10 @@ def cases(draw: st.DrawFn, family: str) -> Case:
     if family in ("qwen2", "qwen3", "smollm3"):
         fields |= {"use_sliding_window": pick(True, False), "sliding_window": window or 5}
     if family in ("qwen2", "qwen3"):
-        fields |= pick({"max_window_layers": 1}, {"layer_types": list(mixed[:layers])}, {})
+        options = [{"max_window_layers": 1}, {}]
+        if fields["use_sliding_window"]:
+            options.insert(1, {"layer_types": list(mixed[:layers])})
+        fields |= pick(*options)
     if family == "qwen3_moe":
         fields |= {"use_sliding_window": pick(False, True), "sliding_window": window or 5}
     if family == "smollm3":
