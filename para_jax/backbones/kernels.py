@@ -11,7 +11,7 @@ Single steps of decoding are always plain: there is one query a row, and nothing
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +49,7 @@ def choose(name: str, config: BackboneConfig, dtype: jnp.dtype, devices: int = 1
     if lacks.get(name):
         raise ParaJaxError(f"attention={name!r} {lacks[name]}; choose attention='plain' or 'auto'")
     if name != "auto":
-        return name  # type: ignore[return-value]
+        return cast(Kernel, name)
     own: Kernel = "cudnn" if backend == "gpu" else "splash" if backend == "tpu" else "plain"
     return "plain" if lacks.get(own) else own
 

@@ -46,12 +46,11 @@ def run(args: argparse.Namespace) -> int:
 
     from para_jax import Backbone, load_adapter, merge_adapter, tiny_backbone_path
     from para_jax.adapters.files import load_chat_template
-    from para_jax.backbones.config import checkpoint_folder
-    from para_jax.convert.checkpoint import FILES, save_backbone
+    from para_jax.convert.checkpoint import fetched, save_backbone
     from para_jax.convert.tensors import open_tensors
 
     model = args.model or tiny_backbone_path()
-    folder = checkpoint_folder(model, FILES)
+    folder = fetched(model)
     dtypes = sorted(set(open_tensors(folder).dtype.values()))
     if len(dtypes) > 1 and args.dtype == "auto" and args.out is not None:
         raise ParaJaxError(f"{model} has tensors of {' and '.join(dtypes)}; say with --dtype what to write")

@@ -43,6 +43,14 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return room[-room.ctypes.data % 64 :][:size].view(dtype).reshape(shape)
 
 
+def fetched(path_or_hub_id: str | Path) -> Path:
+    """The folder of a checkpoint; of a hub id its safetensors are downloaded, or its .bin files if it has none."""
+    folder = checkpoint_folder(path_or_hub_id, FILES)
+    if not Path(path_or_hub_id).expanduser().is_dir() and not any(folder.glob("*.safetensors")):
+        return checkpoint_folder(path_or_hub_id, TORCH_FILES)
+    return folder
+
+
 def load_backbone(
     path_or_hub_id: str | Path,
     dtype: Dtype = "auto",
@@ -53,9 +61,7 @@ def load_backbone(
     mesh: Mesh | None = None,
 ) -> Backbone:
     """See `Backbone.from_pretrained`. A host holds the model, or its part of it, and one tensor, never more."""
-    folder = checkpoint_folder(path_or_hub_id, FILES)
-    if not Path(path_or_hub_id).expanduser().is_dir() and not any(folder.glob("*.safetensors")):
-        folder = checkpoint_folder(path_or_hub_id, TORCH_FILES)
+    folder = fetched(path_or_hub_id)
     config = BackboneConfig.from_folder(folder, name=str(path_or_hub_id))
     if mesh is not None:
         check_mesh(config, mesh)
