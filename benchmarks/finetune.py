@@ -82,19 +82,19 @@ def para_jax_worker(folder: str, data: list[list[Row]], count: int, remat: bool)
     from para_jax.data.batches import pad
     from para_jax.data.examples import Example
     from para_jax.training.optimizer import Settings
-    from para_jax.training.step import TrainState, stack_settings, train_step
+    from para_jax.training.step import TrainState, slots_of, stack_settings, train_step
 
     backbone = Backbone.from_pretrained(folder, dtype="float32")
     names = tuple(f"tenant-{i}" for i in range(len(data)))
     bank = AdapterBank.create(dict.fromkeys(names, ParaConfig(r=12)), backbone.config)
     settings = stack_settings(bank, dict.fromkeys(names, Settings(steps=10**6, lr=1e-3)))
-    state = [TrainState.create(bank)]
+    state, slots = [TrainState.create(bank)], slots_of(bank, names)
 
     def one(step: int) -> tuple[list[float], int]:
         """A step as the training loop takes it: the batch is made here, and losses are fetched."""
         rows = [[Example("", "", tuple(p), tuple(r)) for p, r in rows_of_step(t, step, count)] for t in data]
         batch = pad([rows])
-        state[0], values = train_step(backbone, state[0], settings, batch, tenants=names, remat=remat)
+        state[0], values = train_step(backbone, state[0], settings, batch, slots, remat=remat)
         return jax.device_get(values["loss"]).tolist(), batch.size
 
     def run(first: int, steps: int) -> tuple[float, int]:

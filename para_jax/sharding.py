@@ -25,6 +25,9 @@ from jax.sharding import PartitionSpec as P
 from para_jax.errors import ParaJaxError, unknown
 
 if TYPE_CHECKING:
+    from jax import Array
+    from jaxtyping import Float
+
     from para_jax.backbones.config import BackboneConfig
 
 AXES = ("data", "fsdp", "tensor")
@@ -76,6 +79,20 @@ def make_mesh(sizes: Mapping[str, int] | str, devices: Any = None) -> Mesh:
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
+def auto_mesh(config: BackboneConfig, devices: int) -> dict[str, int]:
+    """Axis sizes that suit a backbone and so many devices.
+
+    Weights are split over all devices, as far as the features divide, because a frozen backbone costs more memory than
+    all that is trained; what is left over only takes rows.
+
+    >>> from para_jax import BackboneConfig
+    >>> auto_mesh(BackboneConfig(32000, 4096, 11008, 32, 32, 32, 128), 8)
+    {'data': 1, 'fsdp': 8}
+    """
+    fsdp = max(n for n in range(1, devices + 1) if devices % n == 0 and config.hidden_size % n == 0)
+    return {"data": devices // fsdp, "fsdp": fsdp}
+
+
 def check_mesh(config: BackboneConfig, mesh: Mesh) -> None:
     """Raises ParaJaxError, naming the size and its nearest divisor, if a backbone cannot be split so."""
     if mesh.axis_names != AXES:
@@ -115,6 +132,63 @@ def spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     return P(*([None] if layers else []), *split)
 
 
+# Of each site's projection, what its inputs and outputs mean.
+SITES = {
+    "q_proj": ("model", "heads"),
+    "k_proj": ("model", "kv_heads"),
+    "v_proj": ("model", "kv_heads"),
+    "o_proj": ("heads", "model"),
+    "gate_proj": ("model", "inner"),
+    "up_proj": ("model", "inner"),
+    "down_proj": ("inner", "model"),
+}
+
+
+def adapter_spec(name: str, shape: tuple[int, ...], mesh: Mesh, tenants: tuple[str, ...] | None) -> P:
+    """Where the axes of a stack of adapters (tenants, layers, ...), or of their moments, go.
+
+    Features that the backbone splits over `tensor` at a site are split so in what the adapter keeps for that site
+    alone; all else is whole, but for the tenants, which may be spread.
+    """
+    path = name.split(".")
+    axes: list[Any] = [tenants, *[None] * (len(shape) - 1)]
+    if path[-1] in SITES and len(shape) > 2:
+        inputs, outputs = SITES[path[-1]]
+        # LoRA's pairs are down (r, inputs) and up (outputs, r); what has one axis scales outputs.
+        meaning, at = (inputs, 3) if path[-2] == "down" else (outputs, 2)
+        axis = PLACES.get(meaning)
+        if axis == "tensor" and shape[at] % mesh.shape[axis] == 0:
+            axes[at] = axis
+    return P(*axes)
+
+
+def gathered(weight: Array, name: str, mesh: Mesh) -> Array:
+    """A weight that is whole over `fsdp`."""
+    axes = [None if axis == "fsdp" else axis for axis in spec(name, weight.shape, mesh)]
+    return jax.lax.with_sharding_constraint(weight, NamedSharding(mesh, P(*axes)))
+
+
+def row_shards(mesh: Mesh | None) -> int:
+    """Into how many parts the rows of a batch are split."""
+    return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def rows_axes(mesh: Mesh, rows: int) -> tuple[str, ...] | None:
+    """The mesh axes that this many rows are split over: none, if they do not divide."""
+    return None if rows % row_shards(mesh) else ("data", "fsdp")
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Of arrays whose first axis is the rows of a batch."""
     return NamedSharding(mesh, P(("data", "fsdp")))
+
+
+def split_rows(x: Float[Array, "b ..."], mesh: Mesh | None) -> Float[Array, "b ..."]:
+    """Tells the compiler that rows are split over the mesh and all else is whole, if there is a mesh.
+
+    Without it, the compiler may split a product over the features of its rows and gather those, where it is to
+    gather the weights of one layer.
+    """
+    if mesh is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(rows_axes(mesh, x.shape[0]))))

@@ -12,7 +12,6 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -29,7 +28,7 @@ from para_jax.data.examples import Example
 from para_jax.decoding.generate import complete
 from para_jax.training.metrics import Progress
 from para_jax.training.optimizer import Settings
-from para_jax.training.step import TrainState, loss_of, stack_settings, train_step
+from para_jax.training.step import TrainState, loss_of, slots_of, stack_settings, train_step
 
 
 class Run(NamedTuple):
@@ -84,7 +83,7 @@ def tune(
     training = one_shape([pad([[rows_at(run, step) for run in runs]]) for step in range(steps)])
     dev = one_shape(dev_batches([tasks[run.task].dev for run in runs], rows))
 
-    state, kept = TrainState.create(bank), bank
+    state, kept, slots = TrainState.create(bank), bank, slots_of(bank, names)
     best, best_step = np.full(len(runs), np.inf), np.zeros(len(runs), int)
     curve: list[list[float]] = []
     progress, rates = Progress(steps, 0, show), []
@@ -97,7 +96,7 @@ def tune(
             curve.append([step, *loss_n.tolist()])
         if step < steps:
             began = time.perf_counter()
-            state, values = train_step(backbone, state, rules, training[step], tenants=names, remat=remat)
+            state, values = train_step(backbone, state, rules, training[step], slots, remat=remat)
             losses = dict(zip(names, jax.device_get(values["loss"]).tolist(), strict=True))
             rates.append(training[step].size / (time.perf_counter() - began))
             progress.update(step + 1, training[step].size, losses)
@@ -132,24 +131,23 @@ def dev_batches(dev: Sequence[Sequence[Example]], rows: int) -> list[Batch]:
     return batches
 
 
-_losses = jax.jit(loss_of, static_argnums=3)
+_losses = jax.jit(loss_of)
 
 
 def dev_loss(backbone: Backbone, bank: AdapterBank, batches: Sequence[Batch], names: tuple[str, ...]) -> np.ndarray:
     """Each tenant's mean cross-entropy of a response token, float64."""
     total, tokens = np.zeros(len(names)), np.zeros(len(names), int)
     for batch in batches:
-        # The counts are the batch's own; the others have a leading axis of one micro-batch.
-        part = jax.tree.map(lambda x: x[0] if x.ndim > 1 else x, batch)
-        loss_n = np.asarray(_losses(backbone, bank, part, names)[1], np.float64)
-        total, tokens = total + loss_n * batch.target_count, tokens + batch.target_count
+        rows = bank.rows(names, repeats=batch.tokens.shape[1] // len(names))
+        loss_n = np.asarray(_losses(backbone, rows, batch.micro_batch(0), batch.target_count)[0], np.float64)
+        total, tokens = total + loss_n * batch.target_count[0], tokens + batch.target_count[0]
     return total / tokens
 
 
 def one_shape(batches: Sequence[Batch]) -> list[Batch]:
     """The batches padded to the largest of them, so that one program runs them all."""
     t = max(batch.tokens.shape[2] for batch in batches)
-    k = max(batch.target_place.shape[1] for batch in batches)
+    k = max(batch.target_place.shape[2] for batch in batches)
     line = Line(*(max(sizes) for sizes in zip(*(batch.line for batch in batches), strict=True)))
 
     def wider(x: np.ndarray, width: int, fill: int = 0) -> np.ndarray:
@@ -164,7 +162,7 @@ def one_shape(batches: Sequence[Batch]) -> list[Batch]:
                 tokens=wider(batch.tokens, t),
                 target_place=wider(row * np.int32(t) + column, k),
                 target_token=wider(batch.target_token, k),
-                target_tenant=wider(batch.target_tenant, k, fill=len(batch.target_count)),
+                target_tenant=wider(batch.target_tenant, k, fill=batch.target_count.shape[1]),
                 line=line,
             )
         )
@@ -194,15 +192,19 @@ def speed(
     prompts = [[(7 * i + 3 * j) % backbone.config.vocab_size for j in range(32)] for i in range(tenants)]
     banks = {label: config and AdapterBank.create(dict.fromkeys(names, config), backbone.config)
              for label, config in configs.items()}  # fmt: skip
-    rules = Settings.stack([Settings()] * tenants)
     states = {label: TrainState.create(bank) for label, bank in banks.items() if bank is not None}
-    train = partial(train_step, tenants=names, remat=jax.default_backend() != "cpu")
+    trained = {label: bank for label, bank in banks.items() if bank is not None}
+    rules = {label: stack_settings(bank, dict.fromkeys(names, Settings())) for label, bank in trained.items()}
+    slots = {label: slots_of(bank, names) for label, bank in trained.items()}
+    remat = jax.default_backend() != "cpu"
     found: dict[str, dict[str, list[float]]] = {label: {"training": [], "decode": []} for label in configs}
     for turn in range(rounds + 1):  # the first compiles
         for label, bank in banks.items():
             if label in states:
                 began = time.perf_counter()
-                states[label], values = train(backbone, states[label], (rules,), batch)
+                states[label], values = train_step(
+                    backbone, states[label], rules[label], batch, slots[label], remat=remat
+                )
                 jax.block_until_ready(values)
                 found[label]["training"].append(batch.size / (time.perf_counter() - began))
             began = time.perf_counter()

@@ -141,8 +141,8 @@ class Block(nnx.Module):
         return self._norm(norm, x) if self.config.qk_norm == "head" else x
 
     def _dense(self, normed: Array, adjust: Callable[[str, Array, Array], Array]) -> Array:
-        b, t, _ = normed.shape
-        gate, up = jnp.split(self._product("gate_up", normed).reshape(b, t, -1), 2, axis=-1)
+        # Split before the halves are laid end to end: on a mesh each device has a part of both.
+        gate, up = (x[:, :, 0] for x in jnp.split(self._product("gate_up", normed), 2, axis=2))
         gate, up = adjust("gate_proj", normed, gate), adjust("up_proj", normed, up)
         inner = ACTIVATIONS[self.config.hidden_act](gate) * up
         return adjust("down_proj", inner, self._product("down", inner))

@@ -27,6 +27,7 @@ from para_jax.backbones.kernels import Kernel, choose, prompt_attention
 from para_jax.backbones.linear import QUANTIZED, product, rms_norm
 from para_jax.backbones.ragged import Line, Ragged
 from para_jax.errors import ParaJaxError, unknown
+from para_jax.sharding import gathered, split_rows
 
 if TYPE_CHECKING:
     from jax import Array
@@ -57,15 +58,16 @@ class Backbone(nnx.Module):
         stacked: bool | None = None,
         quantize: Quantize | None = None,
         attention: Attention = "auto",
-        devices: int = 1,
+        mesh: Mesh | None = None,
     ):
-        """Random weights, N(0, 0.02), to be shared by so many devices. `from_pretrained` is for a checkpoint."""
+        """Random weights, N(0, 0.02). `from_pretrained` is for a checkpoint, and puts it on the devices of `mesh`."""
         compute = compute_dtype(dtype)
         if quantize is not None and quantize not in QUANTIZED:
             raise unknown("quantize", quantize, QUANTIZED)
         self.config = config
         self.quantize = quantize
-        self.attention = choose(attention, config, compute, devices)
+        self.mesh = mesh
+        self.attention = choose(attention, config, compute)
         self.stacked = default_stacked() if stacked is None else stacked
         top, *layers = jax.random.split(key, 1 + config.num_hidden_layers)
         embed, head = jax.random.split(top)
@@ -163,7 +165,7 @@ class Backbone(nnx.Module):
             raise ParaJaxError("a cache is filled from the padded batch; leave out flat, or the cache")
         position_bt = jnp.maximum(jnp.cumsum(mask_bt, axis=1, dtype=jnp.int32) - 1, 0)
         column = None if cache is None else cache.column
-        line = None if flat is None else Ragged.of(mask_bt, flat.tokens)
+        line = None if flat is None else Ragged.of(mask_bt, flat.tokens, flat.groups)
         halves = () if line is None or flat is None else line.halves(flat.short)
         masks = [half.mask_bt for half in halves] or [mask_bt]
 
@@ -201,12 +203,12 @@ class Backbone(nnx.Module):
                     mixed.append(half.flat(self._attend(layer, self.attention, half.padded(q), keys, values, own)))
                 return mixed[0] if len(mixed) == 1 else mixed[0] + mixed[1]
 
-            x = block(x, adjust, self._of_kind(layer, angles), attend)
+            x = split_rows(block(x, adjust, self._of_kind(layer, angles), attend), self.mesh)
             if cache is not None:
                 cache = cache.write(layer, column, *new)
             return (x, cache), adjustment.settled()
 
-        carry = (flatten(self._embedded(tokens_bt)), cache)
+        carry = (split_rows(flatten(self._embedded(tokens_bt)), self.mesh), cache)
         (x, cache), adjustments = self._over_layers(body, carry, self._layered(rows.per_layer()), remat)
         if cache is not None:
             cache = cache.admit(mask_bt)
@@ -245,16 +247,23 @@ class Backbone(nnx.Module):
                 return self._attend(layer, "plain", q, keys, values, seen)
 
             x_btd = block(x_btd, adjustment.apply, self._of_kind(layer, angles), attend)
-            return (x_btd, after[0]), None
+            return (split_rows(x_btd, self.mesh), after[0]), None
 
-        carry = (self._embedded(token_b[:, None]), cache)
+        carry = (split_rows(self._embedded(token_b[:, None]), self.mesh), cache)
         (x_btd, cache), _ = self._over_layers(body, carry, state.adjustments)
         return self.logits(self._final_norm(x_btd))[:, 0], DecodeState(cache, state.adjustments)
 
-    def logits(self, hidden_btd: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
-        """The head, float32 out."""
-        head = self.embed if self.config.tie_word_embeddings else self.head
-        logits, cap = product(hidden_btd, head[...], jnp.float32), self.config.final_logit_softcapping
+    def whole_head(self) -> Float[Array, "v d"]:
+        """The head as products want it: on a mesh its features are gathered, once for all products that follow."""
+        head = (self.embed if self.config.tie_word_embeddings else self.head)[...]
+        return head if self.mesh is None else gathered(head, "head", self.mesh)
+
+    def logits(
+        self, hidden_btd: Float[Array, "b t d"], head: Float[Array, "v d"] | None = None
+    ) -> Float[Array, "b t v"]:
+        """Float32 logits of hidden states, with `whole_head()` if that is at hand."""
+        head = self.whole_head() if head is None else head
+        logits, cap = product(hidden_btd, head, jnp.float32), self.config.final_logit_softcapping
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
     def _embedded(self, tokens_bt: Int[Array, "b t"]) -> Float[Array, "b t d"]:
@@ -271,7 +280,7 @@ class Backbone(nnx.Module):
 
         def of_window(window: int | None) -> Callable[[Array, Array, Array], Array]:
             own = seen._replace(window=window)
-            return lambda q, k, v: prompt_attention(kernel, q, k, v, own, scale, c.attn_logit_softcapping)
+            return lambda q, k, v: prompt_attention(kernel, q, k, v, own, scale, c.attn_logit_softcapping, self.mesh)
 
         # Kernels want to know the window when they are compiled: a branch for each, if layers are scanned.
         windows = [kind.window for kind in c.attention_kinds]

@@ -3,7 +3,7 @@
     plain   jnp and XLA (attention.py), everywhere
     cudnn   cuDNN's flash attention, through jax.nn.dot_product_attention: NVIDIA GPUs from Ampere, bfloat16, heads of
             up to 128 features (256 from Hopper), no soft-capping
-    splash  JAX's Pallas kernel for TPUs, on one device; on a CPU it is interpreted, which is slow and for tests
+    splash  JAX's Pallas kernel for TPUs; on a CPU it is interpreted, which is slow and for tests
 
 Single steps of decoding are always plain: there is one query a row, and nothing to gain.
 """
@@ -15,12 +15,15 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from para_jax.backbones.attention import Seen, attention
 from para_jax.errors import ParaJaxError, unknown
+from para_jax.sharding import rows_axes
 
 if TYPE_CHECKING:
     from jax import Array
+    from jax.sharding import Mesh
     from jaxtyping import Float
 
     from para_jax.backbones.config import BackboneConfig
@@ -30,10 +33,8 @@ LANES = 128  # of a TPU's vectors: heads are padded to a multiple
 TILE = 512  # queries and keys of a step of the TPU kernel, or LANES for rows up to it
 
 
-def choose(name: str, config: BackboneConfig, dtype: jnp.dtype, devices: int = 1) -> Kernel:
+def choose(name: str, config: BackboneConfig, dtype: jnp.dtype) -> Kernel:
     """The kernel of this name, or with "auto" the one for the device that JAX runs on.
-
-    `devices` is how many share the weights: the compiler does not split TPU kernels over them.
 
     Raises ParaJaxError for an unknown name, or a kernel that cannot compute this backbone here.
     """
@@ -42,7 +43,7 @@ def choose(name: str, config: BackboneConfig, dtype: jnp.dtype, devices: int = 1
     backend, capped = jax.default_backend(), config.attn_logit_softcapping is not None
     lacks = {
         "cudnn": _cudnn_lacks(config.head_dim) if backend == "gpu" else f"runs on NVIDIA GPUs, not on {backend}",
-        "splash": "runs on TPUs" if backend == "gpu" else "is not split over several devices" if devices > 1 else "",
+        "splash": "runs on TPUs" if backend == "gpu" else "",
     }
     if capped or dtype != jnp.bfloat16:
         lacks["cudnn"] = "has no soft-capping" if capped else f"has no {dtype}, only bfloat16"
@@ -74,15 +75,26 @@ def prompt_attention(
     seen: Seen,
     scale: float,
     softcap: float | None = None,
+    mesh: Mesh | None = None,
 ) -> Float[Array, "b t kghd"]:
     """`attention` of rows that begin in the first column: their queries, keys and values.
 
-    What padding gets differs between kernels; nothing reads it.
+    With a mesh, rows and key/value heads are split over it as they are in the backbone. What padding gets differs
+    between kernels; nothing reads it.
     """
     if kernel == "cudnn":
         return fused(q_btkgh, k_bksh, v_bksh, seen, scale, "cudnn")
     if kernel == "splash":
-        return splash(q_btkgh, k_bksh, v_bksh, seen, scale, softcap)
+        if mesh is None:
+            return splash(q_btkgh, k_bksh, v_bksh, seen, scale, softcap)
+        # The compiler splits what is written in jnp and not what is a kernel.
+        rows = rows_axes(mesh, q_btkgh.shape[0])
+        by_head = P(rows, "tensor")
+        return jax.shard_map(
+            lambda q, k, v, valid: splash(q, k, v, seen._replace(valid_bs=valid), scale, softcap),
+            mesh=mesh, in_specs=(P(rows, None, "tensor"), by_head, by_head, P(rows)),
+            out_specs=P(rows, None, "tensor"), check_vma=False,
+        )(q_btkgh, k_bksh, v_bksh, seen.valid_bs)  # fmt: skip
     return attention(q_btkgh, k_bksh, v_bksh, seen, scale, softcap)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -29,9 +30,11 @@ def rms_norm(
 
 
 def product(x: Float[Array, "b t i"], weight: Float[Array, "*o i"], dtype: Any = None) -> Float[Array, "b t *o"]:
-    """x W^T for a weight whose outputs may have several axes, as one wide product; in x's dtype unless one is given."""
-    out = _dot(x, weight.reshape(-1, weight.shape[-1]), dtype or x.dtype)
-    return out.reshape(*x.shape[:2], *weight.shape[:-1])
+    """x W^T for a weight whose outputs may have several axes, as one wide product; in x's dtype unless one is given.
+
+    Those axes are not laid end to end here: on a mesh the inner one may be split, as that of gate_up is.
+    """
+    return _dot(x, weight, dtype or x.dtype)
 
 
 class Bits(NamedTuple):
@@ -80,7 +83,7 @@ def dequantized(weight: Int[Array, "*o i"], scale: Float[Array, "*o groups"], dt
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _dot(x: Float[Array, "b t i"], weight: Float[Array, "o i"], dtype: Any) -> Float[Array, "b t o"]:
+def _dot(x: Float[Array, "b t i"], weight: Float[Array, "*o i"], dtype: Any) -> Float[Array, "b t *o"]:
     """Sums in float32 and says so, forward and backward.
 
     A bfloat16 product that asks for bfloat16 back is four times slower on CPU than one that is rounded afterwards,
@@ -90,17 +93,23 @@ def _dot(x: Float[Array, "b t i"], weight: Float[Array, "o i"], dtype: Any) -> F
     if 1 < b * t <= FEW_ROWS and jax.default_backend() == "cpu":
         # The weights times columns. XLA would turn it back into rows times weights: in float32 the barriers keep it
         # from that, in bfloat16 a product of two halves at once does, and does it faster.
-        columns = x.reshape(b * t, -1).T
+        columns, flat = x.reshape(b * t, -1).T, weight.reshape(-1, weight.shape[-1])
+        shape = (b, t, *weight.shape[:-1])
         if x.dtype == jnp.float32:
             columns = jax.lax.optimization_barrier(columns)
-            out = jax.lax.optimization_barrier(jnp.matmul(weight, columns, preferred_element_type=jnp.float32))
-            return out.T.reshape(b, t, -1).astype(dtype)
-        if weight.shape[0] % 2 == 0:
-            halves = weight.reshape(2, -1, weight.shape[-1])
+            out = jax.lax.optimization_barrier(jnp.matmul(flat, columns, preferred_element_type=jnp.float32))
+            return out.T.reshape(shape).astype(dtype)
+        if flat.shape[0] % 2 == 0:
+            halves = flat.reshape(2, -1, flat.shape[-1])
             twice = jnp.broadcast_to(columns[None], (2, *columns.shape))
             out = jnp.einsum("coi,cin->con", halves, twice, preferred_element_type=jnp.float32)
-            return out.reshape(-1, b * t).T.reshape(b, t, -1).astype(dtype)
-    return jnp.einsum("bti,oi->bto", x, weight, preferred_element_type=jnp.float32).astype(dtype)
+            return out.reshape(-1, b * t).T.reshape(shape).astype(dtype)
+    return _sums(x, weight, (2,), (weight.ndim - 1,)).astype(dtype)
+
+
+def _sums(x: Array, y: Array, over_x: Sequence[int], over_y: Sequence[int]) -> Array:
+    """The product of two arrays summed over these axes, float32."""
+    return jax.lax.dot_general(x, y, ((over_x, over_y), ((), ())), preferred_element_type=jnp.float32)
 
 
 def _dot_forward(x: Array, weight: Array, dtype: Any) -> tuple[Array, tuple[Array, Array]]:
@@ -110,9 +119,9 @@ def _dot_forward(x: Array, weight: Array, dtype: Any) -> tuple[Array, tuple[Arra
 def _dot_backward(dtype: Any, kept: tuple[Array, Array], out: Array) -> tuple[Array, Array]:
     x, weight = kept
     out = out.astype(x.dtype)
-    dx = jnp.einsum("bto,oi->bti", out, weight, preferred_element_type=jnp.float32).astype(x.dtype)
-    dweight = jnp.einsum("bto,bti->oi", out, x, preferred_element_type=jnp.float32).astype(weight.dtype)
-    return dx, dweight
+    outputs = range(weight.ndim - 1)
+    dx = _sums(out, weight, [2 + i for i in outputs], list(outputs)).astype(x.dtype)
+    return dx, _sums(out, x, (0, 1), (0, 1)).astype(weight.dtype)
 
 
 _dot.defvjp(_dot_forward, _dot_backward)

@@ -61,4 +61,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt as stop:
         print(f"para-jax {args.verb}: {stop or 'stopped'}", file=sys.stderr)
-        return 130
+        # A machine that is taken away is no failure: whoever started the run starts it again.
+        return 0 if getattr(stop, "preempted", False) else 130

@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """--model, --dtype and --quantize."""
+    """--model, --dtype, --quantize, and on which devices of which processes."""
     parser.add_argument(
         "--model",
         metavar="DIR",
@@ -31,6 +31,20 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="of weights and computation (default: bfloat16 on TPU and GPU, float32 on CPU)",
     )
+    parser.add_argument(
+        "--mesh",
+        metavar="AXIS=N,...",
+        default="auto",
+        help="devices to split the model and the rows over: data=2,fsdp=4,tensor=2 (default: all devices, as suits the "
+        "model)",
+    )
+    parser.add_argument(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="this is one of several processes: where the first one is, or auto on Cloud TPU, SLURM and Kubernetes",
+    )
+    parser.add_argument("--processes", type=int, metavar="N", help="with --coordinator: how many there are")
+    parser.add_argument("--process", type=int, metavar="I", help="with --coordinator: which this is, from 0")
     parser.add_argument(
         "--quantize", choices=("int8", "int4"), help="the layers' weights in few bits, for small accelerators"
     )
@@ -55,11 +69,40 @@ def load_model(args: argparse.Namespace) -> tuple[Backbone, Any]:
     from para_jax.memory import keep_freed_memory
 
     keep_freed_memory()
+    start_processes(args)
     path = args.model or tiny_backbone_path()
     tokenizer = load_tokenizer(path)
-    backbone = Backbone.from_pretrained(path, dtype=args.dtype, quantize=args.quantize)
+    backbone = Backbone.from_pretrained(path, dtype=args.dtype, quantize=args.quantize, mesh=chosen_mesh(path, args))
     check_vocabulary(tokenizer, backbone.config.vocab_size)
     return backbone, tokenizer
+
+
+def start_processes(args: argparse.Namespace) -> None:
+    """Joins the processes that --coordinator names, before any device is looked at."""
+    if args.coordinator is None:
+        if args.processes is not None or args.process is not None:
+            raise ParaJaxError("--processes and --process go with --coordinator HOST:PORT")
+        return
+    from para_jax.distributed import start
+
+    auto = args.coordinator == "auto"
+    if not auto and (args.processes is None or args.process is None):
+        raise ParaJaxError("--coordinator HOST:PORT needs --processes N and --process I; or pass --coordinator auto")
+    start(None if auto else args.coordinator, args.processes, args.process)
+
+
+def chosen_mesh(path: str, args: argparse.Namespace) -> Any:
+    """The mesh of --mesh, over all devices; None on a single one."""
+    import jax
+
+    from para_jax.backbones.config import BackboneConfig
+    from para_jax.sharding import auto_mesh, make_mesh
+
+    if args.mesh != "auto":
+        return make_mesh(args.mesh)
+    if jax.device_count() == 1:
+        return None
+    return make_mesh(auto_mesh(BackboneConfig.from_pretrained(path), jax.device_count()))
 
 
 def pairs(values: Sequence[str], option: str) -> dict[str, str]:

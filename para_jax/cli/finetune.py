@@ -18,6 +18,7 @@ import argparse
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         tuning.add_argument(
             name, metavar="[NAME=]VALUE", action="append", help=f"{text} (default: {default})", default=[]
         )
+    for name, metavar, text in (
+        ("--epochs", "[NAME=]N", "how often the rows are seen, instead of --steps"),
+        ("--weight", "[NAME=]W", "how often a tenant has its turn, with --tenants-per-step (default: 1)"),
+        ("--dev", "NAME=FILE.jsonl", "rows to choose the best adapter by, which are not learnt from"),
+        ("--eval-every", "[NAME=]N", "a tenant's steps between looks at its dev rows (default: at its end)"),
+        ("--patience", "[NAME=]N", "looks without a better one after which a tenant stops (default: it does not)"),
+    ):
+        tuning.add_argument(name, metavar=metavar, action="append", default=[], help=text)
+    tuning.add_argument(
+        "--tenants-per-step", type=int, metavar="N", help="how many have their turn at once (default: all)"
+    )
+    tuning.add_argument(
+        "--spread-tenants",
+        action=argparse.BooleanOptionalAction,
+        help="on a mesh: each device has tenants of its own, or a share of the rows of all (default: as divides)",
+    )
     tuning.add_argument("--rows", type=int, default=16, help="rows of each tenant in a step (default: 16)")
     tuning.add_argument(
         "--micro-batches",
@@ -90,6 +107,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="recompute activations in the backward pass, for less memory (default: on accelerators)",
     )
     tuning.add_argument("--checkpoint-every", type=int, default=500, metavar="N", help="steps (default: 500)")
+    tuning.add_argument("--keep-checkpoints", type=int, default=2, metavar="N", help="the newest (default: 2)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -99,7 +117,8 @@ def run(args: argparse.Namespace) -> int:
     from para_jax.adapters.bank import AdapterBank
     from para_jax.convert.tokenizer import with_chat_template
     from para_jax.data.examples import read_examples
-    from para_jax.training.loop import finetune
+    from para_jax.distributed import first
+    from para_jax.training.loop import finetune, steps_of
     from para_jax.training.optimizer import Settings
 
     given = [*args.option]
@@ -112,26 +131,46 @@ def run(args: argparse.Namespace) -> int:
         "warmup_ratio": common.per_tenant(args.warmup_ratio, "--warmup-ratio", names, float),
         "weight_decay": common.per_tenant(args.weight_decay, "--weight-decay", names, float),
         "max_grad_norm": common.per_tenant(args.max_grad_norm, "--max-grad-norm", names, float),
+        "weight": common.per_tenant(args.weight, "--weight", names, float),
+        "eval_every": common.per_tenant(args.eval_every, "--eval-every", names, int),
+        "patience": common.per_tenant(args.patience, "--patience", names, int),
     }
+    epochs = common.per_tenant(args.epochs, "--epochs", names, float)
+    for name in [n for n in epochs if n in values["steps"]]:
+        raise ParaJaxError(f"{name} has both --steps and --epochs; give one of them")
     settings = {n: Settings.checked(**{k: v[n] for k, v in values.items() if n in v}) for n in names}
+    dev_files = common.pairs(args.dev, "--dev")
+    for name in dev_files:
+        if name not in names:
+            raise unknown("tenant in --dev", name, names)
 
     templates = common.per_tenant(args.chat_template, "--chat-template", names, template_file)
 
     backbone, tokenizer = common.load_model(args)
+
+    def show(line: str) -> None:
+        if first():
+            print(line, flush=True)
+
     # Raises for a target that is none, before the data is read.
     sizes = {n: f"{config.method} {config.size(backbone.config):,}" for n, config in configs.items()}
     length = min(args.max_length or backbone.config.max_position_embeddings, backbone.config.max_position_embeddings)
     eos = backbone.config.eos_token_ids
-    examples = {
-        n: read_examples(f, with_chat_template(tokenizer, templates.get(n)), eos, length, truncate=args.truncate)
-        for n, f in files.items()
-    }
+
+    def read(name: str, file: str) -> Any:
+        spoken = with_chat_template(tokenizer, templates.get(name))
+        return read_examples(file, spoken, eos, length, truncate=args.truncate)
+
+    examples = {name: read(name, file) for name, file in files.items()}
+    dev = {name: read(name, file) for name, file in dev_files.items()}
+    for name, often in epochs.items():
+        settings[name] = replace(settings[name], steps=steps_of(often, len(examples[name]), args.rows))
     bank = AdapterBank.create(configs, backbone.config, args.seed)
     rows = sum(map(len, examples.values()))
-    print(
-        f"{len(names)} tenants, {rows:,} rows; backbone {backbone.config.size / 1e6:.1f}M parameters, "
-        f"a tenant's adapter {' or '.join(dict.fromkeys(sizes.values()))}",
-        flush=True,
+    mesh = "" if backbone.mesh is None else f" on {', '.join(f'{k}={v}' for k, v in backbone.mesh.shape.items())}"
+    show(
+        f"{len(names)} tenants, {rows:,} rows; backbone {backbone.config.size / 1e6:.1f}M parameters{mesh}, "
+        f"a tenant's adapter {' or '.join(dict.fromkeys(sizes.values()))}"
     )
     finetune(
         backbone,
@@ -139,17 +178,22 @@ def run(args: argparse.Namespace) -> int:
         examples,
         settings,
         args.out,
+        dev=dev,
         rows=args.rows,
         micro_batches=args.micro_batches,
+        tenants_per_step=args.tenants_per_step,
+        spread=args.spread_tenants,
         seed=args.seed,
         checkpoint_every=args.checkpoint_every,
+        keep=args.keep_checkpoints,
         resume=args.resume,
         overwrite=args.overwrite,
         remat=args.remat,
         chat_templates=templates,
-        show=lambda line: print(line, flush=True),
+        show=show,
     )
-    print(f"saved {', '.join(names)} and loss.png in {args.out}")
+    some = ", ".join(names) if len(names) <= 10 else f"{len(names)} adapters"
+    show(f"saved {some} and loss.png in {args.out}")
     return 0
 
 

@@ -72,8 +72,7 @@ def load_backbone(
 
     compute = compute_dtype(dtype)
     stacked = default_stacked() if stacked is None else stacked
-    make = partial(Backbone, config, dtype=dtype, stacked=stacked, quantize=quantize, attention=attention)
-    make = partial(make, devices=1 if mesh is None else mesh.size)
+    make = partial(Backbone, config, dtype=dtype, stacked=stacked, quantize=quantize, attention=attention, mesh=mesh)
     abstract = named_leaves(tree := jax.eval_shape(make, jax.random.key(0)))
 
     where = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
@@ -33,26 +33,35 @@ if TYPE_CHECKING:
 )
 @dataclass(frozen=True)
 class Batch:
-    """The rows of one step: n tenants in a fixed order, with b / n consecutive rows each, in a micro-batches.
+    """The rows of one step, in a micro-batches of g groups of rows: one for every device that has rows.
+
+    The b rows of a micro-batch stand group by group; in each group are those of its n tenants one after the other,
+    the same number of each.
 
     Attributes:
       tokens: (a, b, t) prompt and response, padded on the right.
       length, prompt_length: (a, b) tokens in all, and of the prompt.
-      target_place: (a, k) where response tokens are predicted, as indices into the b * t tokens.
-      target_token: (a, k) which token is to come there.
-      target_tenant: (a, k) whose it is, from 0; n where the list is longer than there are response tokens.
-      target_count: (n,) each tenant's response tokens in all micro-batches.
-      line: how long a line the tokens of a micro-batch take; static.
+      target_place: (a, g, k) where response tokens are predicted, as indices into the b / g * t tokens of a group.
+      target_token: (a, g, k) which token is to come there.
+      target_tenant: (a, g, k) which of its group's tenants it is of, from 0; n where the list is longer than there are
+        response tokens.
+      target_count: (g, n) each tenant's response tokens in all micro-batches of its group.
+      line: the static sizes of the lines that a micro-batch's tokens take, one for each group.
     """
 
     tokens: Int[np.ndarray, "a b t"]
     length: Int[np.ndarray, "a b"]
     prompt_length: Int[np.ndarray, "a b"]
-    target_place: Int[np.ndarray, "a k"]
-    target_token: Int[np.ndarray, "a k"]
-    target_tenant: Int[np.ndarray, "a k"]
-    target_count: Int[np.ndarray, "n"]
+    target_place: Int[np.ndarray, "a g k"]
+    target_token: Int[np.ndarray, "a g k"]
+    target_tenant: Int[np.ndarray, "a g k"]
+    target_count: Int[np.ndarray, "g n"]
     line: Line
+
+    def micro_batch(self, index: int) -> Batch:
+        """One micro-batch, without the leading axis; its counts are still those of all."""
+        first = jax.tree.map(lambda x: x[index], replace(self, target_count=np.zeros(len(self.length))))
+        return replace(first, target_count=self.target_count)
 
     @property
     def size(self) -> int:
@@ -94,35 +103,50 @@ def rows_of_step(seed: int, tenant: str, size: int, step: int, rows: int) -> lis
 def step_batch(
     examples: Mapping[str, Sequence[Example]], seed: int, step: int, rows: int, micro_batches: int = 1
 ) -> Batch:
-    """The batch of a step: `rows` of every tenant, in the order of `examples`."""
+    """The batch of a step in which every tenant takes its step of that number, in the order of `examples`."""
     picked = [
         [examples[name][i] for i in rows_of_step(seed, name, len(examples[name]), step, rows)] for name in examples
     ]
-    share = rows // micro_batches
-    parts = [[tenant[a * share : (a + 1) * share] for tenant in picked] for a in range(micro_batches)]
-    return pad(parts)
+    return pad(divided(picked, micro_batches))
 
 
-def pad(parts: list[list[list[Example]]]) -> Batch:
-    """A batch of micro-batches of tenants of examples; all tenants have as many."""
+def divided(tenants: Sequence[Sequence[Example]], micro_batches: int) -> list[list[Sequence[Example]]]:
+    """Each tenant's rows in so many equal parts, by part and tenant.
+
+    >>> divided(["abcd", "efgh"], 2)
+    [['ab', 'ef'], ['cd', 'gh']]
+    """
+    share = len(tenants[0]) // micro_batches
+    return [[list_of[a * share : (a + 1) * share] for list_of in tenants] for a in range(micro_batches)]
+
+
+def pad(parts: Sequence[Sequence[Sequence[Example]]], groups: int = 1) -> Batch:
+    """A batch of micro-batches of tenants of examples; all tenants have as many. Tenants stand group by group."""
     rows = [[(tenant, e) for tenant, some in enumerate(part) for e in some] for part in parts]
-    t = bucket(max(len(e) for part in rows for _, e in part))
-    k = bucket(max(sum(len(e.response_ids) for _, e in part) for part in rows), parts=4)
-    a, b, n = len(rows), len(rows[0]), len(parts[0])
-    shorter = max((sorted(len(e) for _, e in part)[b // 2 - 1] for part in rows if b > 1), default=0)
-    line = Line(bucket(max(sum(len(e) for _, e in part) for part in rows), parts=4), min(t, bucket(shorter)))
+    a, b, g, n = len(rows), len(rows[0]), groups, len(parts[0]) // groups
+    own = b // g
+
+    def of_groups(part: list[tuple[int, Example]]) -> list[list[Example]]:
+        return [[e for _, e in part[i * own : (i + 1) * own]] for i in range(g)]
+
+    lines = [some for part in rows for some in of_groups(part)]
+    t = bucket(max(len(e) for some in lines for e in some))
+    k = bucket(max(sum(len(e.response_ids) for e in some) for some in lines), parts=4)
+    shorter = max((sorted(map(len, some))[own // 2 - 1] for some in lines if own > 1), default=0)
+    line = Line(bucket(max(sum(map(len, some)) for some in lines), parts=4), min(t, bucket(shorter)), g)
     tokens, length, prompt_length = (np.zeros(shape, np.int32) for shape in ((a, b, t), (a, b), (a, b)))
-    place, token, whose = (np.full((a, k), fill, np.int32) for fill in (0, 0, n))
+    place, token, whose = (np.full((a, g, k), fill, np.int32) for fill in (0, 0, n))
     for i, part in enumerate(rows):
-        filled = 0
+        filled = [0] * g
         for row, (tenant, e) in enumerate(part):
-            p, r = len(e.prompt_ids), len(e.response_ids)
+            p, r, group = len(e.prompt_ids), len(e.response_ids), row // own
             tokens[i, row, : p + r] = (*e.prompt_ids, *e.response_ids)
             length[i, row], prompt_length[i, row] = p + r, p
+            here = slice(filled[group], filled[group] + r)
             # A token is predicted at the place before its own.
-            place[i, filled : filled + r] = row * t + np.arange(p - 1, p + r - 1)
-            token[i, filled : filled + r] = e.response_ids
-            whose[i, filled : filled + r] = tenant
-            filled += r
-    count = np.bincount(whose.reshape(-1), minlength=n + 1)[:n].astype(np.int32)
-    return Batch(tokens, length, prompt_length, place, token, whose, count, line)
+            place[i, group, here] = row % own * t + np.arange(p - 1, p + r - 1)
+            token[i, group, here] = e.response_ids
+            whose[i, group, here] = tenant % n
+            filled[group] += r
+    counts = [np.bincount(whose[:, i].reshape(-1), minlength=n + 1)[:n] for i in range(g)]
+    return Batch(tokens, length, prompt_length, place, token, whose, np.array(counts, np.int32), line)

@@ -229,7 +229,7 @@ def _batches(s: Scoring) -> list[Batch]:
         # Fewer rows than a batch holds make a smaller one.
         missing = min(s.batch_size, len(ordered)) - len(some)
         some += [replace(some[-1], response_ids=())] * missing
-        batches.append(jax.tree.map(lambda x: x[0] if x.ndim > 1 else x, pad([[some]])))
+        batches.append(pad([[some]]).micro_batch(0))
     return batches
 
 

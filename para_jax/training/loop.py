@@ -1,41 +1,33 @@
-"""A fine-tuning run: steps, checkpoints, metrics, and every tenant's adapter at the end."""
+"""A fine-tuning run: steps, looks at dev sets, checkpoints, metrics, and every tenant's adapter."""
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
-import os
-import shutil
+import math
 import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
-from para_jax.adapters.bank import AdapterBank
-from para_jax.adapters.files import base_sizes, save_adapter
+from para_jax.adapters.bank import Adapter, AdapterBank
+from para_jax.adapters.files import save_adapter
 from para_jax.backbones.decoder import Backbone
-from para_jax.data.batches import Batch, step_batch
+from para_jax.data.batches import rows_of_step
 from para_jax.data.examples import Example, check_ids
+from para_jax.distributed import Flag, barrier, first, whole
 from para_jax.errors import ParaJaxError
 from para_jax.training.checkpoints import Checkpoints
+from para_jax.training.folder import CHECKPOINTS, METRICS, PLOT, check_name, claim, describe
+from para_jax.training.memory import explained
 from para_jax.training.metrics import MetricsFile, Progress, plot_losses, read_metrics
 from para_jax.training.optimizer import Settings
+from para_jax.training.places import NOTHING, Layout, Schedule, in_order
+from para_jax.training.signals import Interrupted, stop_signals
 from para_jax.training.step import TrainState, stack_settings, train_step
-
-RUN, METRICS, PLOT, CHECKPOINTS = "run.json", "metrics.jsonl", "loss.png", "checkpoints"
-
-
-class Interrupted(KeyboardInterrupt):
-    """The run was told to stop, and has saved what it did. `step` is the number of steps done."""
-
-    def __init__(self, step: int):
-        super().__init__(f"stopped and saved after step {step}")
-        self.step = step
+from para_jax.training.watch import Watch, Watched, dev_losses
 
 
 def finetune(
@@ -45,184 +37,215 @@ def finetune(
     settings: Mapping[str, Settings],
     out: str | Path,
     *,
+    dev: Mapping[str, Sequence[Example]] | None = None,
     rows: int = 16,
     micro_batches: int = 1,
+    tenants_per_step: int | None = None,
+    spread: bool | None = None,
     seed: int = 0,
     checkpoint_every: int = 500,
+    keep: int = 2,
     resume: bool = False,
     overwrite: bool = False,
     remat: bool | None = None,
     chat_templates: Mapping[str, str] | None = None,
     show: Callable[[str], None] = print,
+    loggers: Iterable[Callable[[Mapping[str, Any]], None]] = (),
 ) -> AdapterBank:
-    """Tunes every tenant of `bank` on its own examples, all in one step.
+    """Tunes every tenant of `bank` on its own examples, many in one step, on the mesh of `backbone`.
 
     Args:
       bank: the adapters to begin with.
       examples, settings: for each tenant.
       out: a folder; afterwards it holds NAME/ with each tenant's adapter, metrics.jsonl, loss.png, run.json and
         checkpoints/.
+      dev: rows that a tenant does not learn from, for some or all tenants. Of a tenant with dev rows the adapter that
+        was best on them is kept, and written as soon as it is found; `Settings` says when to look, and when to stop.
       rows: each tenant's rows in a step, in `micro_batches` parts whose gradients are summed in float32.
+      tenants_per_step: how many tenants a step holds at most; all, if None.
+      spread: whether the tenants are spread over a mesh's devices, or whole on each of them (`places.Layout`).
       seed: of the order of the rows.
       checkpoint_every: steps between checkpoints; there is one at the end, and at Ctrl-C or SIGTERM.
-      resume: go on from the newest checkpoint in `out`, bit for bit as if the run had never stopped.
+      keep: how many checkpoints are kept, the newest.
+      resume: go on from the newest checkpoint in `out`, bit for bit as if the run had never stopped; on another mesh
+        to rounding, with the same rows.
       overwrite: replace an existing `out`.
       remat: recompute layers in the backward pass, which takes less memory and more time; by default only on
         accelerators.
       chat_templates: those to keep with tenants' adapters; `examples` are encoded with them already.
       show: takes a line of progress.
+      loggers: take each line of metrics.jsonl, in the first process.
 
-    Returns the tuned bank. Raises ParaJaxError if `out` exists and neither `resume` nor `overwrite` is set, or holds
-    a run with other data or settings; Interrupted at Ctrl-C, when everything is saved.
+    Returns the bank after the last step. Raises ParaJaxError if `out` exists and neither `resume` nor `overwrite` is
+    set, or holds a run with other data or settings; if a tenant's gradient was no number, when all others are done and
+    saved; if a step does not fit into memory. Raises Interrupted at Ctrl-C, when everything is saved.
     """
-    out = Path(out)
-    names = tuple(examples)
-    if set(names) != set(bank.names) or set(names) != set(settings):
-        raise ParaJaxError("bank, examples and settings have to name the same tenants")
+    out, names = Path(out), tuple(examples)
+    looked_at = {name: dev[name] for name in names if dev and dev.get(name)}
+    if set(names) != set(bank.names) or set(names) != set(settings) or not set(dev or ()) <= set(names):
+        raise ParaJaxError("bank, examples, settings and dev have to name the same tenants")
     for name in names:
         check_name(name)
-        check_ids(examples[name], backbone.config.vocab_size)
-    if rows < 1 or micro_batches < 1 or rows % micro_batches:
-        raise ParaJaxError(f"{rows} rows cannot be split into {micro_batches} equal micro-batches")
-    description = describe(backbone, bank, examples, settings, rows, micro_batches, seed)
-    _claim(out, description, resume, overwrite)
+        if not examples[name]:
+            raise ParaJaxError(f"tenant {name!r} has no rows to learn from")
+        check_ids([*examples[name], *looked_at.get(name, ())], backbone.config.vocab_size)
+    if jax.process_count() > 1 and backbone.mesh is None:
+        raise ParaJaxError("several processes need a mesh over all of their devices; load the backbone with mesh=...")
+    layout = Layout.of(backbone.mesh, len(names), rows, micro_batches, spread)
+    bank = layout.padded(bank)
+    schedule = Schedule(bank, settings, layout, tenants_per_step)
+    claim(out, describe(backbone, bank, examples, looked_at, settings, rows, micro_batches, seed), resume, overwrite)
 
     remat = jax.default_backend() != "cpu" if remat is None else remat
-    total = max(s.steps for s in settings.values())
-    rules = stack_settings(bank, settings)
-    state = TrainState.create(bank)
-    with Checkpoints(out / CHECKPOINTS) as checkpoints, stop_signals() as stop:
+    rules, state = stack_settings(bank, settings), TrainState.create(bank, layout.mesh, layout.shards)
+    watch = Watch(settings, {name: Watched() for name in looked_at})
+    taken, failed = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
+    show = show if first() else lambda line: None
+
+    def resting(step: int) -> set[str]:
+        # That a tenant failed is known one step late; a resumed run, which knows it at once, waits as long.
+        return {n for n in names if 0 < failed[n] < step or (n in watch.known and watch.known[n].stopped)}
+
+    def save(name: str, adapter: Adapter) -> None:
+        layers = whole(adapter.layers, layout.mesh)
+        if first():
+            template = (chat_templates or {}).get(name)
+            save_adapter(
+                Adapter(adapter.config, layers), out / name, backbone.config, chat_template=template, overwrite=True
+            )
+
+    with ExitStack() as stack:
+        checkpoints = stack.enter_context(Checkpoints(out / CHECKPOINTS, keep))
+        stop, told = stack.enter_context(stop_signals()), Flag(layout.mesh)
         done = checkpoints.latest() or 0
         if done:
-            state = checkpoints.restore(state)
+            state, beside = checkpoints.restore(state)
+            watch.load(beside.get("watch", {}))
+            counts = whole((state.taken, state.failed_at), layout.mesh)
+            for group, *of in zip(bank.groups, *counts, strict=True):
+                for name, has, at in zip(group.names, *of, strict=True):
+                    if name is not None:
+                        taken[name], failed[name] = int(has), int(at)
             show(f"resuming after step {done}")
-        metrics = MetricsFile(out / METRICS, done)
-        progress = Progress(total, done, show)
-        pending: tuple[int, Batch, Any] | None = None
+        metrics = stack.enter_context(MetricsFile(out / METRICS, done)) if first() else None
+        progress = Progress(done, show)
+        pending: tuple[int, list[list[str | None]], int, Any] | None = None
 
-        def report() -> None:
+        def report(looks: Mapping[str, float] | None = None) -> None:
             # One step late, so that the device never waits for the host.
-            if pending is not None:
-                step, batch, values = pending
-                line = {key: dict(zip(names, x.tolist(), strict=True)) for key, x in jax.device_get(values).items()}
-                metrics.write({"step": step, "tokens": batch.size, **line})
-                progress.update(step, batch.size, line["loss"])
+            nonlocal pending
+            if pending is None:
+                return
+            step, homes, tokens, values = pending
+            pending = None
+            said = in_order(homes, whole(values, layout.mesh))
+            for name, norm in said["grad_norm"].items():
+                if not math.isfinite(norm) and not failed[name]:
+                    failed[name] = step
+                    show(f"step {step}: {name}'s gradient is no number; it stops here, the others go on")
+            progress.update(step, step + schedule.left(taken, resting(step + 1)), tokens, said["loss"])
+            if metrics is None:
+                return
+            line = {"step": step, "tokens": tokens, **said, **({"dev_loss": dict(looks)} if looks else {})}
+            metrics.write(line)
+            for logger in loggers:
+                logger(line)
 
-        try:
-            for step in range(done, total):
-                batch = step_batch(examples, seed, step, rows, micro_batches)
-                state, values = train_step(backbone, state, rules, batch, tenants=names, remat=remat, seed=seed)
-                report()
-                pending = (step + 1, batch, values)
-                done = step + 1
-                if stop.is_set() or done % checkpoint_every == 0 or done == total:
-                    # First the metrics: a resumed run begins behind this step and would not write its line.
-                    report()
-                    pending = None
-                    checkpoints.save(done, state)
-                if stop.is_set() and done < total:
-                    break
+        stopping = False
+        while (homes := schedule.turn(taken, resting(done))) is not None:
+            batch, tokens = _batch(layout, homes, examples, seed, taken)
+            slots = layout.slots(bank, homes)
+            with explained(backbone, layout, homes, remat):
+                state, values = train_step(
+                    backbone, state, rules, batch, slots, shards=layout.shards, remat=remat, seed=seed
+                )
             report()
-        finally:
-            metrics.close()
-        plot_losses(read_metrics(out / METRICS), out / PLOT, f"{len(names)} tenants tuned in one step")
-        if done < total:
-            raise Interrupted(done)
-    for name in names:
-        template = (chat_templates or {}).get(name)
-        save_adapter(state.bank[name], out / name, backbone.config, chat_template=template, overwrite=True)
+            pending, done = (done + 1, homes, tokens, values), done + 1
+            turn = [name for home in homes for name in home if name is not None]
+            taken |= {name: taken[name] + 1 for name in turn}
+            # Whoever fails in this very step is looked at too: it is not known yet, and its loss is never the best.
+            due = {name for name in turn if watch.due(name, taken[name])}
+            looks: dict[str, float] = {}
+            if due:
+                asked = [[name if name in due else None for name in home] for home in homes]
+                looks = dev_losses(backbone, state.bank, layout, asked, looked_at)
+            better = [name for name, loss in looks.items() if watch.look(name, loss, taken[name])]
+            stopping = told.raised(stop.kind is not None)
+            saving = stopping or done % checkpoint_every == 0
+            ended = [name for name in turn if taken[name] == settings[name].steps and name not in looked_at]
+            if due or ended or saving:
+                # First the metrics: a resumed run begins behind this step and would not write its line.
+                report(looks)
+            for name in [*better, *(name for name in ended if not failed[name])]:
+                save(name, state.bank[name])
+            if saving:
+                checkpoints.save(done, state, {"watch": watch.state()})
+            if stopping:
+                break
+        report()
+        finished = schedule.turn(taken, resting(done)) is None
+        checkpoints.save(done, state, {"watch": watch.state()})
+        checkpoints.wait()
+    if first():
+        plot_losses(read_metrics(out / METRICS), out / PLOT, f"{len(names)} tenants tuned on one backbone")
+    if not finished:
+        raise Interrupted(done, preempted=stop.kind == signal.SIGTERM or jax.process_count() > 1)
+    _complete(out, state.bank, watch, failed, save)
+    barrier("finetune")
     return state.bank
 
 
-def check_name(name: str) -> None:
-    """Raises ParaJaxError unless a tenant's name can be a folder's beside the run's own files."""
-    if not name or name != Path(name).name or name.startswith(".") or name in (RUN, METRICS, PLOT, CHECKPOINTS):
-        raise ParaJaxError(f"tenant name {name!r} cannot be a folder's name; choose another")
-
-
-def describe(
-    backbone: Backbone,
-    bank: AdapterBank,
+def _batch(
+    layout: Layout,
+    homes: Sequence[Sequence[str | None]],
     examples: Mapping[str, Sequence[Example]],
-    settings: Mapping[str, Settings],
-    rows: int,
-    micro_batches: int,
     seed: int,
-) -> dict[str, Any]:
-    """All that a run's result depends on, as JSON."""
+    taken: Mapping[str, int],
+) -> tuple[Any, int]:
+    """The batch of a step, and how many tokens it has."""
 
-    def fingerprint(rows: Sequence[Example]) -> str:
-        digest = hashlib.sha256()
-        for e in rows:
-            digest.update(json.dumps([e.prompt_ids, e.response_ids]).encode())
-        return digest.hexdigest()
+    def of(name: str | None) -> list[Example]:
+        if name is None:
+            return [NOTHING] * layout.rows
+        own = examples[name]
+        return [own[i] for i in rows_of_step(seed, name, len(own), taken[name], layout.rows)]
 
-    tenants = {
-        name: {
-            "method": bank[name].config.method,
-            **dataclasses.asdict(bank[name].config),
-            **dataclasses.asdict(settings[name]),
-            "examples": len(examples[name]),
-            "data_sha256": fingerprint(examples[name]),
-        }
-        for name in examples
-    }
-    run = {"rows": rows, "micro_batches": micro_batches, "seed": seed, "dtype": str(backbone.dtype)}
-    return json.loads(json.dumps({"tenants": tenants, **run, "base_model": base_sizes(backbone.config)}))
+    parts = layout.parts([[of(name) for name in home] for home in homes])
+    tokens = sum(len(e) for part in parts for some in part for e in some if e is not NOTHING)
+    return layout.batch(parts), tokens
 
 
-def _claim(out: Path, description: dict[str, Any], resume: bool, overwrite: bool) -> None:
-    """Makes the folder of a new run, or sees that the one to resume is this one."""
-    there = out / RUN
-    if out.exists() and resume and there.is_file():
-        before = json.loads(there.read_text())
-        changed = list(_changes(before, description))
-        if changed:
-            raise ParaJaxError(f"{out} holds another run, which cannot be resumed with these: {'; '.join(changed[:5])}")
-        return
-    if out.exists() and any(out.iterdir()):
-        if not overwrite:
-            way = "it holds no run to resume" if resume else "pass --resume to go on with it"
-            raise ParaJaxError(f"{out} exists; {way}, --overwrite to replace it, or choose another folder")
-        if not there.is_file():
+def _complete(
+    out: Path, bank: AdapterBank, watch: Watch, failed: Mapping[str, int], save: Callable[[str, Adapter], None]
+) -> None:
+    """Sees that every tenant's adapter is in its folder.
+
+    Raises ParaJaxError for tenants that failed, and for a best adapter that has been removed.
+    """
+    for name in failed:
+        if name not in watch.known and not failed[name]:
+            save(name, bank[name])
+    for name, of in watch.known.items():
+        if math.isfinite(of.loss) and first() and not (out / name).is_dir():
             raise ParaJaxError(
-                f"{out} holds no {RUN}, so it is no run to overwrite; remove it or choose another folder"
+                f"{out / name} is gone: it held {name}'s best adapter, of its step {of.step}, which no checkpoint has; "
+                "run again with --overwrite"
             )
-        aside = out.with_name(f".{out.name}-replaced")
-        shutil.rmtree(aside, ignore_errors=True)
-        os.replace(out, aside)
-        shutil.rmtree(aside)
-    out.mkdir(parents=True, exist_ok=True)
-    fresh = out / f".{RUN}-new"
-    fresh.write_text(json.dumps(description, indent=1) + "\n")
-    os.replace(fresh, there)
+    broken = {name: step for name, step in failed.items() if step}
+    if broken:
+        listed = ", ".join(f"{name} (step {step})" for name, step in list(broken.items())[:5])
+        more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
+        others = len(failed) - len(broken)
+        raise ParaJaxError(
+            f"the gradient of {listed}{more} was no number; try a lower --lr, or look at the rows. "
+            f"{others} other tenant{'s are' if others != 1 else ' is'} done and saved in {out}"
+        )
 
 
-def _changes(before: Any, now: Any, at: str = "") -> Iterator[str]:
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in {**before, **now}:
-            yield from _changes(before.get(key), now.get(key), f"{at}.{key}" if at else key)
-    elif before != now:
-        yield f"{at} was {str(before)[:40]} and is {str(now)[:40]}"
+def steps_of(epochs: float, examples: int, rows: int) -> int:
+    """The steps in which so many examples are seen so often.
 
-
-@contextmanager
-def stop_signals() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C or SIGTERM sets; a second one stops at once, as usual."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
-
-    def handle(kind: int, _: Any) -> None:
-        stop.set()
-        signal.signal(kind, before[signal.Signals(kind)])
-
-    for kind in before:
-        signal.signal(kind, handle)
-    try:
-        yield stop
-    finally:
-        for kind, handler in before.items():
-            signal.signal(kind, handler)
+    >>> steps_of(epochs=3, examples=100, rows=16)
+    19
+    """
+    return max(1, int(np.ceil(epochs * examples / rows)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -11,7 +12,10 @@ from typing import Any
 
 
 class MetricsFile:
-    """A JSONL file with a line for each step: {"step", "tokens", "loss": {tenant: value}, "grad_norm", "lr"}."""
+    """A JSONL file with a line for each step: {"step", "tokens", "loss": {tenant: value}, "grad_norm", "lr"}.
+
+    They are of the tenants whose turn it was. With dev rows some have "dev_loss" too. What is no number is null.
+    """
 
     def __init__(self, path: Path, done: int):
         """Keeps the lines of the first `done` steps, which a resumed run goes on from."""
@@ -22,11 +26,20 @@ class MetricsFile:
         self._file = path.open("a")
 
     def write(self, line: dict[str, Any]) -> None:
-        self._file.write(json.dumps(line) + "\n")
+        self._file.write(json.dumps(_finite(line)) + "\n")
         self._file.flush()
 
-    def close(self) -> None:
+    def __enter__(self) -> MetricsFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._file.close()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(x) for key, x in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -43,30 +56,30 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 class Progress:
     """Prints how far a run is: step, tokens a second, time left, and each tenant's loss."""
 
-    def __init__(self, total: int, done: int, show: Callable[[str], None], every: float = 5.0):
-        self.total, self.show, self.every = total, show, every
+    def __init__(self, done: int, show: Callable[[str], None], every: float = 5.0):
+        self.show, self.every = show, every
         self.began = self.shown = time.monotonic()
         self.first, self.tokens = done, 0
         self.compiling = True
 
-    def update(self, step: int, tokens: int, losses: dict[str, float]) -> None:
-        """After a step; prints if it is time."""
+    def update(self, step: int, total: int, tokens: int, losses: dict[str, float]) -> None:
+        """After a step of `total`, as far as is known; prints if it is time."""
         now = time.monotonic()
         if self.compiling:
             # The first step compiles; its time says nothing about the others.
             self.compiling, self.began, self.first = False, now, step
             tokens = 0
         self.tokens += tokens
-        if now - self.shown < self.every and step < self.total:
+        if now - self.shown < self.every and step < total:
             return
         self.shown = now
         elapsed, steps = now - self.began, step - self.first
         rate = f"{self.tokens / elapsed:,.0f} tokens/s" if steps else "compiled"
-        left = f"{duration(elapsed / steps * (self.total - step))} left" if steps else ""
+        left = f"{duration(elapsed / steps * (total - step))} left" if steps else ""
         worst = sorted(losses.items(), key=lambda item: -item[1])
         shown = "  ".join(f"{name} {loss:.3f}" for name, loss in (worst[:6] if len(worst) > 6 else losses.items()))
         more = f"  and {len(worst) - 6} lower" if len(worst) > 6 else ""
-        self.show(f"step {step}/{self.total}  {rate}  {left}  loss: {shown}{more}")
+        self.show(f"step {step}/{total}  {rate}  {left}  loss: {shown}{more}")
 
 
 def duration(seconds: float) -> str:
@@ -91,11 +104,11 @@ def plot_losses(lines: Sequence[dict[str, Any]], path: Path, title: str) -> None
         return
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    steps = [line["step"] for line in lines]
-    names = list(lines[0]["loss"])
-    width = max(1, len(lines) // 50)
+    names = list(dict.fromkeys(name for line in lines for name in line["loss"]))
     for i, name in enumerate(names):
-        losses = [line["loss"][name] for line in lines]
+        own = [line for line in lines if line["loss"].get(name) is not None]
+        steps, losses = [line["step"] for line in own], [line["loss"][name] for line in own]
+        width = max(1, len(own) // 50)
         color = f"C{i % 10}"
         if len(names) <= 10:
             axes.plot(steps, losses, color=color, alpha=0.2, linewidth=0.8)
@@ -103,6 +116,11 @@ def plot_losses(lines: Sequence[dict[str, Any]], path: Path, title: str) -> None
             sum(losses[max(0, j - width + 1) : j + 1]) / (j + 1 - max(0, j - width + 1)) for j in range(len(losses))
         ]
         axes.plot(steps, smooth, color=color, label=name if len(names) <= 20 else None)
+        looks = [(line["step"], line["dev_loss"][name]) for line in lines if (line.get("dev_loss") or {}).get(name)]
+        if looks and len(names) <= 20:
+            axes.plot(*zip(*looks, strict=True), color=color, linestyle=":", marker="o", markersize=3)
+    dotted = any(line.get("dev_loss") for line in lines) and len(names) <= 20
+    title = f"{title} (dotted: dev rows)" if dotted else title
     axes.set(xlabel="step", ylabel="loss (nats a response token)", title=title, ylim=(0, None))
     if len(names) <= 20:
         axes.legend(frameon=False)

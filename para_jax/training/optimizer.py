@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["steps", "lr", "warmup_ratio", "weight_decay", "max_grad_norm"],
+    data_fields=["steps", "lr", "warmup_ratio", "weight_decay", "max_grad_norm", "weight", "eval_every", "patience"],
     meta_fields=[],
 )
 @dataclass(frozen=True)
@@ -36,6 +36,10 @@ class Settings:
       warmup_ratio: the share of the steps in which the rate rises from zero; afterwards it falls to zero linearly.
       weight_decay: AdamW's decoupled decay.
       max_grad_norm: the tenant's gradient is scaled down to this norm if it is larger.
+      weight: how often it has its turn, where a step does not hold all tenants: one of weight 2 gets on twice as fast
+        as one of weight 1.
+      eval_every: its own steps between looks at its dev rows; zero looks after its last step only.
+      patience: it stops after so many looks in a row that were no better than the best; zero never does.
 
     Raises ParaJaxError for a value out of range.
     """
@@ -45,6 +49,9 @@ class Settings:
     warmup_ratio: float = 0.06
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
+    weight: float = 1.0
+    eval_every: int = 0
+    patience: int = 0
 
     @classmethod
     def checked(cls, **values: Any) -> Settings:
@@ -56,12 +63,14 @@ class Settings:
             raise ParaJaxError("lr and max_grad_norm must be above 0")
         if not 0 <= settings.warmup_ratio <= 1 or settings.weight_decay < 0:
             raise ParaJaxError("warmup_ratio must be between 0 and 1, and weight_decay not below 0")
+        if not settings.weight > 0 or settings.eval_every < 0 or settings.patience < 0:
+            raise ParaJaxError("weight must be above 0, and eval_every and patience not below 0")
         return settings
 
     @classmethod
     def stack(cls, settings: Sequence[Settings]) -> Settings:
         """One Settings with an array for each field."""
-        kinds = {"steps": np.int32}
+        kinds = dict.fromkeys(("steps", "eval_every", "patience"), np.int32)
         return cls(
             **{
                 f.name: np.array([getattr(s, f.name) for s in settings], kinds.get(f.name, np.float32))  # type: ignore[arg-type]
@@ -110,10 +119,11 @@ def update(
     with jax.numpy_dtype_promotion("standard"):
         change, after = _transform(settings, rate).update(gradient, moments, layers)
     moved = optax.apply_updates(layers, change)
-    active = step < settings.steps
+    norm = optax.tree.norm(gradient)
+    active = (step < settings.steps) & jnp.isfinite(norm)
 
     def keep(new: Array, old: Array) -> Array:
         return jnp.where(active, new, old)
 
-    report = {"grad_norm": optax.tree.norm(gradient), "lr": jnp.where(active, rate, 0.0)}
+    report = {"grad_norm": norm, "lr": jnp.where(active, rate, 0.0)}
     return jax.tree.map(keep, moved, layers), jax.tree.map(keep, after, moments), report

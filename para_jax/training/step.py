@@ -1,20 +1,29 @@
-"""One step of fine-tuning: every tenant's loss and gradient in one pass over the frozen backbone."""
+"""One step of fine-tuning: every tenant's loss and gradient in one pass over the frozen backbone.
+
+The rows of a step stand in groups, one for each device that has rows (`data.batches.Batch`). Either every group has
+the same tenants and a share of each one's rows, and adapters are whole on every device; or the adapters are spread
+over the devices, every group has tenants of its own, and no gradient ever leaves its device.
+"""
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from para_jax.adapters.bank import AdapterBank, Rows
+from para_jax.adapters.bank import AdapterBank, Rows, named_leaves
 from para_jax.backbones.decoder import Backbone
 from para_jax.data.batches import Batch
+from para_jax.sharding import adapter_spec, split_rows
 from para_jax.training import optimizer
 from para_jax.training.optimizer import Settings
 
@@ -22,121 +31,270 @@ if TYPE_CHECKING:
     from jax import Array
     from jaxtyping import Float, Int, Key
 
+# Logits of a group of rows that are in memory at once, float32: a large vocabulary must not dominate.
+LOGITS = 2**26
 
-@partial(jax.tree_util.register_dataclass, data_fields=["step", "bank", "moments"], meta_fields=[])
+
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["step", "bank", "moments", "taken", "failed_at"], meta_fields=[]
+)
 @dataclass(frozen=True)
 class TrainState:
-    """All that training changes: the steps done, the adapters, and for each group of the bank its moments.
+    """All that training changes.
 
-    The bank has no free slots, and its leaves are float32.
+    Attributes:
+      step: steps done.
+      bank: the adapters, float32. A free slot is never trained.
+      moments: for each group of the bank, its tenants' AdamW moments.
+      taken: for each group, the steps that each of its tenants has taken, (slots,).
+      failed_at: for each group, the step, counted from one, at which a tenant's gradient was no number; zero if
+        none was. It has not changed since.
     """
 
     step: Int[Array, ""]
     bank: AdapterBank
     moments: tuple[Any, ...]
+    taken: tuple[Int[Array, "slots"], ...]
+    failed_at: tuple[Int[Array, "slots"], ...]
 
     @classmethod
-    def create(cls, bank: AdapterBank) -> TrainState:
-        """The state before the first step. It takes the bank's arrays over: steps donate them."""
+    def create(cls, bank: AdapterBank, mesh: Mesh | None = None, shards: int = 1) -> TrainState:
+        """The state before the first step. It copies the bank's arrays: steps donate them.
+
+        With a mesh it lies on it, its tenants in `shards` parts (one, or as many as there are groups of rows).
+        """
         moments = tuple(jax.vmap(optimizer.init)(group.stack) for group in bank.groups)
-        return cls(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, bank), moments)
+        zeros = [tuple(jnp.zeros((len(group.names),), jnp.int32) for group in bank.groups) for _ in range(2)]
+        state = cls(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, bank), moments, *zeros)
+        return state if mesh is None else jax.device_put(state, shardings(state, mesh, shards))
 
 
-def stack_settings(bank: AdapterBank, settings: Mapping[str, Settings]) -> tuple[Settings, ...]:
-    """The settings of each group's tenants, in the order of its slots."""
-    return tuple(Settings.stack([settings[str(name)] for name in group.names]) for group in bank.groups)
+def shardings(state: TrainState, mesh: Mesh, shards: int) -> TrainState:
+    """Where each array of a state lies: tenants apart if the adapters are spread, features as in the backbone."""
+    tenants = ("data", "fsdp") if shards > 1 else None
+
+    def of(name: str, x: Any) -> NamedSharding:
+        return NamedSharding(mesh, adapter_spec(name, x.shape, mesh, tenants) if x.ndim else P())
+
+    named = named_leaves(state)
+    return jax.tree.unflatten(jax.tree.structure(state), [of(name, x) for name, x in named.items()])
 
 
-@partial(jax.jit, static_argnames=("tenants", "remat"), donate_argnames=("state",))
+@partial(jax.tree_util.register_dataclass, data_fields=["settings", "name"], meta_fields=[])
+@dataclass(frozen=True)
+class Rules:
+    """How the tenants of one group of the bank are tuned: their settings, and a number of each one's name."""
+
+    settings: Settings
+    name: Int[np.ndarray, "slots"]
+
+
+def stack_settings(bank: AdapterBank, settings: Mapping[str, Settings]) -> tuple[Rules, ...]:
+    """The settings of each group's tenants, in the order of its slots. A free slot takes no steps."""
+    return tuple(
+        Rules(
+            Settings.stack([Settings(steps=0) if name is None else settings[name] for name in group.names]),
+            np.array([zlib.crc32((name or "").encode()) for name in group.names], np.uint32),
+        )
+        for group in bank.groups
+    )
+
+
+Slots = tuple["Int[np.ndarray, 'g n']", ...]
+
+
+def slots_of(bank: AdapterBank, tenants: Sequence[str], groups: int = 1) -> Slots:
+    """The places of these tenants in each group of the bank, for each of so many groups of rows.
+
+    A tenant that is in another group of the bank has the number of slots there, which is past the last.
+    """
+    where = [
+        [group.names.index(name) if name in group.names else len(group.names) for name in tenants]
+        for group in bank.groups
+    ]
+    return tuple(np.tile(np.array(slots, np.int32), (groups, 1)) for slots in where)
+
+
+@partial(jax.jit, static_argnames=("shards", "remat"), donate_argnames=("state",))
 def train_step(
     backbone: Backbone,
     state: TrainState,
-    settings: tuple[Settings, ...],
+    rules: tuple[Rules, ...],
     batch: Batch,
-    tenants: tuple[str, ...],
+    slots: Slots,
+    shards: int = 1,
     remat: bool = False,
     seed: int = 0,
 ) -> tuple[TrainState, dict[str, Float[Array, "n"]]]:
-    """Takes every tenant one step on its own loss, the mean over its response tokens in the batch.
+    """Takes the tenants of a batch one step, each on its own loss: the mean over its response tokens.
 
     Args:
-      settings: from `stack_settings`.
-      tenants: the names in the order of the batch.
+      rules: from `stack_settings`.
+      slots: for each group of the bank, which of its tenants those of the batch are, (g, n): the batch's, group by
+        group of rows. A number past the last slot is none. With `shards` they count from the group's own first.
+      shards: into how many parts the bank's tenants are spread: one, or g.
       remat: recompute layers in the backward pass instead of keeping their activations.
-      seed: of what dropout drops, with the step, the tenant's name and the row.
+      seed: of what dropout drops, with the tenant's name, its step and the row.
 
-    Returns the state after the step (the one given is donated) and by name an array with a value for each of
-    `tenants`: loss, grad_norm, lr. No tenant's values depend on the others.
+    Returns the state after the step (the one given is donated) and an array with a value for each tenant of the
+    batch of: loss, grad_norm, lr. They are those of the n tenants, or with `shards` of the g * n, group by group. No
+    tenant's values depend on the others; one whose gradient is no number keeps what it was.
     """
     micro_batches, b = batch.length.shape
+    g, n = batch.target_count.shape
+    spread, each = shards > 1, (g * n if shards > 1 else n)
+    count_gn = jnp.asarray(batch.target_count)
+    if not spread:
+        count_gn = jnp.broadcast_to(jnp.sum(count_gn, axis=0), (g, n))
+
+    stacks = [group.stack for group in state.bank.groups]
+    layers = tuple(picked(stack, s, shards, backbone.mesh) for stack, s in zip(stacks, slots, strict=True))
+    there = [s < stack_size(x) // shards for x, s in zip(stacks, slots, strict=True)]
+    rates = tuple(getattr(group.config, "lora_dropout", 0.0) for group in state.bank.groups)
+    rows = Rows(tuple(x.reshape(-1).astype(jnp.float32) for x in there), layers, rates, repeats=b // (g * n))
+
+    def key_of_row(index: Array) -> Key[Array, "b"]:
+        # Rows count through the step, however it is divided: g parts of each micro-batch, or one if spread.
+        own = jnp.arange(b // (g * n))[None, None]
+        group = jnp.zeros((g, 1, 1), own.dtype) if spread else jnp.arange(g)[:, None, None]
+        row = (index * (1 if spread else g) + group) * own.size + own
+        numbers = zip(rules, state.taken, slots, strict=True)
+        known: Any = [picked((rule.name, taken), s, shards, backbone.mesh) for rule, taken, s in numbers]
+        name = sum(a for a, _ in known).reshape(g, n, 1)  # zero for those of other groups
+        taken = sum(b for _, b in known).reshape(g, n, 1)
+
+        def key(name: Array, taken: Array, row: Array) -> Array:
+            of_step = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), name), taken)
+            return jax.random.fold_in(of_step, row)
+
+        shape = (g, n, own.size)
+        return jax.vmap(key)(*(jnp.broadcast_to(x, shape).reshape(b) for x in (name, taken, row)))
 
     def micro_batch(carry: tuple[Any, Array], part: Any) -> tuple[tuple[Any, Array], None]:
-        gradient, loss_n = carry
+        gradient, loss_gn = carry
         index, part = part
-        keys_b = _row_keys(seed, tenants, state.step * micro_batches + index, b)
-        (_, part_n), part_gradient = jax.value_and_grad(loss_of, argnums=1, has_aux=True)(
-            backbone, state.bank, part, tenants, keys_b, remat
-        )
-        return (jax.tree.map(jnp.add, gradient, part_gradient), loss_n + part_n), None
+        keys_b = key_of_row(index) if any(rates) else None
 
-    # Every micro-batch divides by the count of the whole.
-    counts = jnp.broadcast_to(batch.target_count, (micro_batches, len(tenants)))
-    parts = (jnp.arange(micro_batches), replace(batch, target_count=counts))  # type: ignore[arg-type]
-    start = (jax.tree.map(jnp.zeros_like, state.bank), jnp.zeros((len(tenants),), jnp.float32))
-    (gradient, loss_n), _ = jax.lax.scan(micro_batch, start, parts)
+        def loss(layers: Any) -> tuple[Array, Array]:
+            part_gn = loss_of(backbone, replace(rows, layers=layers, keys_b=keys_b), part, count_gn, remat)
+            return jnp.sum(part_gn), part_gn
 
-    groups, moments = [], []
-    reports: dict[str | None, dict[str, Array]] = {}
-    for group, kept, slope, rule in zip(state.bank.groups, state.moments, gradient.groups, settings, strict=True):
-        one = jax.vmap(optimizer.update, in_axes=(0, None, 0, 0, 0))
-        stack, after, report = one(rule, state.step, group.stack, kept, slope.stack)
-        groups.append(type(group)(group.config, group.names, stack))
-        moments.append(after)
-        reports |= {name: jax.tree.map(lambda x, i=i: x[i], report) for i, name in enumerate(group.names)}
-    bank = AdapterBank(state.bank.shape, tuple(groups))
-    by_tenant = {key: jnp.stack([reports[name][key] for name in tenants]) for key in ("grad_norm", "lr")}
-    return TrainState(state.step + 1, bank, tuple(moments)), {"loss": loss_n, **by_tenant}
+        (_, part_gn), slope = jax.value_and_grad(loss, has_aux=True)(layers)
+        return (jax.tree.map(jnp.add, gradient, slope), loss_gn + part_gn), None
+
+    start = (jax.tree.map(jnp.zeros_like, layers), jnp.zeros((g, n), jnp.float32))
+    parts = (jnp.arange(micro_batches), replace(batch, target_count=jnp.zeros((micro_batches,))))  # type: ignore[arg-type]
+    (gradient, loss_gn), _ = jax.lax.scan(micro_batch, start, parts)
+
+    if not spread:  # a tenant's rows are in every group
+        slots = tuple(s[:1] for s in slots)
+        loss_gn = jnp.sum(loss_gn, axis=0, keepdims=True)
+        gradient = jax.tree.map(lambda x: jnp.sum(x.reshape(g, n, *x.shape[1:]), axis=0), gradient)
+
+    groups, moments, takens, failures = [], [], [], []
+    report = {key: jnp.zeros((each,), jnp.float32) for key in ("grad_norm", "lr")}
+    every = zip(state.bank.groups, state.moments, state.taken, state.failed_at, gradient, rules, slots, strict=True)
+    for group, kept, taken, failed_at, slope, rule, own in every:
+        old = (group.stack, kept, taken, failed_at, rule.settings)
+        stack_n, kept_n, taken_n, failed_n, settings_n = jax.tree.map(lambda x, s=own: _picked(x, s, shards), old)
+        # What failed once goes on failing: it rests.
+        settings_n = replace(settings_n, steps=jnp.where(failed_n > 0, 0, settings_n.steps))
+        stack_n, kept_n, said = jax.vmap(optimizer.update)(settings_n, taken_n, stack_n, kept_n, slope)
+        running = taken_n < settings_n.steps
+        failed_n = jnp.where(running & ~jnp.isfinite(said["grad_norm"]), state.step + 1, failed_n)
+        new = (stack_n, kept_n, taken_n + running.astype(jnp.int32), failed_n)
+        put = partial(_put, slots_gn=own, shards=shards)
+        stack, kept, taken, failed_at = jax.tree.map(put, (group.stack, kept, taken, failed_at), new)
+        groups.append(replace(group, stack=stack))
+        moments.append(kept)
+        takens.append(taken)
+        failures.append(failed_at)
+        mine = own.reshape(-1) < stack_size(group.stack) // shards
+        report = {key: jnp.where(mine, said[key], x) for key, x in report.items()}
+    bank = replace(state.bank, groups=tuple(groups))
+    after = TrainState(state.step + 1, bank, tuple(moments), tuple(takens), tuple(failures))
+    report = {"loss": loss_gn.reshape(each), **report}
+    if backbone.mesh is not None:
+        after = jax.lax.with_sharding_constraint(after, shardings(after, backbone.mesh, shards))
+        report = jax.lax.with_sharding_constraint(report, NamedSharding(backbone.mesh, P()))
+    return after, report
 
 
-def _row_keys(seed: int | Int[Array, ""], tenants: tuple[str, ...], turn: Int[Array, ""], b: int) -> Key[Array, "b"]:
-    """A random key for every row, which depends on its tenant's name and its place among the tenant's rows only."""
-    key = jax.random.fold_in(jax.random.key(seed), turn)
-    of_tenant = jax.vmap(partial(jax.random.fold_in, key))(
-        jnp.array([zlib.crc32(n.encode()) for n in tenants], jnp.uint32)
-    )
-    rows = jnp.arange(b // len(tenants))
-    return jax.vmap(lambda k: jax.vmap(partial(jax.random.fold_in, k))(rows))(of_tenant).reshape(b)
+def stack_size(stack: Any) -> int:
+    """How many slots a stack has."""
+    return jax.tree.leaves(stack)[0].shape[0]
+
+
+def picked(tree: Any, slots_gn: Any, shards: int, mesh: Mesh | None) -> Any:
+    """The entries of these slots, for the rows that they serve: each group's on its own devices."""
+    return jax.tree.map(lambda x: split_rows(_picked(x, slots_gn, shards), mesh), tree)
+
+
+def _picked(x: Any, slots_gn: Any, shards: int) -> Array:
+    """The entries of these slots, group by group, and zeros for a slot past the end.
+
+    No row gets the weights of a tenant that is not its own. Masked out later, they could still reach its gradient,
+    because zero times NaN is NaN.
+    """
+    x = jnp.asarray(x)
+    own = x.reshape(shards, -1, *x.shape[1:])
+    if shards == 1:
+        picked = own[0].at[slots_gn].get(mode="fill", fill_value=0)
+    else:  # each of its own part: nothing moves between devices
+        picked = jax.vmap(lambda x, s: x.at[s].get(mode="fill", fill_value=0))(own, slots_gn)
+    return picked.reshape(-1, *x.shape[1:])
+
+
+def _put(x: Array, new: Array, slots_gn: Array, shards: int) -> Array:
+    """x with the entries of these slots replaced; a slot past the end is none."""
+    own = x.reshape(shards, -1, *x.shape[1:])
+    new = new.reshape(shards, -1, *new.shape[1:])
+    slots_gn = jnp.asarray(slots_gn)
+    return jax.vmap(lambda x, s, y: x.at[s].set(y, mode="drop"))(own, slots_gn, new).reshape(x.shape)
 
 
 def loss_of(
-    backbone: Backbone,
-    bank: AdapterBank,
-    part: Batch,
-    tenants: tuple[str, ...],
-    keys_b: Key[Array, "b"] | None = None,
-    remat: bool = False,
-) -> tuple[Float[Array, ""], Float[Array, "n"]]:
-    """The sum of the tenants' losses in one micro-batch, whose gradient is each tenant's own, and the losses.
+    backbone: Backbone, rows: Rows, part: Batch, count_gn: Float[Array, "g n"], remat: bool = False
+) -> Float[Array, "g n"]:
+    """Each tenant's loss in one micro-batch, with its response tokens in all micro-batches and groups given.
 
-    `part` is a Batch without its leading axis. Padding reaches attention only, and only response tokens reach the
-    head: with a vocabulary of 4096 and short answers it would cost more than the layers.
+    `part` is a `Batch.micro_batch`. Padding reaches attention only, and only response tokens reach the head: with a
+    vocabulary of 4096 and short answers it would cost more than the layers.
     """
-    b, n = part.tokens.shape[0], len(tenants)
-    rows = replace(bank.rows(tenants, repeats=b // n), keys_b=keys_b)
-    nll_k = target_nll(backbone, rows, part, remat)
+    nll_gk = target_nll(backbone, rows, part, remat)
     # Each tenant's tokens are one row of this sum: the order is fixed, and one tenant's NaN stays its own.
-    own_nk = part.target_tenant[None] == jnp.arange(n)[:, None]
-    loss_n = jnp.sum(jnp.where(own_nk, nll_k[None], 0), axis=1) / jnp.maximum(part.target_count, 1).astype(jnp.float32)
-    return jnp.sum(loss_n), loss_n
+    own_gnk = part.target_tenant[:, None] == jnp.arange(count_gn.shape[1])[None, :, None]
+    total_gn = jnp.sum(jnp.where(own_gnk, nll_gk[:, None], 0), axis=2)
+    return total_gn / jnp.maximum(count_gn, 1).astype(jnp.float32)
 
 
-def target_nll(backbone: Backbone, rows: Rows, part: Batch, remat: bool = False) -> Float[Array, "k"]:
-    """The negative log-likelihood of each of `part`'s targets; where `target_tenant` is none, it means nothing."""
+def target_nll(backbone: Backbone, rows: Rows, part: Batch, remat: bool = False) -> Float[Array, "g k"]:
+    """The negative log-likelihood of each of `part`'s targets; where `target_tenant` is none, it means nothing.
+
+    Of a long list the logits of some `LOGITS` are in memory at once; the backward pass computes them again.
+    """
     b, t = part.tokens.shape
+    g, k = part.target_place.shape
     column = jnp.arange(t)[None]
     mask_bt, prompt_mask_bt = column < part.length[:, None], column < part.prompt_length[:, None]
     hidden, _, _ = backbone.forward(
         jnp.asarray(part.tokens), mask_bt, prompt_mask_bt, rows, remat=remat, flat=part.line
     )
-    hidden_1kd = hidden.reshape(b * t, -1)[part.target_place][None]
-    return optax.softmax_cross_entropy_with_integer_labels(backbone.logits(hidden_1kd)[0], part.target_token)
+    of_group = hidden.reshape(g, b // g * t, -1)
+    hidden_gkd = of_group[0][part.target_place] if g == 1 else jax.vmap(lambda x, i: x[i])(of_group, part.target_place)
+    token_gk, head = jnp.asarray(part.target_token), backbone.whole_head()
+
+    def nll(hidden_gkd: Array, token_gk: Array) -> Array:
+        return optax.softmax_cross_entropy_with_integer_labels(backbone.logits(hidden_gkd, head), token_gk)
+
+    size = max(1, LOGITS // backbone.config.vocab_size)
+    if k <= size:
+        return nll(hidden_gkd, token_gk)
+    parts, more = -(-k // size), -k % size
+
+    def divided(x: Array) -> Array:
+        padded = jnp.pad(x, [(0, 0), (0, more), *[(0, 0)] * (x.ndim - 2)])
+        return jnp.moveaxis(padded.reshape(g, parts, size, *x.shape[2:]), 1, 0)
+
+    nll_agk = jax.lax.map(jax.checkpoint(lambda x: nll(*x)), (divided(hidden_gkd), divided(token_gk)))
+    return jnp.moveaxis(nll_agk, 0, 1).reshape(g, -1)[:, :k]

@@ -18,7 +18,7 @@ from para_jax.adjustment import Adjustment
 from para_jax.data.batches import step_batch
 from para_jax.data.examples import Example
 from para_jax.training.optimizer import Settings
-from para_jax.training.step import TrainState, stack_settings, train_step
+from para_jax.training.step import TrainState, slots_of, stack_settings, train_step
 from tests.helpers import SMALL, random_adapter, random_backbone
 
 D = SMALL.hidden_size
@@ -146,7 +146,7 @@ def tune(configs: dict[str, LoraConfig], steps: int = 3, seed: int = 0):
     history = []
     for step in range(steps):
         batch = step_batch({n: rows_of(n) for n in configs}, seed=3, step=step, rows=2)
-        state, report = train_step(backbone, state, rules, batch, tenants=tuple(configs), seed=seed)
+        state, report = train_step(backbone, state, rules, batch, slots_of(bank, tuple(configs)), seed=seed)
         history.append(dict(zip(configs, report["loss"].tolist(), strict=True)))
     return bank, state.bank, history
 

@@ -129,8 +129,6 @@ def test_the_choice() -> None:
         choose("cudnn", SMALL, jnp.dtype("float32"))
     with pytest.raises(ParaJaxError, match="runs on NVIDIA GPUs, not on cpu"):
         choose("cudnn", SMALL, jnp.dtype("bfloat16"))
-    with pytest.raises(ParaJaxError, match="'splash' is not split over several devices"):
-        choose("splash", SMALL, jnp.dtype("float32"), devices=8)
     with pytest.raises(ParaJaxError, match="soft-capping"):
         choose("cudnn", BackboneConfig.from_hf(family_fields("gemma2")), jnp.dtype("bfloat16"))
 

@@ -38,16 +38,16 @@ def test_targets_predict_each_response_token():
     ]
     batch = pad([tenants])
     assert batch.tokens.shape == (1, 4, 16)
-    assert batch.target_count.tolist() == [5, 3]
+    assert batch.target_count.tolist() == [[5, 3]]
     for n, tenant in enumerate(tenants):
-        mask = batch.target_tenant[0] == n
+        mask = batch.target_tenant[0, 0] == n
         wanted = [token for e in tenant for token in e.response_ids]
-        assert batch.target_token[0][mask].tolist() == wanted
+        assert batch.target_token[0, 0][mask].tolist() == wanted
         # What follows the place of a target is the target.
-        assert batch.tokens[0].reshape(-1)[batch.target_place[0][mask] + 1].tolist() == wanted
+        assert batch.tokens[0].reshape(-1)[batch.target_place[0, 0][mask] + 1].tolist() == wanted
     assert batch.length[0].tolist() == [5, 4, 4, 2] and batch.prompt_length[0].tolist() == [3, 1, 2, 1]
-    assert batch.size == 15 and batch.line == (16, 16)
-    assert set(batch.target_tenant[0].tolist()) == {0, 1, 2}
+    assert batch.size == 15 and batch.line == (16, 16, 1)
+    assert set(batch.target_tenant[0, 0].tolist()) == {0, 1, 2}
 
 
 def test_micro_batches_split_every_tenants_rows():

@@ -9,7 +9,7 @@ from para_jax.adapters.para import ParaConfig
 from para_jax.data.batches import step_batch
 from para_jax.data.examples import Example
 from para_jax.training.optimizer import Settings
-from para_jax.training.step import TrainState, stack_settings, train_step
+from para_jax.training.step import TrainState, slots_of, stack_settings, train_step
 from tests.helpers import METHODS, random_adapter, random_backbone
 
 NAMES = ("acme", "globex", "initech", "hooli", "umbrella")
@@ -49,7 +49,7 @@ def tune(backbone, names, steps=6, micro_batches=1, poison=None):
     history = []
     for step in range(steps):
         batch = step_batch(data, seed=3, step=step, rows=4, micro_batches=micro_batches)
-        state, report = train_step(backbone, state, rules, batch, tenants=tuple(names))
+        state, report = train_step(backbone, state, rules, batch, slots_of(bank, names))
         history.append({key: dict(zip(names, np.asarray(x), strict=True)) for key, x in report.items()})
     return state.bank, history
 

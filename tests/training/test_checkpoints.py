@@ -22,17 +22,19 @@ from para_jax.training.checkpoints import Checkpoints
 state = {"weights": jax.random.normal(jax.random.key(0), (1000, 1000)), "step": jnp.int32(7)}
 with Checkpoints(sys.argv[1]) as checkpoints:
     checkpoints.save(7, state)
+    checkpoints.wait()
     # From here on no file may grow past 100 kB: what a full disk does, on any disk.
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
     try:
         checkpoints.save(8, jax.tree.map(lambda x: x + 1, state))
+        checkpoints.wait()
     except ParaJaxError as error:
         print(error)
     else:
         sys.exit("the save did not fail")
 with Checkpoints(sys.argv[1]) as checkpoints:
     assert checkpoints.latest() == 7
-    loaded = checkpoints.restore(jax.tree.map(jnp.zeros_like, state))
+    loaded, _ = checkpoints.restore(jax.tree.map(jnp.zeros_like, state))
     assert all((a == b).all() for a, b in zip(jax.tree.leaves(loaded), jax.tree.leaves(state)))
 """
 
@@ -49,12 +51,14 @@ def test_exact_and_the_two_newest_are_kept(tmp_path):
     with Checkpoints(tmp_path / "c") as checkpoints:
         assert checkpoints.latest() is None
         for step in (2, 4, 6):
-            checkpoints.save(step, state)
+            checkpoints.save(step, state, {"loss": repr(step / 3)})
         checkpoints.save(6, state)
+        checkpoints.wait()
         assert checkpoints.latest() == 6
     assert sorted(p.name for p in (tmp_path / "c").iterdir() if p.name.isdigit()) == ["4", "6"]
     with Checkpoints(tmp_path / "c") as checkpoints:
-        loaded = checkpoints.restore(jax.tree.map(jnp.zeros_like, state))
+        loaded, beside = checkpoints.restore(jax.tree.map(jnp.zeros_like, state))
+    assert float(beside["loss"]) == 2.0
     assert jax.tree.structure(loaded) == jax.tree.structure(state)
     for a, b in zip(jax.tree.leaves(loaded), jax.tree.leaves(state), strict=True):
         assert a.dtype == b.dtype

@@ -1,0 +1,101 @@
+"""Several processes, each with some of a mesh's devices: who speaks, what all know, and what all agree on.
+
+Every process runs the same program on the same inputs. What only one may do, such as writing a file, is the first
+one's; the others wait for it where they need it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from para_jax.errors import ParaJaxError
+
+if TYPE_CHECKING:
+    from jax.sharding import Sharding
+
+
+def start(address: str | None = None, processes: int | None = None, process: int | None = None) -> None:
+    """Joins the other processes, before anything is computed.
+
+    Args:
+      address: HOST:PORT of the first process; None finds it, the number of processes and one's own from Cloud TPU,
+        SLURM, Kubernetes or Open MPI.
+      processes, process: how many there are, and which of them this is, from zero.
+
+    Raises ParaJaxError if they cannot be found, or do not come together.
+    """
+    try:
+        jax.distributed.initialize(address, processes, process)
+    except (RuntimeError, ValueError) as error:
+        raise ParaJaxError(
+            f"the processes did not come together ({str(error).splitlines()[0]}); give every process the same "
+            "--coordinator HOST:PORT and --processes N, and its own --process from 0 to N - 1"
+        ) from error
+
+
+def first() -> bool:
+    """Whether this process is the one that writes and speaks."""
+    return jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+    """Waits until all processes are here."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
+
+
+def told(text: bytes) -> bytes:
+    """What the first process says, of up to 4000 bytes."""
+    if jax.process_count() == 1:
+        return text
+    from jax.experimental import multihost_utils
+
+    room = np.zeros(4000, np.uint8)
+    room[: len(text)] = np.frombuffer(text[:4000], np.uint8)
+    return bytes(np.asarray(multihost_utils.broadcast_one_to_all(room))).rstrip(b"\0")
+
+
+def placed(x: np.ndarray, sharding: Sharding | None) -> Any:
+    """An array that every process has, as one over all devices; each process hands its devices their part."""
+    if sharding is None:
+        return x
+    return jax.make_array_from_callback(x.shape, sharding, lambda part: x[part])
+
+
+def whole(tree: Any, mesh: Mesh | None) -> Any:
+    """Arrays that lie on a mesh as NumPy's, the same in every process; all have to call it."""
+    if mesh is None or jax.process_count() == 1:
+        return jax.device_get(tree)
+    gathered = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, P()))(tree)
+    return jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), gathered)
+
+
+class Flag:
+    """Something that any process may raise and all learn of at the same step."""
+
+    def __init__(self, mesh: Mesh | None):
+        self._alone = mesh is None or jax.process_count() == 1
+        self._before: Any = None
+        if mesh is not None:
+            self._apart = NamedSharding(mesh, P(mesh.axis_names))
+            self._count = mesh.size
+            self._any = jax.jit(lambda x: x.any(), out_shardings=NamedSharding(mesh, P()))
+
+    def raised(self, here: bool) -> bool:
+        """Whether any process had raised it when this was last called; of a single process, whether it is now.
+
+        One call late, so that no device waits for the answer.
+        """
+        if self._alone:
+            return here
+        flags = np.full((self._count,), here)
+        now = self._any(placed(flags, self._apart))
+        before, self._before = self._before, now
+        return before is not None and bool(before.addressable_data(0))

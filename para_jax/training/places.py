@@ -1,0 +1,174 @@
+"""Whose rows a step holds, and where they lie on a mesh.
+
+A step has a fixed number of places, each with the same number of rows of one tenant. If there are fewer places than
+tenants, those who are furthest behind have their turn; a tenant that is done leaves, and when half of the places are
+empty a step has half as many. A tenant's own steps, rows and schedule are the same whenever its turns come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from para_jax.adapters.bank import AdapterBank
+from para_jax.data.batches import Batch, pad
+from para_jax.data.examples import Example
+from para_jax.distributed import placed
+from para_jax.errors import ParaJaxError
+from para_jax.sharding import row_shards
+from para_jax.training.optimizer import Settings
+from para_jax.training.step import Slots, slots_of
+
+# Fills a place that has no tenant: one token, and nothing to learn.
+NOTHING = Example("", "", (0,), ())
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How rows and tenants are divided over a mesh.
+
+    Attributes:
+      mesh: None for one device.
+      rows: of each tenant in a step.
+      micro_batches: in how many parts, one after the other.
+      groups: of rows in a micro-batch: as many as there are devices with rows.
+      shards: into how many parts the tenants are spread: `groups`, or one if adapters are whole on every device and
+        each tenant's rows are split over all groups.
+    """
+
+    mesh: Mesh | None
+    rows: int
+    micro_batches: int
+    groups: int
+    shards: int
+
+    @classmethod
+    def of(
+        cls, mesh: Mesh | None, tenants: int, rows: int, micro_batches: int = 1, spread: bool | None = None
+    ) -> Layout:
+        """The layout for so many tenants; by default they are spread if that leaves few places empty.
+
+        Raises ParaJaxError for rows that cannot be divided so.
+
+        >>> Layout.of(None, tenants=3, rows=16, micro_batches=2).groups
+        1
+        """
+        if rows < 1 or micro_batches < 1 or rows % micro_batches:
+            raise ParaJaxError(f"{rows} rows cannot be split into {micro_batches} equal micro-batches")
+        groups, share = row_shards(mesh), rows // micro_batches
+        if spread is None:
+            spread = tenants % groups == 0 or tenants >= 8 * groups or (share % groups > 0 and tenants >= groups)
+        if not spread and share % groups:
+            more = groups * micro_batches
+            raise ParaJaxError(
+                f"a tenant's {share} rows of a micro-batch do not divide by the mesh's data x fsdp = {groups}; choose "
+                f"{-(-rows // more) * more} rows, or a mesh with more of tensor"
+            )
+        return cls(mesh, rows, micro_batches, groups, groups if spread and groups > 1 else 1)
+
+    @property
+    def repeats(self) -> int:
+        """A place's rows in a micro-batch of its group."""
+        return self.rows // self.micro_batches // (1 if self.shards > 1 else self.groups)
+
+    def padded(self, bank: AdapterBank) -> AdapterBank:
+        """The bank with free slots, so that its tenants divide into the shards."""
+        groups = [group.grown(-(-len(group.names) // self.shards) * self.shards) for group in bank.groups]
+        return replace(bank, groups=tuple(groups))
+
+    def parts(self, homes: Sequence[Sequence[Sequence[Example]]]) -> list[list[list[Example]]]:
+        """The rows of each home's tenants as `data.batches.pad` takes them: by micro-batch, group and tenant."""
+        own, each = self.repeats, 1 if self.shards > 1 else self.groups
+        return [
+            [
+                list(rows[(a * each + g) * own : (a * each + g + 1) * own])
+                for home in homes
+                for g in range(each)
+                for rows in home
+            ]
+            for a in range(self.micro_batches)
+        ]
+
+    def batch(self, parts: Sequence[Sequence[Sequence[Example]]]) -> Batch:
+        """Padded, and on the devices."""
+        batch = pad(parts, self.groups)
+        if self.mesh is None:
+            return batch
+        rows, groups = (NamedSharding(self.mesh, P(*lead, ("data", "fsdp"))) for lead in ((None,), ()))
+        counts = placed(batch.target_count, groups)
+        host = replace(batch, target_count=batch.tokens)
+        return replace(jax.tree.map(lambda x: placed(x, rows), host), target_count=counts)
+
+    def slots(self, bank: AdapterBank, homes: Sequence[Sequence[str | None]]) -> Slots:
+        """Where a step's tenants stand in each group of the bank (`training.step.train_step`)."""
+        if self.shards == 1:
+            return slots_of(bank, [name or "" for name in homes[0]], self.groups)
+        found = []
+        for group in bank.groups:
+            own = len(group.names) // self.shards
+            parts = [group.names[i * own : (i + 1) * own] for i in range(self.shards)]
+            places = [
+                [part.index(name) if name in part else own for name in home]
+                for part, home in zip(parts, ([n or "" for n in home] for home in homes), strict=True)
+            ]
+            found.append(np.array(places, np.int32))
+        return tuple(found)
+
+
+class Schedule:
+    """Which tenants have their turn: in each home, a part of the mesh with tenants of its own."""
+
+    def __init__(self, bank: AdapterBank, settings: Mapping[str, Settings], layout: Layout, most: int | None = None):
+        """`most` is how many tenants a step may hold at once; all, if None. `bank` is padded."""
+        self.settings = settings
+        self.homes: list[list[str]] = [[] for _ in range(layout.shards)]
+        for group in bank.groups:
+            own = len(group.names) // layout.shards
+            for i, home in enumerate(self.homes):
+                home += [name for name in group.names[i * own : (i + 1) * own] if name is not None]
+        limit = max(map(len, self.homes))
+        self.places = limit if most is None else min(limit, max(1, -(-most // layout.shards)))
+
+    def turn(self, taken: Mapping[str, int], resting: Collection[str]) -> list[list[str | None]] | None:
+        """The tenants of the next step by home, None for an empty place; None when all are done.
+
+        The same for the same arguments. The least `taken / weight` comes first.
+        """
+        waiting = [
+            [name for name in home if name not in resting and taken[name] < self.settings[name].steps]
+            for home in self.homes
+        ]
+        wanted = max(map(len, waiting))
+        if not wanted:
+            return None
+        places = self.places
+        while wanted <= places // 2:
+            places //= 2
+        chosen: list[list[str | None]] = []
+        for home in waiting:
+            behind = sorted(home, key=lambda name: taken[name] / self.settings[name].weight)[:places]
+            chosen.append([*sorted(behind, key=home.index), *[None] * (places - len(behind))])
+        return chosen
+
+    def left(self, taken: Mapping[str, int], resting: Collection[str]) -> int:
+        """The steps that are still to come, if nobody leaves early."""
+        rest = [
+            [self.settings[n].steps - taken[n] for n in home if n not in resting and taken[n] < self.settings[n].steps]
+            for home in self.homes
+        ]
+        return max((max(max(of), -(-sum(of) // self.places)) for of in rest if of), default=0)
+
+
+def in_order(homes: Sequence[Sequence[str | None]], values: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """What `train_step` reports, by key and tenant."""
+    names = [name for home in homes for name in home]
+    return {
+        key: {name: float(x) for name, x in zip(names, of, strict=True) if name is not None}
+        for key, of in values.items()
+    }
