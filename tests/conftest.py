@@ -27,6 +27,13 @@ def _programs():
     jax.clear_caches()
 
 
+@pytest.fixture
+def few_programs():
+    """The same after each test, for modules whose programs are many or large."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def tiny():
     """The backbone that ships with the package, and its tokenizer."""

@@ -149,7 +149,7 @@ def train_step(
 
     stacks = [group.stack for group in state.bank.groups]
     layers = tuple(picked(stack, s, shards, backbone.mesh) for stack, s in zip(stacks, slots, strict=True))
-    there = [s < stack_size(x) // shards for x, s in zip(stacks, slots, strict=True)]
+    there: list[Any] = [s < stack_size(x) // shards for x, s in zip(stacks, slots, strict=True)]
     rates = tuple(getattr(group.config, "lora_dropout", 0.0) for group in state.bank.groups)
     rows = Rows(tuple(x.reshape(-1).astype(jnp.float32) for x in there), layers, rates, repeats=b // (g * n))
 

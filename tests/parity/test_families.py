@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import pytest
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
@@ -65,5 +66,6 @@ def test_random_configs(
     @given(case=models.cases(family))
     def run(case: models.Case) -> None:
         models.check(case, family, worst[family], tmp_path_factory.mktemp(family))
+        jax.clear_caches()  # tests/conftest.py says why
 
     run()

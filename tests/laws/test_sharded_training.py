@@ -1,0 +1,178 @@
+"""Law 6 for training: on a mesh a step changes what it changes on one device, and moves no more than it has to."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from para_jax import AdapterBank, Backbone, LoraConfig
+from para_jax.convert.checkpoint import save_backbone
+from para_jax.data.examples import Example
+from para_jax.errors import ParaJaxError
+from para_jax.sharding import auto_mesh, make_mesh
+from para_jax.training.optimizer import Settings
+from para_jax.training.places import Layout, Schedule, in_order
+from para_jax.training.step import TrainState, stack_settings, train_step
+from tests.helpers import METHODS, SMALL, family_backbone, random_adapter, random_backbone
+
+pytestmark = pytest.mark.usefixtures("few_programs")
+
+ROWS, STEPS = 8, 2
+MESHES = ["data=8", "fsdp=8", "fsdp=4,tensor=2", "data=2,fsdp=2,tensor=2"]
+DROPPED = LoraConfig(r=2, target_modules=("q_proj", "down_proj"), lora_dropout=0.5)
+
+
+def rows_of(seed: int, count: int, vocabulary: int) -> list[Example]:
+    rng = np.random.default_rng(seed)
+
+    def ids(low: int, high: int) -> tuple[int, ...]:
+        return tuple(int(i) for i in rng.integers(1, vocabulary, rng.integers(low, high)))
+
+    return [Example("", "", ids(2, 12), (*ids(1, 6), 0)) for _ in range(count)]
+
+
+def bank_of(configs: dict, shape) -> AdapterBank:
+    return AdapterBank.stack({n: random_adapter(c, shape, i, 0.1) for i, (n, c) in enumerate(configs.items())}, shape)
+
+
+def tune(backbone: Backbone, configs: dict, micro_batches: int = 1, spread: bool | None = None):
+    """Two steps; the losses and gradient norms, and the adapters afterwards."""
+    bank = bank_of(configs, backbone.config)
+    layout = Layout.of(backbone.mesh, len(configs), ROWS, micro_batches, spread)
+    bank = layout.padded(bank)
+    settings = dict.fromkeys(configs, Settings(steps=9, lr=1e-2))
+    schedule, rules = Schedule(bank, settings, layout), stack_settings(bank, settings)
+    state = TrainState.create(bank, layout.mesh, layout.shards)
+    said = []
+    for step in range(STEPS):
+        homes = schedule.turn(dict.fromkeys(configs, step), ())
+        assert homes is not None
+        of = {n: rows_of(10 * i + step, ROWS, backbone.config.vocab_size) for i, n in enumerate(configs)}
+        empty = [Example("", "", (0,), ())] * ROWS
+        batch = layout.batch(layout.parts([[of.get(n or "", empty) for n in home] for home in homes]))
+        slots = layout.slots(bank, homes)
+        state, values = train_step(backbone, state, rules, batch, slots, shards=layout.shards, seed=5)
+        said.append(in_order(homes, jax.device_get(values)))
+    return said, state.bank, (layout, state, rules, batch, slots)
+
+
+def on_mesh(backbone: Backbone, mesh: Mesh, folder) -> Backbone:
+    save_backbone(backbone, folder)
+    return Backbone.from_pretrained(folder, dtype="float32", stacked=backbone.stacked, mesh=mesh)
+
+
+def same(ours, theirs, configs) -> None:
+    for a, b in zip(ours[0], theirs[0], strict=True):
+        for key in ("loss", "grad_norm", "lr"):
+            for name in configs:
+                np.testing.assert_allclose(a[key][name], b[key][name], rtol=1e-4, err_msg=f"{key} {name}")
+    for name in configs:
+        for key, x in theirs[1][name].tensors().items():
+            # Adam divides by gradients that may be near zero, which widens what rounding leaves.
+            np.testing.assert_allclose(ours[1][name].tensors()[key], x, rtol=1e-2, atol=2e-4, err_msg=f"{name} {key}")
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_every_method_on_every_mesh(mesh: str, family: str, tmp_path) -> None:
+    stacked = family == "llama"
+    backbone = family_backbone(family, seed=1, stacked=stacked)
+    # All methods in one program take a minute to compile: each mesh has half of them with each family.
+    half = (MESHES.index(mesh) + stacked) % 2
+    configs = {**dict(list(METHODS.items())[3 * half : 3 * half + 3]), "dropped": DROPPED}
+    theirs = tune(backbone, configs)
+    there = on_mesh(backbone, make_mesh(mesh), tmp_path / "a")
+    ours = tune(there, configs, spread=False)
+    assert ours[2][0].shards == 1
+    same(ours, theirs, configs)
+
+
+@pytest.mark.parametrize("mesh", ["fsdp=4,tensor=2", "data=8"])
+@pytest.mark.parametrize("count", [8, 9])
+def test_tenants_that_are_spread(mesh: str, count: int, tmp_path) -> None:
+    """Each device has tenants of its own and no others, also where their number does not divide."""
+    backbone = random_backbone(stacked=True, vocab_size=64)
+    configs = {f"t{i}": DROPPED if i % 3 == 1 else METHODS["para"] for i in range(count)}
+    theirs = tune(backbone, configs)
+    there = on_mesh(backbone, make_mesh(mesh), tmp_path / "a")
+    ours = tune(there, configs, spread=True)
+    same(ours, theirs, configs)
+    layout, state, *_ = ours[2]
+    assert layout.shards == layout.groups > 1
+    for x in jax.tree.leaves((state.bank, state.moments)):
+        assert x.addressable_shards[0].data.shape[0] == x.shape[0] // layout.shards
+    names = [name for group in state.bank.groups for name in group.names]
+    assert len(names) % layout.shards == 0 and names.count(None) == len(names) - count
+
+
+def test_micro_batches_on_a_mesh(tmp_path) -> None:
+    backbone = random_backbone(stacked=True, vocab_size=64)
+    configs = {"acme": METHODS["para"], "globex": DROPPED}
+    theirs = tune(backbone, configs)
+    there = on_mesh(backbone, make_mesh("fsdp=2,data=2,tensor=2"), tmp_path / "a")
+    same(tune(there, configs, micro_batches=2), theirs, configs)
+    same(tune(backbone, configs, micro_batches=4), theirs, configs)
+
+
+COLLECTIVE = re.compile(
+    r"= \(?(\w+)\[([\d,]*)\].* (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)\("
+)
+
+
+def collectives(text: str, inside: str) -> Counter:
+    """How often each collective is in the lines whose op_name has `inside`."""
+    return Counter(m[3] for line in text.splitlines() if inside in line and (m := COLLECTIVE.search(line)))
+
+
+def test_what_a_layer_moves(tmp_path) -> None:
+    """Per layer and pass: its four weights are gathered over fsdp, and two sums go over tensor. Nothing else."""
+    backbone = random_backbone(stacked=True, vocab_size=64)
+    there = on_mesh(backbone, make_mesh("fsdp=4,tensor=2"), tmp_path / "a")
+    configs = {f"t{i}": METHODS["ia3"] for i in range(8)}
+    layout, state, rules, batch, slots = tune(there, configs, spread=True)[2]
+    lowered = train_step.lower(there, state, rules, batch, slots, shards=layout.shards, remat=False, seed=5)
+    text = lowered.compile().as_text()
+    forward = collectives(text, "jvp()/while/body/closed_call")
+    backward = collectives(text, "transpose(jvp())/while/body/closed_call")
+    forward.subtract(backward)  # its name is in the other's
+    assert {k: n for k, n in forward.items() if n} == {"all-gather": 4, "all-reduce": 2}
+    assert backward["all-gather"] == 4 and backward["all-reduce"] + backward["all-to-all"] <= 3, backward
+    assert not backward["collective-permute"]
+    # No weight is ever whole on one device over the tensor axis, and no batch of hidden states.
+    sizes = [
+        int(np.prod([int(n) for n in m[2].split(",") if n])) for m in COLLECTIVE.finditer(text) if m[3] == "all-gather"
+    ]
+    assert max(sizes) <= max(2 * 48 * 32 // 2, 64 * 32)
+
+
+def test_the_programs_of_a_mesh_stay(tmp_path) -> None:
+    """Law 4, and donation: the state comes back where it was, so that the next step is the same program."""
+    there = on_mesh(random_backbone(stacked=True), make_mesh("fsdp=4,tensor=2"), tmp_path / "a")
+    layout, state, rules, batch, slots = tune(there, {"a": METHODS["para"], "b": METHODS["lora"]})[2]
+    before = train_step._cache_size()
+    old = jax.tree.leaves(state)
+    after, _ = train_step(there, state, rules, batch, slots, shards=layout.shards, seed=5)
+    assert train_step._cache_size() == before
+    assert all(x.is_deleted() for x in old)
+    assert [x.sharding for x in old] == [x.sharding for x in jax.tree.leaves(after)]
+    assert not any(x.is_deleted() for x in jax.tree.leaves(there))
+
+
+def test_rows_that_do_not_divide() -> None:
+    with pytest.raises(
+        ParaJaxError, match="a tenant's 6 rows .* do not divide by the mesh's data x fsdp = 8; choose 8"
+    ):
+        Layout.of(make_mesh("fsdp=8"), tenants=3, rows=6)
+    with pytest.raises(ParaJaxError, match="cannot be split into 3 equal"):
+        Layout.of(None, tenants=3, rows=16, micro_batches=3)
+    assert Layout.of(make_mesh("fsdp=8"), tenants=16, rows=6).shards == 8
+
+
+def test_the_mesh_that_is_chosen() -> None:
+    assert auto_mesh(SMALL, 8) == {"data": 1, "fsdp": 8}
+    assert auto_mesh(SMALL, 6) == {"data": 3, "fsdp": 2}
