@@ -77,6 +77,7 @@ def same(ours, theirs, configs) -> None:
             np.testing.assert_allclose(ours[1][name].tensors()[key], x, rtol=1e-2, atol=2e-4, err_msg=f"{name} {key}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_every_method_on_every_mesh(mesh: str, family: str, tmp_path) -> None:
@@ -139,10 +140,8 @@ def test_what_a_layer_moves(tmp_path) -> None:
     text = lowered.compile().as_text()
     forward = collectives(text, "jvp()/while/body/closed_call")
     backward = collectives(text, "transpose(jvp())/while/body/closed_call")
-    forward.subtract(backward)  # its name is in the other's
-    assert {k: n for k, n in forward.items() if n} == {"all-gather": 4, "all-reduce": 2}
-    assert backward["all-gather"] == 4 and backward["all-reduce"] + backward["all-to-all"] <= 3, backward
-    assert not backward["collective-permute"]
+    assert forward == {"all-gather": 4, "all-reduce": 2}
+    assert backward == {"all-gather": 4, "all-reduce": 2}
     # No weight is ever whole on one device over the tensor axis, and no batch of hidden states.
     sizes = [
         int(np.prod([int(n) for n in m[2].split(",") if n])) for m in COLLECTIVE.finditer(text) if m[3] == "all-gather"
@@ -165,7 +164,7 @@ def test_the_programs_of_a_mesh_stay(tmp_path) -> None:
 
 def test_rows_that_do_not_divide() -> None:
     with pytest.raises(
-        ParaJaxError, match="a tenant's 6 rows .* do not divide by the mesh's data x fsdp = 8; choose 8"
+        ParaJaxError, match=r"a tenant's 6 rows .* do not divide by the mesh's data x fsdp = 8; choose 8"
     ):
         Layout.of(make_mesh("fsdp=8"), tenants=3, rows=6)
     with pytest.raises(ParaJaxError, match="cannot be split into 3 equal"):
