@@ -35,8 +35,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "--mesh",
         metavar="AXIS=N,...",
         default="auto",
-        help="devices to split the model and the rows over: data=2,fsdp=4,tensor=2 (default: all devices, as suits the "
-        "model)",
+        help="devices to split the model and the rows over: data=2,fsdp=4,tensor=2 (default: all "
+        "accelerators, as suits the model)",
     )
     parser.add_argument(
         "--coordinator",
@@ -100,7 +100,8 @@ def chosen_mesh(path: str, args: argparse.Namespace) -> Any:
 
     if args.mesh != "auto":
         return make_mesh(args.mesh)
-    if jax.device_count() == 1:
+    # A CPU's devices are simulated: there is nothing to gain.
+    if jax.device_count() == 1 or (jax.default_backend() == "cpu" and jax.process_count() == 1):
         return None
     return make_mesh(auto_mesh(BackboneConfig.from_pretrained(path), jax.device_count()))
 

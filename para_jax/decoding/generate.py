@@ -13,7 +13,9 @@ from para_jax.adapters.bank import AdapterBank, Tenant
 from para_jax.backbones.decoder import Backbone, batch_rows
 from para_jax.decoding import beams, loop, requests
 from para_jax.decoding.stops import StopStrings, stop_strings
+from para_jax.distributed import whole
 from para_jax.errors import ParaJaxError, unknown
+from para_jax.sharding import row_shards
 
 PerRow = Sequence[float] | float  # One value for all rows, or one for every row.
 # Lists of eos tokens are filled up to a multiple of this, so that most of them fit the same program.
@@ -92,7 +94,7 @@ def complete(
       seed: of the draws, between 0 and 2**32 - 1. They depend on it and the row's own prompt only, so that
         one prompt twice with one seed gives one text twice.
       batch_size: the most rows run at once, by default all of them. Rows are sorted by length into batches,
-        and come back in order.
+        and come back in order. On a mesh it is rounded up to what its data and fsdp axes divide.
 
     Raises ParaJaxError for an empty prompt, a prompt and new tokens that exceed the context, a setting out of
     its range or without a value for every row, an unknown tenant, and beams that are to draw.
@@ -128,7 +130,8 @@ def complete(
         raise ParaJaxError(f"batch_size is {batch_size}; it must be at least 1")
 
     completions: dict[int, Completion] = {}
-    size = min(batch_size or n, n)
+    shards = row_shards(backbone.mesh)
+    size = -(-min(batch_size or n, n) // shards) * shards
     order = np.argsort([len(x) for x in ids], kind="stable")
     for start in range(0, n, size):
         rows = order[start : start + size]
@@ -158,7 +161,7 @@ def complete(
                 num_beams,
                 keep,
             )
-        tokens_bt, count_b, stopped_b = jax.device_get(generated)
+        tokens_bt, count_b, stopped_b = whole(generated, backbone.mesh)
         for i, tokens, count, stopped in zip(rows, tokens_bt, count_b, stopped_b, strict=False):
             completions[int(i)] = _completion(tokenizer, stops, eos, tokens[:count].tolist(), bool(stopped))
     return [completions[i] for i in range(n)]

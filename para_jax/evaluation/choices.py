@@ -13,6 +13,7 @@ from para_jax.adapters.bank import AdapterBank, Rows, Tenant
 from para_jax.backbones.decoder import Backbone, batch_rows
 from para_jax.data.batches import bucket
 from para_jax.decoding.requests import tenant_rows
+from para_jax.distributed import whole
 from para_jax.errors import ParaJaxError
 
 if TYPE_CHECKING:
@@ -79,7 +80,8 @@ def choice_log_likelihoods(
     for start in range(0, len(pairs), size):
         batch = pairs[start : start + size]
         rows = batch_rows(bank, [p.tenant for p in batch] + [None] * (size - len(batch)), size)
-        for p, score in zip(batch, _score(backbone, rows, *_arrays(batch, size)).tolist(), strict=False):
+        likely = whole(_score(backbone, rows, *_arrays(batch, size)), backbone.mesh)
+        for p, score in zip(batch, likely.tolist(), strict=False):
             scores[p.row][p.choice] = score
         if progress is not None:
             progress(start + len(batch), len(pairs))

@@ -36,8 +36,8 @@ class Settings:
       warmup_ratio: the share of the steps in which the rate rises from zero; afterwards it falls to zero linearly.
       weight_decay: AdamW's decoupled decay.
       max_grad_norm: the tenant's gradient is scaled down to this norm if it is larger.
-      weight: how often it has its turn, where a step does not hold all tenants: one of weight 2 gets on twice as fast
-        as one of weight 1.
+      weight: how often it has its turn, where a step does not hold all tenants: with as many steps to take, one of
+        weight 2 gets on twice as fast as one of weight 1.
       eval_every: its own steps between looks at its dev rows; zero looks after its last step only.
       patience: it stops after so many looks in a row that were no better than the best; zero never does.
 

@@ -1,0 +1,179 @@
+"""A run of many tenants: turns, leaving, failing, stopping early, best adapters, and all of it resumed exactly."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from para_jax import AdapterBank, load_adapter
+from para_jax.adapters.para import ParaConfig
+from para_jax.data.batches import pad
+from para_jax.data.examples import Example
+from para_jax.errors import ParaJaxError
+from para_jax.training.loop import finetune, steps_of
+from para_jax.training.optimizer import Settings
+from para_jax.training.places import Layout, Schedule
+from para_jax.training.signals import Interrupted
+from para_jax.training.step import loss_of
+from tests.helpers import SMALL, random_adapter, random_backbone
+
+NAMES = [f"t{i}" for i in range(7)]
+STEPS = {name: 3 + i % 3 for i, name in enumerate(NAMES)}
+# One shape of batch, and so few programs: prompts of 4 tokens, responses of 2.
+CONFIG = ParaConfig(r=2)
+
+
+def rows_of(seed: int, count: int) -> list[Example]:
+    rng = np.random.default_rng(seed)
+    return [
+        Example("", "", tuple(map(int, rng.integers(1, 61, 4))), (int(rng.integers(1, 61)), 0)) for _ in range(count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    return random_backbone()
+
+
+def bank_of(names, poison=()):
+    adapters = {n: random_adapter(CONFIG, SMALL, NAMES.index(n), 0.1) for n in names}
+    for name in poison:
+        adapters[name] = jax.tree.map(lambda x: x * np.float32("nan"), adapters[name])
+    return AdapterBank.stack(adapters, SMALL)
+
+
+def tune(backbone, out, names=NAMES, poison=(), settings=None, **more):
+    settings = settings or {n: Settings(steps=STEPS[n], lr=1e-2) for n in names}
+    data = {n: rows_of(NAMES.index(n), 5 + NAMES.index(n)) for n in names}
+    quiet = {"rows": 2, "show": lambda line: None, **more}
+    return finetune(backbone, bank_of(names, poison), data, settings, out, **quiet)
+
+
+def files(out: Path) -> dict[str, bytes]:
+    found = [p for p in out.rglob("*") if p.is_file() and "checkpoints" not in p.parts and p.suffix != ".png"]
+    return {str(p.relative_to(out)): p.read_bytes() for p in found}
+
+
+def lines_of(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_turns_change_nothing_for_a_tenant(backbone, tmp_path) -> None:
+    """Seven tenants at three places: each ends where it ends with all of them in every step."""
+    all_at_once, in_turns = (tune(backbone, tmp_path / str(most), tenants_per_step=most) for most in (None, 3))
+    for name in NAMES:
+        for key, x in all_at_once[name].tensors().items():
+            np.testing.assert_allclose(in_turns[name].tensors()[key], x, rtol=1e-2, atol=1e-4)
+    held = [list(line["loss"]) for line in lines_of(tmp_path / "3")]
+    assert {n: sum(n in turn for turn in held) for n in NAMES} == STEPS
+    assert max(map(len, held)) == 3 and len(held) == math.ceil(sum(STEPS.values()) / 3)
+
+
+def test_whoever_is_behind_has_its_turn() -> None:
+    bank = bank_of(NAMES[:4])
+    settings = {n: Settings(steps=40, weight=2.0 if n == "t1" else 1.0) for n in NAMES[:4]}
+    schedule = Schedule(bank, settings, Layout.of(None, 4, 2), most=2)
+    taken = dict.fromkeys(NAMES[:4], 0)
+    for _ in range(20):
+        (turn,) = schedule.turn(taken, ())
+        taken |= {n: taken[n] + 1 for n in turn}
+    assert taken == {"t0": 8, "t1": 16, "t2": 8, "t3": 8}
+    assert schedule.turn(taken, {"t0", "t1", "t2"}) == [["t3"]], "half of the places are empty, and go"
+    assert schedule.turn(taken, set(NAMES)) is None
+    assert schedule.left(taken, ()) == 60
+
+
+def test_one_that_fails_leaves_the_others_alone(backbone, tmp_path) -> None:
+    said: list[str] = []
+    with pytest.raises(ParaJaxError, match=r"the gradient of t2 \(step 1\) was no number; .* 6 other tenants are done"):
+        tune(backbone, tmp_path / "broken", poison=["t2"], show=said.append)
+    assert "step 1: t2's gradient is no number; it stops here, the others go on" in said
+    tune(backbone, tmp_path / "whole")
+    broken, whole = files(tmp_path / "broken"), files(tmp_path / "whole")
+    assert not any(path.startswith("t2/") for path in broken)
+    for path, content in whole.items():
+        if path[:2] in NAMES and path[:2] != "t2":
+            assert broken[path] == content, path
+    losses = [line["loss"].get("t2", 0) for line in lines_of(tmp_path / "broken")]
+    assert losses[0] is None, "JSON has no NaN"
+    assert "t2" not in lines_of(tmp_path / "broken")[-1]["loss"]
+
+
+WATCHED = {
+    "t0": Settings(steps=12, lr=0.3, eval_every=1, patience=2),
+    "t1": Settings(steps=6, lr=1e-2, eval_every=2),
+    "t2": Settings(steps=8, lr=0.3, eval_every=3, patience=1),
+    "t3": Settings(steps=5, lr=1e-2),
+}
+DEV = {name: rows_of(50 + i, 3 + i) for i, name in enumerate(("t0", "t1", "t2"))}
+
+
+def watched(backbone, out, **more):
+    return tune(backbone, out, list(WATCHED), settings=WATCHED, dev=DEV, **more)
+
+
+def test_the_best_adapter_is_kept_and_patience_ends(backbone, tmp_path) -> None:
+    final = watched(backbone, tmp_path / "out")
+    looks: dict[str, list[float]] = {}
+    for line in lines_of(tmp_path / "out"):
+        for name, loss in line.get("dev_loss", {}).items():
+            looks.setdefault(name, []).append(loss)
+    assert len(looks["t1"]) == 3 and "t3" not in looks
+    best = int(np.argmin(looks["t0"]))
+    assert len(looks["t0"]) == best + 3 < 12, "two looks without a better one"
+    for name in DEV:
+        kept = load_adapter(tmp_path / "out" / name, backbone.config)
+        bank = AdapterBank.stack({name: kept}, SMALL)
+        part = pad([[DEV[name]]])
+        rows = bank.rows([name], repeats=len(DEV[name]))
+        loss = loss_of(backbone, rows, part.micro_batch(0), part.target_count)
+        np.testing.assert_allclose(float(loss[0, 0]), min(looks[name]), rtol=1e-4)
+    last = load_adapter(tmp_path / "out" / "t3", backbone.config)
+    for key, x in final["t3"].tensors().items():
+        np.testing.assert_array_equal(last.tensors()[key], x)
+
+
+@pytest.mark.parametrize("step", [1, 4, 7])
+def test_stopped_and_resumed(backbone, tmp_path, step) -> None:
+    """SIGTERM at any step: the files afterwards are those of a run that was left alone, to the last bit."""
+    watched(backbone, tmp_path / "whole", tenants_per_step=2)
+
+    def stop(line) -> None:
+        if line["step"] == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted) as stopped:
+        watched(backbone, tmp_path / "out", tenants_per_step=2, loggers=[stop])
+    assert stopped.value.preempted and stopped.value.step >= step
+    watched(backbone, tmp_path / "out", tenants_per_step=2, resume=True)
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+def test_a_best_adapter_that_was_removed(backbone, tmp_path) -> None:
+    import shutil
+
+    watched(backbone, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / "t1")
+    with pytest.raises(ParaJaxError, match=r"t1 is gone: it held t1's best adapter, of its step"):
+        watched(backbone, tmp_path / "out", resume=True)
+
+
+def test_other_dev_rows_are_another_run(backbone, tmp_path) -> None:
+    watched(backbone, tmp_path / "out")
+    with pytest.raises(ParaJaxError, match="dev_sha256"):
+        tune(backbone, tmp_path / "out", list(WATCHED), settings=WATCHED, dev={"t0": rows_of(9, 3)}, resume=True)
+
+
+def test_no_rows_and_epochs(backbone, tmp_path) -> None:
+    with pytest.raises(ParaJaxError, match="tenant 'acme' has no rows to learn from"):
+        bank = AdapterBank.create({"acme": CONFIG}, SMALL)
+        finetune(backbone, bank, {"acme": []}, {"acme": Settings()}, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert steps_of(2.0, 7, 4) == 4
