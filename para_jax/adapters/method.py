@@ -39,12 +39,9 @@ class BackboneShape(Protocol):
     def num_hidden_layers(self) -> int: ...
     @property
     def sites(self) -> Mapping[str, Site]: ...
+    @property
+    def linear_sites(self) -> Mapping[str, Site]: ...
     def __hash__(self) -> int: ...
-
-
-def linear_sites(shape: BackboneShape) -> dict[str, Site]:
-    """The sites that a low-rank pair can stand beside."""
-    return {name: site for name, site in shape.sites.items() if site.linear}
 
 
 @jax.tree_util.register_dataclass

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import TypeVar
 
-from para_jax.adapters.method import BackboneShape, as_targets, linear_sites
+from para_jax.adapters.method import BackboneShape, as_targets
 from para_jax.errors import ParaJaxError, unknown
 
 ALL_LINEAR = "all-linear"
@@ -63,7 +63,7 @@ def resolve(
     for layer in layers or ():
         if not 0 <= layer < total:
             raise ParaJaxError(f"layers_to_transform has layer {layer}; the backbone has layers 0 to {total - 1}")
-    sites = linear_sites(shape) if linear or target_modules == ALL_LINEAR else shape.sites
+    sites = shape.linear_sites if linear or target_modules == ALL_LINEAR else shape.sites
     if linear and not isinstance(target_modules, str):
         for entry in target_modules:
             if any(names_module(entry, site.path) for name, site in shape.sites.items() if name not in sites):

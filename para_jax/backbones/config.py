@@ -141,6 +141,11 @@ class BackboneConfig:
             "down_proj": Site(f, d, "mlp.down_proj"),
         }
 
+    @cached_property
+    def linear_sites(self) -> Mapping[str, Site]:
+        """Those that a low-rank pair can stand beside."""
+        return {name: site for name, site in self.sites.items() if site.linear}
+
     @property
     def size(self) -> int:
         """The number of parameters."""

@@ -13,17 +13,14 @@ import argparse
 import re
 from pathlib import Path
 
+from para_jax.cli import common
 from para_jax.errors import ParaJaxError
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model",
-        metavar="DIR",
-        help="Hugging Face checkpoint: a folder or a hub id (default: the tiny one that ships)",
-    )
+    common.add_checkpoint(parser)
     parser.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
