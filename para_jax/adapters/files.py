@@ -44,8 +44,8 @@ def save_adapter(
     """Writes an adapter so that `load_adapter` gives it back bit for bit, and LoRA and (IA)3 so that `peft` opens it.
 
     The folder appears whole or not at all: it is written beside its place and renamed. With `overwrite` it takes
-    the place of the adapter that was there, all of whose files go once their successors are complete. A chat template
-    that the adapter was tuned with is kept beside it.
+    the place of the adapter that was there, all of whose files go once their successors are complete. The chat template
+    that the adapter was tuned with is kept beside it: the one given, or else the adapter's own.
 
     Raises ParaJaxError if the folder exists and `overwrite` is False or it holds no adapter, if it cannot be
     written, or if the adapter does not fit `base`.
@@ -55,6 +55,7 @@ def save_adapter(
     from para_jax import __version__
 
     adapter.check(base)
+    chat_template = adapter.chat_template if chat_template is None else chat_template
     if isinstance(adapter.config, tuple(peft.CONFIGS.values())):
         config, tensors = peft.peft_config(adapter, base), peft.peft_tensors(adapter, base)
     else:
@@ -70,13 +71,16 @@ def save_adapter(
         (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
         if chat_template is not None:
-            (partial / TEMPLATE).write_text(chat_template, encoding="utf-8")
+            (partial / TEMPLATE).write_bytes(chat_template.encode())
 
 
 def load_chat_template(folder: str | Path) -> str | None:
-    """The chat template that is kept with an adapter, if there is one."""
+    """The chat template that is kept with an adapter, if there is one. Raises ParaJaxError for what is no text."""
     path = Path(folder) / TEMPLATE
-    return path.read_text(encoding="utf-8") if path.is_file() else None
+    try:
+        return path.read_bytes().decode() if path.is_file() else None  # bytes: line ends count in a template
+    except UnicodeDecodeError as error:
+        raise ParaJaxError(f"{path} is no text in UTF-8: {error}; save the template again, or remove it") from error
 
 
 def load_adapter(folder: str | Path, shape: BackboneShape) -> Adapter:
@@ -101,8 +105,9 @@ def load_adapter(folder: str | Path, shape: BackboneShape) -> Adapter:
     if not isinstance(fields, dict) or not isinstance(fields.get("peft_type"), str):
         raise ParaJaxError(f"{folder / CONFIG} has no peft_type, so its method is not known")
     method = fields["peft_type"].lower()
+    template = load_chat_template(folder)
     if method.upper() in peft.CONFIGS:
-        return peft.from_peft(folder, fields, tensors, shape)
+        return dataclasses.replace(peft.from_peft(folder, fields, tensors, shape), chat_template=template)
     if method not in methods():
         raise ParaJaxError(f"{folder}: {unknown('method', method, methods())}")
     wanted, made_for = base_sizes(shape), fields.get("base_model")
@@ -118,7 +123,7 @@ def load_adapter(folder: str | Path, shape: BackboneShape) -> Adapter:
         raise ParaJaxError(f"{folder / WEIGHTS}: {'; '.join(problems)}")
     abstract = abstract_layers(config, shape)
     leaves = [jnp.asarray(tensors[name]) for name in named_leaves(abstract)]
-    return Adapter(config, jax.tree.unflatten(jax.tree.structure(abstract), leaves))
+    return Adapter(config, jax.tree.unflatten(jax.tree.structure(abstract), leaves), template)
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:

@@ -208,7 +208,7 @@ def save_backbone(
             for path in Path(like or "").glob(pattern):
                 shutil.copyfile(path, partial_folder / path.name)
         if chat_template is not None:
-            (partial_folder / TEMPLATE).write_text(chat_template, encoding="utf-8")
+            (partial_folder / TEMPLATE).write_bytes(chat_template.encode())
 
 
 def _of_layer(backbone: Backbone, leaves: dict[str, Any], layer: int, name: str) -> Any:
