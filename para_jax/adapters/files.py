@@ -57,7 +57,7 @@ def save_adapter(
     adapter.check(base)
     chat_template = adapter.chat_template if chat_template is None else chat_template
     if isinstance(adapter.config, tuple(peft.CONFIGS.values())):
-        config, tensors = peft.peft_config(adapter, base), peft.peft_tensors(adapter, base)
+        config, tensors, metadata = peft.to_peft(adapter, base)
     else:
         config = {
             "peft_type": adapter.config.method.upper(),
@@ -66,10 +66,10 @@ def save_adapter(
             "base_model": base_sizes(base),
             "para_jax_version": __version__,
         }
-        tensors = {k: np.asarray(v) for k, v in adapter.tensors().items()}
+        tensors, metadata = {k: np.asarray(v) for k, v in adapter.tensors().items()}, {"format": "pt"}
     with new_folder(folder, CONFIG, overwrite=overwrite) as partial:
         (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
+        save_file(tensors, partial / WEIGHTS, metadata=metadata)
         if chat_template is not None:
             (partial / TEMPLATE).write_bytes(chat_template.encode())
 
@@ -97,7 +97,7 @@ def load_adapter(folder: str | Path, shape: BackboneShape) -> Adapter:
         raise ParaJaxError(f"{folder} is not an adapter: it has no {' and no '.join(missing)}")
     try:
         fields = json.loads((folder / CONFIG).read_text())
-        tensors = _read(folder / WEIGHTS)
+        tensors, metadata = _read(folder / WEIGHTS)
     except ParaJaxError:
         raise
     except (ValueError, SafetensorError) as error:  # ValueError: no JSON, or no text
@@ -107,7 +107,7 @@ def load_adapter(folder: str | Path, shape: BackboneShape) -> Adapter:
     method = fields["peft_type"].lower()
     template = load_chat_template(folder)
     if method.upper() in peft.CONFIGS:
-        return dataclasses.replace(peft.from_peft(folder, fields, tensors, shape), chat_template=template)
+        return dataclasses.replace(peft.from_peft(folder, fields, tensors, metadata, shape), chat_template=template)
     if method not in methods():
         raise ParaJaxError(f"{folder}: {unknown('method', method, methods())}")
     wanted, made_for = base_sizes(shape), fields.get("base_model")
@@ -126,8 +126,11 @@ def load_adapter(folder: str | Path, shape: BackboneShape) -> Adapter:
     return Adapter(config, jax.tree.unflatten(jax.tree.structure(abstract), leaves), template)
 
 
-def _read(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a safetensors file. Raises ParaJaxError for one that is no float of 16, 32 or 64 bits."""
+def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The tensors of a safetensors file, and its metadata.
+
+    Raises ParaJaxError for a tensor that is no float of 16, 32 or 64 bits.
+    """
     from safetensors import safe_open
 
     tensors = {}
@@ -137,7 +140,7 @@ def _read(path: Path) -> dict[str, np.ndarray]:
             if dtype not in ("F16", "BF16", "F32", "F64"):
                 raise ParaJaxError(f"{path}: {key} is {dtype}; adapters are read in float32, float16 and bfloat16")
             tensors[key] = f.get_tensor(key)
-    return tensors
+        return tensors, f.metadata() or {}
 
 
 def base_sizes(shape: BackboneShape) -> dict[str, Any]:

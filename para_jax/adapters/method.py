@@ -21,13 +21,15 @@ class Site(NamedTuple):
     """A projection `y = x W^T` with x (..., inputs) and y (..., outputs), and where it is in a layer.
 
     `linear` is False where one name stands for the projections of many experts, whose outputs may be scaled and
-    nothing else: a token goes through several of them.
+    nothing else: a token goes through several of them. `fused` is the place of the one module that transformers has
+    for several sites, whose outputs stand there in the order of `sites`; empty, if there is none.
     """
 
     inputs: int
     outputs: int
     path: str
     linear: bool = True
+    fused: str = ""
 
 
 class BackboneShape(Protocol):

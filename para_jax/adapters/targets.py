@@ -18,6 +18,11 @@ def module_path(layer: int, site: str, shape: BackboneShape) -> str:
     return f"model.layers.{layer}.{shape.sites[site].path}"
 
 
+def peft_path(layer: int, site: str, shape: BackboneShape) -> str:
+    """The same as PEFT writes it, whose model is wrapped twice."""
+    return f"base_model.model.{module_path(layer, site, shape)}"
+
+
 def names_module(pattern: str, path: str) -> bool:
     """Whether an entry of a list of modules names this one: its whole path or the end of it, at a dot.
 
