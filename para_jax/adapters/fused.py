@@ -106,7 +106,7 @@ class Joint(NamedTuple):
         return max(self.pairs.values(), key=lambda pair: abs(pair.scale))
 
     def columns(self, rank: int) -> dict[str, slice] | None:
-        """What each site has of the module's rank: all of it, or its own share. None if it is neither's sum."""
+        """What each site has of the module's rank: all of one A, or a share of it. None if there is no such rank."""
         ranks = [pair.rank for pair in self.pairs.values()]
         if self.alike and rank == ranks[0]:
             return dict.fromkeys(self.pairs, slice(rank))
@@ -230,20 +230,12 @@ def _by_name(config: Config, modules: Sequence[Mapping[str, Module | None]], sha
         options["feedforward_modules"] = tuple(x for x in options["target_modules"] if forward and FEEDFORWARD in x)
         return replace(config, **options)
 
-    def pattern(name: str) -> tuple[Any, tuple[tuple[str, Any], ...]]:
-        """The usual value, and the others by the modules that have them."""
-        values = {place: getattr(modules[place[0]][place[1]], name) for place in places}
-        usual = Counter(values.values()).most_common(1)[0][0]
-        others: dict[str, Any] = {}
-        for site in sites:
-            own = {layer: value for (layer, name), value in values.items() if name == site}
-            if len(set(own.values())) == 1:
-                own_name = {site: next(iter(own.values()))}
-            else:
-                own_name = {path(layer, site): value for layer, value in own.items()}
-            others |= {key: value for key, value in own_name.items() if value != usual}
-        return usual, tuple(others.items())
-
-    options["r"], options["rank_pattern"] = pattern("rank")
-    options["lora_alpha"], options["alpha_pattern"] = pattern("alpha")
+    for name, usual, others in (("rank", "r", "rank_pattern"), ("alpha", "lora_alpha", "alpha_pattern")):
+        values = {(layer, site): getattr(modules[layer][site], name) for layer, site in places}
+        options[usual] = Counter(values.values()).most_common(1)[0][0]
+        options[others] = {
+            site if all(v == value for (_, other), v in values.items() if other == site) else path(layer, site): value
+            for (layer, site), value in values.items()
+            if value != options[usual]
+        }
     return replace(config, **options, layers_to_transform=None)

@@ -248,6 +248,19 @@ def test_metadata_of_others(kept: str, backbones: dict[bool, Backbone], tmp_path
     assert load_adapter(folder, shape).config == LoraConfig(6, 16, ("q_proj", "k_proj", "v_proj"))
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
+def test_other_floats(dtype: str, backbones: dict[bool, Backbone], tmp_path: Path) -> None:
+    shape, folder = backbones[True].config, tmp_path / "a"
+    adapter = drawn(LoraConfig(r=3), shape)
+    save_adapter(adapter, folder, shape)
+    with safe_open(folder / WEIGHTS, framework="numpy") as f:
+        metadata = f.metadata()
+    save_file({k: x.astype(dtype) for k, x in load_file(folder / WEIGHTS).items()}, folder / WEIGHTS, metadata=metadata)
+    assert same(
+        load_adapter(folder, shape), jax.tree.map(lambda x: np.asarray(x).astype(dtype).astype(np.float32), adapter)
+    )
+
+
 # What is refused
 
 
