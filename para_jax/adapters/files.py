@@ -96,7 +96,7 @@ def load_adapter(folder: str | Path, shape: BackboneShape) -> Adapter:
     if missing:
         raise ParaJaxError(f"{folder} is not an adapter: it has no {' and no '.join(missing)}")
     try:
-        fields = json.loads((folder / CONFIG).read_text())
+        fields = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         tensors, metadata = _read(folder / WEIGHTS)
     except ParaJaxError:
         raise
@@ -114,11 +114,14 @@ def load_adapter(folder: str | Path, shape: BackboneShape) -> Adapter:
     if made_for != wanted:
         raise ParaJaxError(
             f"{folder} was made for another backbone ({fields.get('base_model_name_or_path') or 'unnamed'}: "
-            f"{_differences(made_for or {}, wanted)}); load the backbone it was tuned on, or tune it again"
+            f"{_differences(made_for, wanted)}); load the backbone it was tuned on, or tune it again"
         )
     options = {k: v for k, v in fields.items() if k not in OURS}
-    config = config_from_dict(method, options)
-    problems = mismatches(tensors, config, shape)
+    try:
+        config = config_from_dict(method, options)
+        problems = mismatches(tensors, config, shape)
+    except ParaJaxError as error:
+        raise ParaJaxError(f"{folder / CONFIG}: {error}") from error
     if problems:
         raise ParaJaxError(f"{folder / WEIGHTS}: {'; '.join(problems)}")
     abstract = abstract_layers(config, shape)
@@ -152,7 +155,8 @@ def base_sizes(shape: BackboneShape) -> dict[str, Any]:
     }
 
 
-def _differences(made_for: dict[str, Any], wanted: dict[str, Any]) -> str:
+def _differences(made_for: Any, wanted: dict[str, Any]) -> str:
+    made_for = made_for if isinstance(made_for, dict) else {}
     keys = [k for k in wanted if made_for.get(k) != wanted[k]]
     return ", ".join(f"{k} {made_for.get(k)} there and {wanted[k]} here" for k in keys)
 
@@ -177,8 +181,9 @@ def new_folder(folder: str | Path, marker: str, *, overwrite: bool = False) -> I
     try:
         partial.mkdir(parents=True)
         yield partial
-        for path in partial.iterdir():
-            _finish(path, partial.stat().st_mode & 0o666)
+        for path in partial.rglob("*"):
+            if path.is_file():
+                _finish(path, partial.stat().st_mode & 0o666)
         if folder.exists():
             _swap(partial, folder)
         else:

@@ -64,6 +64,8 @@ def resolve(
 
     Raises ParaJaxError for an entry that matches nothing, with the nearest name there is.
     """
+    if not target_modules:
+        raise ParaJaxError(f"{option} is empty; choose among {', '.join(shape.sites)}")
     total = shape.num_hidden_layers
     for layer in layers or ():
         if not 0 <= layer < total:
@@ -109,7 +111,7 @@ def _check(name: str, pattern: str | tuple[str, ...], paths: list[str], shape: B
         return
     for entry in pattern:
         if not any(names_module(entry, path) for path in paths):
-            raise unknown(f"entry of {name}", entry, shape.sites)
+            raise unknown(f"entry of {name}", entry, paths if "." in entry else shape.sites)
 
 
 def as_patterns(value: str | Iterable[str], option: str = "target_modules") -> str | tuple[str, ...]:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -73,6 +74,26 @@ def test_damaged(old: Adapter, tmp_path: Path, name: str, content: bytes, messag
     save_adapter(old, tmp_path / "a", SMALL)
     (tmp_path / "a" / name).write_bytes(content)
     with pytest.raises(ParaJaxError, match=message):
+        load_adapter(tmp_path / "a", SMALL)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"pooling": "lst"}, "unknown pooling 'lst'; did you mean 'last'"),
+        ({"r": True}, "r must be a whole number from 1, not True"),
+        ({"init_std": "small"}, "init_std must be a number from 0, not 'small'"),
+        ({"target_modules": ["q_pro"]}, "unknown entry of target_modules 'q_pro'; did you mean 'q_proj'"),
+        ({"tomorrow": 1}, "unknown option of method 'para' 'tomorrow'"),
+        ({"base_model": "a Llama"}, "was made for another backbone .unnamed: hidden_size None there and 32 here"),
+    ],
+)
+def test_configs_that_do_not_fit(old: Adapter, tmp_path: Path, fields: dict[str, Any], message: str) -> None:
+    """Among thousands of folders, the message says which."""
+    save_adapter(old, tmp_path / "a", SMALL)
+    written = json.loads((tmp_path / "a" / CONFIG).read_text())
+    (tmp_path / "a" / CONFIG).write_text(json.dumps(written | fields))
+    with pytest.raises(ParaJaxError, match=f"{tmp_path / 'a'}.*{message}"):
         load_adapter(tmp_path / "a", SMALL)
 
 
