@@ -23,7 +23,6 @@ from typing import Any
 
 from para_jax import AdapterBank, Backbone, FanLoraConfig, LoraConfig, tiny_backbone_path
 from para_jax.adapters.bank import Adapter
-from para_jax.adapters.method import linear_sites
 from para_jax.convert.tokenizer import load_tokenizer
 from para_jax.data.examples import encode_rows, read_examples, read_rows
 from para_jax.importance.scores import importance
@@ -93,7 +92,7 @@ def main() -> None:
     kept = keep_within(scores, shape, args.budget, r) if args.keep is None else keep_number(scores, shape, args.keep)
     config = FanLoraConfig.of(kept, shape, r=r, lora_alpha=r)
     config.save(setting / "fanlora.json")
-    record = {"score": args.score, "sites": list(linear_sites(shape)), "scores": scores.tolist(), "kept": kept}
+    record = {"score": args.score, "sites": list(shape.linear_sites), "scores": scores.tolist(), "kept": kept}
     (setting / "scores.json").write_text(json.dumps(record, indent=1) + "\n")
     plot_importance(scores, kept, shape, setting / "importance.png", f"{args.score} score; framed: kept")
     for layer, sites in enumerate(kept):

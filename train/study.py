@@ -39,7 +39,7 @@ from para_jax import tiny_backbone_path
 from para_jax.adapters.bank import AdapterBank
 from para_jax.adapters.fanlora import FanLoraConfig
 from para_jax.adapters.lora import LoraConfig
-from para_jax.adapters.method import MethodConfig, linear_sites
+from para_jax.adapters.method import MethodConfig
 from para_jax.backbones.decoder import Backbone
 from para_jax.cli.common import pairs, write_json
 from para_jax.convert.tokenizer import load_tokenizer
@@ -180,7 +180,7 @@ def importance_part(study: Study, both: Task) -> dict[str, Any]:
     return {
         "runs": list(result.runs.values()),
         "rows": both.facts["used"],
-        "sites": list(linear_sites(study.backbone.config)),
+        "sites": list(study.backbone.config.linear_sites),
         "scores": scores.tolist(),
     }
 

@@ -27,13 +27,20 @@ if TYPE_CHECKING:
 Tenant = str | None | Mapping[str, float]
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["layers"], meta_fields=["config"])
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["layers"], meta_fields=["config"], drop_fields=["chat_template"]
+)
 @dataclass(frozen=True)
 class Adapter:
-    """One tenant's trained weights: a method's layer with every leaf stacked over the layers, float32."""
+    """One tenant's trained weights: a method's layer with every leaf stacked over the layers, float32.
+
+    `chat_template` is the text that `load_adapter` found beside the weights, which `save_adapter` puts there again.
+    No program depends on it: it is no part of the pytree, and what `jax.tree.map` or a bank makes has none.
+    """
 
     config: MethodConfig
     layers: Any
+    chat_template: str | None = None
 
     @classmethod
     def create(cls, config: MethodConfig, shape: BackboneShape, key: Array) -> Adapter:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from para_jax.adapters.lora import LoraConfig, Module
-from para_jax.adapters.method import BackboneShape, config_from_dict, linear_sites
+from para_jax.adapters.method import BackboneShape, config_from_dict
 from para_jax.errors import ParaJaxError, unknown
 
 _PATH = re.compile(r"(?:.*\.)?(layers\.\d+(?:\.\w+)+)")
@@ -71,8 +71,8 @@ class FanLoraConfig(LoraConfig):
         if len(kept) != shape.num_hidden_layers:
             raise ParaJaxError(f"kept has entries for {len(kept)} layers; the backbone has {shape.num_hidden_layers}")
         for site in (site for layer in kept for site in layer):
-            if site not in linear_sites(shape):
-                raise unknown("module", site, linear_sites(shape))
+            if site not in shape.linear_sites:
+                raise unknown("module", site, shape.linear_sites)
         return cls(target_modules=tuple(_path(i, s, shape) for i, layer in enumerate(kept) for s in layer), **options)
 
     def kept(self, shape: BackboneShape) -> tuple[tuple[str, ...], ...]:
@@ -82,7 +82,7 @@ class FanLoraConfig(LoraConfig):
     def modules(self, shape: BackboneShape) -> tuple[Mapping[str, Module], ...]:
         """The targeted sites of each layer. Raises ParaJaxError for a target that the backbone does not have."""
         layers = shape.num_hidden_layers
-        paths = {_path(i, site, shape) for i in range(layers) for site in linear_sites(shape)}
+        paths = {_path(i, site, shape) for i in range(layers) for site in shape.linear_sites}
         for target in self.target_modules:
             if target not in paths:
                 raise ParaJaxError(
@@ -132,4 +132,4 @@ class FanLoraConfig(LoraConfig):
 
 
 def _path(layer: int, site: str, shape: BackboneShape) -> str:
-    return f"layers.{layer}.{linear_sites(shape)[site].path}"
+    return f"layers.{layer}.{shape.linear_sites[site].path}"

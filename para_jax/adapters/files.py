@@ -44,8 +44,8 @@ def save_adapter(
     """Writes an adapter so that `load_adapter` gives it back bit for bit, and LoRA and (IA)3 so that `peft` opens it.
 
     The folder appears whole or not at all: it is written beside its place and renamed. With `overwrite` it takes
-    the place of the adapter that was there, all of whose files go once their successors are complete. A chat template
-    that the adapter was tuned with is kept beside it.
+    the place of the adapter that was there, all of whose files go once their successors are complete. The chat template
+    that the adapter was tuned with is kept beside it: the one given, or else the adapter's own.
 
     Raises ParaJaxError if the folder exists and `overwrite` is False or it holds no adapter, if it cannot be
     written, or if the adapter does not fit `base`.
@@ -55,8 +55,9 @@ def save_adapter(
     from para_jax import __version__
 
     adapter.check(base)
+    chat_template = adapter.chat_template if chat_template is None else chat_template
     if isinstance(adapter.config, tuple(peft.CONFIGS.values())):
-        config, tensors = peft.peft_config(adapter, base), peft.peft_tensors(adapter, base)
+        config, tensors, metadata = peft.to_peft(adapter, base)
     else:
         config = {
             "peft_type": adapter.config.method.upper(),
@@ -65,18 +66,21 @@ def save_adapter(
             "base_model": base_sizes(base),
             "para_jax_version": __version__,
         }
-        tensors = {k: np.asarray(v) for k, v in adapter.tensors().items()}
+        tensors, metadata = {k: np.asarray(v) for k, v in adapter.tensors().items()}, {"format": "pt"}
     with new_folder(folder, CONFIG, overwrite=overwrite) as partial:
         (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
+        save_file(tensors, partial / WEIGHTS, metadata=metadata)
         if chat_template is not None:
-            (partial / TEMPLATE).write_text(chat_template, encoding="utf-8")
+            (partial / TEMPLATE).write_bytes(chat_template.encode())
 
 
 def load_chat_template(folder: str | Path) -> str | None:
-    """The chat template that is kept with an adapter, if there is one."""
+    """The chat template that is kept with an adapter, if there is one. Raises ParaJaxError for what is no text."""
     path = Path(folder) / TEMPLATE
-    return path.read_text(encoding="utf-8") if path.is_file() else None
+    try:
+        return path.read_bytes().decode() if path.is_file() else None  # bytes: line ends count in a template
+    except UnicodeDecodeError as error:
+        raise ParaJaxError(f"{path} is no text in UTF-8: {error}; save the template again, or remove it") from error
 
 
 def load_adapter(folder: str | Path, shape: BackboneShape) -> Adapter:
@@ -92,8 +96,8 @@ def load_adapter(folder: str | Path, shape: BackboneShape) -> Adapter:
     if missing:
         raise ParaJaxError(f"{folder} is not an adapter: it has no {' and no '.join(missing)}")
     try:
-        fields = json.loads((folder / CONFIG).read_text())
-        tensors = _read(folder / WEIGHTS)
+        fields = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        tensors, metadata = _read(folder / WEIGHTS)
     except ParaJaxError:
         raise
     except (ValueError, SafetensorError) as error:  # ValueError: no JSON, or no text
@@ -101,28 +105,35 @@ def load_adapter(folder: str | Path, shape: BackboneShape) -> Adapter:
     if not isinstance(fields, dict) or not isinstance(fields.get("peft_type"), str):
         raise ParaJaxError(f"{folder / CONFIG} has no peft_type, so its method is not known")
     method = fields["peft_type"].lower()
+    template = load_chat_template(folder)
     if method.upper() in peft.CONFIGS:
-        return peft.from_peft(folder, fields, tensors, shape)
+        return dataclasses.replace(peft.from_peft(folder, fields, tensors, metadata, shape), chat_template=template)
     if method not in methods():
         raise ParaJaxError(f"{folder}: {unknown('method', method, methods())}")
     wanted, made_for = base_sizes(shape), fields.get("base_model")
     if made_for != wanted:
         raise ParaJaxError(
             f"{folder} was made for another backbone ({fields.get('base_model_name_or_path') or 'unnamed'}: "
-            f"{_differences(made_for or {}, wanted)}); load the backbone it was tuned on, or tune it again"
+            f"{_differences(made_for, wanted)}); load the backbone it was tuned on, or tune it again"
         )
     options = {k: v for k, v in fields.items() if k not in OURS}
-    config = config_from_dict(method, options)
-    problems = mismatches(tensors, config, shape)
+    try:
+        config = config_from_dict(method, options)
+        problems = mismatches(tensors, config, shape)
+    except ParaJaxError as error:
+        raise ParaJaxError(f"{folder / CONFIG}: {error}") from error
     if problems:
         raise ParaJaxError(f"{folder / WEIGHTS}: {'; '.join(problems)}")
     abstract = abstract_layers(config, shape)
     leaves = [jnp.asarray(tensors[name]) for name in named_leaves(abstract)]
-    return Adapter(config, jax.tree.unflatten(jax.tree.structure(abstract), leaves))
+    return Adapter(config, jax.tree.unflatten(jax.tree.structure(abstract), leaves), template)
 
 
-def _read(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a safetensors file. Raises ParaJaxError for one that is no float of 16, 32 or 64 bits."""
+def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The tensors of a safetensors file, and its metadata.
+
+    Raises ParaJaxError for a tensor that is no float of 16, 32 or 64 bits.
+    """
     from safetensors import safe_open
 
     tensors = {}
@@ -132,7 +143,7 @@ def _read(path: Path) -> dict[str, np.ndarray]:
             if dtype not in ("F16", "BF16", "F32", "F64"):
                 raise ParaJaxError(f"{path}: {key} is {dtype}; adapters are read in float32, float16 and bfloat16")
             tensors[key] = f.get_tensor(key)
-    return tensors
+        return tensors, f.metadata() or {}
 
 
 def base_sizes(shape: BackboneShape) -> dict[str, Any]:
@@ -144,7 +155,8 @@ def base_sizes(shape: BackboneShape) -> dict[str, Any]:
     }
 
 
-def _differences(made_for: dict[str, Any], wanted: dict[str, Any]) -> str:
+def _differences(made_for: Any, wanted: dict[str, Any]) -> str:
+    made_for = made_for if isinstance(made_for, dict) else {}
     keys = [k for k in wanted if made_for.get(k) != wanted[k]]
     return ", ".join(f"{k} {made_for.get(k)} there and {wanted[k]} here" for k in keys)
 
@@ -169,8 +181,9 @@ def new_folder(folder: str | Path, marker: str, *, overwrite: bool = False) -> I
     try:
         partial.mkdir(parents=True)
         yield partial
-        for path in partial.iterdir():
-            _finish(path, partial.stat().st_mode & 0o666)
+        for path in partial.rglob("*"):
+            if path.is_file():
+                _finish(path, partial.stat().st_mode & 0o666)
         if folder.exists():
             _swap(partial, folder)
         else:

@@ -111,7 +111,9 @@ def _modules(config: IA3Config, shape: BackboneShape) -> tuple[tuple[str, ...], 
     forward = config.feedforward_modules
     for entry in (forward,) if isinstance(forward, str) else forward:
         if not any(matched(entry if isinstance(forward, str) else (entry,), path) for path in paths):
-            raise ParaJaxError(f"feedforward_modules has {entry!r}, which is none of the targeted modules")
+            raise ParaJaxError(
+                f"feedforward_modules has {entry!r}, which is none of the targeted modules; leave it out"
+            )
     for site in {site for sites in layers for site in sites}:
         if is_input(site, config, shape) and site != FEEDFORWARD:
             raise ParaJaxError(

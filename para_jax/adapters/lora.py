@@ -33,9 +33,10 @@ INITIALISATIONS = (True, False, "gaussian", "orthogonal")
 
 
 class Module(NamedTuple):
-    """One targeted projection: its pair's rank, and by how much the pair's product is scaled."""
+    """One targeted projection: its pair's rank and alpha, and by how much the pair's product is scaled."""
 
     rank: int
+    alpha: float
     scale: float
 
 
@@ -163,7 +164,7 @@ def _modules(config: LoraConfig, shape: BackboneShape) -> tuple[Mapping[str, Mod
     def module(path: str) -> Module:
         rank, alpha = first_match(config.rank_pattern, path), first_match(config.alpha_pattern, path)
         rank, alpha = rank or config.r, config.lora_alpha if alpha is None else alpha
-        return Module(rank, alpha / (math.sqrt(rank) if config.use_rslora else rank))
+        return Module(rank, alpha, alpha / (math.sqrt(rank) if config.use_rslora else rank))
 
     return tuple({site: module(module_path(i, site, shape)) for site in layer} for i, layer in enumerate(sites))
 
@@ -198,7 +199,8 @@ class LoraLayer(nnx.Module):
         else:
             ranks = dict.fromkeys(self.down, None)
             tables = {
-                site: [dict(of_layer).get(site, Module(0, 0.0)).scale for of_layer in self.modules] for site in ranks
+                site: [dict(of_layer).get(site, Module(0, 0.0, 0.0)).scale for of_layer in self.modules]
+                for site in ranks
             }
             scales = {site: jnp.array(table, jnp.float32)[layer] for site, table in tables.items()}
         return Adjustment(

@@ -21,13 +21,15 @@ class Site(NamedTuple):
     """A projection `y = x W^T` with x (..., inputs) and y (..., outputs), and where it is in a layer.
 
     `linear` is False where one name stands for the projections of many experts, whose outputs may be scaled and
-    nothing else: a token goes through several of them.
+    nothing else: a token goes through several of them. `fused` is the place of the one module that transformers has
+    for several sites, whose outputs stand there in the order of `sites`; empty, if there is none.
     """
 
     inputs: int
     outputs: int
     path: str
     linear: bool = True
+    fused: str = ""
 
 
 class BackboneShape(Protocol):
@@ -39,12 +41,9 @@ class BackboneShape(Protocol):
     def num_hidden_layers(self) -> int: ...
     @property
     def sites(self) -> Mapping[str, Site]: ...
+    @property
+    def linear_sites(self) -> Mapping[str, Site]: ...
     def __hash__(self) -> int: ...
-
-
-def linear_sites(shape: BackboneShape) -> dict[str, Site]:
-    """The sites that a low-rank pair can stand beside."""
-    return {name: site for name, site in shape.sites.items() if site.linear}
 
 
 @jax.tree_util.register_dataclass

@@ -10,6 +10,7 @@ Which statement is the paper's and which is a choice of this library stands in d
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
@@ -73,7 +74,7 @@ class ParaConfig:
     init_std: float = 0.02
 
     def __post_init__(self) -> None:
-        if not isinstance(self.r, int) or self.r < 1:
+        if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1:
             raise ParaJaxError(f"r must be a whole number from 1, not {self.r!r}")
         choices = {"pooling": Pooling, "activation": Activation, "read": Reading, "scale": Scaled}
         for name, choice in choices.items():
@@ -82,6 +83,9 @@ class ParaConfig:
         for name in ("normalize", "bias"):
             if not isinstance(getattr(self, name), bool):
                 raise ParaJaxError(f"{name} must be true or false, not {getattr(self, name)!r}")
+        std = self.init_std
+        if not isinstance(std, int | float) or isinstance(std, bool) or not 0 <= std < math.inf:
+            raise ParaJaxError(f"init_std must be a number from 0, not {std!r}")
         object.__setattr__(self, "target_modules", as_targets(self.target_modules))
 
     def layer(self, shape: BackboneShape, rngs: nnx.Rngs, layer: Int[Array, ""] | int = 0) -> ParaLayer:

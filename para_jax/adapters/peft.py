@@ -6,6 +6,7 @@ loads one. What PEFT's config means is taken from PEFT's source (0.21). What is 
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
@@ -17,17 +18,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from para_jax.adapters.bank import Adapter, abstract_layers, named_leaves
+from para_jax.adapters.fused import as_transformers, join, split
 from para_jax.adapters.ia3 import IA3Config, is_input
 from para_jax.adapters.lora import INITIALISATIONS, LoraConfig
-from para_jax.adapters.method import BackboneShape
-from para_jax.adapters.targets import ALL_LINEAR, matched, module_path, names_module
+from para_jax.adapters.method import BackboneShape, config_from_dict
+from para_jax.adapters.targets import ALL_LINEAR, matched, module_path, names_module, peft_path
 from para_jax.errors import ParaJaxError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
 CONFIGS: dict[str, type[LoraConfig] | type[IA3Config]] = {"LORA": LoraConfig, "IA3": IA3Config}
-PREFIX = "base_model.model"
+# Where the safetensors file says what was joined of the sites of fused projections; PEFT does not look there.
+APART = "para_jax"
 
 # Where a folder comes from, how its training began, and details of options that are refused: any value will do.
 NEUTRAL = {
@@ -60,7 +63,7 @@ def places(config: LoraConfig | IA3Config, shape: BackboneShape) -> dict[str, Pl
     found: dict[str, Place] = {}
     for layer, modules in enumerate(config.modules(shape)):
         for site in modules:
-            at = f"{PREFIX}.{module_path(layer, site, shape)}"
+            at = peft_path(layer, site, shape)
             inputs, outputs = shape.sites[site][:2]
             if isinstance(config, IA3Config):
                 size = (1, inputs) if is_input(site, config, shape) else (outputs, 1)
@@ -75,8 +78,8 @@ def places(config: LoraConfig | IA3Config, shape: BackboneShape) -> dict[str, Pl
 def peft_tensors(adapter: Adapter, shape: BackboneShape) -> dict[str, np.ndarray]:
     """The weights of a LoRA or (IA)3 adapter by PEFT's names: float32, of PEFT's shapes and own ranks.
 
-    (IA)3 with a projection comes out as the vectors it makes. Raises ParaJaxError for other methods, which PEFT has
-    no form for.
+    Fused projections are apart. (IA)3 with a projection comes out as the vectors it makes. Raises ParaJaxError for
+    other methods, which PEFT has no form for.
     """
     config, leaves = adapter.config, {name: np.asarray(x) for name, x in adapter.tensors().items()}
     if not isinstance(config, LoraConfig | IA3Config):
@@ -98,9 +101,28 @@ def peft_tensors(adapter: Adapter, shape: BackboneShape) -> dict[str, np.ndarray
     return tensors
 
 
-def peft_config(adapter: Adapter, shape: BackboneShape) -> dict[str, Any]:
+def to_peft(adapter: Adapter, shape: BackboneShape) -> tuple[dict[str, Any], dict[str, np.ndarray], dict[str, str]]:
+    """A LoRA or (IA)3 adapter as PEFT's two files: the fields of adapter_config.json, the tensors and their metadata.
+
+    Raises ParaJaxError for other methods.
+    """
+    tensors, metadata = peft_tensors(adapter, shape), {"format": "pt"}
+    config = plain(adapter.config)
+    if (view := as_transformers(shape)) is not None:
+        metadata[APART] = json.dumps(asdict(config))
+        config, tensors = join(config, tensors, view)
+    return peft_config(config, shape), tensors, metadata
+
+
+def plain(config: Any) -> LoraConfig | IA3Config:
+    """FanLoRA as LoRA, and (IA)3 without a projection: what PEFT has a form for."""
+    if isinstance(config, IA3Config):
+        return replace(config, projection=0)
+    return LoraConfig(**{f.name: getattr(config, f.name) for f in fields(LoraConfig)})
+
+
+def peft_config(config: LoraConfig | IA3Config, shape: BackboneShape) -> dict[str, Any]:
     """The adapter_config.json of a LoRA or (IA)3 adapter: keys of PEFT's only, for it warns of others."""
-    config = adapter.config
     options = asdict(config)
     options["exclude_modules"] = options["exclude_modules"] or None
     if isinstance(config, LoraConfig):
@@ -120,7 +142,11 @@ def peft_config(adapter: Adapter, shape: BackboneShape) -> dict[str, Any]:
 
 
 def from_peft(
-    folder: Path, config_fields: Mapping[str, Any], tensors: Mapping[str, Any], shape: BackboneShape
+    folder: Path,
+    config_fields: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    metadata: Mapping[str, str],
+    shape: BackboneShape,
 ) -> Adapter:
     """The Adapter of a folder's two files, float32.
 
@@ -128,14 +154,19 @@ def from_peft(
     matches nothing, and for tensors that do not fit the config and the backbone (all of them are listed).
     """
     made_for = config_fields.get("base_model_name_or_path") or "a base model it does not name"
+    view = as_transformers(shape)
+    there = view or shape
     try:
-        config = config_from_peft(config_fields, shape)
-        table = places(config, shape)
+        config = config_from_peft(config_fields, there)
+        table = places(config, there)
     except ParaJaxError as error:
         raise ParaJaxError(f"{folder} (made for {made_for}): {error}") from error
     except re.error as error:
         raise ParaJaxError(f"{folder}: a pattern in its config is no regular expression: {error}") from error
-    _check(folder, made_for, table, tensors, shape)
+    _check(folder, made_for, table, tensors)
+    if view is not None:
+        config, tensors = split(config, tensors, view, _kept(metadata, config, shape))
+        table = places(config, shape)
     abstract = abstract_layers(config, shape)
     fill = np.ones if isinstance(config, IA3Config) else np.zeros
     leaves = {name: fill(x.shape, np.float32) for name, x in named_leaves(abstract).items()}
@@ -143,6 +174,16 @@ def from_peft(
         part = leaves[place.leaf][place.part]  # a view: what is written to it is written to the leaf
         part[...] = tensors[name].reshape(part.shape)
     return Adapter(config, jax.tree.unflatten(jax.tree.structure(abstract), [jnp.asarray(x) for x in leaves.values()]))
+
+
+def _kept(metadata: Mapping[str, str], config: LoraConfig | IA3Config, shape: BackboneShape) -> Any:
+    """The config of what was joined, if `to_peft` made these files; what it says is checked against them."""
+    try:
+        kept = config_from_dict(config.method, dict(json.loads(metadata[APART])))
+        kept.modules(shape)
+        return kept
+    except (KeyError, TypeError, ValueError):  # none, or not of this backbone; ParaJaxError is a ValueError
+        return None
 
 
 def config_from_peft(config_fields: Mapping[str, Any], shape: BackboneShape) -> LoraConfig | IA3Config:
@@ -214,9 +255,7 @@ def _refusal(key: str, value: Any) -> str:
     return f"{key}={value!r} is not implemented here; {out}tune again without {key}"
 
 
-def _check(
-    folder: Path, made_for: str, table: Mapping[str, Place], tensors: Mapping[str, Any], shape: BackboneShape
-) -> None:
+def _check(folder: Path, made_for: str, table: Mapping[str, Place], tensors: Mapping[str, Any]) -> None:
     """Every tensor accounted for, or one error that lists all that is wrong and says what most likely is."""
     problems = [f"{name} {list(table[name].shape)} is missing" for name in table if name not in tensors]
     problems += [f"{name} is not expected" for name in tensors if name not in table]

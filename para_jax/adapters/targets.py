@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import TypeVar
 
-from para_jax.adapters.method import BackboneShape, as_targets, linear_sites
+from para_jax.adapters.method import BackboneShape, as_targets
 from para_jax.errors import ParaJaxError, unknown
 
 ALL_LINEAR = "all-linear"
@@ -16,6 +16,11 @@ T = TypeVar("T")
 def module_path(layer: int, site: str, shape: BackboneShape) -> str:
     """The name that transformers gives a projection of a layer: `model.layers.3.self_attn.q_proj`."""
     return f"model.layers.{layer}.{shape.sites[site].path}"
+
+
+def peft_path(layer: int, site: str, shape: BackboneShape) -> str:
+    """The same as PEFT writes it, whose model is wrapped twice."""
+    return f"base_model.model.{module_path(layer, site, shape)}"
 
 
 def names_module(pattern: str, path: str) -> bool:
@@ -59,11 +64,13 @@ def resolve(
 
     Raises ParaJaxError for an entry that matches nothing, with the nearest name there is.
     """
+    if not target_modules:
+        raise ParaJaxError(f"{option} is empty; choose among {', '.join(shape.sites)}")
     total = shape.num_hidden_layers
     for layer in layers or ():
         if not 0 <= layer < total:
             raise ParaJaxError(f"layers_to_transform has layer {layer}; the backbone has layers 0 to {total - 1}")
-    sites = linear_sites(shape) if linear or target_modules == ALL_LINEAR else shape.sites
+    sites = shape.linear_sites if linear or target_modules == ALL_LINEAR else shape.sites
     if linear and not isinstance(target_modules, str):
         for entry in target_modules:
             if any(names_module(entry, site.path) for name, site in shape.sites.items() if name not in sites):
@@ -104,7 +111,7 @@ def _check(name: str, pattern: str | tuple[str, ...], paths: list[str], shape: B
         return
     for entry in pattern:
         if not any(names_module(entry, path) for path in paths):
-            raise unknown(f"entry of {name}", entry, shape.sites)
+            raise unknown(f"entry of {name}", entry, paths if "." in entry else shape.sites)
 
 
 def as_patterns(value: str | Iterable[str], option: str = "target_modules") -> str | tuple[str, ...]:

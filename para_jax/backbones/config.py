@@ -124,22 +124,31 @@ class BackboneConfig:
 
         Of experts it is the up projection, which one vector scales in all of them.
         """
+        # What a family calls its tensors is the business of convert/, which builds on this module.
+        from para_jax.convert.families import FAMILIES
+
+        names = FAMILIES[self.family].names
         d, f = self.hidden_size, self.intermediate_size
         q, kv = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
         attention = {
-            "q_proj": Site(d, q, "self_attn.q_proj"),
-            "k_proj": Site(d, kv, "self_attn.k_proj"),
-            "v_proj": Site(d, kv, "self_attn.v_proj"),
+            "q_proj": Site(d, q, "self_attn.q_proj", fused=names.qkv),
+            "k_proj": Site(d, kv, "self_attn.k_proj", fused=names.qkv),
+            "v_proj": Site(d, kv, "self_attn.v_proj", fused=names.qkv),
             "o_proj": Site(q, d, "self_attn.o_proj"),
         }
         if self.experts is not None:
             return {**attention, "up_proj": Site(d, self.experts.width, "mlp.experts.up_proj", linear=False)}
         return {
             **attention,
-            "gate_proj": Site(d, f, "mlp.gate_proj"),
-            "up_proj": Site(d, f, "mlp.up_proj"),
+            "gate_proj": Site(d, f, "mlp.gate_proj", fused=names.gate_up),
+            "up_proj": Site(d, f, "mlp.up_proj", fused=names.gate_up),
             "down_proj": Site(f, d, "mlp.down_proj"),
         }
+
+    @cached_property
+    def linear_sites(self) -> Mapping[str, Site]:
+        """Those that a low-rank pair can stand beside."""
+        return {name: site for name, site in self.sites.items() if site.linear}
 
     @property
     def size(self) -> int:

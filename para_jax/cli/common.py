@@ -18,13 +18,18 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """--model, --dtype, --quantize, and on which devices of which processes."""
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """--model."""
     parser.add_argument(
         "--model",
         metavar="DIR",
         help="Hugging Face checkpoint: a folder or a hub id (default: the tiny one that ships)",
     )
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """--model, --dtype, --quantize, and on which devices of which processes."""
+    add_checkpoint(parser)
     parser.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16"),

@@ -13,17 +13,14 @@ import argparse
 import re
 from pathlib import Path
 
+from para_jax.cli import common
 from para_jax.errors import ParaJaxError
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model",
-        metavar="DIR",
-        help="Hugging Face checkpoint: a folder or a hub id (default: the tiny one that ships)",
-    )
+    common.add_checkpoint(parser)
     parser.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
@@ -45,7 +42,6 @@ def run(args: argparse.Namespace) -> int:
     size = shard_bytes(args.shard_size)
 
     from para_jax import Backbone, load_adapter, merge_adapter, tiny_backbone_path
-    from para_jax.adapters.files import load_chat_template
     from para_jax.convert.checkpoint import fetched, save_backbone
     from para_jax.convert.tensors import open_tensors
 
@@ -61,10 +57,11 @@ def run(args: argparse.Namespace) -> int:
         model, dtype="bfloat16" if as_it_is else "float32", stacked=False, check_finite=args.check
     )
     print(f"{model}: {backbone.config.size:,} parameters, family {backbone.config.family}")
+    template = None
     if args.adapter is not None:
-        backbone = merge_adapter(backbone, load_adapter(args.adapter, backbone.config))
+        adapter = load_adapter(args.adapter, backbone.config)
+        backbone, template = merge_adapter(backbone, adapter), adapter.chat_template
     if args.out is not None:
-        template = None if args.adapter is None else load_chat_template(args.adapter)
         save_backbone(
             backbone, args.out, dtype=written, like=folder, chat_template=template, shard_size=size,
             overwrite=args.overwrite,

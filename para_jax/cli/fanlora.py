@@ -60,7 +60,6 @@ def run(args: argparse.Namespace) -> int:
 
     from para_jax.adapters.fanlora import FanLoraConfig
     from para_jax.adapters.files import load_adapter, load_chat_template, new_folder
-    from para_jax.adapters.method import linear_sites
     from para_jax.convert.tokenizer import with_chat_template
     from para_jax.importance.scores import NEED_ROWS, check, importance
     from para_jax.importance.select import keep_number, keep_within, plot_importance
@@ -71,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     shape = backbone.config
     adapter = load_adapter(args.adapter, shape)
     check(adapter, backbone)
-    sites = list(linear_sites(shape))
+    sites = list(shape.linear_sites)
     if args.keep is not None and not 1 <= args.keep <= len(sites):  # before the scoring, which takes a while
         raise ParaJaxError(f"--keep must be from 1 to {len(sites)}, the modules of a layer, not {args.keep}")
     tokenizer = with_chat_template(tokenizer, load_chat_template(args.adapter))

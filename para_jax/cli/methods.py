@@ -143,10 +143,9 @@ def usual(shape: BackboneShape) -> Mapping[str, MethodConfig]:
     """
     from para_jax.adapters.ia3 import IA3Config
     from para_jax.adapters.lora import LoraConfig
-    from para_jax.adapters.method import linear_sites
     from para_jax.adapters.para import ParaConfig
 
-    q_v, sites, layers = ("q_proj", "v_proj"), list(linear_sites(shape)), range(shape.num_hidden_layers)
+    q_v, sites, layers = ("q_proj", "v_proj"), list(shape.linear_sites), range(shape.num_hidden_layers)
     two = [f"layers.{i}.{shape.sites[sites[(2 * i + j) % len(sites)]].path}" for i in layers for j in (0, 1)]
     ours = IA3Config(target_modules=("q_proj", "k_proj", "up_proj"), feedforward_modules=())
     return {

@@ -33,7 +33,7 @@ TORCH_FILES = ["*.json", "pytorch_model*.bin", "tokenizer*", "*.jinja"]
 WRITTEN = ("float32", "bfloat16", "float16")
 # What belongs to a checkpoint and says nothing about its weights.
 BESIDE = (GENERATION, "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
-          "chat_template*", "LICENSE*", "NOTICE*")  # fmt: skip
+          "chat_template*", "additional_chat_templates", "LICENSE*", "NOTICE*")  # fmt: skip
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -206,9 +206,10 @@ def save_backbone(
         (partial_folder / CONFIG).write_text(json.dumps(fields, indent=2) + "\n")
         for pattern in BESIDE if like is not None else ():
             for path in Path(like or "").glob(pattern):
-                shutil.copyfile(path, partial_folder / path.name)
+                copy = shutil.copytree if path.is_dir() else shutil.copyfile
+                copy(path, partial_folder / path.name)
         if chat_template is not None:
-            (partial_folder / TEMPLATE).write_text(chat_template, encoding="utf-8")
+            (partial_folder / TEMPLATE).write_bytes(chat_template.encode())
 
 
 def _of_layer(backbone: Backbone, leaves: dict[str, Any], layer: int, name: str) -> Any:

@@ -249,6 +249,8 @@ def _attention_kinds(config: Any, model_type: str) -> list[AttentionKind]:
 def _rope(parameters: Mapping[str, Any], model_type: str) -> Rope:
     rope = {key: value for key, value in parameters.items() if value is not None and key != "type"}
     theta, kind, share = rope.pop("rope_theta"), rope.pop("rope_type"), rope.pop("partial_rotary_factor", 1.0)
+    if not isinstance(theta, int | float) or theta <= 0:
+        raise ParaJaxError(f"config.json has rope_theta={theta!r}, which is no number above 0")
     if kind not in TYPES:
         raise unknown("rope_type in config.json", kind, TYPES)
     if share != 1 and model_type != "phi3":

@@ -11,8 +11,8 @@ import numpy as np
 from para_jax.adapters.bank import Adapter, named_leaves
 from para_jax.adapters.ia3 import IA3Config
 from para_jax.adapters.lora import LoraConfig
-from para_jax.adapters.peft import PREFIX, peft_tensors
-from para_jax.adapters.targets import module_path
+from para_jax.adapters.peft import peft_tensors
+from para_jax.adapters.targets import peft_path
 from para_jax.backbones.decoder import Backbone
 from para_jax.convert.families import entries
 from para_jax.errors import ParaJaxError
@@ -65,7 +65,7 @@ def merge_adapter(backbone: Backbone, adapter: Adapter) -> Backbone:
             ours = leaves[name][layer] if backbone.stacked else leaves[name]
             merged = []
             for part, x in zip(entry.parts, entry.split(ours.astype(np.float32)), strict=True):
-                at = f"{PREFIX}.{module_path(layer, part.site, shape)}" if part.site in scales else ""
+                at = peft_path(layer, part.site, shape) if part.site in scales else ""
                 merged.append(_merged(at, x, tensors, scales[part.site]) if at else x)
             ours[...] = entry.join(merged)
     placed = [_placed(x, old) for x, old in zip(leaves.values(), jax.tree.leaves(backbone), strict=True)]

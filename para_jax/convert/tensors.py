@@ -41,7 +41,7 @@ def open_tensors(folder: Path) -> TensorFiles:
         files = [single]
         if (folder / index).is_file() and not (folder / single).is_file():  # transformers prefers the single file, too
             try:
-                files = sorted(set(read_json(folder / index)["weight_map"].values()))
+                files = sorted({str(name) for name in read_json(folder / index)["weight_map"].values()})
             except (KeyError, AttributeError, TypeError) as error:
                 raise ParaJaxError(
                     f"{folder / index} is damaged: it has no weight_map from tensors to files"
@@ -118,7 +118,7 @@ class TorchFiles:
                 # Mapped: what is not read yet is not in memory. Files of old versions of torch cannot be.
                 mapped = zipfile.is_zipfile(folder / name)
                 self._tensors |= torch.load(folder / name, map_location="cpu", weights_only=True, mmap=mapped)
-            except (RuntimeError, UnpicklingError, EOFError, ValueError, OSError) as error:
+            except (RuntimeError, UnpicklingError, EOFError, ValueError, OSError, TypeError) as error:
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 raise ParaJaxError(f"{folder / name} is damaged or holds more than tensors: {reason}") from error
         for key, x in self._tensors.items():

@@ -19,7 +19,7 @@ import numpy as np
 
 from para_jax.adapters.bank import Adapter, Rows
 from para_jax.adapters.lora import LoraConfig, LoraLayer
-from para_jax.adapters.method import Prompt, linear_sites
+from para_jax.adapters.method import Prompt
 from para_jax.adjustment import Adjustment, LowRank
 from para_jax.backbones.decoder import Backbone
 from para_jax.data.batches import Batch, pad
@@ -49,7 +49,7 @@ class Scoring:
 
     @property
     def sites(self) -> tuple[str, ...]:
-        return tuple(linear_sites(self.backbone.config))
+        return tuple(self.backbone.config.linear_sites)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -108,7 +108,7 @@ def check(adapter: Adapter, backbone: Backbone) -> None:
         raise ParaJaxError(f"modules are scored in LoRA, and this adapter's method is {adapter.config.method}; {way}")
     adapter.check(backbone.config)
     for layer, modules in enumerate(adapter.config.modules(backbone.config)):
-        lacking = [site for site in linear_sites(backbone.config) if site not in modules]
+        lacking = [site for site in backbone.config.linear_sites if site not in modules]
         if lacking:
             raise ParaJaxError(f"the adapter has no {', '.join(lacking)} in layer {layer} to be scored; {way}")
 
@@ -206,7 +206,7 @@ def _gated_nll(
 
 @jax.jit
 def _slope(backbone: Backbone, layers: LoraLayer, batch: Batch) -> LoraLayer:
-    size = (backbone.config.num_hidden_layers, len(linear_sites(backbone.config)))
+    size = (backbone.config.num_hidden_layers, len(backbone.config.linear_sites))
     return jax.grad(_nll, argnums=1)(backbone, layers, batch, jnp.ones(size, jnp.float32))
 
 
@@ -214,7 +214,7 @@ def _nll(
     backbone: Backbone, layers: LoraLayer, batch: Batch, gates_ls: Float[Array, "layers sites"]
 ) -> Float[Array, ""]:
     """The cross-entropy of a batch's response tokens, summed, under one variant of one adapter."""
-    gates = {site: gates_ls[:, i] for i, site in enumerate(linear_sites(backbone.config))}
+    gates = {site: gates_ls[:, i] for i, site in enumerate(backbone.config.linear_sites)}
     one = jax.tree.map(lambda x: x[None], Gated(layers, gates))
     rows = Rows((jnp.ones(1, jnp.float32),), (one,), (0.0,), repeats=batch.tokens.shape[0])
     return jnp.sum(jnp.where(batch.target_tenant == 0, target_nll(backbone, rows, batch), 0))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from para_jax.adapters.method import BackboneShape, linear_sites
+from para_jax.adapters.method import BackboneShape
 from para_jax.errors import ParaJaxError
 from para_jax.training.metrics import save_figure
 
@@ -30,8 +30,8 @@ def keep_number(scores_ls: Float[np.ndarray, "layers sites"], shape: BackboneSha
     ('q_proj', 'v_proj')
     """
     orders = _orders(scores_ls, shape)
-    if not 1 <= number <= len(linear_sites(shape)):
-        raise ParaJaxError(f"a layer has {len(linear_sites(shape))} modules, so {number} of each cannot be kept")
+    if not 1 <= number <= len(shape.linear_sites):
+        raise ParaJaxError(f"a layer has {len(shape.linear_sites)} modules, so {number} of each cannot be kept")
     return _kept([order[:number] for order in orders], shape)
 
 
@@ -50,8 +50,8 @@ def keep_within(scores_ls: Float[np.ndarray, "layers sites"], shape: BackboneSha
     [2, 2, 1, 1]
     """
     orders = _orders(scores_ls, shape)
-    names = list(linear_sites(shape))
-    cost = [r * (site.inputs + site.outputs) for site in linear_sites(shape).values()]
+    names = list(shape.linear_sites)
+    cost = [r * (site.inputs + site.outputs) for site in shape.linear_sites.values()]
     least = sum(cost[order[0]] for order in orders)
     if budget < least:
         raise ParaJaxError(
@@ -74,14 +74,14 @@ def keep_within(scores_ls: Float[np.ndarray, "layers sites"], shape: BackboneSha
 
 def _orders(scores_ls: np.ndarray, shape: BackboneShape) -> list[list[int]]:
     """The sites of each layer, most important first."""
-    size = (shape.num_hidden_layers, len(linear_sites(shape)))
+    size = (shape.num_hidden_layers, len(shape.linear_sites))
     if scores_ls.shape != size or not np.isfinite(scores_ls).all():
         raise ParaJaxError(f"scores must be finite numbers of shape {size} (layers, sites), not {scores_ls.shape}")
     return np.argsort(-scores_ls, axis=1, kind="stable").tolist()
 
 
 def _kept(places: Sequence[Sequence[int]], shape: BackboneShape) -> Kept:
-    names = list(linear_sites(shape))
+    names = list(shape.linear_sites)
     return tuple(tuple(names[i] for i in sorted(layer)) for layer in places)
 
 
@@ -92,7 +92,7 @@ def plot_importance(
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
-    names = list(linear_sites(shape))
+    names = list(shape.linear_sites)
     layers = len(scores_ls)
     few = layers <= MOST_NUMBERS
     figure = Figure(figsize=(7.5, 1.2 + (0.42 if few else 0.2) * layers), layout="constrained")

@@ -15,14 +15,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
-from para_jax import ParaConfig, ParaJaxError, load_adapter, save_adapter
+from para_jax import LoraConfig, ParaConfig, ParaJaxError, load_adapter, save_adapter
 from para_jax.adapters.bank import Adapter
 from para_jax.adapters.files import CONFIG, WEIGHTS
+from para_jax.adapters.method import MethodConfig
 from tests.helpers import SMALL, random_adapter
 
 
@@ -75,6 +77,26 @@ def test_damaged(old: Adapter, tmp_path: Path, name: str, content: bytes, messag
         load_adapter(tmp_path / "a", SMALL)
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"pooling": "lst"}, "unknown pooling 'lst'; did you mean 'last'"),
+        ({"r": True}, "r must be a whole number from 1, not True"),
+        ({"init_std": "small"}, "init_std must be a number from 0, not 'small'"),
+        ({"target_modules": ["q_pro"]}, "unknown entry of target_modules 'q_pro'; did you mean 'q_proj'"),
+        ({"tomorrow": 1}, "unknown option of method 'para' 'tomorrow'"),
+        ({"base_model": "a Llama"}, "was made for another backbone .unnamed: hidden_size None there and 32 here"),
+    ],
+)
+def test_configs_that_do_not_fit(old: Adapter, tmp_path: Path, fields: dict[str, Any], message: str) -> None:
+    """Among thousands of folders, the message says which."""
+    save_adapter(old, tmp_path / "a", SMALL)
+    written = json.loads((tmp_path / "a" / CONFIG).read_text())
+    (tmp_path / "a" / CONFIG).write_text(json.dumps(written | fields))
+    with pytest.raises(ParaJaxError, match=f"{tmp_path / 'a'}.*{message}"):
+        load_adapter(tmp_path / "a", SMALL)
+
+
 @pytest.mark.parametrize("kept", [0.01, 0.5, 0.999])
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
 def test_truncated(old: Adapter, tmp_path: Path, name: str, kept: float) -> None:
@@ -89,6 +111,39 @@ def test_adapter_of_another_shape_is_not_written(old: Adapter, tmp_path: Path) -
     with pytest.raises(ParaJaxError, match=r"does not fit .* down is float32\[2, 32, 2\], not float32\[3, 32, 2\]"):
         save_adapter(old, tmp_path / "a", dataclasses.replace(SMALL, num_hidden_layers=3))
     assert list(tmp_path.iterdir()) == []
+
+
+# A chat template beside the weights
+
+TEMPLATE = "{%- for m in messages %}\r\n{{ m.content }} ☕{% endfor %}\n"
+
+
+@pytest.mark.parametrize("config", [ParaConfig(r=2), LoraConfig(r=2)], ids=["para", "lora"])
+def test_a_chat_template_goes_where_its_adapter_goes(config: MethodConfig, tmp_path: Path) -> None:
+    plain = random_adapter(config, SMALL, 0)
+    save_adapter(plain, tmp_path / "a", SMALL, chat_template=TEMPLATE)
+    save_adapter(load_adapter(tmp_path / "a", SMALL), tmp_path / "b", SMALL)
+    adapter = load_adapter(tmp_path / "b", SMALL)
+    assert adapter.chat_template == TEMPLATE, "character for character, line ends too"
+    assert equal(adapter, plain)
+
+    save_adapter(adapter, tmp_path / "b", SMALL, chat_template="another", overwrite=True)
+    assert load_adapter(tmp_path / "b", SMALL).chat_template == "another"
+    save_adapter(dataclasses.replace(adapter, chat_template=None), tmp_path / "b", SMALL, overwrite=True)
+    assert load_adapter(tmp_path / "b", SMALL).chat_template is None
+
+
+def test_programs_do_not_see_the_chat_template(old: Adapter) -> None:
+    other = dataclasses.replace(old, chat_template=TEMPLATE)
+    assert jax.tree.structure(other) == jax.tree.structure(old)
+    assert jax.tree.map(lambda x: x, other).chat_template is None
+
+
+def test_a_chat_template_that_is_no_text(old: Adapter, tmp_path: Path) -> None:
+    save_adapter(old, tmp_path / "a", SMALL, chat_template=TEMPLATE)
+    (tmp_path / "a" / "chat_template.jinja").write_bytes(b"\xff{{ messages }}")
+    with pytest.raises(ParaJaxError, match=r"chat_template\.jinja is no text in UTF-8.*save the template again"):
+        load_adapter(tmp_path / "a", SMALL)
 
 
 # Folders in the way

@@ -120,7 +120,7 @@ def test_names_of_tensors() -> None:
     [
         ({"target_modules": ("k_porj", "down_proj")}, "entry of target_modules 'k_porj'; did you mean 'k_proj'"),
         ({"target_modules": 3}, "target_modules must be names of modules, not 3"),
-        ({"target_modules": (), "feedforward_modules": ()}, "target_modules .* leaves no module"),
+        ({"target_modules": (), "feedforward_modules": ()}, "target_modules is empty; choose among q_proj"),
         ({"exclude_modules": ("kproj",)}, "entry of exclude_modules 'kproj'; did you mean 'k_proj'"),
         ({"exclude_modules": ("k_proj", 1)}, "exclude_modules must be names of modules, not 1"),
         ({"feedforward_modules": ("up_proj",)}, "feedforward_modules has up_proj, which target_modules lacks"),

@@ -115,14 +115,15 @@ def test_layers_and_sites_come_in_the_models_order() -> None:
     ("target", "options", "message"),
     [
         (("q_proj", "v_porj"), {}, "unknown entry of target_modules 'v_porj'; did you mean 'v_proj'?"),
-        (("layers.12.self_attn.q_proj",), {}, "unknown entry of target_modules 'layers.12.self_attn.q_proj'"),
+        (("layers.12.self_attn.q_proj",), {}, "did you mean 'model.layers.2.self_attn.q_proj'"),
+        (("layers.11.mlp.q_proj",), {}, "did you mean 'model.layers.11.mlp.up_proj'"),
         ("q_proj", {}, r"no module's whole path fits; they are like 'model.layers.0.self_attn.q_proj'. Write a list"),
         ("(q_proj", {}, "target_modules '(q_proj' is no regular expression"),
         (("q_proj",), {"exclude": ("q_porj",)}, "unknown entry of exclude_modules 'q_porj'; did you mean 'q_proj'?"),
         (("q_proj",), {"exclude": ("q_proj",)}, "leaves no module"),
         (("q_proj",), {"layers": (12,)}, "layers_to_transform has layer 12; the backbone has layers 0 to 11"),
         (("q_proj",), {"layers": (-1,)}, "layer -1"),
-        ((), {}, "leaves no module"),
+        ((), {}, "target_modules is empty; choose among q_proj, k_proj"),
     ],
 )
 def test_what_matches_nothing_is_an_error(target, options, message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,16 @@ def test_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert ours.chat_template == theirs.chat_template and ours("A captain").input_ids == theirs("A captain").input_ids
     configs = [json.loads(Path(folder, "config.json").read_text()) for folder in (out, tiny_backbone_path())]
     assert configs[0] == configs[1]
+
+
+def test_templates_of_other_names(tmp_path: Path) -> None:
+    """Those that transformers keeps in a folder of their own."""
+    shutil.copytree(tiny_backbone_path(), tmp_path / "in")
+    (tmp_path / "in" / "additional_chat_templates").mkdir()
+    (tmp_path / "in" / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
+    assert main(["convert", "--model", str(tmp_path / "in"), "--out", str(tmp_path / "out")]) == 0
+    before, after = (AutoTokenizer.from_pretrained(tmp_path / name).chat_template for name in ("in", "out"))
+    assert after == before and after["tool_use"] == "{{ tools }}"
 
 
 def test_merged_and_cast(tiny, tmp_path: Path) -> None:

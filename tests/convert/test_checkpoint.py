@@ -128,6 +128,16 @@ def test_torch_files_that_are_refused(folder: Path, tmp_path: Path, monkeypatch:
     torch.save({"model.norm.weight": torch.zeros(3, dtype=torch.int64), "a": 1}, path)
     with pytest.raises(ParaJaxError, match=r"model\.norm\.weight is torch\.int64; supported: bfloat16"):
         Backbone.from_pretrained(theirs)
+    torch.save([torch.zeros(3)], path)
+    with pytest.raises(ParaJaxError, match="holds more than tensors"):
+        Backbone.from_pretrained(theirs)
+
+
+def test_an_index_that_names_no_files(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "other.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": 5}}))
+    with pytest.raises(ParaJaxError, match=r"lacks 5, which model\.safetensors\.index\.json names"):
+        Backbone.from_pretrained(folder)
 
 
 def test_an_index_of_a_file_that_is_not_there(folder: Path, tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def test_target_that_matches_nothing_in_other_methods(backbone: Backbone, config
         AdapterBank.create({"acme": config(target_modules=("v_proj", "q_porj"), **options)}, backbone.config)
     with says("target_modules 'q_proj'", "no module's whole path fits", "model.layers.0", "['q_proj']"):
         AdapterBank.create({"acme": config(target_modules="q_proj", **options)}, backbone.config)
-    with says("target_modules", "leaves no module"):
+    with says("target_modules is empty", "choose among q_proj"):
         AdapterBank.create({"acme": config(target_modules=(), **options)}, backbone.config)
 
 
@@ -274,6 +274,8 @@ CONFIGS: list[tuple[dict, tuple[str, ...]]] = [
     ({"num_key_value_heads": 0}, ("num_key_value_heads=0",)),
     ({"num_hidden_layers": 2.0}, ("num_hidden_layers=2.0",)),
     ({"model_type": "smollm3", "no_rope_layers": 3}, ("3 no_rope_layers for 2 layers",)),
+    ({"rope_parameters": {"rope_theta": "large"}}, ("rope_theta='large', which is no number above 0",)),
+    ({"rope_parameters": {"rope_theta": 0}}, ("rope_theta=0, which is no number above 0",)),
     ({"rms_norm_eps": "small"}, ("not understood by transformers", "rms_norm_eps")),
     ({"model_type": "phi3", "full_attn_mod": 2}, ("full_attn_mod=2", "only 1")),
     ({"model_type": "qwen3_moe", "use_qk_norm": False}, ("use_qk_norm=False", "only True")),

@@ -14,9 +14,11 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from transformers import AutoModelForCausalLM
 
-from para_jax import AdapterBank, Backbone, load_adapter
+from para_jax import AdapterBank, Backbone, BackboneConfig, load_adapter
 from para_jax.adapters.bank import Adapter
+from para_jax.adapters.fused import as_transformers
 from para_jax.adapters.peft import peft_tensors
+from para_jax.adapters.targets import peft_path
 from para_jax.convert.families import FAMILIES
 from tests.parity import models
 
@@ -24,8 +26,8 @@ from tests.parity import models
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 TOKENS = np.random.default_rng(0).integers(0, 31, (2, 9))
-# Where a family fuses projections, peft's adapters of the fused ones have no counterpart here.
-FUSED = {"phi3": {"lora": ["o_proj", "down_proj"], "ia3": (["o_proj", "down_proj"], ["down_proj"])}}
+FUSED = {"phi3": {"lora": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
+                  "ia3": (["qkv_proj", "gate_up_proj", "down_proj"], ["down_proj"])}}  # fmt: skip
 # Experts are no linear modules.
 EXPERTS = {"lora": ["q_proj", "k_proj", "v_proj", "o_proj"], "ia3": (["k_proj", "v_proj"], [])}
 USUAL = {"lora": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
@@ -38,6 +40,23 @@ def peft_config(family: str, method: str) -> Any:
         return peft.LoraConfig(task_type="CAUSAL_LM", r=3, lora_alpha=5, target_modules=targets["lora"])
     modules, feedforward = targets["ia3"]
     return peft.IA3Config(task_type="CAUSAL_LM", target_modules=modules, feedforward_modules=feedforward)
+
+
+def joined(gradient: dict[str, np.ndarray], shape: BackboneConfig) -> dict[str, np.ndarray]:
+    """Gradients of the sites as those of transformers' modules, where several share one A."""
+    view, found = as_transformers(shape), {}
+    if view is None:
+        return gradient
+    for layer in range(shape.num_hidden_layers):
+        for module, parts in view.parts.items():
+            for kind in ("lora_A.weight", "lora_B.weight", "ia3_l"):
+                names = [f"{peft_path(layer, part, shape)}.{kind}" for part in parts]
+                if names[0] in gradient:
+                    own = [gradient[name] for name in names]
+                    found[f"{peft_path(layer, module, view)}.{kind}"] = (
+                        np.sum(own, axis=0) if kind == "lora_A.weight" else np.concatenate(own)
+                    )
+    return found
 
 
 def first_case(family: str) -> models.Case:
@@ -95,7 +114,7 @@ def test_logits_and_gradients(family: str, method: str, tmp_path: Path) -> None:
     gradient, logits = jax.jit(jax.grad(loss_of, has_aux=True))(adapter.layers)
     worst: models.Worst = {}
     models.compare(worst, "logits", logits, theirs.detach())
-    ours = peft_tensors(Adapter(adapter.config, gradient), backbone.config)
+    ours = joined(peft_tensors(Adapter(adapter.config, gradient), backbone.config), backbone.config)
     assert {f"base_model.model.{n.removeprefix('base_model.model.')}" for n in expected} == ours.keys()
     largest = max(np.abs(x).max() for x in expected.values())
     assert largest > 1e-3

@@ -152,6 +152,8 @@ def drawn(config: Any, shape: BackboneConfig, scale: float = 0.3) -> Adapter:
         if half in ("down", "up") and isinstance(config, LoraConfig):
             for i, modules in enumerate(config.modules(shape)):
                 (x[i] if half == "down" else x[i].T)[modules[site].rank if site in modules else 0 :] = 0
+        if half == "vectors":
+            x[[site not in modules for modules in config.modules(shape)]] = 1
         leaves.append(jnp.asarray(x))
     return Adapter(config, jax.tree.unflatten(jax.tree.structure(layers), leaves))
 
