@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -88,12 +89,14 @@ def start_processes(args: argparse.Namespace) -> None:
         if args.processes is not None or args.process is not None:
             raise ParaJaxError("--processes and --process go with --coordinator HOST:PORT")
         return
-    from para_jax.distributed import start
+    from para_jax.distributed import first, start
 
     auto = args.coordinator == "auto"
     if not auto and (args.processes is None or args.process is None):
         raise ParaJaxError("--coordinator HOST:PORT needs --processes N and --process I; or pass --coordinator auto")
     start(None if auto else args.coordinator, args.processes, args.process)
+    if not first():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (until the process ends)
 
 
 def chosen_mesh(path: str, args: argparse.Namespace) -> Any:
@@ -190,7 +193,11 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Writes a file whole or not at all."""
+    """Writes a file whole or not at all; of several processes the first one does."""
+    from para_jax.distributed import first
+
+    if not first():
+        return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(f".{path.name}-new")

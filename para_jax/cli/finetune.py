@@ -19,6 +19,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,6 @@ def run(args: argparse.Namespace) -> int:
     from para_jax.adapters.bank import AdapterBank
     from para_jax.convert.tokenizer import with_chat_template
     from para_jax.data.examples import read_examples
-    from para_jax.distributed import first
     from para_jax.training.loop import finetune, steps_of
     from para_jax.training.optimizer import Settings
 
@@ -147,11 +147,7 @@ def run(args: argparse.Namespace) -> int:
     templates = common.per_tenant(args.chat_template, "--chat-template", names, template_file)
 
     backbone, tokenizer = common.load_model(args)
-
-    def show(line: str) -> None:
-        if first():
-            print(line, flush=True)
-
+    show = partial(print, flush=True)
     # Raises for a target that is none, before the data is read.
     sizes = {n: f"{config.method} {config.size(backbone.config):,}" for n, config in configs.items()}
     length = min(args.max_length or backbone.config.max_position_embeddings, backbone.config.max_position_embeddings)
