@@ -21,7 +21,7 @@ from study_data import Task
 
 from para_jax.adapters.bank import Adapter, AdapterBank
 from para_jax.adapters.method import MethodConfig
-from para_jax.backbones.decoder import Backbone
+from para_jax.backbones.decoder import Backbone, default_remat
 from para_jax.backbones.ragged import Line
 from para_jax.data.batches import Batch, pad, rows_of_step
 from para_jax.data.examples import Example
@@ -64,7 +64,7 @@ def tune(
     First weights and the order of rows depend on the task and the seed only: methods and learning rates are compared
     on the same rows.
     """
-    shape, remat = backbone.config, jax.default_backend() != "cpu"
+    shape, remat = backbone.config, default_remat()
     # Names without rate and seed: the parts of a method then run the same program.
     count: Counter[str] = Counter()
     named = {}
@@ -196,7 +196,7 @@ def speed(
     trained = {label: bank for label, bank in banks.items() if bank is not None}
     rules = {label: stack_settings(bank, dict.fromkeys(names, Settings())) for label, bank in trained.items()}
     slots = {label: slots_of(bank, names) for label, bank in trained.items()}
-    remat = jax.default_backend() != "cpu"
+    remat = default_remat()
     found: dict[str, dict[str, list[float]]] = {label: {"training": [], "decode": []} for label in configs}
     for turn in range(rounds + 1):  # the first compiles
         for label, bank in banks.items():

@@ -8,8 +8,9 @@ Layers are a list that programs unroll, or stacked arrays that they scan: docs/b
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 Dtype = Literal["auto", "float32", "bfloat16"]
 Quantize = Literal["int8", "int4"]
 Attention = Literal["auto", "plain", "cudnn", "splash"]
+Remat = Literal["none", "layers", "products"]
 
 
 class Backbone(nnx.Module):
@@ -147,7 +149,7 @@ class Backbone(nnx.Module):
         prompt_mask_bt: Bool[Array, "b t"],
         rows: Rows,
         cache: Cache | None = None,
-        remat: bool = False,
+        remat: Remat = "none",
         flat: Line | None = None,
     ) -> tuple[Float[Array, "b t d"], Any, Cache | None]:
         """Prepares the rows' adapters layer by layer and runs all tokens.
@@ -155,7 +157,8 @@ class Backbone(nnx.Module):
         Args:
           mask_bt, prompt_mask_bt: which tokens are none of the padding, and which of those are the prompt's.
           cache: an empty one to fill with these tokens.
-          remat: recompute each layer in the backward pass instead of keeping what it made.
+          remat: what the backward pass computes again: "layers" keeps what enters a layer, "products" its products
+            too, "none" everything.
           flat: run all but attention on a line of the tokens in place of the padded batch, whose rows are padded on
             the right. Hidden states of padding are zero then. Not with a cache.
 
@@ -315,12 +318,16 @@ class Backbone(nnx.Module):
             return stacked
         return tuple(jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(self.config.num_hidden_layers))
 
-    def _over_layers(self, body: Callable[..., Any], carry: Any, inputs: Any, remat: bool = False) -> tuple[Any, Any]:
+    def _over_layers(self, body: Callable[..., Any], carry: Any, inputs: Any, remat: Remat = "none") -> tuple[Any, Any]:
         """`body(carry, index, block, input) -> carry, output` over the layers; outputs apart or stacked, as these."""
+        if remat not in get_args(Remat):
+            raise unknown("remat", remat, get_args(Remat))
+        saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "products" else None
+        again = partial(jax.checkpoint, policy=saved)
         if self.stacked:
-            step = jax.checkpoint(lambda c, x: body(c, *x)) if remat else lambda c, x: body(c, *x)
+            step = (lambda c, x: body(c, *x)) if remat == "none" else again(lambda c, x: body(c, *x))
             return jax.lax.scan(step, carry, (jnp.arange(self.config.num_hidden_layers), self.blocks, inputs))
-        body = jax.checkpoint(body, static_argnums=(1,)) if remat else body
+        body = body if remat == "none" else again(body, static_argnums=(1,))
         outputs = []
         for index, block in enumerate(self.blocks):
             carry, output = body(carry, index, block, inputs[index])
@@ -356,6 +363,11 @@ def compute_dtype(dtype: Dtype) -> jnp.dtype:
     if dtype not in ("float32", "bfloat16"):
         raise ParaJaxError(f"dtype {dtype!r} is not supported; choose auto, float32 or bfloat16")
     return jnp.dtype(dtype)
+
+
+def default_remat() -> Remat:
+    """Accelerators have less memory than time."""
+    return "none" if jax.default_backend() == "cpu" else "layers"
 
 
 def default_stacked() -> bool:

@@ -104,8 +104,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     tuning.add_argument("--truncate", action="store_true", help="cut prompts that are too long at their beginning")
     tuning.add_argument(
         "--remat",
-        action=argparse.BooleanOptionalAction,
-        help="recompute activations in the backward pass, for less memory (default: on accelerators)",
+        choices=("none", "layers", "products"),
+        help="what the backward pass computes again, for less memory: nothing, whole layers, or all of them but their "
+        "products (default: layers on accelerators, none on a CPU)",
     )
     tuning.add_argument("--checkpoint-every", type=int, default=500, metavar="N", help="steps (default: 500)")
     tuning.add_argument("--keep-checkpoints", type=int, default=2, metavar="N", help="the newest (default: 2)")

@@ -14,7 +14,7 @@ import numpy as np
 
 from para_jax.adapters.bank import Adapter, AdapterBank
 from para_jax.adapters.files import save_adapter
-from para_jax.backbones.decoder import Backbone
+from para_jax.backbones.decoder import Backbone, Remat, default_remat
 from para_jax.data.batches import rows_of_step
 from para_jax.data.examples import Example, check_ids
 from para_jax.distributed import Flag, barrier, first, whole
@@ -47,7 +47,7 @@ def finetune(
     keep: int = 2,
     resume: bool = False,
     overwrite: bool = False,
-    remat: bool | None = None,
+    remat: Remat | None = None,
     chat_templates: Mapping[str, str] | None = None,
     show: Callable[[str], None] = print,
     loggers: Iterable[Callable[[Mapping[str, Any]], None]] = (),
@@ -70,8 +70,8 @@ def finetune(
       resume: go on from the newest checkpoint in `out`, bit for bit as if the run had never stopped; on another mesh
         to rounding, with the same rows.
       overwrite: replace an existing `out`.
-      remat: recompute layers in the backward pass, which takes less memory and more time; by default only on
-        accelerators.
+      remat: what the backward pass computes again instead of keeping it (`Backbone.forward`); by default "layers" on
+        accelerators and "none" on a CPU.
       chat_templates: those to keep with tenants' adapters; `examples` are encoded with them already.
       show: takes a line of progress.
       loggers: take each line of metrics.jsonl, in the first process.
@@ -96,7 +96,7 @@ def finetune(
     schedule = Schedule(bank, settings, layout, tenants_per_step)
     claim(out, describe(backbone, bank, examples, looked_at, settings, rows, micro_batches, seed), resume, overwrite)
 
-    remat = jax.default_backend() != "cpu" if remat is None else remat
+    remat = default_remat() if remat is None else remat
     rules, state = stack_settings(bank, settings), TrainState.create(bank, layout.mesh, layout.shards)
     watch = Watch(settings, {name: Watched() for name in looked_at})
     taken, failed = dict.fromkeys(names, 0), dict.fromkeys(names, 0)

@@ -8,13 +8,15 @@ from contextlib import contextmanager
 
 import jax
 
-from para_jax.backbones.decoder import Backbone
+from para_jax.backbones.decoder import Backbone, Remat
 from para_jax.errors import ParaJaxError
 from para_jax.training.places import Layout
 
 
 @contextmanager
-def explained(backbone: Backbone, layout: Layout, homes: Sequence[Sequence[str | None]], remat: bool) -> Iterator[None]:
+def explained(
+    backbone: Backbone, layout: Layout, homes: Sequence[Sequence[str | None]], remat: Remat
+) -> Iterator[None]:
     """Turns running out of memory into a ParaJaxError with the figure and the cheapest remedies."""
     try:
         yield
@@ -26,7 +28,7 @@ def explained(backbone: Backbone, layout: Layout, homes: Sequence[Sequence[str |
         asked = f" ({figure.group()} were asked for)" if figure else ""
         tenants = max(len(home) for home in homes)
         remedies = [
-            "" if remat else "--remat, which keeps no activations of layers",
+            "" if remat == "layers" else "--remat layers, which keeps only what enters a layer",
             f"--micro-batches {2 * layout.micro_batches}, which halves what is in flight at once"
             if layout.rows % (2 * layout.micro_batches) == 0
             else "",

@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from para_jax.adapters.bank import AdapterBank, Rows, named_leaves
-from para_jax.backbones.decoder import Backbone
+from para_jax.backbones.decoder import Backbone, Remat
 from para_jax.data.batches import Batch
 from para_jax.sharding import adapter_spec, split_rows
 from para_jax.training import optimizer
@@ -123,7 +123,7 @@ def train_step(
     batch: Batch,
     slots: Slots,
     shards: int = 1,
-    remat: bool = False,
+    remat: Remat = "none",
     seed: int = 0,
 ) -> tuple[TrainState, dict[str, Float[Array, "n"]]]:
     """Takes the tenants of a batch one step, each on its own loss: the mean over its response tokens.
@@ -133,7 +133,7 @@ def train_step(
       slots: for each group of the bank, which of its tenants those of the batch are, (g, n): the batch's, group by
         group of rows. A number past the last slot is none. With `shards` they count from the group's own first.
       shards: into how many parts the bank's tenants are spread: one, or g.
-      remat: recompute layers in the backward pass instead of keeping their activations.
+      remat: what the backward pass computes again instead of keeping it (`Backbone.forward`).
       seed: of what dropout drops, with the tenant's name, its step and the row.
 
     Returns the state after the step (the one given is donated) and an array with a value for each tenant of the
@@ -254,7 +254,7 @@ def _put(x: Array, new: Array, slots_gn: Array, shards: int) -> Array:
 
 
 def loss_of(
-    backbone: Backbone, rows: Rows, part: Batch, count_gn: Float[Array, "g n"], remat: bool = False
+    backbone: Backbone, rows: Rows, part: Batch, count_gn: Float[Array, "g n"], remat: Remat = "none"
 ) -> Float[Array, "g n"]:
     """Each tenant's loss in one micro-batch, with its response tokens in all micro-batches and groups given.
 
@@ -268,7 +268,7 @@ def loss_of(
     return total_gn / jnp.maximum(count_gn, 1).astype(jnp.float32)
 
 
-def target_nll(backbone: Backbone, rows: Rows, part: Batch, remat: bool = False) -> Float[Array, "g k"]:
+def target_nll(backbone: Backbone, rows: Rows, part: Batch, remat: Remat = "none") -> Float[Array, "g k"]:
     """The negative log-likelihood of each of `part`'s targets; where `target_tenant` is none, it means nothing.
 
     Of a long list the logits of some `LOGITS` are in memory at once; the backward pass computes them again.

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -43,14 +44,14 @@ def start(arguments):
     return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def kill_at(arguments, out, step, how):
+def kill_at(arguments, out, step, how, seed=0):
     """Runs until the metrics hold `step` lines, then sends the signal. Returns the exit code."""
     process = start(arguments)
     metrics = out / "metrics.jsonl"
     while process.poll() is None and (not metrics.exists() or metrics.read_text().count("\n") < step):
         time.sleep(0.002)
     # Somewhere in a step, or in a save.
-    time.sleep(random.Random(step).random() * 0.1)
+    time.sleep(random.Random(seed).random() * 0.1)
     process.send_signal(how)
     process.communicate()
     return process.returncode
@@ -63,13 +64,30 @@ def uninterrupted(tmp_path_factory):
     return results(folder / "out")
 
 
-def test_killed_at_several_moments(tmp_path, uninterrupted):
-    out = tmp_path / "out"
-    for step in (3, 20, 40):
-        code = kill_at(command(tmp_path, out, "--resume"), out, step, signal.SIGKILL)
+def test_killed_at_several_moments(tmp_path, uninterrupted, request):
+    """`--kills 25` kills so often, and `--kills-json FILE` writes down when."""
+    out, kills = tmp_path / "out", request.config.getoption("kills")
+    # In order, because a run begins again where its last checkpoint was.
+    moments = sorted(random.Random(kills).choices(range(1, STEPS - 2), k=kills))
+    found = []
+    for number, step in enumerate(moments):
+        code = kill_at(command(tmp_path, out, "--resume"), out, step, signal.SIGKILL, seed=number)
         assert code == -signal.SIGKILL
+        saved = [int(p.name) for p in (out / "checkpoints").iterdir() if p.name.isdigit()]
+        found.append({"killed_after": (out / "metrics.jsonl").read_text().count("\n"), "saved": max(saved, default=0)})
     done = subprocess.run(command(tmp_path, out, "--resume"), check=True, capture_output=True, text=True)
     assert "resuming after step" in done.stdout
+    assert results(out) == uninterrupted
+    if path := request.config.getoption("kills_json"):
+        record = {"steps": STEPS, "checkpoint_every": EVERY, "kills": found, "same_to_the_last_bit": True}
+        Path(path).write_text(json.dumps(record, indent=1) + "\n")
+
+
+def test_sigterm_saves_and_ends_well(tmp_path, uninterrupted):
+    """A machine announces so that it will be taken away."""
+    out = tmp_path / "out"
+    assert kill_at(command(tmp_path, out, "--checkpoint-every", "1000"), out, 30, signal.SIGTERM) == 0
+    subprocess.run(command(tmp_path, out, "--resume"), check=True, capture_output=True)
     assert results(out) == uninterrupted
 
 

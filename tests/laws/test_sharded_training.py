@@ -136,7 +136,7 @@ def test_what_a_layer_moves(tmp_path) -> None:
     there = on_mesh(backbone, make_mesh("fsdp=4,tensor=2"), tmp_path / "a")
     configs = {f"t{i}": METHODS["ia3"] for i in range(8)}
     layout, state, rules, batch, slots = tune(there, configs, spread=True)[2]
-    lowered = train_step.lower(there, state, rules, batch, slots, shards=layout.shards, remat=False, seed=5)
+    lowered = train_step.lower(there, state, rules, batch, slots, shards=layout.shards, seed=5)
     text = lowered.compile().as_text()
     forward = collectives(text, "jvp()/while/body/closed_call")
     backward = collectives(text, "transpose(jvp())/while/body/closed_call")

@@ -98,9 +98,13 @@ def test_one_that_fails_leaves_the_others_alone(backbone, tmp_path) -> None:
     tune(backbone, tmp_path / "whole")
     broken, whole = files(tmp_path / "broken"), files(tmp_path / "whole")
     assert not any(path.startswith("t2/") for path in broken)
-    for path, content in whole.items():
-        if path[:2] in NAMES and path[:2] != "t2":
-            assert broken[path] == content, path
+    assert whole.keys() - broken.keys() == {path for path in whole if path.startswith("t2/")}
+    # To rounding: with one less there are fewer places a few steps earlier. At one shape it is to the last bit
+    # (tests/laws/test_tenants_alone.py).
+    for name in set(NAMES) - {"t2"}:
+        a, b = (load_adapter(tmp_path / run / name, SMALL).tensors() for run in ("broken", "whole"))
+        for key, x in a.items():
+            np.testing.assert_allclose(x, b[key], rtol=1e-3, atol=1e-5, err_msg=f"{name} {key}")
     losses = [line["loss"].get("t2", 0) for line in lines_of(tmp_path / "broken")]
     assert losses[0] is None, "JSON has no NaN"
     assert "t2" not in lines_of(tmp_path / "broken")[-1]["loss"]

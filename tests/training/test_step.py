@@ -22,7 +22,7 @@ ROWS = [
 ]
 
 
-def loss(backbone, bank, batch, tenants, remat=False):
+def loss(backbone, bank, batch, tenants, remat="none"):
     rows = bank.rows(tenants, repeats=batch.length.shape[1] // len(tenants))
     (loss_n,) = loss_of(backbone, rows, batch.micro_batch(0), batch.target_count, remat=remat)
     return jnp.sum(loss_n), loss_n
@@ -78,7 +78,7 @@ def test_remat_and_stacking_change_nothing():
     batch = pad([ROWS])
     gradients = [
         jax.jit(jax.grad(lambda bank, b=b, r=r: loss(b, bank, batch, ("a", "b"), r)[0]))(bank)
-        for b, r in ((backbone, False), (backbone, True), (stacked, True))
+        for b, r in ((backbone, "none"), (backbone, "layers"), (backbone, "products"), (stacked, "layers"))
     ]
     for other in gradients[1:]:
         for x, y in zip(jax.tree.leaves(gradients[0]), jax.tree.leaves(other), strict=True):

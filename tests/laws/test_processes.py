@@ -1,0 +1,140 @@
+"""Laws 6 and 7 over real processes: two and four of them on one machine, a preemption, and another mesh afterwards."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from para_jax import load_adapter
+from para_jax.backbones.config import BackboneConfig
+from para_jax.convert.checkpoint import save_backbone
+from tests.helpers import random_backbone
+
+WORKER = """
+import json, os, signal, sys
+given = json.loads(sys.argv[1])
+import jax
+from para_jax.distributed import start
+if given["processes"] > 1:
+    start(f"127.0.0.1:{given['port']}", given["processes"], given["process"])
+import numpy as np
+from para_jax import AdapterBank, Backbone, LoraConfig, ParaConfig
+from para_jax.data.examples import Example
+from para_jax.sharding import make_mesh
+from para_jax.training.loop import finetune
+from para_jax.training.optimizer import Settings
+from para_jax.training.signals import Interrupted
+
+backbone = Backbone.from_pretrained(given["model"], dtype="float32", mesh=make_mesh(given["mesh"]))
+configs = {"acme": ParaConfig(r=2), "globex": ParaConfig(r=2), "initech": LoraConfig(r=2, lora_dropout=0.3)}
+rng = np.random.default_rng(0)
+def rows(count):
+    drawn = rng.integers(1, 61, (count, 6)).tolist()
+    return [Example("", "", tuple(ids[:5]), (ids[5], 0)) for ids in drawn]
+examples = {name: rows(7 + i) for i, name in enumerate(configs)}
+dev = {"globex": rows(5)}
+settings = {n: Settings(steps=8, lr=1e-2, eval_every=2 if n == "globex" else 0) for n in configs}
+if given["stop_at"] and given["process"] == given["processes"] - 1:
+    # The last process is told to go, while the first one writes the metrics.
+    import threading, time
+    from pathlib import Path
+    def later():
+        metrics = Path(given["out"]) / "metrics.jsonl"
+        while not metrics.exists() or metrics.read_text().count("\\n") < given["stop_at"]:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+    threading.Thread(target=later, daemon=True).start()
+try:
+    finetune(backbone, AdapterBank.create(configs, backbone.config), examples, settings, given["out"], dev=dev, rows=4,
+             checkpoint_every=3, resume=True, show=lambda line: print(line, flush=True))
+except Interrupted as stopped:
+    print("interrupted", stopped.step, stopped.preempted, flush=True)
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def run(model: Path, out: Path, mesh: str, processes: int, devices: int, stop_at: int = 0) -> list[str]:
+    """What each process printed."""
+    given = {
+        "model": str(model), "out": str(out), "mesh": mesh, "processes": processes, "port": free_port(),
+        "stop_at": stop_at,
+    }  # fmt: skip
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, json.dumps({**given, "process": i})],
+            env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+        for i in range(processes)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=900)[0] for process in started]
+    assert [process.returncode for process in started] == [0] * processes, "\n".join(said)
+    return said
+
+
+def adapters(out: Path, shape: BackboneConfig) -> dict[str, np.ndarray]:
+    return {
+        f"{name} {key}": np.asarray(x)
+        for name in ("acme", "globex", "initech")
+        for key, x in load_adapter(out / name, shape).tensors().items()
+    }
+
+
+def lines(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, BackboneConfig]:
+    """The model, and a run of one process on four devices."""
+    folder = tmp_path_factory.mktemp("alone")
+    backbone = random_backbone(vocab_size=64)
+    save_backbone(backbone, folder / "model")
+    run(folder / "model", folder / "out", "fsdp=2,tensor=2", processes=1, devices=4)
+    return folder / "model", folder / "out", backbone.config
+
+
+def same(out: Path, whole: Path, shape: BackboneConfig) -> None:
+    theirs = adapters(whole, shape)
+    for key, x in adapters(out, shape).items():
+        np.testing.assert_allclose(x, theirs[key], rtol=1e-2, atol=2e-4, err_msg=key)
+    for a, b in zip(lines(out), lines(whole), strict=True):
+        assert (a["step"], a["tokens"]) == (b["step"], b["tokens"])
+        for key in ("loss", "dev_loss"):
+            for name, loss in b.get(key, {}).items():
+                np.testing.assert_allclose(a[key][name], loss, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes(alone, tmp_path) -> None:
+    model, whole, shape = alone
+    first, second = run(model, tmp_path / "out", "fsdp=2,tensor=2", processes=2, devices=2)
+    same(tmp_path / "out", whole, shape)
+    assert "step 8/8" in first and "step 8/8" not in second, "the first process speaks for all"
+
+
+@pytest.mark.slow
+def test_four_processes_of_which_one_is_preempted(alone, tmp_path) -> None:
+    """All save at one step and end well; half as many devices go on with the same rows."""
+    model, whole, shape = alone
+    out = tmp_path / "out"
+    said = run(model, out, "fsdp=4", processes=4, devices=1, stop_at=3)
+    steps = {line for text in said for line in text.splitlines() if line.startswith("interrupted")}
+    assert len(steps) == 1 and steps.pop().endswith("True"), said
+    assert 3 <= len(lines(out)) < 8
+    done = len(lines(out))
+    (resumed,) = run(model, out, "fsdp=2", processes=1, devices=2)
+    assert f"resuming after step {done}" in resumed
+    same(out, whole, shape)
