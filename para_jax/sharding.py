@@ -93,10 +93,23 @@ def auto_mesh(config: BackboneConfig, devices: int) -> dict[str, int]:
     return {"data": devices // fsdp, "fsdp": fsdp}
 
 
+def own_mesh(mesh: Mesh) -> Mesh:
+    """A mesh of some of our axes, in any order and of any axis type, as one of `make_mesh` on the same devices.
+
+    Programs leave the placement of what is between to the compiler, so its axes are Auto; those of jax.make_mesh are
+    Explicit. If `jax.set_mesh` is in force, it has to be with a mesh of Auto axes. Raises ParaJaxError for an axis
+    that is none of ours.
+    """
+    for name in mesh.axis_names:
+        if name not in AXES:
+            raise unknown("mesh axis", str(name), AXES)
+    order = [mesh.axis_names.index(axis) for axis in AXES if axis in mesh.axis_names]
+    devices = mesh.devices.transpose(order).reshape([mesh.shape.get(axis, 1) for axis in AXES])
+    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
 def check_mesh(config: BackboneConfig, mesh: Mesh) -> None:
     """Raises ParaJaxError, naming the size and its nearest divisor, if a backbone cannot be split so."""
-    if mesh.axis_names != AXES:
-        raise ParaJaxError(f"the mesh has axes {mesh.axis_names}, not {AXES}; make it with para_jax.sharding.make_mesh")
     tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
     inner = config.intermediate_size if config.experts is None else config.experts.width
     for what, size, axis, parts in (

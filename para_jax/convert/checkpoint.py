@@ -26,7 +26,7 @@ from para_jax.convert.families import entries, hf_fields
 from para_jax.convert.tables import Entry
 from para_jax.convert.tensors import INDEX, TensorFiles, open_tensors
 from para_jax.errors import ParaJaxError, unknown
-from para_jax.sharding import check_mesh, spec
+from para_jax.sharding import check_mesh, own_mesh, spec
 
 FILES = ["*.json", "model*.safetensors", "tokenizer*", "*.jinja"]
 TORCH_FILES = ["*.json", "pytorch_model*.bin", "tokenizer*", "*.jinja"]
@@ -64,6 +64,7 @@ def load_backbone(
     folder = fetched(path_or_hub_id)
     config = BackboneConfig.from_folder(folder, name=str(path_or_hub_id))
     if mesh is not None:
+        mesh = own_mesh(mesh)
         check_mesh(config, mesh)
     files = open_tensors(folder)
     layers = range(config.num_hidden_layers)
