@@ -105,8 +105,8 @@ class Backbone(nnx.Module):
           attention: how whole prompts attend: "plain", "cudnn" (GPU), "splash" (TPU), or "auto" for the device's own
             (`backbones/kernels.py`).
           check_finite: whether to look for weights that are infinite or no number.
-          mesh: devices to split the weights over (`para_jax.sharding.make_mesh`, or any mesh of its axes); each gets its
-            part as it is read.
+          mesh: devices to split the weights over (`para_jax.sharding.make_mesh`, or any mesh of its axes); each gets
+            its part as it is read.
 
         Raises ParaJaxError for what is no checkpoint, a family or an option not supported, or missing, extra or
         misshapen tensors (all of them are listed).
