@@ -15,9 +15,9 @@ def table(source: str) -> Table:
     The folder is one of `save_to_disk`, or one of json, jsonl, parquet, arrow or csv files. Raises ParaJaxError if
     `datasets` is not installed, if the folder is none of these, and for an unknown split.
     """
-    folder, _, split = (source, "", "") if Path(source).is_dir() else source.rpartition(":")
+    folder, _, split = (source, "", "") if Path(source).is_dir() else source.partition(":")
     if not Path(folder).is_dir():
-        raise ParaJaxError(f"hf:{source}: {folder or source} is no folder; hf: reads folders on this machine")
+        raise ParaJaxError(f"hf:{source}: {folder} is no folder; hf: reads folders on this machine")
     try:
         import datasets
     except ImportError as error:

@@ -140,9 +140,9 @@ def _template(table: Table, source: str) -> Template | None:
     if _is_ready(table.columns):
         return None
     raise ParaJaxError(
-        f"{source} has the columns {', '.join(table.columns)}, and no template that makes prompts of them; write one "
-        f"over these columns, such as {EXAMPLE}, and pass it with --template FILE.json, or --template NAME for one "
-        "that ships (glue/sst2, squad, ...)"
+        f"{source} has the columns {', '.join(sorted(table.columns))}, and no template that makes prompts of them; "
+        f"write one over these columns, such as {EXAMPLE}, and pass it with --template FILE.json, or --template NAME for "
+        "one that ships (glue/sst2, squad, ...)"
     )
 
 

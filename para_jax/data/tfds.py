@@ -33,12 +33,12 @@ def table(source: str, data_dir: str | Path | None = None) -> Table:
     name, _, split = source.partition(":")
     split = split or "train"
     root = Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
-    builder = _builder(name, root)
+    builder = builder_of(name, root)
     if not builder.data_path.exists():
         _prepare(builder, name)
     if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
         raise ParaJaxError(
-            f"{builder.data_path} was prepared as {builder.info.file_format.value}, and rows are read from array_record only; "
+            f"{builder.data_path} was prepared as {builder.info.file_format.value}, but only array_record is read; "
             "remove it to have it prepared anew, or choose another --data-dir"
         )
     check_split(split, builder.info.splits, f"tfds:{name}")
@@ -56,7 +56,8 @@ def table(source: str, data_dir: str | Path | None = None) -> Table:
     return Table(tuple(features), placed(), labels, name, tuple(builder.info.splits))
 
 
-def _builder(name: str, root: Path) -> Any:
+def builder_of(name: str, root: Path) -> Any:
+    """The builder of NAME[/CONFIG], with its data in `root`. Raises ParaJaxError if there is no such builder."""
     import tensorflow_datasets as tfds
 
     for module in MORE_BUILDERS:
