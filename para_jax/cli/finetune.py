@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, metavar, text in (
         ("--epochs", "[NAME=]N", "how often the rows are seen, instead of --steps"),
         ("--weight", "[NAME=]W", "how often a tenant has its turn, with --tenants-per-step (default: 1)"),
-        ("--dev", "NAME=FILE.jsonl", "rows to choose the best adapter by, which are not learnt from"),
+        ("--dev", "NAME=SOURCE", "rows to choose the best adapter by, which are not learnt from"),
         ("--eval-every", "[NAME=]N", "a tenant's steps between looks at its dev rows (default: at its end)"),
         ("--patience", "[NAME=]N", "looks without a better one after which a tenant stops (default: it does not)"),
     ):

@@ -141,8 +141,8 @@ def _template(table: Table, source: str) -> Template | None:
         return None
     raise ParaJaxError(
         f"{source} has the columns {', '.join(sorted(table.columns))}, and no template that makes prompts of them; "
-        f"write one over these columns, such as {EXAMPLE}, and pass it with --template FILE.json, or --template NAME for "
-        "one that ships (glue/sst2, squad, ...)"
+        f"write one over these columns, such as {EXAMPLE}, and pass it with --template FILE.json, or one that ships "
+        "with --template NAME (glue/sst2, squad, ...)"
     )
 
 

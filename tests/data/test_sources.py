@@ -156,10 +156,11 @@ def test_without_the_library_the_error_says_what_to_install(tmp_path: Path, monk
 def test_mixtures_are_read_source_by_source(tiny, tmp_path: Path) -> None:
     first = write(tmp_path / "a.jsonl", *[{"prompt": f"p{i}", "response": "yes"} for i in range(3)])
     second = write(tmp_path / "b+1.jsonl", {"prompt": "q", "response": "no"})
-    mixed = read_mixture(f"2*{first}+1*{second}", tiny[1], EOS)
+    options = {"tokenizer": tiny[1], "eos_token_ids": EOS}
+    mixed = read_mixture(f"2*{first}+1*{second}", **options)
     assert isinstance(mixed, Mixture) and mixed.weights == (2.0, 1.0)
     assert [e.prompt for e in mixed] == ["p0", "p1", "p2", "q"] and mixed[3].place == f"{second}:1"
-    assert read_mixture(str(second), tiny[1], EOS) == read_examples(second, tiny[1], EOS)
+    assert read_mixture(str(second), **options) == read_examples(second, tiny[1], EOS)
 
 
 @pytest.mark.parametrize(
