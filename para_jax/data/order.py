@@ -90,8 +90,8 @@ def _row(seed: int, name: str, size: int, place: int) -> int:
     return int(_epoch(seed, name, size, place // size)[place % size])
 
 
-# Not grain's shuffle: it draws from 65,536 places until one is below the size, which takes it 10 ms for a row of two and
-# 0.3 ms for one of a hundred.
+# Not grain's shuffle: it walks 65,536 places until one is below the size, which takes 10 ms for each of two rows and
+# 0.3 ms for each of a hundred.
 @lru_cache(maxsize=4096)
 def _epoch(seed: int, name: str, size: int, epoch: int) -> np.ndarray:
     return np.random.default_rng((seed, zlib.crc32(name.encode()), epoch)).permutation(size)

@@ -60,3 +60,10 @@ def test_weights_are_relative_and_no_source_is_ordered_as_another() -> None:
     first, second = ([row for row in ones if (row >= 5) == late] for late in (False, True))
     assert first == order(0, "acme", range(5), range(len(first))), "the first as if it were alone"
     assert [row - 5 for row in second[: len(first)]] != first
+
+
+def test_the_order_of_a_run_that_was_begun_before_is_kept() -> None:
+    """Written down, since a run that resumes with a newer version has to go on as it began."""
+    assert order(0, "acme", range(6), range(12)) == [0, 3, 5, 4, 2, 1, 2, 1, 3, 5, 0, 4]
+    pair = Mixture((range(3), range(3, 5)), (2.0, 1.0))
+    assert order(0, "acme", pair, range(12)) == [2, 0, 3, 1, 1, 4, 2, 0, 4, 1, 2, 3]

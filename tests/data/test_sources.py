@@ -184,7 +184,7 @@ def test_finetune_and_evaluate_read_other_sources(
     out = tmp_path / "out"
     tenants = ["--tenant", f"sums=hf:{saved / 'files'}", "--tenant", f"mood=hf:{saved / 'one'}"]
     templates = ["--template", "mood=glue/sst2"]
-    assert main(["finetune", *tenants, *templates, "--rows", "2", "--steps", "1", "--out", str(out)]) == 0
+    assert main(["finetune", *tenants, *templates, "--rows", "8", "--steps", "1", "--out", str(out)]) == 0
     scores = tmp_path / "scores.json"
     evaluate = ["evaluate", "--adapters", str(out), *tenants, *templates, "--json", str(scores), "--limit", "2"]
     assert main([*evaluate, "--max-new-tokens", "1"]) == 0
