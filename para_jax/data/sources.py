@@ -56,9 +56,10 @@ def read_rows(source: str | Path, template: Template | str | None = None, data_d
 
         table = hf.table(rest)
     else:
-        table = _jsonl(source)
+        plain = read_jsonl(source)
         if template is None:
-            return [(place, dict(row)) for place, row in table.rows]
+            return plain
+        table = Table(tuple(dict.fromkeys(key for _, row in plain for key in row)), plain)
     if isinstance(template, str):
         template = Template.load(template)
     template = template or _template(table, str(source))
@@ -78,7 +79,27 @@ def read_rows(source: str | Path, template: Template | str | None = None, data_d
 
 def read_jsonl(path: str | Path) -> Rows:
     """The rows of a JSONL file with their places ("file:line"). Raises ParaJaxError that lists malformed lines."""
-    return [(place, dict(row)) for place, row in _jsonl(path).rows]
+    path = Path(path)
+    if not path.is_file():
+        raise ParaJaxError(f"{path} is no file; rows come from {FORMS}")
+    rows, problems = [], []
+    # Not splitlines: JSON strings may hold line separators of Unicode.
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            problems.append(f"{path}:{number} is not JSON: {error}")
+            continue
+        if not isinstance(row, dict):
+            problems.append(f"{path}:{number} is a {type(row).__name__}, not an object with a prompt")
+            continue
+        rows.append((f"{path}:{number}", row))
+    raise_problems(problems)
+    if not rows:
+        raise ParaJaxError(f"{path} has no rows")
+    return rows
 
 
 def mixture(text: str) -> list[tuple[float, str]]:
@@ -106,30 +127,6 @@ def mixture(text: str) -> list[tuple[float, str]]:
             raise ParaJaxError(f"{part!r} in {text!r} has to be a weight above 0 and a source: 0.7*tfds:squad")
         parts.append((number, source))
     return parts
-
-
-def _jsonl(path: str | Path) -> Table:
-    path = Path(path)
-    if not path.is_file():
-        raise ParaJaxError(f"{path} is no file; rows come from {FORMS}")
-    rows, problems = [], []
-    # Not splitlines: JSON strings may hold line separators of Unicode.
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            problems.append(f"{path}:{number} is not JSON: {error}")
-            continue
-        if not isinstance(row, dict):
-            problems.append(f"{path}:{number} is a {type(row).__name__}, not an object with a prompt")
-            continue
-        rows.append((f"{path}:{number}", row))
-    raise_problems(problems)
-    if not rows:
-        raise ParaJaxError(f"{path} has no rows")
-    return Table(tuple(dict.fromkeys(key for _, row in rows for key in row)), rows)
 
 
 def _template(table: Table, source: str) -> Template | None:
