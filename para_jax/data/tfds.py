@@ -86,6 +86,8 @@ def builder_of(name: str, root: Path) -> Any:
 def _prepare(builder: Any, name: str) -> None:
     import tensorflow_datasets as tfds
 
+    if not sys.stderr.isatty():  # a log would be full of its bars
+        tfds.disable_progress_bar()
     config = tfds.download.DownloadConfig(try_download_gcs=False)  # which has files for TensorFlow only
     try:
         builder.download_and_prepare(download_config=config, file_format="array_record")
