@@ -24,7 +24,8 @@ from typing import Any
 from para_jax import AdapterBank, Backbone, FanLoraConfig, LoraConfig, tiny_backbone_path
 from para_jax.adapters.bank import Adapter
 from para_jax.convert.tokenizer import load_tokenizer
-from para_jax.data.examples import encode_rows, read_examples, read_rows
+from para_jax.data.examples import encode_rows, read_examples
+from para_jax.data.sources import read_rows
 from para_jax.importance.scores import importance
 from para_jax.importance.select import keep_number, keep_within, plot_importance
 from para_jax.training.loop import finetune

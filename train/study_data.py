@@ -12,7 +12,8 @@ import numpy as np
 
 from para_jax.backbones.decoder import Backbone
 from para_jax.data.batches import bucket
-from para_jax.data.examples import Example, encode_rows, read_rows
+from para_jax.data.examples import Example, encode_rows
+from para_jax.data.sources import read_rows
 from para_jax.errors import ParaJaxError
 from para_jax.evaluation.metrics import majority
 

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+SOURCES = "FILE.jsonl, tfds:NAME[/CONFIG][:SPLIT] or hf:FOLDER[:SPLIT]"
+
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     """--model."""
@@ -61,10 +63,29 @@ def add_adapters(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapters", metavar="DIR", help="folder with NAME/ for each tenant (finetune's --out)")
 
 
-def add_tenants(parser: argparse.ArgumentParser) -> None:
-    """--tenant, with a file for each."""
+def add_tenants(parser: argparse.ArgumentParser, more: str = "") -> None:
+    """--tenant, with a source of rows for each, and the options of sources."""
     parser.add_argument(
-        "--tenant", metavar="NAME=FILE.jsonl", action="append", required=True, help="a tenant and its rows; repeat"
+        "--tenant",
+        metavar="NAME=SOURCE",
+        action="append",
+        required=True,
+        help=f"a tenant and its rows: {SOURCES}{more}; repeat",
+    )
+    add_sources(parser, "[NAME=]", "; repeat", action="append", default=[])
+
+
+def add_sources(parser: argparse.ArgumentParser, whose: str = "", more: str = "", **options: Any) -> None:
+    """--template and --data-dir."""
+    parser.add_argument(
+        "--template",
+        metavar=f"{whose}FILE.json",
+        help="makes prompts of rows with other columns, instead of the template that ships for their data set; also "
+        f"the name of one that ships, as glue/sst2{more}",
+        **options,
+    )
+    parser.add_argument(
+        "--data-dir", metavar="DIR", help="where tfds: keeps its data (default: TFDS_DATA_DIR, or TFDS's own default)"
     )
 
 
@@ -124,7 +145,7 @@ def pairs(values: Sequence[str], option: str) -> dict[str, str]:
     for value in values:
         name, equals, rest = value.partition("=")
         if not equals or not name or not rest:
-            raise ParaJaxError(f"{option} takes NAME=FILE, not {value!r}")
+            raise ParaJaxError(f"{option} takes NAME=SOURCE, not {value!r}")
         if name in found:
             raise ParaJaxError(f"{option} names {name!r} twice")
         found[name] = rest

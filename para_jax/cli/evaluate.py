@@ -34,40 +34,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of every answer (default: 64); repeat",
     )
     parser.add_argument("--batch-size", type=int, default=32, help="rows that run together (default: 32)")
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N rows of each file")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N rows of each tenant")
     parser.add_argument(
         "--choose",
         metavar="NAME",
         action="append",
         default=[],
-        help="let a tenant's rows choose among the responses that occur in its file, as if they had choices; repeat",
+        help="let a tenant's rows choose among the responses that occur among them, as if they had choices; repeat",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    files = common.pairs(args.tenant, "--tenant")
+    sources = common.pairs(args.tenant, "--tenant")
     for option in ("json", "predictions"):
         path = getattr(args, option)
         if path and Path(path).exists() and not args.overwrite:
             raise ParaJaxError(f"{path} exists; choose another --{option} or pass --overwrite")
     for name in args.choose:
-        if name not in files:
-            raise unknown("tenant in --choose", name, files)
+        if name not in sources:
+            raise unknown("tenant in --choose", name, sources)
+    templates = common.per_tenant(args.template, "--template", list(sources), str)
 
     from para_jax.convert.tokenizer import with_chat_template
-    from para_jax.data.examples import encode_rows, read_rows
+    from para_jax.data.examples import encode_rows
+    from para_jax.data.sources import read_rows
     from para_jax.evaluation.evaluate import evaluate
     from para_jax.training.metrics import duration
 
     backbone, tokenizer = common.load_model(args)
-    bank = common.load_bank(args.adapters, list(files), backbone)
+    bank = common.load_bank(args.adapters, list(sources), backbone)
     examples = {}
-    for name, file in files.items():
-        rows = list(read_rows(file))
+    for name, source in sources.items():
+        rows = read_rows(source, templates.get(name), args.data_dir)
         if name in args.choose:
             answers = sorted({row["response"] for _, row in rows if isinstance(row.get("response"), str)})
             if len(answers) > MOST_CHOICES:
-                raise ParaJaxError(f"{file} has {len(answers)} different responses, too many for --choose")
+                raise ParaJaxError(f"{source} has {len(answers)} different responses, too many for --choose")
             rows = [(place, {"choices": answers, **row}) for place, row in rows]
         own = with_chat_template(tokenizer, common.kept_template(args.adapters, [name]))
         examples[name] = encode_rows(rows[: args.limit], own, backbone.config.eos_token_ids)
@@ -87,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
         tokenizer,
         examples,
         bank,
-        max_new_tokens=common.per_tenant(["64", *args.max_new_tokens], "--max-new-tokens", list(files), int),
+        max_new_tokens=common.per_tenant(["64", *args.max_new_tokens], "--max-new-tokens", list(sources), int),
         batch_size=args.batch_size,
         progress=progress,
     )

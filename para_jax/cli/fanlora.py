@@ -29,9 +29,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_model(parser)
     parser.add_argument("--adapter", metavar="DIR", required=True, help="LoRA of all linear modules, tuned")
     parser.add_argument(
-        "--data", metavar="FILE.jsonl", action="append", default=[], help="held-out rows to score on; repeat"
+        "--data",
+        metavar="SOURCE",
+        action="append",
+        default=[],
+        help=f"held-out rows to score on: {common.SOURCES}; repeat",
     )
-    parser.add_argument("--rows", type=int, default=64, metavar="N", help="rows drawn from each file (default: 64)")
+    common.add_sources(parser)
+    parser.add_argument("--rows", type=int, default=64, metavar="N", help="rows drawn from each source (default: 64)")
     parser.add_argument("--seed", type=int, default=0, help="of the rows, and of the random score")
     parser.add_argument("--out", metavar="DIR", required=True, help="folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
@@ -65,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     from para_jax.importance.select import keep_number, keep_within, plot_importance
 
     if args.score in NEED_ROWS and not args.data:
-        raise ParaJaxError(f"the {args.score} score is computed on held-out rows; give --data FILE.jsonl")
+        raise ParaJaxError(f"the {args.score} score is computed on held-out rows; give --data SOURCE")
     backbone, tokenizer = common.load_model(args)
     shape = backbone.config
     adapter = load_adapter(args.adapter, shape)
@@ -126,15 +131,16 @@ def by_importance(scores_s: Any, kept: tuple[str, ...], sites: list[str]) -> lis
 
 
 def held_out(args: argparse.Namespace, tokenizer: Any, shape: Any) -> list[Example]:
-    """The rows to score on, as many of each file."""
-    from para_jax.data.examples import encode_rows, read_rows
+    """The rows to score on, as many of each source."""
+    from para_jax.data.examples import encode_rows
+    from para_jax.data.sources import read_rows
 
     if args.rows < 1:
         raise ParaJaxError(f"--rows must be at least 1, not {args.rows}")
     length = min(args.max_length or shape.max_position_embeddings, shape.max_position_embeddings)
     examples: list[Example] = []
-    for file in args.data:
-        rows = list(read_rows(file))
+    for source in args.data:
+        rows = read_rows(source, args.template, args.data_dir)
         some = random.Random(args.seed).sample(rows, min(args.rows, len(rows)))
         examples += encode_rows(some, tokenizer, shape.eos_token_ids, length, truncate=args.truncate)
     return examples

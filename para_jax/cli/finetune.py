@@ -32,7 +32,7 @@ MODULES = ("target_modules", "exclude_modules", "feedforward_modules")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_model(parser)
-    common.add_tenants(parser)
+    common.add_tenants(parser, more=", or several with weights, 0.7*SOURCE+0.3*SOURCE")
     parser.add_argument("--out", metavar="DIR", required=True, help="folder for adapters, checkpoints and metrics")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, if there is one")
     parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, metavar, text in (
         ("--epochs", "[NAME=]N", "how often the rows are seen, instead of --steps"),
         ("--weight", "[NAME=]W", "how often a tenant has its turn, with --tenants-per-step (default: 1)"),
-        ("--dev", "NAME=FILE.jsonl", "rows to choose the best adapter by, which are not learnt from"),
+        ("--dev", "NAME=SOURCE", "rows to choose the best adapter by, which are not learnt from"),
         ("--eval-every", "[NAME=]N", "a tenant's steps between looks at its dev rows (default: at its end)"),
         ("--patience", "[NAME=]N", "looks without a better one after which a tenant stops (default: it does not)"),
     ):
@@ -113,12 +113,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    files = common.pairs(args.tenant, "--tenant")
-    names = list(files)
+    sources = common.pairs(args.tenant, "--tenant")
+    names = list(sources)
 
     from para_jax.adapters.bank import AdapterBank
     from para_jax.convert.tokenizer import with_chat_template
     from para_jax.data.examples import read_examples
+    from para_jax.data.order import read_mixture
     from para_jax.training.loop import finetune, steps_of
     from para_jax.training.optimizer import Settings
 
@@ -140,12 +141,13 @@ def run(args: argparse.Namespace) -> int:
     for name in [n for n in epochs if n in values["steps"]]:
         raise ParaJaxError(f"{name} has both --steps and --epochs; give one of them")
     settings = {n: Settings.checked(**{k: v[n] for k, v in values.items() if n in v}) for n in names}
-    dev_files = common.pairs(args.dev, "--dev")
-    for name in dev_files:
+    dev_sources = common.pairs(args.dev, "--dev")
+    for name in dev_sources:
         if name not in names:
             raise unknown("tenant in --dev", name, names)
 
     templates = common.per_tenant(args.chat_template, "--chat-template", names, template_file)
+    prompts = common.per_tenant(args.template, "--template", names, str)
 
     backbone, tokenizer = common.load_model(args)
     show = partial(print, flush=True)
@@ -154,12 +156,13 @@ def run(args: argparse.Namespace) -> int:
     length = min(args.max_length or backbone.config.max_position_embeddings, backbone.config.max_position_embeddings)
     eos = backbone.config.eos_token_ids
 
-    def read(name: str, file: str) -> Any:
+    def how(name: str) -> dict[str, Any]:
         spoken = with_chat_template(tokenizer, templates.get(name))
-        return read_examples(file, spoken, eos, length, truncate=args.truncate)
+        limits = {"eos_token_ids": eos, "max_length": length, "truncate": args.truncate}
+        return {"tokenizer": spoken, "template": prompts.get(name), "data_dir": args.data_dir, **limits}
 
-    examples = {name: read(name, file) for name, file in files.items()}
-    dev = {name: read(name, file) for name, file in dev_files.items()}
+    examples = {name: read_mixture(source, **how(name)) for name, source in sources.items()}
+    dev = {name: read_examples(source, **how(name)) for name, source in dev_sources.items()}
     for name, often in epochs.items():
         settings[name] = replace(settings[name], steps=steps_of(often, len(examples[name]), args.rows))
     bank = AdapterBank.create(configs, backbone.config, args.seed)

@@ -51,11 +51,12 @@ def run(args: argparse.Namespace) -> int:
 
     from para_jax.adapters.bank import strengths_of
     from para_jax.convert.tokenizer import with_chat_template
-    from para_jax.data.examples import encode_rows, read_rows
+    from para_jax.data.examples import encode_rows
+    from para_jax.data.sources import read_jsonl
     from para_jax.decoding.generate import complete
 
     if args.input is not None:
-        placed = list(read_rows(args.input))
+        placed = read_jsonl(args.input)
     else:
         placed = [("--prompt", {"prompt": args.prompt, "tenant": args.tenant})]
     tenants = [row.get("tenant") for _, row in placed]

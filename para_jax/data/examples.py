@@ -1,25 +1,23 @@
-"""Rows of a JSONL file, and what they are in tokens.
+"""What rows are in tokens.
 
-A row is {"prompt", "response"}, {"prompt", "completion"} or {"messages": [...]}, and may have `references` (answers
-that are as good) and `choices` (answers to choose from). A response is an answer: a space is put between it and a
-prompt that does not end in white space. A completion goes on from its prompt to the letter. Messages go through the
-tokenizer's chat template; every assistant turn is an example of its own, with all before it as the prompt, because
-an adapter is prepared once for each prompt. Where the template marks what is generated, the response ends there.
+A response is an answer: a space is put between it and a prompt that does not end in white space. A completion goes on
+from its prompt to the letter. Messages go through the tokenizer's chat template; every assistant turn is an example of
+its own, with all before it as the prompt, because an adapter is prepared once for each prompt. Where the template marks
+what is generated, the response ends there.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from para_jax.data.sources import KEYS, read_rows
+from para_jax.data.table import raise_problems
+from para_jax.data.templates import Template
 from para_jax.errors import ParaJaxError, unknown
-
-KEYS = ("prompt", "response", "completion", "messages", "references", "choices", "tenant", "system")
-SHOWN = 5  # problems listed in one error
 
 
 @dataclass(frozen=True)
@@ -43,41 +41,18 @@ class Example:
         return len(self.prompt_ids) + len(self.response_ids)
 
 
-def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of a JSONL file with their places ("file:line"). Raises ParaJaxError that lists malformed lines."""
-    path = Path(path)
-    if not path.is_file():
-        raise ParaJaxError(f"{path} is no file")
-    rows, problems = [], []
-    # Not splitlines: JSON strings may hold line separators of Unicode.
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            problems.append(f"{path}:{number} is not JSON: {error}")
-            continue
-        if not isinstance(row, dict):
-            problems.append(f"{path}:{number} is a {type(row).__name__}, not an object with a prompt")
-            continue
-        rows.append((f"{path}:{number}", row))
-    _raise(problems)
-    if not rows:
-        raise ParaJaxError(f"{path} has no rows")
-    return iter(rows)
-
-
 def read_examples(
-    path: str | Path,
+    source: str | Path,
     tokenizer: Any,
     eos_token_ids: Sequence[int],
     max_length: int | None = None,
     *,
     truncate: bool = False,
     need_response: bool = True,
+    template: Template | str | None = None,
+    data_dir: str | Path | None = None,
 ) -> list[Example]:
-    """The examples of a JSONL file.
+    """The examples of a JSONL file or another source of `read_rows`.
 
     Args:
       tokenizer: a transformers tokenizer.
@@ -85,13 +60,13 @@ def read_examples(
       max_length: the most tokens a prompt and its response may have together.
       truncate: cut what is longer, the prompt at its beginning, instead of refusing it.
       need_response: whether a row without a response is an error.
+      template, data_dir: as for `read_rows`.
 
-    Raises ParaJaxError, with file and line, for a malformed line, an unknown key, an empty prompt or response, or
-    rows longer than `max_length` (how many, and the longest).
+    Raises ParaJaxError, with file and line or row, for a malformed line, an unknown key, an empty prompt or response,
+    or rows longer than `max_length` (how many, and the longest); and what `read_rows` raises.
     """
-    return encode_rows(
-        read_rows(path), tokenizer, eos_token_ids, max_length, truncate=truncate, need_response=need_response
-    )
+    rows = read_rows(source, template, data_dir)
+    return encode_rows(rows, tokenizer, eos_token_ids, max_length, truncate=truncate, need_response=need_response)
 
 
 def encode_rows(
@@ -111,7 +86,7 @@ def encode_rows(
             turns.extend(_turns(place, row, tokenizer, need_response))
         except ParaJaxError as error:
             problems.append(f"{place}: {error}")
-    _raise(problems)
+    raise_problems(problems)
     # All texts in one call of the tokenizer, which is many times as fast as a call for each.
     joined = iter(_join(tokenizer, [(turn, answer) for turn in turns for answer in (turn.answer, *turn.choices)]))
     examples = []
@@ -144,12 +119,6 @@ def check_ids(examples: Iterable[Example], vocab_size: int) -> None:
                 f"{e.place or 'a row'}: token {highest} is beyond the backbone's vocabulary of {vocab_size}; take what "
                 "it stands for out of the row, or the tokenizer is another model's"
             )
-
-
-def _raise(problems: list[str]) -> None:
-    if problems:
-        more = f"\n... and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-        raise ParaJaxError("\n".join(problems[:SHOWN]) + more)
 
 
 class _Turn(NamedTuple):

@@ -142,7 +142,7 @@ def test_mistakes(tuned, tmp_path, capsys):
         return failure(capsys, "finetune", "--out", tmp_path / "new", *more)
 
     one = ("--tenant", f"a={good}")
-    assert "takes NAME=FILE" in finetune("--tenant", good)
+    assert "takes NAME=SOURCE" in finetune("--tenant", good)
     assert "names 'a' twice" in finetune(*one, *one)
     assert "did you mean 'para'?" in finetune(*one, "--method", "parra")
     assert "did you mean 'q_proj'?" in finetune(*one, "--target-modules", "q_porj")

@@ -94,7 +94,7 @@ def test_mistakes(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "no k_proj, o_proj" in failure(capsys, folder, *two, "--keep", "1", "--out", new)
     alone = ["fanlora", "--adapter", str(folder / "all"), "--keep", "1", "--out", new]
     assert main(alone) == 1
-    assert "give --data FILE.jsonl" in capsys.readouterr().err
+    assert "give --data SOURCE" in capsys.readouterr().err
     # A folder that holds something else is not replaced.
     assert "holds no fanlora.json" in failure(
         capsys, folder, "--score", "norm", "--keep", "1", "--out", taken, "--overwrite"

@@ -1,0 +1,161 @@
+"""A tenant's rows, wherever they are: a JSONL file, TensorFlow Datasets, or a folder of Hugging Face's `datasets`.
+
+  FILE.jsonl                    one JSON object a line
+  tfds:NAME[/CONFIG][:SPLIT]    tfds:squad, tfds:super_glue/boolq:train[:90%]
+  hf:FOLDER[:SPLIT]             a folder of save_to_disk, or of json, parquet, arrow or csv files
+
+A row is {"prompt", "response"}, {"prompt", "completion"} or {"messages": [...]}, and may have `references` (answers
+that are as good) and `choices` (answers to choose from). Rows of other columns become such rows by a template.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from para_jax.data.table import Table, raise_problems
+from para_jax.data.templates import EXAMPLE, Template, shipped
+from para_jax.errors import ParaJaxError
+
+KEYS = ("prompt", "response", "completion", "messages", "references", "choices", "tenant", "system")
+FORMS = "FILE.jsonl, tfds:NAME[/CONFIG][:SPLIT] or hf:FOLDER[:SPLIT]"
+
+Rows = list[tuple[str, dict[str, Any]]]
+
+
+def read_rows(source: str | Path, template: Template | str | None = None, data_dir: str | Path | None = None) -> Rows:
+    """The rows of a source with their places, such as "mail.jsonl:7" or "tfds:squad:train row 17".
+
+    Args:
+      template: makes prompts of rows, instead of the one that ships for the data set; the name of a JSON file, or of
+        a template that ships.
+      data_dir: where TFDS keeps its data (default: TFDS_DATA_DIR, then TFDS's own default).
+
+    Raises ParaJaxError for a source that cannot be read, a template that does not fit its columns, columns that are no
+    prompt and response where there is no template, and a source in which no row can be used.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     file = Path(folder, "faq.jsonl")
+    ...     _ = file.write_text('{"q": "Who sat?", "a": "The cat."}')
+    ...     [(_, row)] = read_rows(file, Template({"prompt": "{{q}}", "response": "{{a}}"}))
+    >>> row
+    {'prompt': 'Who sat?', 'response': 'The cat.'}
+    """
+    kind, _, rest = str(source).partition(":")
+    if kind == "tfds":
+        from para_jax.data import tfds
+
+        table = tfds.table(rest, data_dir)
+    elif kind == "hf":
+        from para_jax.data import hf
+
+        table = hf.table(rest)
+    else:
+        plain = read_jsonl(source)
+        if template is None:
+            return plain
+        table = Table(tuple(dict.fromkeys(key for _, row in plain for key in row)), plain)
+    if isinstance(template, str):
+        template = Template.load(template)
+    template = template or _template(table, str(source))
+    rows = _labelled(table, str(source))
+    if template is None:
+        return [(place, {key: row[key] for key in KEYS if row.get(key) is not None}) for place, row in rows]
+    template.check(table.columns)
+    made, problems = [], []
+    for place, row in rows:
+        try:
+            made.append((place, template.row(row)))
+        except ParaJaxError as error:
+            problems.append(f"{place}: {error}")
+    raise_problems(problems)
+    return made
+
+
+def read_jsonl(path: str | Path) -> Rows:
+    """The rows of a JSONL file with their places ("file:line"). Raises ParaJaxError that lists malformed lines."""
+    path = Path(path)
+    if not path.is_file():
+        raise ParaJaxError(f"{path} is no file; rows come from {FORMS}")
+    rows, problems = [], []
+    # Not splitlines: JSON strings may hold line separators of Unicode.
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            problems.append(f"{path}:{number} is not JSON: {error}")
+            continue
+        if not isinstance(row, dict):
+            problems.append(f"{path}:{number} is a {type(row).__name__}, not an object with a prompt")
+            continue
+        rows.append((f"{path}:{number}", row))
+    raise_problems(problems)
+    if not rows:
+        raise ParaJaxError(f"{path} has no rows")
+    return rows
+
+
+def mixture(text: str) -> list[tuple[float, str]]:
+    """The sources of a tenant with their weights: SOURCE, or WEIGHT*SOURCE+WEIGHT*SOURCE...
+
+    Raises ParaJaxError for a weight that is not above 0, and for a source without one beside others that have one.
+
+    >>> mixture("tfds:squad:train+validation")
+    [(1.0, 'tfds:squad:train+validation')]
+    >>> mixture("0.7*tfds:squad+0.3*faq.jsonl")
+    [(0.7, 'tfds:squad'), (0.3, 'faq.jsonl')]
+    """
+    if not re.match(r"[\d.]+\*", text):
+        if re.search(r"\+[\d.]+\*", text):
+            raise ParaJaxError(f"the first source of {text!r} has no weight; write 0.7*SOURCE+0.3*SOURCE")
+        return [(1.0, text)]
+    parts = []
+    for part in re.split(r"\+(?=[\d.]+\*)", text):
+        weight, _, source = part.partition("*")
+        try:
+            number = float(weight)
+        except ValueError:
+            raise ParaJaxError(f"{weight!r} in {text!r} is no number; write 0.7*SOURCE+0.3*SOURCE") from None
+        if number <= 0 or not source:
+            raise ParaJaxError(f"{part!r} in {text!r} has to be a weight above 0 and a source: 0.7*tfds:squad")
+        parts.append((number, source))
+    return parts
+
+
+def _template(table: Table, source: str) -> Template | None:
+    """The template that ships for a table; None if its columns need none."""
+    for name in (table.dataset, table.dataset.partition("/")[0]):
+        if name in shipped():
+            return Template.load(name)
+    if _is_ready(table.columns):
+        return None
+    raise ParaJaxError(
+        f"{source} has the columns {', '.join(sorted(table.columns))}, and no template that makes prompts of them; "
+        f"write one over these columns, such as {EXAMPLE}, and pass it with --template FILE.json, or one that ships "
+        "with --template NAME (glue/sst2, squad, ...)"
+    )
+
+
+def _is_ready(columns: Collection[str]) -> bool:
+    return "messages" in columns or ("prompt" in columns and ("response" in columns or "completion" in columns))
+
+
+def _labelled(table: Table, source: str) -> Rows:
+    """The rows that have their labels: test splits of benchmarks keep them back as -1."""
+    rows = [(place, dict(row)) for place, row in table.rows]
+    kept = [(place, row) for place, row in rows if all(row[key] != -1 for key in table.labels)]
+    if not kept:
+        why = f"no row has a label in {', '.join(table.labels)}" if rows else "there is no row"
+        raise ParaJaxError(f"{source} has no usable rows: {why}; its splits: {', '.join(table.splits)}")
+    if len(kept) < len(rows):
+        logging.getLogger(__name__).warning(
+            "%s: %d of %d rows have no label and are left out", source, len(rows) - len(kept), len(rows)
+        )
+    return kept

@@ -1,0 +1,132 @@
+"""Rows of TensorFlow Datasets, read and prepared without TensorFlow."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from para_jax.data.table import Table, check_split
+from para_jax.data.templates import shipped
+from para_jax.errors import ParaJaxError, unknown
+
+# Where builders are that register themselves only when they are imported.
+MORE_BUILDERS = ("text", "question_answering", "summarization", "translate", "text_simplification")
+
+
+def table(source: str, data_dir: str | Path | None = None) -> Table:
+    """The rows of NAME[/CONFIG][:SPLIT]; the split is train unless it is given, and may be sliced: train[:90%].
+
+    Data that is not in `data_dir` is downloaded and prepared there. Raises ParaJaxError if TFDS is not installed, for
+    an unknown name, config or split, and where the data is not there and cannot be had.
+    """
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise ParaJaxError(f"tfds:{source} needs TensorFlow Datasets: pip install 'para-jax[data]' ({error})") from None
+    name, _, split = source.partition(":")
+    split = split or "train"
+    root = Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
+    builder = builder_of(name, root)
+    if not builder.data_path.exists():
+        _prepare(builder, name)
+    if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
+        raise ParaJaxError(
+            f"{builder.data_path} was prepared as {builder.info.file_format.value}, but only array_record is read; "
+            "remove it to have it prepared anew, or choose another --data-dir"
+        )
+    check_split(split, builder.info.splits, f"tfds:{name}")
+    try:
+        rows = builder.as_data_source(split=split)
+    except ValueError as error:
+        raise ParaJaxError(f"tfds:{source} has no such rows: {str(error).splitlines()[-1]}") from None
+    features = builder.info.features
+
+    def placed() -> Iterator[tuple[str, dict[str, Any]]]:
+        for i in range(len(rows)):
+            yield f"tfds:{name}:{split} row {i}", _plain(rows[i])
+
+    labels = tuple(key for key, feature in features.items() if isinstance(feature, tfds.features.ClassLabel))
+    return Table(tuple(features), placed(), labels, name, tuple(builder.info.splits))
+
+
+def builder_of(name: str, root: Path) -> Any:
+    """The builder of NAME[/CONFIG], with its data in `root`. Raises ParaJaxError if there is no such builder."""
+    import tensorflow_datasets as tfds
+
+    for module in MORE_BUILDERS:
+        importlib.import_module(f"tensorflow_datasets.{module}")
+    dataset, _, config = name.partition("/")
+    known = tfds.list_builders(with_community_datasets=False)
+    if dataset not in known:
+        try:
+            return tfds.builder(name, data_dir=root)  # prepared by code that is not here
+        except ValueError:
+            raise unknown("TFDS data set", dataset, known) from None
+    try:
+        kind = tfds.builder_cls(dataset)
+        _stand_in_for_tensorflow(kind)
+        configs = kind.builder_configs
+        if config and config not in configs:
+            raise unknown(f"config of {dataset}", config, configs)
+        # The first config is meant only where the data set as a whole has a template: squad, but not glue.
+        if not config and len(configs) > 1 and dataset not in shipped():
+            raise ParaJaxError(f"{dataset} has several configs; write tfds:{dataset}/CONFIG: {', '.join(configs)}")
+        return tfds.builder(name, data_dir=root)
+    except ImportError as error:
+        raise ParaJaxError(f"tfds:{name} needs a package that is not installed: {error}") from error
+
+
+def _prepare(builder: Any, name: str) -> None:
+    import tensorflow_datasets as tfds
+
+    if not sys.stderr.isatty():  # a log would be full of its bars
+        tfds.disable_progress_bar()
+    config = tfds.download.DownloadConfig(try_download_gcs=False)  # which has files for TensorFlow only
+    try:
+        builder.download_and_prepare(download_config=config, file_format="array_record")
+    except Exception as error:  # a builder is someone else's program, and fails as its author's libraries do
+        reason = str(error).strip().partition("\n")[0]
+        folder = builder.data_path
+        raise ParaJaxError(
+            f"tfds:{name} is not in {folder.parents[1 + bool(builder.builder_config)]}, and cannot be downloaded and "
+            f"prepared ({type(error).__name__}: {reason}). Prepare it where there is a network, with --data-dir, and "
+            f"copy {folder} from there; or give the --data-dir that has it"
+        ) from error
+
+
+def _stand_in_for_tensorflow(builder_cls: Any) -> None:
+    """Gives a builder the little of TensorFlow that those of texts use: opening files, and names of dtypes.
+
+    TFDS reads and writes array_record without TensorFlow, but unpacks archives with its gfile, and super_glue writes
+    int32 as tf.int32. Where TensorFlow is installed it is used.
+    """
+    if find_spec("tensorflow") is not None:
+        return
+    from tensorflow_datasets.core.download import extractor
+
+    gfile = SimpleNamespace(GFile=open, Open=open, exists=lambda path: Path(path).exists())
+    dtypes = {x: getattr(np, x) for x in ("int32", "int64", "float32", "float64", "uint8")}
+    stand_in = SimpleNamespace(
+        io=SimpleNamespace(gfile=gfile), compat=SimpleNamespace(as_text=str), string=np.str_, bool=np.bool_, **dtypes
+    )
+    for module in (extractor, sys.modules[builder_cls.__module__]):
+        if hasattr(module, "tf"):
+            vars(module)["tf"] = stand_in
+
+
+def _plain(value: Any) -> Any:
+    """Python's own types, and texts for bytes."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    if isinstance(value, np.ndarray | np.generic):
+        return _plain(value.tolist())
+    if isinstance(value, dict):
+        return {key: _plain(x) for key, x in value.items()}
+    return [_plain(x) for x in value] if isinstance(value, list) else value
