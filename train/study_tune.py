@@ -23,8 +23,9 @@ from para_jax.adapters.bank import Adapter, AdapterBank
 from para_jax.adapters.method import MethodConfig
 from para_jax.backbones.decoder import Backbone, default_remat
 from para_jax.backbones.ragged import Line
-from para_jax.data.batches import Batch, pad, rows_of_step
+from para_jax.data.batches import Batch, pad
 from para_jax.data.examples import Example
+from para_jax.data.order import order
 from para_jax.decoding.generate import complete
 from para_jax.training.metrics import Progress
 from para_jax.training.optimizer import Settings
@@ -78,7 +79,7 @@ def tune(
 
     def rows_at(run: Run, step: int) -> list[Example]:
         train = tasks[run.task].train
-        return [train[i] for i in rows_of_step(run.seed, run.task, len(train), step, rows)]
+        return [train[i] for i in order(run.seed, run.task, train, range(step * rows, (step + 1) * rows))]
 
     training = one_shape([pad([[rows_at(run, step) for run in runs]]) for step in range(steps)])
     dev = one_shape(dev_batches([tasks[run.task].dev for run in runs], rows))
@@ -86,7 +87,7 @@ def tune(
     state, kept, slots = TrainState.create(bank), bank, slots_of(bank, names)
     best, best_step = np.full(len(runs), np.inf), np.zeros(len(runs), int)
     curve: list[list[float]] = []
-    progress, rates = Progress(steps, 0, show), []
+    progress, rates = Progress(0, show), []
     for step in range(steps + 1):
         if step % every == 0 or step == steps:
             loss_n = dev_loss(backbone, state.bank, dev, names)
@@ -99,7 +100,7 @@ def tune(
             state, values = train_step(backbone, state, rules, training[step], slots, remat=remat)
             losses = dict(zip(names, jax.device_get(values["loss"]).tolist(), strict=True))
             rates.append(training[step].size / (time.perf_counter() - began))
-            progress.update(step + 1, training[step].size, losses)
+            progress.update(step + 1, steps, training[step].size, losses)
     records = {
         name: {
             **run._asdict(),

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from typing import TYPE_CHECKING
 
 import jax
@@ -13,6 +12,7 @@ import numpy as np
 
 from para_jax.backbones.ragged import Line
 from para_jax.data.examples import Example
+from para_jax.data.order import order
 
 if TYPE_CHECKING:
     from jaxtyping import Int
@@ -82,31 +82,12 @@ def bucket(size: int, least: int = 16, parts: int = 2) -> int:
     return next(n for n in range(least, 2 * least + 1, max(1, least // parts)) if n >= size)
 
 
-@lru_cache(maxsize=1024)
-def _order(seed: int, tenant: str, epoch: int, size: int) -> np.ndarray:
-    return np.random.default_rng((seed, zlib.crc32(tenant.encode()), epoch)).permutation(size)
-
-
-def rows_of_step(seed: int, tenant: str, size: int, step: int, rows: int) -> list[int]:
-    """Which of a tenant's `size` examples are in a step: every epoch is a new order, and none is skipped.
-
-    It depends on the seed, the tenant's name and the step only, so a run that resumes goes on with the same rows
-    and a tenant sees the same ones whoever trains beside it.
-
-    >>> sorted(rows_of_step(0, "acme", 4, step=0, rows=2) + rows_of_step(0, "acme", 4, step=1, rows=2))
-    [0, 1, 2, 3]
-    """
-    places = range(step * rows, (step + 1) * rows)
-    return [int(_order(seed, tenant, place // size, size)[place % size]) for place in places]
-
-
 def step_batch(
     examples: Mapping[str, Sequence[Example]], seed: int, step: int, rows: int, micro_batches: int = 1
 ) -> Batch:
     """The batch of a step in which every tenant takes its step of that number, in the order of `examples`."""
-    picked = [
-        [examples[name][i] for i in rows_of_step(seed, name, len(examples[name]), step, rows)] for name in examples
-    ]
+    places = range(step * rows, (step + 1) * rows)
+    picked = [[own[i] for i in order(seed, name, own, places)] for name, own in examples.items()]
     return pad(divided(picked, micro_batches))
 
 

@@ -15,6 +15,7 @@ from para_jax.adapters.bank import AdapterBank
 from para_jax.adapters.files import base_sizes
 from para_jax.backbones.decoder import Backbone
 from para_jax.data.examples import Example
+from para_jax.data.order import Mixture
 from para_jax.distributed import first, told
 from para_jax.errors import ParaJaxError
 from para_jax.training.optimizer import Settings
@@ -53,6 +54,7 @@ def describe(
             **dataclasses.asdict(settings[name]),
             "examples": len(examples[name]),
             "data_sha256": fingerprint(examples[name]),
+            **({"mixture": own.weights} if isinstance(own := examples[name], Mixture) else {}),
             **({"dev_sha256": fingerprint(dev[name])} if name in dev else {}),
         }
         for name in examples

@@ -15,8 +15,8 @@ import numpy as np
 from para_jax.adapters.bank import Adapter, AdapterBank
 from para_jax.adapters.files import save_adapter
 from para_jax.backbones.decoder import Backbone, Remat, default_remat
-from para_jax.data.batches import rows_of_step
 from para_jax.data.examples import Example, check_ids
+from para_jax.data.order import order
 from para_jax.distributed import Flag, barrier, first, whole
 from para_jax.errors import ParaJaxError
 from para_jax.training.checkpoints import Checkpoints
@@ -207,8 +207,8 @@ def _batch(
     def of(name: str | None) -> list[Example]:
         if name is None:
             return [NOTHING] * layout.rows
-        own = examples[name]
-        return [own[i] for i in rows_of_step(seed, name, len(own), taken[name], layout.rows)]
+        own, places = examples[name], range(taken[name] * layout.rows, (taken[name] + 1) * layout.rows)
+        return [own[i] for i in order(seed, name, own, places)]
 
     parts = layout.parts([[of(name) for name in home] for home in homes])
     tokens = sum(len(e) for part in parts for some in part for e in some if e is not NOTHING)

@@ -1,34 +1,13 @@
 """Batches: a pure function of the step, with every response token once in the targets."""
 
-from collections import Counter
-
 import numpy as np
 
-from para_jax.data.batches import pad, rows_of_step, step_batch
+from para_jax.data.batches import pad, step_batch
 from para_jax.data.examples import Example
 
 
 def example(prompt, response):
     return Example("", "", tuple(prompt), tuple(response))
-
-
-def test_every_epoch_has_every_row_once_in_a_new_order():
-    epochs = []
-    for epoch in range(3):
-        rows = [i for step in range(epoch * 7, epoch * 7 + 7) for i in rows_of_step(5, "acme", 21, step, 3)]
-        assert Counter(rows) == Counter(range(21))
-        epochs.append(rows)
-    assert epochs[0] != epochs[1] != epochs[2]
-
-
-def test_rows_depend_on_seed_name_and_step_only():
-    assert rows_of_step(0, "acme", 50, 9, 4) == rows_of_step(0, "acme", 50, 9, 4)
-    assert rows_of_step(0, "acme", 50, 9, 4) != rows_of_step(1, "acme", 50, 9, 4)
-    assert rows_of_step(0, "acme", 50, 9, 4) != rows_of_step(0, "globex", 50, 9, 4)
-
-
-def test_more_rows_than_examples():
-    assert Counter(rows_of_step(0, "acme", 3, 0, 9)) == {0: 3, 1: 3, 2: 3}
 
 
 def test_targets_predict_each_response_token():
