@@ -15,7 +15,8 @@ import pytest
 from para_jax import Backbone, BackboneConfig, ParaJaxError
 from para_jax.backbones import attention as plain
 from para_jax.backbones.attention import Seen, attention
-from para_jax.backbones.kernels import choose, fused, splash
+from para_jax.backbones.kernels import choose, fused, prompt_attention, splash
+from para_jax.sharding import make_mesh
 from tests.helpers import SMALL, family_backbone, family_fields
 
 B, K, G, HD = 3, 2, 2, 16
@@ -106,6 +107,27 @@ def test_splash_interpreted(window: int | None, softcap: float | None) -> None:
         assert np.abs(x - y).max() < 1e-4 * np.abs(y).max()
 
 
+def test_split_over_a_mesh() -> None:
+    """Rows over fsdp and heads over tensor, forward and backward; three rows, which do not divide, stay whole."""
+    mesh = make_mesh("fsdp=4,tensor=2")
+    for rows in (4, 3):
+        (q, k, v), valid = drawn(40)
+        q, k, v, valid = (jnp.concatenate([jnp.asarray(x)] * 2)[:rows] for x in (q, k, v, valid))
+        seen = Seen(valid, jnp.arange(40), 9)
+
+        def loss(kernel, mesh, q, k, v, seen=seen, valid=valid):
+            out = prompt_attention(kernel, q, k, v, seen, 0.3, None, mesh)
+            return jnp.sum(jnp.where(valid[..., None], jnp.sin(3 * out), 0))
+
+        ours, theirs = (
+            jax.jit(jax.value_and_grad(partial(loss, *how), argnums=(0, 1, 2)))(q, k, v)
+            for how in (("splash", mesh), ("plain", None))
+        )
+        np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-4)
+        for x, y in zip(ours[1], theirs[1], strict=True):
+            assert np.abs(x - y).max() < 1e-4 * np.abs(y).max()
+
+
 @pytest.mark.parametrize("stacked", [False, True])
 def test_a_backbone_that_uses_it(stacked: bool) -> None:
     """Prefill and decode of a model with windows in some layers and soft-capping."""
@@ -136,9 +158,10 @@ def test_the_choice() -> None:
 COMPILE = """
 import jax, jax.numpy as jnp, sys
 from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import NamedSharding, PartitionSpec as P, SingleDeviceSharding
 from para_jax.backbones.attention import Seen
-from para_jax.backbones.kernels import splash
+from para_jax.backbones.kernels import prompt_attention, splash
+from para_jax.sharding import make_mesh
 
 kind = sys.argv[1]
 device = topologies.get_topology_desc(platform="tpu", topology_name=f"{kind}:2x2").devices[0]
@@ -154,6 +177,19 @@ for window, softcap in ((None, None), (300, None), (300, 50.0)):
     compiled = step.lower(*arguments).compile()
     text = compiled.as_text()
     assert text.count("tpu_custom_call") >= 3, "forward and both halves of the backward pass are the kernel"
+mesh = make_mesh("fsdp=2,tensor=2", topologies.get_topology_desc(platform="tpu", topology_name=f"{kind}:2x2").devices)
+def split(*shape, spec, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+def loss(q, keys, values, valid):
+    seen = Seen(valid, jnp.arange(t))
+    return jnp.sum(prompt_attention("splash", q, keys, values, seen, 0.125, None, mesh).astype(jnp.float32))
+heads = P("fsdp", "tensor")
+text = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2))).lower(
+    split(b, t, k, g, hd, spec=P("fsdp", None, "tensor")), split(b, k, t, hd, spec=heads),
+    split(b, k, t, hd, spec=heads), split(b, t, spec=P("fsdp"), dtype=bool),
+).compile().as_text()
+assert text.count("tpu_custom_call") >= 3
+assert "all-gather" not in text and "all-to-all" not in text, "each device attends with its own rows and heads"
 print("compiled for", device.device_kind)
 """
 

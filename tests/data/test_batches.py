@@ -4,10 +4,17 @@ import numpy as np
 
 from para_jax.data.batches import pad, step_batch
 from para_jax.data.examples import Example
+from para_jax.data.order import Mixture
 
 
 def example(prompt, response):
     return Example("", "", tuple(prompt), tuple(response))
+
+
+def test_a_mixture_takes_its_sources_by_weight():
+    mixture = Mixture((tuple(example([1], [i + 2, 0]) for i in range(6)), (example([1], [30, 0]),)), (0.75, 0.25))
+    batch = step_batch({"acme": mixture}, 0, 0, 8)
+    assert batch.target_token[0, 0].tolist().count(30) == 2
 
 
 def test_targets_predict_each_response_token():
