@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -11,8 +12,11 @@ from para_jax.adapters.bank import AdapterBank
 from para_jax.adapters.para import ParaConfig
 from para_jax.data.batches import pad
 from para_jax.data.examples import Example
-from para_jax.training import optimizer
+from para_jax.errors import ParaJaxError
+from para_jax.training import optimizer, step
+from para_jax.training.memory import explained
 from para_jax.training.optimizer import Settings
+from para_jax.training.places import Layout
 from para_jax.training.step import loss_of
 from tests.helpers import random_adapter, random_backbone
 
@@ -60,9 +64,9 @@ def test_gradient_is_the_slope():
     f = jax.jit(lambda bank: loss(backbone, bank, batch, ("a", "b"))[0])
     gradient = jax.grad(f)(bank)
     direction = jax.tree.map(lambda g: g / optax_norm(gradient), gradient)
-    step = 1e-2
-    ahead, behind = (jax.tree.map(lambda x, d, s=s: x + s * d, bank, direction) for s in (step, -step))
-    np.testing.assert_allclose((f(ahead) - f(behind)) / (2 * step), optax_norm(gradient), rtol=5e-3)
+    size = 1e-2
+    ahead, behind = (jax.tree.map(lambda x, d, s=s: x + s * d, bank, direction) for s in (size, -size))
+    np.testing.assert_allclose((f(ahead) - f(behind)) / (2 * size), optax_norm(gradient), rtol=5e-3)
 
 
 def optax_norm(tree):
@@ -94,13 +98,13 @@ def test_optimizer_is_torchs_adamw():
     theirs = torch.nn.Parameter(torch.tensor(weights.copy()))
     adamw = torch.optim.AdamW([theirs], lr=1e-2, weight_decay=0.1, eps=1e-8)
     ours, moments = jnp.asarray(weights), optimizer.init(jnp.asarray(weights))
-    for step in range(5):
-        rate = float(optimizer.learning_rate(settings, jnp.int32(step)))
+    for i in range(5):
+        rate = float(optimizer.learning_rate(settings, jnp.int32(i)))
         adamw.param_groups[0]["lr"] = rate
-        theirs.grad = torch.tensor(gradients[step])
+        theirs.grad = torch.tensor(gradients[i])
         norm = torch.nn.utils.clip_grad_norm_([theirs], 2.0)
         adamw.step()
-        ours, moments, report = optimizer.update(settings, jnp.int32(step), ours, moments, jnp.asarray(gradients[step]))
+        ours, moments, report = optimizer.update(settings, jnp.int32(i), ours, moments, jnp.asarray(gradients[i]))
         np.testing.assert_allclose(report["grad_norm"], norm, rtol=1e-6)
         np.testing.assert_allclose(report["lr"], rate, rtol=1e-6)
         np.testing.assert_allclose(ours, theirs.detach().numpy(), rtol=1e-5, atol=1e-6)
@@ -117,3 +121,43 @@ def test_bfloat16_backbone_trains_float32_adapters():
     for x, y in zip(jax.tree.leaves(gradient), jax.tree.leaves(exact), strict=True):
         assert x.dtype == jnp.float32
         assert float(jnp.vdot(x, y) / (jnp.linalg.norm(x) * jnp.linalg.norm(y))) > 0.95
+
+
+def test_logits_in_parts_change_nothing(monkeypatch):
+    backbone = random_backbone()
+    bank = AdapterBank.stack(
+        {n: random_adapter(ParaConfig(r=3), backbone.config, i, 0.1) for i, n in enumerate("ab")}, backbone.config
+    )
+    batch = pad([ROWS])
+    found = []
+    for most in (step.LOGITS, 4 * backbone.config.vocab_size, 1):
+        monkeypatch.setattr(step, "LOGITS", most)
+        found.append(jax.jit(jax.value_and_grad(lambda bank: loss(backbone, bank, batch, ("a", "b"))[0]))(bank))
+    for other in found[1:]:
+        for x, y in zip(jax.tree.leaves(found[0]), jax.tree.leaves(other), strict=True):
+            np.testing.assert_allclose(x, y, rtol=2e-4, atol=1e-5)
+
+
+def test_a_large_vocabulary_does_not_dominate():
+    """2048 targets of 131,072 tokens are a gigabyte of logits; a step never holds more than a quarter of it, twice."""
+    backbone = jax.eval_shape(lambda: random_backbone(vocab_size=131_072))
+    bank = AdapterBank.create({"a": ParaConfig(r=2)}, backbone.config)
+    batch = pad([[[Example("", "", (1,), (2,) * 127)] * 16]])
+    assert batch.target_place.shape == (1, 1, 2048)
+    rules = step.stack_settings(bank, {"a": Settings()})
+    lowered = step.train_step.lower(backbone, step.TrainState.create(bank), rules, batch, step.slots_of(bank, ["a"]))
+    temporary = lowered.compile().memory_analysis().temp_size_in_bytes
+    assert temporary < 2 * 4 * step.LOGITS + 100e6 < 4 * 2048 * 131_072
+
+
+def test_out_of_memory_says_what_to_try():
+    layout = Layout.of(None, tenants=3, rows=8, micro_batches=2)
+    with (
+        pytest.raises(
+            ParaJaxError, match=r"\(17592186044416 bytes were asked for\); try --remat layers.*--micro-batches 4"
+        ),
+        explained(random_backbone(), layout, [["a", "b", None]], "none"),
+    ):
+        jnp.zeros((2**42,), jnp.float32).block_until_ready()
+    with pytest.raises(ZeroDivisionError), explained(random_backbone(), layout, [["a"]], "none"):
+        _ = 1 / 0
