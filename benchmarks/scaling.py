@@ -38,7 +38,7 @@ def worker(devices: int, axis: str, tenants: int, rows: int) -> dict[str, Any]:
     backbone = Backbone.from_pretrained(tiny_backbone_path(), dtype="float32", mesh=mesh)
     names = [f"tenant-{i}" for i in range(tenants)]
     layout = Layout.of(mesh, tenants, rows)
-    bank = layout.padded(AdapterBank.create(dict.fromkeys(names, ParaConfig(r=12)), backbone.config))
+    bank = layout.divided(AdapterBank.create(dict.fromkeys(names, ParaConfig(r=12)), backbone.config))
     settings = dict.fromkeys(names, Settings(steps=10**6))
     rules = stack_settings(bank, settings)
     homes = Schedule(bank, settings, layout).turn(dict.fromkeys(names, 0), ())

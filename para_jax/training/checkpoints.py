@@ -95,35 +95,21 @@ class Checkpoints:
     def restore(self, like: Any) -> tuple[Any, dict[str, Any]]:
         """The newest state, bit for bit, in the structure and on the devices of `like`, and what was kept beside it.
 
-        The first axis of an array may be longer or shorter than it was, by entries that mean nothing.
+        An array that is longer or shorter in its first axis than that of `like` comes back as it was saved, whole on
+        every device.
         """
         named, step = _named(like), self.latest()
         about = self._checkpointer.metadata(step)
-        saved = about.metadata
-        abstract = {
-            k: jax.ShapeDtypeStruct(
-                saved[k].shape, x.dtype, sharding=x.sharding if saved[k].shape == x.shape else _everywhere(x.sharding)
-            )
-            for k, x in named.items()
-        }
-        loaded = self._checkpointer.load(step, abstract)
-        fitted = [
-            loaded[k] if loaded[k].shape == x.shape else _fitted(loaded[k], len(x), x.sharding)
-            for k, x in named.items()
-        ]
-        return jax.tree.unflatten(jax.tree.structure(like), fitted), dict(about.custom_metadata or {})
 
+        def wanted(name: str, x: jax.Array) -> jax.ShapeDtypeStruct:
+            shape, where = about.metadata[name].shape, x.sharding
+            if shape != x.shape and isinstance(where, NamedSharding):
+                where = NamedSharding(where.mesh, P())
+            return jax.ShapeDtypeStruct(shape, x.dtype, sharding=where)
 
-def _everywhere(sharding: Any) -> Any:
-    return NamedSharding(sharding.mesh, P()) if isinstance(sharding, NamedSharding) else sharding
-
-
-def _fitted(x: jax.Array, size: int, sharding: Any) -> jax.Array:
-    def fit(x: jax.Array) -> jax.Array:
-        more = max(0, size - x.shape[0])
-        return jax.numpy.pad(x, [(0, more), *[(0, 0)] * (x.ndim - 1)])[:size]
-
-    return jax.jit(fit, out_shardings=sharding)(x)
+        loaded = self._checkpointer.load(step, {name: wanted(name, x) for name, x in named.items()})
+        state = jax.tree.unflatten(jax.tree.structure(like), [loaded[name] for name in named])
+        return state, dict(about.custom_metadata or {})
 
 
 def _named(tree: Any) -> dict[str, Any]:

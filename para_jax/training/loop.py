@@ -92,7 +92,7 @@ def finetune(
     if jax.process_count() > 1 and backbone.mesh is None:
         raise ParaJaxError("several processes need a mesh over all of their devices; load the backbone with mesh=...")
     layout = Layout.of(backbone.mesh, len(names), rows, micro_batches, spread)
-    bank = layout.padded(bank)
+    bank = layout.divided(bank)
     schedule = Schedule(bank, settings, layout, tenants_per_step)
     claim(out, describe(backbone, bank, examples, looked_at, settings, rows, micro_batches, seed), resume, overwrite)
 
@@ -105,6 +105,9 @@ def finetune(
     def resting(step: int) -> set[str]:
         # That a tenant failed is known one step late; a resumed run, which knows it at once, waits as long.
         return {n for n in names if 0 < failed[n] < step or (n in watch.known and watch.known[n].stopped)}
+
+    def beside() -> dict[str, Any]:
+        return {"watch": watch.state(), "slots": [list(group.names) for group in bank.groups]}
 
     def save(name: str, adapter: Adapter) -> None:
         layers = whole(adapter.layers, layout.mesh)
@@ -119,8 +122,9 @@ def finetune(
         stop, told = stack.enter_context(stop_signals()), Flag(layout.mesh)
         done = checkpoints.latest() or 0
         if done:
-            state, beside = checkpoints.restore(state)
-            watch.load(beside.get("watch", {}))
+            saved, known = checkpoints.restore(state)
+            state = state.arranged(saved, known["slots"], layout.mesh, layout.shards)
+            watch.load(known["watch"])
             counts = whole((state.taken, state.failed_at), layout.mesh)
             for group, *of in zip(bank.groups, *counts, strict=True):
                 for name, has, at in zip(group.names, *of, strict=True):
@@ -179,12 +183,12 @@ def finetune(
             for name in [*better, *(name for name in ended if not failed[name])]:
                 save(name, state.bank[name])
             if saving:
-                checkpoints.save(done, state, {"watch": watch.state()})
+                checkpoints.save(done, state, beside())
             if stopping:
                 break
         report()
         finished = schedule.turn(taken, resting(done)) is None
-        checkpoints.save(done, state, {"watch": watch.state()})
+        checkpoints.save(done, state, beside())
         checkpoints.wait()
     if first():
         plot_losses(read_metrics(out / METRICS), out / PLOT, f"{len(names)} tenants tuned on one backbone")

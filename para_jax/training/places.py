@@ -23,7 +23,7 @@ from para_jax.distributed import placed
 from para_jax.errors import ParaJaxError
 from para_jax.sharding import row_shards
 from para_jax.training.optimizer import Settings
-from para_jax.training.step import Slots, slots_of
+from para_jax.training.step import Slots, moved, slots_of
 
 # Fills a place that has no tenant: one token, and nothing to learn.
 NOTHING = Example("", "", (0,), ())
@@ -77,9 +77,20 @@ class Layout:
         """A place's rows in a micro-batch of its group."""
         return self.rows // self.micro_batches // (1 if self.shards > 1 else self.groups)
 
-    def padded(self, bank: AdapterBank) -> AdapterBank:
-        """The bank with free slots, so that its tenants divide into the shards."""
-        groups = [group.grown(-(-len(group.names) // self.shards) * self.shards) for group in bank.groups]
+    def divided(self, bank: AdapterBank) -> AdapterBank:
+        """The bank with its tenants dealt out to the shards, as many to each as can be, and free slots between them."""
+        if self.shards == 1:
+            return bank
+        groups, dealt = [], 0
+        for group in bank.groups:
+            slots = [i for i, name in enumerate(group.names) if name is not None]
+            own = -(-len(slots) // self.shards)
+            source: list[int | None] = [None] * (own * self.shards)
+            for turn, slot in enumerate(slots):
+                source[(dealt + turn) % self.shards * own + turn // self.shards] = slot
+            dealt += len(slots)
+            names = tuple(None if i is None else group.names[i] for i in source)
+            groups.append(replace(group, names=names, stack=moved(group.stack, group.names, names)))
         return replace(bank, groups=tuple(groups))
 
     def parts(self, homes: Sequence[Sequence[Sequence[Example]]]) -> list[list[list[Example]]]:
@@ -125,7 +136,7 @@ class Schedule:
     """Which tenants have their turn: in each home, a part of the mesh with tenants of its own."""
 
     def __init__(self, bank: AdapterBank, settings: Mapping[str, Settings], layout: Layout, most: int | None = None):
-        """`most` is how many tenants a step may hold at once; all, if None. `bank` is padded."""
+        """`most` is how many tenants a step may hold at once; all, if None. `bank` is divided by the layout."""
         self.settings = settings
         self.homes: list[list[str]] = [[] for _ in range(layout.shards)]
         for group in bank.groups:

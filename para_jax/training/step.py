@@ -68,6 +68,33 @@ class TrainState:
         state = cls(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, bank), moments, *zeros)
         return state if mesh is None else jax.device_put(state, shardings(state, mesh, shards))
 
+    def arranged(
+        self, saved: TrainState, slots: Sequence[Sequence[str | None]], mesh: Mesh | None, shards: int
+    ) -> TrainState:
+        """A saved state whose tenants had other `slots`, by group of the bank, with them where they are in this one."""
+        if [list(group.names) for group in self.bank.groups] == [list(names) for names in slots]:
+            return saved
+
+        def arrange(saved: TrainState) -> TrainState:
+            groups = [
+                moved((was.stack, moments, taken, failed_at), old, group.names)
+                for group, was, moments, taken, failed_at, old in zip(
+                    self.bank.groups, saved.bank.groups, saved.moments, saved.taken, saved.failed_at, slots, strict=True
+                )
+            ]
+            bank = [replace(g, stack=stack) for g, (stack, *_) in zip(self.bank.groups, groups, strict=True)]
+            _, *others = zip(*groups, strict=True)
+            return TrainState(saved.step, replace(self.bank, groups=tuple(bank)), *others)
+
+        where = None if mesh is None else shardings(self, mesh, shards)
+        return jax.jit(arrange, out_shardings=where)(saved)
+
+
+def moved(tree: Any, old: Sequence[str | None], new: Sequence[str | None]) -> Any:
+    """Arrays whose first axis is the slots of `old`, as those of the slots of `new`; a free slot has zeros."""
+    source = np.array([len(old) if name is None else old.index(name) for name in new], np.int32)
+    return jax.tree.map(lambda x: x.at[source].get(mode="fill", fill_value=0), tree)
+
 
 def shardings(state: TrainState, mesh: Mesh, shards: int) -> TrainState:
     """Where each array of a state lies: tenants apart if the adapters are spread, features as in the backbone."""

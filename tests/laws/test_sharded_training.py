@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections import Counter
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh
@@ -44,7 +46,7 @@ def tune(backbone: Backbone, configs: dict, micro_batches: int = 1, spread: bool
     """Two steps; the losses and gradient norms, and the adapters afterwards."""
     bank = bank_of(configs, backbone.config)
     layout = Layout.of(backbone.mesh, len(configs), ROWS, micro_batches, spread)
-    bank = layout.padded(bank)
+    bank = layout.divided(bank)
     settings = dict.fromkeys(configs, Settings(steps=9, lr=1e-2))
     schedule, rules = Schedule(bank, settings, layout), stack_settings(bank, settings)
     state = TrainState.create(bank, layout.mesh, layout.shards)
@@ -109,6 +111,47 @@ def test_tenants_that_are_spread(mesh: str, count: int, tmp_path) -> None:
         assert x.addressable_shards[0].data.shape[0] == x.shape[0] // layout.shards
     names = [name for group in state.bank.groups for name in group.names]
     assert len(names) % layout.shards == 0 and names.count(None) == len(names) - count
+
+
+def test_tenants_are_dealt_out_evenly() -> None:
+    """Also where every one has a method of its own, and so a group of one."""
+    configs = {f"t{i}": c for i, c in enumerate([*METHODS.values(), DROPPED, METHODS["para"], METHODS["para"]])}
+    mesh = make_mesh("fsdp=4,tensor=2")
+    layout = Layout.of(mesh, len(configs), rows=3)
+    bank = layout.divided(bank_of(configs, SMALL))
+    schedule = Schedule(bank, dict.fromkeys(configs, Settings()), layout)
+    assert sorted(map(len, schedule.homes)) == [2, 2, 2, 3] and schedule.places == 3
+    assert sorted(name for home in schedule.homes for name in home) == sorted(configs)
+    whole = bank_of(configs, SMALL)
+    for name in configs:
+        for key, x in whole[name].tensors().items():
+            np.testing.assert_array_equal(bank[name].tensors()[key], x)
+
+
+def test_a_state_goes_to_another_mesh() -> None:
+    """Three tenants and two groups from four shards to two and to one device: each keeps what it has."""
+    configs = {"a": METHODS["para"], "b": METHODS["lora"], "c": METHODS["para"]}
+    states = []
+    for text, shards in (("fsdp=4,tensor=2", 4), ("data=2,tensor=4", 2), (None, 1)):
+        mesh = None if text is None else make_mesh(text)
+        layout = Layout(mesh, 4, 1, shards, shards)
+        states.append((layout, TrainState.create(layout.divided(bank_of(configs, SMALL)), mesh, shards)))
+    (_, first), *others = states
+    taken = tuple(
+        np.array([0 if n is None else 1 + ord(n) for n in group.names], np.int32) for group in first.bank.groups
+    )
+    first = dataclasses.replace(first, taken=jax.tree.map(jnp.asarray, taken), step=jnp.int32(7))
+    slots = [list(group.names) for group in first.bank.groups]
+    for layout, state in others:
+        there = state.arranged(first, slots, layout.mesh, layout.shards)
+        assert jax.tree.structure(there) == jax.tree.structure(state) and int(there.step) == 7
+        for group, has in zip(there.bank.groups, there.taken, strict=True):
+            assert [int(x) for x in has] == [0 if n is None else 1 + ord(n) for n in group.names]
+        for name in configs:
+            for key, x in state.bank[name].tensors().items():
+                np.testing.assert_array_equal(there.bank[name].tensors()[key], x)
+        if layout.mesh is not None:
+            assert [x.sharding for x in jax.tree.leaves(there)] == [x.sharding for x in jax.tree.leaves(state)]
 
 
 def test_micro_batches_on_a_mesh(tmp_path) -> None:
