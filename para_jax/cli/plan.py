@@ -60,9 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--micro-batches", type=int, default=1, metavar="N", help="parts of a tuning step (default: 1)")
     parser.add_argument(
         "--remat",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="recompute activations in the backward pass, for less memory (default: on)",
+        choices=("none", "layers", "products"),
+        default="layers",
+        help="what a tuning step computes again in its backward pass, as finetune has it (default: layers)",
     )
     parser.add_argument("--quantize", choices=("int8", "int4"), help="the layers' weights in few bits")
     parser.add_argument(
@@ -174,7 +174,7 @@ def report(made: dict[str, Any]) -> list[str]:
 def settings(made: dict[str, Any], one: dict[str, Any]) -> str:
     if made["mode"] == "train":
         words = f"tuning {made['tenants']} x {one['rows']} rows of {made['length']} in {one['micro_batches']} parts"
-        words += ", remat" if one["remat"] else ""
+        words += f", remat {one['remat']}"
     else:
         words = f"decoding {one['rows']} rows of {made['length']} + {made['new_tokens']} tokens"
     return f"{words}, {one['quantize'] or made['dtype']}, {one['mesh']}"

@@ -63,7 +63,7 @@ def estimate(job: Job, program: Program, chip: Chip, backbone: Any, devices: int
     weights, passes, tokens = read_bytes(backbone), 1, job.rows * job.length
     if program.name == "train_step":
         # Forward and backward, and forward once more where nothing was kept.
-        passes, tokens = job.micro_batches * (3 if job.remat else 2), tokens * job.tenants
+        passes, tokens = job.micro_batches * job.passes, tokens * job.tenants
     read = weights * passes
     if program.name == "decode":
         tokens = job.rows

@@ -82,7 +82,7 @@ def candidate(job: Job, mesh: Mesh, chip: Chip) -> Candidate:
     c, read = job.config, read_bytes(backbone)
     training = job.mode == "train"
     tokens = job.rows * (job.tenants * job.length if training else 1)
-    passes = (3 if job.remat else 2) if training else 1
+    passes = job.passes if training else 1
     turns = passes * (job.micro_batches if training else 1)
     fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
     compute = 2 * passes * tokens * c.size / mesh.size / (chip.flops * EFFICIENCY["flops"])
@@ -112,8 +112,8 @@ def remedies(job: Job, mesh: Mesh, devices: Sequence[Any], chip: Chip) -> Iterat
 
 def _changes(job: Job) -> Iterator[tuple[str, Job]]:
     if job.mode == "train":
-        if not job.remat:
-            yield "--remat", replace(job, remat=True)
+        if job.remat != "layers":
+            yield "--remat layers", replace(job, remat="layers")
         parts = [n for n in range(job.micro_batches + 1, job.rows + 1) if job.rows % n == 0]
         for n in dict.fromkeys([*parts[:1], *parts[-1:]]):
             yield f"--micro-batches {n}", replace(job, micro_batches=n)

@@ -39,7 +39,7 @@ def test_it_fits(tmp_path, capsys) -> None:
     assert step["collectives"]["all-gather"]["bytes"] > 0
     printed = capsys.readouterr()
     for words in (
-        "tuning 2 x 4 rows of 64 in 1 parts, remat, bfloat16, fsdp=2: fits gpu:h100x2",
+        "tuning 2 x 4 rows of 64 in 1 parts, remat layers, bfloat16, fsdp=2: fits gpu:h100x2",
         "Compiled for CPUs: arguments are exact",
         "train_step: all-gather",
         "989 TFLOP/s x 0.6",

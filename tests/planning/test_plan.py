@@ -123,7 +123,7 @@ def test_the_best_of_meshes_and_batches() -> None:
 
 def test_what_to_change_is_what_suffices() -> None:
     """Each change is compiled, and those that do not suffice are not offered."""
-    tight = Job(SMALL, PARA, rows=8, length=128, dtype="float32", remat=False)
+    tight = Job(SMALL, PARA, rows=8, length=128, dtype="float32", remat="none")
     whole = planning.plan([tight], eight(10**9), "data=2,fsdp=2,tensor=2")["plan"]["peak"]
     made = planning.plan([tight], eight(whole - 1), "data=2,fsdp=2,tensor=2", tries=2)
     assert not made["fits"] and made["plan"]["peak"] == whole and made["plan"]["tokens_per_second"] is None

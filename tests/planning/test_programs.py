@@ -59,7 +59,7 @@ def test_the_step_is_called_as_the_loop_calls_it(sizes: str, tenants: int, tmp_p
     """Tenants whole on every device, and spread; on one device and on meshes."""
     count = int(np.prod([int(part.partition("=")[2]) for part in sizes.split(",")]))
     mesh = make_mesh(sizes, jax.devices()[:count])
-    job = Job(SMALL, PARA, tenants=tenants, rows=8, length=32, micro_batches=2, remat=False, dtype="float32")
+    job = Job(SMALL, PARA, tenants=tenants, rows=8, length=32, micro_batches=2, remat="products", dtype="float32")
     row = Example("", "", (1,) * 16, (1,) * 16)
     monkeypatch.setattr(training, "train_step", caught)
     examples, settings = dict.fromkeys(job.names, [row] * 8), dict.fromkeys(job.names, Settings())
@@ -73,6 +73,7 @@ def test_the_step_is_called_as_the_loop_calls_it(sizes: str, tenants: int, tmp_p
             tmp_path / "run",
             rows=8,
             micro_batches=2,
+            remat="products",
             show=lambda line: None,
         )
     (_, *theirs), their_options = stopped.value.args
@@ -126,10 +127,10 @@ def test_bytes_of_arguments() -> None:
 
 
 def test_flops() -> None:
-    """Two for each weight and token, forward, and backward to the tokens; once more forward with remat."""
+    """Two for each weight and token, forward, and backward to the tokens; most of it once more with remat."""
     mesh = make_mesh({}, jax.devices()[:1])
     counts = {}
-    for remat in (False, True):
+    for remat in ("none", "layers"):
         job = Job(SMALL, PARA, rows=2, length=64, remat=remat, dtype="float32")
         given, options = programs.training_arguments(job, mesh)
         counts[remat] = flops(programs.train_step.trace(*given, **options).jaxpr)
@@ -138,9 +139,9 @@ def test_flops() -> None:
     head = 2 * 2 * (tokens // 2) * d * v  # of the responses, forward and backward
     scores = layers * 2 * 2 * tokens * 64 * 32  # both products of attention
     plain = 2 * 2 * tokens * weights + head + 3 * scores
-    assert plain <= counts[False] < 1.2 * plain, "and PARA's own products"
+    assert plain <= counts["none"] < 1.2 * plain, "and PARA's own products"
     # What attention makes is not made again for its own sake, and down_proj's output is needed by nobody.
-    again = counts[True] - counts[False]
+    again = counts["layers"] - counts["none"]
     assert 0.6 * 2 * tokens * weights < again <= 2 * tokens * weights + 2 * scores
 
 
@@ -159,6 +160,7 @@ def test_jobs_that_are_refused() -> None:
     for fields, message in (
         ({"mode": "serve"}, "unknown mode 'serve'"),
         ({"quantize": "int9"}, "unknown quantize 'int9'; did you mean 'int8'"),
+        ({"remat": "all"}, "unknown remat 'all'"),
         ({"rows": 0}, "rows must be at least 1, not 0"),
         ({"length": 1}, "length must be at least 2, not 1"),
         ({"length": 4096}, "rows of 4096 tokens exceed the backbone's context of 128"),
