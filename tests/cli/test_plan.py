@@ -9,7 +9,6 @@ import sys
 
 import pytest
 
-from para_jax import tiny_backbone_path
 from para_jax.cli import main
 from tests.planning.test_plan import LLAMA_3_8B
 
@@ -87,7 +86,7 @@ def test_mistakes(arguments: list[str], message: str, capsys) -> None:
 
 def test_two_at_once() -> None:
     """Compilers for TPUs do not keep each other out."""
-    arguments = ["--topology", "v5e:1x1", "--model", tiny_backbone_path(), "--rows", "2", "--length", "64"]
+    arguments = ["--topology", "v5e:1x1", "--mode", "decode", "--rows", "2", "--length", "16", "--new-tokens", "16"]
     command = [sys.executable, "-m", "para_jax", "plan", *arguments]
     both = [
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ))

@@ -111,7 +111,7 @@ def eight(hbm: int) -> Topology:
 
 
 def test_the_best_of_meshes_and_batches() -> None:
-    jobs = [Job(SMALL, PARA, rows=rows, length=16, dtype="float32") for rows in (4, 8)]
+    jobs = [Job(SMALL, PARA, "decode", rows=rows, length=16, new_tokens=16, dtype="float32") for rows in (4, 8)]
     lines: list[str] = []
     made = planning.plan(jobs, eight(10**9), tries=2, show=lines.append)
     assert made["fits"] and made["estimated"] and made["remedies"] == []
@@ -123,12 +123,12 @@ def test_the_best_of_meshes_and_batches() -> None:
 
 def test_what_to_change_is_what_suffices() -> None:
     """Each change is compiled, and those that do not suffice are not offered."""
-    tight = Job(SMALL, PARA, rows=8, length=128, dtype="float32", remat="none")
+    tight = Job(SMALL, PARA, "decode", rows=8, length=96, new_tokens=32, dtype="float32")
     whole = planning.plan([tight], eight(10**9), "data=2,fsdp=2,tensor=2")["plan"]["peak"]
     made = planning.plan([tight], eight(whole - 1), "data=2,fsdp=2,tensor=2", tries=2)
     assert not made["fits"] and made["plan"]["peak"] == whole and made["plan"]["tokens_per_second"] is None
     changes = {way["change"]: way["peak"] for way in made["remedies"]}
-    assert "--micro-batches 2" in changes and all(peak < whole for peak in changes.values())
+    assert "--rows 4" in changes and all(peak < whole for peak in changes.values())
 
 
 def test_weights_that_are_too_large_are_not_compiled() -> None:
