@@ -95,3 +95,15 @@ def test_two_at_once() -> None:
     for process in both:
         printed, said = process.communicate()
         assert process.returncode == 0 and "fits v5e:1x1" in printed, said
+
+
+def test_devices_of_this_machine_are_left_alone(tmp_path) -> None:
+    """The command starts no backend in its own process: it would take the accelerator, or look for one."""
+    code = (
+        "import sys; from para_jax.cli import main; from jax._src import xla_bridge\n"
+        "assert main(sys.argv[1:]) == 0 and not xla_bridge.backends_are_initialized()"
+    )
+    arguments = ["plan", "--topology", "gpu:h100x1", "--mode", "decode", "--rows", "1", "--length", "16"]
+    command = [sys.executable, "-c", code, *arguments, "--new-tokens", "16", "--json", str(tmp_path / "plan.json")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
