@@ -39,8 +39,8 @@ def start(address: str | None = None, processes: int | None = None, process: int
 
 
 def first() -> bool:
-    """Whether this process is the one that writes and speaks."""
-    return jax.process_index() == 0
+    """Whether this process is the one that writes and speaks. Where it is alone, no device is looked for."""
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def barrier(name: str) -> None:

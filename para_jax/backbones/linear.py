@@ -89,22 +89,35 @@ def _dot(x: Float[Array, "b t i"], weight: Float[Array, "*o i"], dtype: Any) -> 
     A bfloat16 product that asks for bfloat16 back is four times slower on CPU than one that is rounded afterwards,
     and the derivative JAX would take of the latter multiplies in float32.
     """
-    b, t, _ = x.shape
-    if 1 < b * t <= FEW_ROWS and jax.default_backend() == "cpu":
-        # The weights times columns. XLA would turn it back into rows times weights: in float32 the barriers keep it
-        # from that, in bfloat16 a product of two halves at once does, and does it faster.
-        columns, flat = x.reshape(b * t, -1).T, weight.reshape(-1, weight.shape[-1])
-        shape = (b, t, *weight.shape[:-1])
-        if x.dtype == jnp.float32:
-            columns = jax.lax.optimization_barrier(columns)
-            out = jax.lax.optimization_barrier(jnp.matmul(flat, columns, preferred_element_type=jnp.float32))
-            return out.T.reshape(shape).astype(dtype)
-        if flat.shape[0] % 2 == 0:
-            halves = flat.reshape(2, -1, flat.shape[-1])
-            twice = jnp.broadcast_to(columns[None], (2, *columns.shape))
-            out = jnp.einsum("coi,cin->con", halves, twice, preferred_element_type=jnp.float32)
-            return out.reshape(-1, b * t).T.reshape(shape).astype(dtype)
+    if 1 < x.shape[0] * x.shape[1] <= FEW_ROWS:
+        # As the platform likes it that the program is for, which need not be the one that is here.
+        return jax.lax.platform_dependent(x, weight, cpu=partial(_columns, dtype), default=partial(_rows, dtype))
+    return _rows(dtype, x, weight)
+
+
+def _rows(dtype: Any, x: Float[Array, "b t i"], weight: Float[Array, "*o i"]) -> Float[Array, "b t *o"]:
     return _sums(x, weight, (2,), (weight.ndim - 1,)).astype(dtype)
+
+
+def _columns(dtype: Any, x: Float[Array, "b t i"], weight: Float[Array, "*o i"]) -> Float[Array, "b t *o"]:
+    """The weights times columns, for a CPU.
+
+    XLA would turn it back into rows times weights: in float32 the barriers keep it from that, in bfloat16 a product of
+    two halves at once does, and does it faster.
+    """
+    b, t, _ = x.shape
+    columns, flat = x.reshape(b * t, -1).T, weight.reshape(-1, weight.shape[-1])
+    shape = (b, t, *weight.shape[:-1])
+    if x.dtype == jnp.float32:
+        columns = jax.lax.optimization_barrier(columns)
+        out = jax.lax.optimization_barrier(jnp.matmul(flat, columns, preferred_element_type=jnp.float32))
+        return out.T.reshape(shape).astype(dtype)
+    if flat.shape[0] % 2:
+        return _rows(dtype, x, weight)
+    halves = flat.reshape(2, -1, flat.shape[-1])
+    twice = jnp.broadcast_to(columns[None], (2, *columns.shape))
+    out = jnp.einsum("coi,cin->con", halves, twice, preferred_element_type=jnp.float32)
+    return out.reshape(-1, b * t).T.reshape(shape).astype(dtype)
 
 
 def _sums(x: Array, y: Array, over_x: Sequence[int], over_y: Sequence[int]) -> Array:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from para_jax import __version__
-from para_jax.cli import convert, evaluate, fanlora, finetune, generate, methods, quickstart
+from para_jax.cli import convert, evaluate, fanlora, finetune, generate, methods, plan, quickstart
 
 VERBS = {
     "quickstart": quickstart,
@@ -17,6 +17,7 @@ VERBS = {
     "evaluate": evaluate,
     "generate": generate,
     "methods": methods,
+    "plan": plan,
     "convert": convert,
 }
 

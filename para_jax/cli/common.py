@@ -14,6 +14,7 @@ from para_jax.errors import ParaJaxError, unknown
 
 if TYPE_CHECKING:
     from para_jax.adapters.bank import AdapterBank
+    from para_jax.backbones.config import BackboneConfig
     from para_jax.backbones.decoder import Backbone
 
 T = TypeVar("T")
@@ -133,6 +134,23 @@ def chosen_mesh(path: str, args: argparse.Namespace) -> Any:
     if jax.device_count() == 1 or (jax.default_backend() == "cpu" and jax.process_count() == 1):
         return None
     return make_mesh(auto_mesh(BackboneConfig.from_pretrained(path), jax.device_count()))
+
+
+def load_config(model: str | None) -> BackboneConfig:
+    """The shape of a backbone from config.json alone: a folder's, a hub id's, or that file; the tiny one's, if None."""
+    from para_jax import tiny_backbone_path
+    from para_jax.backbones.config import BackboneConfig, read_json
+
+    path = model or tiny_backbone_path()
+    if Path(path).is_file():
+        return BackboneConfig.from_hf(read_json(Path(path)), name=path)
+    return BackboneConfig.from_pretrained(path)
+
+
+def check_new(path: str | None, overwrite: bool) -> None:
+    """Raises ParaJaxError if the file for --json exists and is not to be replaced."""
+    if path and Path(path).exists() and not overwrite:
+        raise ParaJaxError(f"{path} exists; choose another --json or pass --overwrite")
 
 
 def pairs(values: Sequence[str], option: str) -> dict[str, str]:

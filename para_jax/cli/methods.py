@@ -37,20 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from para_jax.backbones.config import BackboneConfig, read_json
     from para_jax.errors import ParaJaxError
 
     if args.rows < 1:
         raise ParaJaxError(f"--rows must be at least 1, not {args.rows}")
-    if args.json and Path(args.json).exists() and not args.overwrite:
-        raise ParaJaxError(f"{args.json} exists; choose another --json or pass --overwrite")
-    from para_jax import tiny_backbone_path
-
-    model = args.model or tiny_backbone_path()
-    if Path(model).is_file():
-        shape = BackboneConfig.from_hf(read_json(Path(model)), name=model)
-    else:
-        shape = BackboneConfig.from_pretrained(model)
+    common.check_new(args.json, args.overwrite)
+    shape = common.load_config(args.model)
     weights = step_bytes(shape, args.rows, args.dtype)
     costs = {name: cost(config, shape, args.dtype) for name, config in usual(shape).items()}
     print(

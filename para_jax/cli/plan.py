@@ -1,0 +1,214 @@
+"""What tuning or decoding takes on TPUs that are not here: memory, collectives, and an estimate of time.
+
+From config.json alone, with no weights, the very programs that would run are compiled for the chips, sharded over a
+mesh. Without --mesh, meshes are searched, and batches where --rows has several. Exit code 0: it fits; 1: it does not,
+and what to change is printed.
+
+  para-jax plan --model DIR --topology v5e:1x1 --quantize int8 --rows 8 --micro-batches 2
+  para-jax plan --model DIR --topology v5e:8x8 --mode decode --rows 64,256 --length 1024 --json plan.json
+
+Programs for TPUs are compiled by libtpu (pip install "para-jax[tpu]"), without a TPU. For GPUs (gpu:h100x8) they are
+compiled for as many CPUs: what goes in is exact then, the rest an estimate. docs/plan.md says what the figures mean.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from para_jax.cli import common
+from para_jax.errors import ParaJaxError
+
+if TYPE_CHECKING:
+    from para_jax.planning.job import Job
+
+ROWS = {"train": "16", "decode": "8"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", metavar="DIR", help="a folder or hub id with config.json, or that file (default: the tiny backbone)"
+    )
+    parser.add_argument(
+        "--topology", metavar="CHIP:SHAPE", required=True, help="v4:2x2x1, v5e:4x4, v5p:4x4x4, v6e:8x8, ...; gpu:h100x8"
+    )
+    parser.add_argument("--mode", choices=("train", "decode"), default="train", help="what is to run (default: train)")
+    parser.add_argument("--mesh", metavar="AXIS=N,...", help="as fsdp=8,tensor=2 (default: the best there is)")
+    parser.add_argument(
+        "--method", default="para", help='of the tenants: para, lora, ...; or a JSON file {"method": ...}'
+    )
+    parser.add_argument(
+        "--option", metavar="KEY=VALUE", action="append", default=[], help="an option of the method; repeat"
+    )
+    parser.add_argument("--tenants", type=int, default=1, metavar="N", help="that are tuned or served (default: 1)")
+    parser.add_argument(
+        "--rows",
+        metavar="N[,N...]",
+        help="of each tenant in a tuning step (default: 16), of all while decoding (default: 8); several are compared",
+    )
+    parser.add_argument(
+        "--length",
+        type=int,
+        metavar="T",
+        help="tokens of a row to tune on (default: 2048) or of a prompt (default: 1024)",
+    )
+    parser.add_argument(
+        "--new-tokens", type=int, default=256, metavar="T", help="that a row has room for (default: 256)"
+    )
+    parser.add_argument("--micro-batches", type=int, default=1, metavar="N", help="parts of a tuning step (default: 1)")
+    parser.add_argument(
+        "--remat",
+        choices=("none", "layers", "products"),
+        default="layers",
+        help="what a tuning step computes again in its backward pass, as finetune has it (default: layers)",
+    )
+    parser.add_argument("--quantize", choices=("int8", "int4"), help="the layers' weights in few bits")
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of computation (default: bfloat16)"
+    )
+    parser.add_argument(
+        "--tries", type=int, default=3, metavar="N", help="meshes that fit, or remedies, to compile (default: 3)"
+    )
+    parser.add_argument("--json", metavar="OUT.json", help="write the plan")
+    parser.add_argument("--overwrite", action="store_true", help="replace --json if it exists")
+
+
+def run(args: argparse.Namespace) -> int:
+    common.check_new(args.json, args.overwrite)
+    from para_jax.planning.chips import parse_topology
+
+    parse_topology(args.topology)
+    jobs = jobs_of(args)
+
+    from para_jax.planning.process import plan_aside
+
+    made = plan_aside(jobs, args.topology, args.mesh, args.tries, lambda line: print(line, file=sys.stderr))
+    described = {
+        "model": Path(jobs[0].config.name).name,
+        "parameters": jobs[0].config.size,
+        "method": jobs[0].method.method,
+        **{name: getattr(jobs[0], name) for name in ("mode", "tenants", "length", "new_tokens", "dtype")},
+    }
+    made = {"fits": made.pop("fits"), **described, **made}
+    print("\n".join(report(made)))
+    if args.json:
+        common.write_json(args.json, made)
+        print(f"plan in {args.json}")
+    return 0 if made["fits"] else 1
+
+
+def jobs_of(args: argparse.Namespace) -> list[Job]:
+    """A job for each of `--rows`."""
+    from para_jax.cli.finetune import method_configs
+    from para_jax.planning.job import Job
+
+    if args.tries < 1:
+        raise ParaJaxError(f"--tries must be at least 1, not {args.tries}")
+    config = common.load_config(args.model)
+    method = method_configs(["tenant"], [args.method], args.option)["tenant"]
+    method.size(config)  # raises for a target that is none
+    usual = 2048 if args.mode == "train" else 1024
+    length = args.length or min(usual, config.max_position_embeddings // (1 if args.mode == "train" else 2))
+    text = args.rows or ROWS[args.mode]
+    if not all(part.isdigit() for part in text.split(",")):
+        raise ParaJaxError(f"--rows takes a number, or several with commas, not {text!r}")
+    return [
+        Job(
+            config,
+            method,
+            mode=args.mode,
+            tenants=args.tenants,
+            rows=int(rows),
+            length=length,
+            new_tokens=min(args.new_tokens, max(1, config.max_position_embeddings - length)),
+            micro_batches=args.micro_batches,
+            remat=args.remat,
+            quantize=args.quantize,
+            dtype=args.dtype,
+        )
+        for rows in text.split(",")
+    ]
+
+
+def report(made: dict[str, Any]) -> list[str]:
+    """A plan for people to read."""
+    from para_jax.cli.methods import human
+
+    best, hbm = made["plan"], made["hbm"]
+    verdict = "fits" if made["fits"] else "does not fit"
+    lines = [
+        f"{made['model'] or 'the backbone'} ({made['parameters']:,} parameters), {made['method']}, "
+        f"{settings(made, best)}: {verdict} {made['topology']}, {human(best['peak'])} of {human(hbm)} a device"
+    ]
+    if made["estimated"]:
+        lines.append("Compiled for CPUs: arguments are exact; temporaries, peak and collectives are estimates.")
+    if best["programs"]:
+        lines += ["", common.table(*memory_table(best["programs"]))]
+        timed = [program for program in best["programs"] if program["time"]]
+        lines += ["", common.table(*time_table(timed))] if timed else []
+    else:
+        lines.append(f"The weights alone are {human(best['weights'])} a device, so nothing was compiled.")
+    lines += [f"{program['name']}: {program['problem']}" for program in best["programs"] if program["problem"]]
+    kinds = [
+        [f"{program['name']}: {kind}", of["count"], human(of["bytes"])]
+        for program in best["programs"]
+        for kind, of in program["collectives"].items()
+    ]
+    if kinds:
+        lines += ["", common.table(["collectives in a run", "count", "sent by a device"], kinds)]
+    others = [best, *made["others"]]
+    if len(others) > 1:
+        rows = [[one["mesh"], one["rows"], human(one["peak"]), fast(one)] for one in others]
+        lines += ["", common.table(["mesh", "rows", "peak", "tokens/s"], rows)]
+    if not made["fits"]:
+        lines += [
+            "",
+            "What would make it fit:" if made["remedies"] else "No single change that was tried makes it fit.",
+        ]
+        lines += [f"  {way['change']}: {human(way['peak'])}, {fast(way)} tokens/s" for way in made["remedies"]]
+    return [*lines, "", *resting_on(made["assumptions"])]
+
+
+def settings(made: dict[str, Any], one: dict[str, Any]) -> str:
+    if made["mode"] == "train":
+        words = f"tuning {made['tenants']} x {one['rows']} rows of {made['length']} in {one['micro_batches']} parts"
+        words += f", remat {one['remat']}"
+    else:
+        words = f"decoding {one['rows']} rows of {made['length']} + {made['new_tokens']} tokens"
+    return f"{words}, {one['quantize'] or made['dtype']}, {one['mesh']}"
+
+
+def fast(one: dict[str, Any]) -> str:
+    rate = one.get("tokens_per_second")
+    return f"{rate:,.0f}" if rate else "does not fit"
+
+
+def memory_table(programs: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    from para_jax.cli.methods import human
+
+    columns = ("arguments", "outputs", "temporaries", "peak", "held")
+    return ["bytes a device", *columns], [[p["name"], *(human(p[c]) for c in columns)] for p in programs]
+
+
+def time_table(programs: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    columns = ("compute", "memory", "collectives", "seconds")
+    rows = []
+    for program in programs:
+        time = program["time"]
+        rows.append(
+            [program["name"], *(f"{time[c]:.3g}" for c in columns), f"{time['tokens_per_second']:,.0f}", time["bound"]]
+        )
+    return ["estimated seconds", *columns[:3], "in all", "tokens/s", "bound by"], rows
+
+
+def resting_on(found: dict[str, Any]) -> list[str]:
+    """The assumptions, in words."""
+    share = found["efficiency"]
+    return [
+        f"Estimates rest on {found['peak_flops'] / 1e12:.0f} TFLOP/s x {share['flops']}, HBM of "
+        f"{found['hbm_bytes_per_second'] / 1e9:.0f} GB/s x {share['hbm']}, links of "
+        f"{found['link_bytes_per_second'] / 1e9:.0f} GB/s x {share['links']} ({found['source']}), and on this:",
+        *(f"- {words}" for words in found["words"]),
+    ]

@@ -1,0 +1,56 @@
+"""The operations that a program's products take, counted before it is compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import prod
+from typing import Any
+
+import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.interpreters.partial_eval import dce_jaxpr
+
+
+def flops(jaxpr: Jaxpr | ClosedJaxpr) -> float:
+    """Multiplications and additions of all matrix products, of all devices together.
+
+    A scan counts each of its turns, and a loop whose end depends on data one. A kernel counts every cell of its grid,
+    so that attention counts as if every token saw the whole row.
+
+    >>> import jax.numpy as jnp
+    >>> def twice(x, w):
+    ...     return jax.lax.scan(lambda x, _: (x @ w, None), x, length=2)[0]
+    >>> flops(jax.make_jaxpr(twice)(jnp.ones((3, 4)), jnp.ones((4, 4)))) == 2 * 2 * 3 * 4 * 4
+    True
+    """
+    jaxpr = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
+    # The gradients of frozen weights are there until nobody asks for them.
+    needed, _ = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    return _count(needed)
+
+
+def _count(jaxpr: Jaxpr | ClosedJaxpr) -> float:
+    jaxpr = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
+    return sum(_of(eqn) for eqn in jaxpr.eqns)
+
+
+def _of(eqn: Any) -> float:
+    name, params = eqn.primitive.name, eqn.params
+    if name == "dot_general":
+        (inputs, _), _ = params["dimension_numbers"]
+        return 2.0 * prod(eqn.outvars[0].aval.shape) * prod(eqn.invars[0].aval.shape[i] for i in inputs)
+    if name == "ragged_dot_general":
+        (inputs, _), _ = params["ragged_dot_dimension_numbers"].dot_dimension_numbers
+        return 2.0 * prod(eqn.outvars[0].aval.shape) * prod(eqn.invars[0].aval.shape[i] for i in inputs)
+    inner = [_count(one) for one in _inside(params)]
+    if name == "cond":
+        return max(inner)
+    times = {"scan": lambda: params["length"], "shard_map": lambda: params["mesh"].size}
+    times["pallas_call"] = lambda: prod(params["grid_mapping"].grid)
+    return sum(inner) * (times[name]() if name in times else 1)
+
+
+def _inside(params: dict[str, Any]) -> Iterator[Jaxpr | ClosedJaxpr]:
+    for leaf in jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Jaxpr | ClosedJaxpr)):
+        if isinstance(leaf, Jaxpr | ClosedJaxpr):
+            yield leaf

@@ -1,0 +1,70 @@
+"""What a plan is made for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from para_jax.adapters.method import MethodConfig
+from para_jax.backbones.config import BackboneConfig
+from para_jax.backbones.decoder import Remat
+from para_jax.backbones.linear import QUANTIZED
+from para_jax.errors import ParaJaxError, unknown
+
+MODES = ("train", "decode")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A tuning step, or a batch that decodes.
+
+    Attributes:
+      tenants: that are tuned together, or whose adapters are there to decode with.
+      rows: of each tenant in a tuning step; of all tenants together while decoding.
+      length: tokens of a row while tuning, of which the latter half is the response; of a prompt while decoding.
+      new_tokens: that each row has room for while decoding.
+      micro_batches, remat: how a tuning step saves memory (`Backbone.forward`).
+      quantize, dtype: of the backbone's weights.
+
+    Raises ParaJaxError for sizes that the programs would refuse.
+    """
+
+    config: BackboneConfig
+    method: MethodConfig
+    mode: Literal["train", "decode"] = "train"
+    tenants: int = 1
+    rows: int = 16
+    length: int = 2048
+    new_tokens: int = 256
+    micro_batches: int = 1
+    remat: Remat = "layers"
+    quantize: Literal["int8", "int4"] | None = None
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise unknown("mode", self.mode, MODES)
+        if self.remat not in get_args(Remat):
+            raise unknown("remat", self.remat, get_args(Remat))
+        if self.quantize is not None and self.quantize not in QUANTIZED:
+            raise unknown("quantize", self.quantize, QUANTIZED)
+        least = {"tenants": 1, "rows": 1, "length": 2 if self.mode == "train" else 1, "new_tokens": 1}
+        for name, size in {**least, "micro_batches": 1}.items():
+            if getattr(self, name) < size:
+                raise ParaJaxError(f"{name} must be at least {size}, not {getattr(self, name)}")
+        context = self.config.max_position_embeddings
+        tokens = self.length + (self.new_tokens if self.mode == "decode" else 0)
+        if tokens > context:
+            raise ParaJaxError(f"rows of {tokens} tokens exceed the backbone's context of {context}; make them shorter")
+        if self.mode == "train" and self.rows % self.micro_batches:
+            raise ParaJaxError(f"{self.rows} rows cannot be split into {self.micro_batches} equal micro-batches")
+
+    @property
+    def passes(self) -> int:
+        """How often a step goes through the weights for a micro-batch: forward, backward, and once more for remat."""
+        return 3 if self.remat == "layers" else 2
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The tenants."""
+        return tuple(f"tenant-{i}" for i in range(self.tenants))

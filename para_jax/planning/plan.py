@@ -1,0 +1,140 @@
+"""From a job and a slice of chips to a plan: what fits, how fast it may be, and what to change if it does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from para_jax.planning.chips import Chip, Topology
+from para_jax.planning.compiling import Program
+from para_jax.planning.hlo import total
+from para_jax.planning.job import Job
+from para_jax.planning.programs import backbone_shapes, compile_job
+from para_jax.planning.roofline import assumptions, estimate
+from para_jax.planning.search import Candidate, candidate, candidates, remedies
+from para_jax.planning.topology import devices as devices_of
+from para_jax.sharding import make_mesh
+
+LARGEST = 6  # collectives that are shown one by one
+TRIES = 3  # of meshes and batches that fit, and of remedies that help
+
+
+def plan(
+    jobs: Sequence[Job],
+    topology: Topology,
+    mesh: str | None = None,
+    tries: int = TRIES,
+    show: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """The plan, as JSON has it.
+
+    Args:
+      jobs: one, or several that differ in their rows, of which the best is chosen.
+      mesh: as `fsdp=8,tensor=2`; without it meshes are searched.
+      tries: how many meshes and batches that fit are compared, and how many remedies that help are looked for.
+      show: takes a line of progress.
+
+    Returns `fits`, `plan` (the best that fits, else the least that does not), `others`, `remedies`, `assumptions`.
+    Raises ParaJaxError for a mesh that does not fit, or no way to compile for these chips.
+
+    To be called in a process of its own (`planning/process.py`), which knows no other devices.
+    """
+    devices, chip = devices_of(topology), topology.chip
+    if mesh is None:
+        found = candidates(jobs, devices, chip)
+    else:
+        at = make_mesh(mesh, devices)
+        found = sorted((candidate(job, at, chip) for job in jobs), key=lambda one: one.guess)
+    tried = _tried(found, chip, tries, show)
+    fitting = [one for one in tried if one["fits"]]
+    if fitting:
+        best = max(fitting, key=lambda one: one["tokens_per_second"])
+        ways = []
+    else:
+        best = min(tried, key=lambda one: one["peak"])
+        ways = _ways(best, jobs, found, devices, chip, tries, show)
+    return {
+        "fits": bool(fitting),
+        "topology": topology.name,
+        "devices": topology.size,
+        "hbm": chip.hbm,
+        "estimated": chip.kind == "gpu",
+        "plan": best,
+        "others": [one for one in tried if one is not best],
+        "remedies": ways,
+        "assumptions": assumptions(chip),
+    }
+
+
+def _tried(found: Sequence[Candidate], chip: Chip, tries: int, show: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Candidates compiled in their order until so many fit, and never many more than that."""
+    tried: list[dict[str, Any]] = []
+    for one in found:
+        tried.append(described(one, chip, show))
+        fit = sum(t["fits"] for t in tried)
+        compiled = sum(bool(t["programs"]) for t in tried)
+        if fit >= tries or compiled >= 2 * tries:
+            break
+    return tried
+
+
+def _ways(
+    best: dict[str, Any],
+    jobs: Sequence[Job],
+    found: Sequence[Candidate],
+    devices: Sequence[Any],
+    chip: Chip,
+    tries: int,
+    show: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    """What to change in the plan that comes nearest: changes that suffice, each compiled too."""
+    near = next(one for one in found if one.name == best["mesh"] and one.job.rows == best["rows"])
+    ways: list[dict[str, Any]] = []
+    for text, changed in remedies(near.job, near.mesh, devices, chip):
+        if len(ways) >= tries:
+            break
+        then = described(changed, chip, show)
+        if then["fits"]:
+            ways.append({"change": text, "peak": then["peak"], "tokens_per_second": then["tokens_per_second"]})
+    return ways
+
+
+def described(one: Candidate, chip: Chip, show: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+    """A candidate compiled, unless its weights alone are too large, and what there is to say of it."""
+    job = one.job
+    settings = {
+        "mesh": one.name,
+        "rows": job.rows,
+        "micro_batches": job.micro_batches,
+        "remat": job.remat,
+        "quantize": job.quantize,
+    }
+    if one.weights > chip.hbm:
+        return {**settings, "fits": False, "peak": one.weights, "weights": one.weights, "programs": []}
+    parts = f" in {job.micro_batches} parts" if job.micro_batches > 1 else ""
+    show(f"compiling for {one.name}: {job.rows} rows{parts}{', ' + job.quantize if job.quantize else ''}")
+    programs = compile_job(job, one.mesh)
+    backbone = backbone_shapes(job, one.mesh)
+    shown = [_program(job, program, chip, backbone, one.mesh.size) for program in programs]
+    fits = all(program.fits(chip.hbm) for program in programs)
+    return {
+        **settings,
+        "fits": fits,
+        "peak": max(program.peak + program.held for program in programs),
+        "weights": one.weights,
+        # Of decoding it is what a step gives, the last of the programs.
+        "tokens_per_second": shown[-1]["time"]["tokens_per_second"] if fits else None,
+        "programs": shown,
+    }
+
+
+def _program(job: Job, program: Program, chip: Chip, backbone: Any, devices: int) -> dict[str, Any]:
+    fields = {name: value for name, value in vars(program).items() if name != "collectives"}
+    largest = sorted(program.collectives, key=lambda c: -c.count * c.sent)[:LARGEST]
+    found = {"collectives": total(program.collectives), "largest": [asdict(c) for c in largest]}
+    if program.problem:
+        return {**fields, **found, "time": None}
+    time = estimate(job, program, chip, backbone, devices)
+    more = {name: getattr(time, name) for name in ("seconds", "tokens_per_second", "bound")}
+    return {**fields, **found, "time": {**asdict(time), **more}}

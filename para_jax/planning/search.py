@@ -1,0 +1,125 @@
+"""Which meshes and batches to try, the likeliest first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from jax.sharding import Mesh
+
+from para_jax.errors import ParaJaxError
+from para_jax.planning.chips import Chip
+from para_jax.planning.compiling import shard_bytes
+from para_jax.planning.job import Job
+from para_jax.planning.programs import backbone_shapes, check
+from para_jax.planning.roofline import EFFICIENCY, read_bytes
+from para_jax.sharding import make_mesh
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A job and a mesh to compile it for.
+
+    Attributes:
+      weights: bytes of the backbone on one device.
+      guess: seconds a token that cannot be avoided: products, reading weights, and sending weights and activations.
+    """
+
+    job: Job
+    mesh: Mesh
+    weights: int
+    guess: float
+
+    @property
+    def name(self) -> str:
+        return mesh_name(self.mesh)
+
+
+def mesh_name(mesh: Mesh) -> str:
+    """A mesh as `--mesh` takes it: `fsdp=8,tensor=2`."""
+    return ",".join(f"{axis}={n}" for axis, n in mesh.shape.items() if n > 1) or "data=1"
+
+
+def factors(n: int, parts: int) -> Iterator[tuple[int, ...]]:
+    """All ways to write n as a product of so many numbers, in order.
+
+    >>> list(factors(4, 2))
+    [(1, 4), (2, 2), (4, 1)]
+    """
+    if parts == 1:
+        yield (n,)
+        return
+    for first in range(1, n + 1):
+        if n % first == 0:
+            for rest in factors(n // first, parts - 1):
+                yield (first, *rest)
+
+
+def candidates(jobs: Sequence[Job], devices: Sequence[Any], chip: Chip) -> list[Candidate]:
+    """Every mesh of these devices that fits the backbone and the rows of a job, the fastest by a guess first.
+
+    Raises ParaJaxError, with one mesh's reason, if there is none.
+    """
+    found, problems = [], []
+    for job in jobs:
+        for data, fsdp, tensor in factors(len(devices), 3):
+            mesh = make_mesh({"data": data, "fsdp": fsdp, "tensor": tensor}, devices)
+            try:
+                check(job, mesh)
+            except ParaJaxError as error:
+                problems.append(f"{mesh_name(mesh)}: {error}")
+                continue
+            found.append(candidate(job, mesh, chip))
+    if not found:
+        raise ParaJaxError(f"no mesh of {len(devices)} devices does for this; {problems[-1]}")
+    return sorted(found, key=lambda one: one.guess)
+
+
+def candidate(job: Job, mesh: Mesh, chip: Chip) -> Candidate:
+    """A job on a mesh, with what can be told of it without compiling."""
+    backbone = backbone_shapes(job, mesh)
+    c, read = job.config, read_bytes(backbone)
+    training = job.mode == "train"
+    tokens = job.rows * (job.tenants * job.length if training else 1)
+    passes = job.passes if training else 1
+    turns = passes * (job.micro_batches if training else 1)
+    fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
+    compute = 2 * passes * tokens * c.size / mesh.size / (chip.flops * EFFICIENCY["flops"])
+    memory = turns * read / (chip.hbm_rate * EFFICIENCY["hbm"])
+    # Weights are gathered over fsdp; over tensor, two sums of the activations a layer.
+    own_tokens = passes * tokens / (mesh.shape["data"] * fsdp)
+    sums = 2 * 2 * c.num_hidden_layers * own_tokens * c.hidden_size * 2 * (tensor - 1) / tensor
+    sent = turns * read * (fsdp - 1) / fsdp + sums
+    guess = max(compute, memory) + sent / (chip.link_rate * EFFICIENCY["links"])
+    return Candidate(job, mesh, shard_bytes(backbone), guess / tokens)
+
+
+def remedies(job: Job, mesh: Mesh, devices: Sequence[Any], chip: Chip) -> Iterator[tuple[str, Candidate]]:
+    """Changes that take less memory, what costs least first: those that change no result, then those that do."""
+    for text, changed in _changes(job):
+        try:
+            check(changed, mesh)
+        except ParaJaxError:
+            continue
+        yield text, candidate(changed, mesh, chip)
+    here = candidate(job, mesh, chip)
+    for other in candidates([job], devices, chip):
+        if other.weights < here.weights:
+            yield f"--mesh {other.name}", other
+            return
+
+
+def _changes(job: Job) -> Iterator[tuple[str, Job]]:
+    if job.mode == "train":
+        if job.remat != "layers":
+            yield "--remat layers", replace(job, remat="layers")
+        parts = [n for n in range(job.micro_batches + 1, job.rows + 1) if job.rows % n == 0]
+        for n in dict.fromkeys([*parts[:1], *parts[-1:]]):
+            yield f"--micro-batches {n}", replace(job, micro_batches=n)
+    elif job.rows > 1:
+        yield f"--rows {job.rows // 2}", replace(job, rows=job.rows // 2)
+    if job.quantize is None:
+        yield "--quantize int8", replace(job, quantize="int8")
+    if job.quantize != "int4":
+        yield "--quantize int4", replace(job, quantize="int4")

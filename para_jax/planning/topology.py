@@ -1,0 +1,59 @@
+"""The devices of a slice that is not here, to compile for."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import jax
+
+from para_jax.errors import ParaJaxError
+from para_jax.planning.chips import Topology
+
+
+def environment(topology: Topology) -> dict[str, str]:
+    """What has to stand in the environment before JAX starts: no device of this machine is wanted, nor looked for.
+
+    Several processes may have the compiler for TPUs open at once.
+    """
+    if topology.chip.kind == "gpu":
+        return {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(topology.size)}
+    return {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "TPU_LOG_DIR": "disabled",
+    }
+
+
+def devices(topology: Topology) -> list[Any]:
+    """Devices that programs can be compiled for and not run on, in a process that was started with `environment`.
+
+    For GPUs they are as many CPUs: their own compiler works beside CUDA only. Raises ParaJaxError without libtpu, or
+    for a shape that no slice has.
+    """
+    if topology.chip.kind == "gpu":
+        return jax.devices("cpu")
+    if importlib.util.find_spec("libtpu") is None:
+        raise ParaJaxError(
+            "programs for TPUs are compiled by libtpu, which is not installed; it needs no TPU: "
+            'on Linux, pip install "para-jax[tpu]"'
+        )
+    from jax.experimental import topologies
+
+    options: dict[str, Any] = {}
+    if topology.size == 1:
+        options["chips_per_host_bounds"] = (1, 1, 1)
+    if topology.chip.name == "v4":
+        options["chip_config_name"] = "megacore"  # both cores of a chip as one device, as Cloud TPU has them
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **options)
+    except jax.errors.JaxRuntimeError as error:
+        twos = "x".join(["2"] * topology.chip.axes)
+        raise ParaJaxError(
+            f"{topology.name} is no slice that there is ({error}); its sizes are those of whole hosts of four chips, "
+            f"as {topology.chip.name}:{twos} and what doubles it, or one chip"
+        ) from error
+    return list(found.devices)
