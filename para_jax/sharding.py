@@ -79,18 +79,23 @@ def make_mesh(sizes: Mapping[str, int] | str, devices: Any = None) -> Mesh:
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
-def auto_mesh(config: BackboneConfig, devices: int) -> dict[str, int]:
+def auto_mesh(config: BackboneConfig, devices: int, tuning: bool = True) -> dict[str, int]:
     """Axis sizes that suit a backbone and so many devices.
 
-    Weights are split over all devices, as far as the features divide, because a frozen backbone costs more memory than
-    all that is trained; what is left over only takes rows.
+    While tuning, weights are split over all devices, as far as their features divide, and gathered a layer at a time:
+    a step has tokens enough to pay for it. A step of decoding has not, so its products are split over as many
+    devices as there are heads for. What is left over takes rows only.
 
     >>> from para_jax import BackboneConfig
-    >>> auto_mesh(BackboneConfig(32000, 4096, 11008, 32, 32, 32, 128), 8)
-    {'data': 1, 'fsdp': 8}
+    >>> llama_7b = BackboneConfig(32000, 4096, 11008, 32, 32, 32, 128)
+    >>> auto_mesh(llama_7b, 8), auto_mesh(llama_7b, 64, tuning=False)
+    ({'data': 1, 'fsdp': 8}, {'data': 2, 'tensor': 32})
     """
-    fsdp = max(n for n in range(1, devices + 1) if devices % n == 0 and config.hidden_size % n == 0)
-    return {"data": devices // fsdp, "fsdp": fsdp}
+    inner = config.intermediate_size if config.experts is None else config.experts.width
+    sizes = {"fsdp": [config.hidden_size]} if tuning else {"tensor": [config.num_key_value_heads, inner]}
+    ((axis, wholes),) = sizes.items()
+    most = max(n for n in range(1, devices + 1) if not any(whole % n for whole in (devices, *wholes)))
+    return {"data": devices // most, axis: most}
 
 
 def own_mesh(mesh: Mesh) -> Mesh:
@@ -191,9 +196,9 @@ def rows_axes(mesh: Mesh, rows: int) -> tuple[str, ...] | None:
     return None if rows % row_shards(mesh) else ("data", "fsdp")
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Of arrays whose first axis is the rows of a batch."""
-    return NamedSharding(mesh, P(("data", "fsdp")))
+def row_sharding(mesh: Mesh, rows: int) -> NamedSharding:
+    """Of arrays whose first axis is so many rows: split, or whole everywhere if they do not divide."""
+    return NamedSharding(mesh, P(rows_axes(mesh, rows)))
 
 
 def split_rows(x: Float[Array, "b ..."], mesh: Mesh | None) -> Float[Array, "b ..."]:
@@ -204,4 +209,4 @@ def split_rows(x: Float[Array, "b ..."], mesh: Mesh | None) -> Float[Array, "b .
     """
     if mesh is None:
         return x
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(rows_axes(mesh, x.shape[0]))))
+    return jax.lax.with_sharding_constraint(x, row_sharding(mesh, x.shape[0]))

@@ -18,9 +18,11 @@ from flax import nnx
 from para_jax.adapters.method import BackboneShape, MethodConfig, Prompt
 from para_jax.adjustment import Adjustment, Dropout, total
 from para_jax.errors import ParaJaxError, unknown
+from para_jax.sharding import row_sharding
 
 if TYPE_CHECKING:
     from jax import Array
+    from jax.sharding import Mesh
     from jaxtyping import Float, Int, Key
 
 # A row of a batch: one tenant, none, or several with strengths.
@@ -278,12 +280,13 @@ class AdapterBank:
             return self._with(g, self.groups[g].put(slot, name, adapter.layers))
         return self.remove(name).add(name, adapter)
 
-    def rows(self, tenants: Sequence[Tenant], repeats: int = 1) -> Rows:
+    def rows(self, tenants: Sequence[Tenant], repeats: int = 1, mesh: Mesh | None = None) -> Rows:
         """Gathers the adapters of a batch whose rows belong to `tenants`, each for `repeats` consecutive rows.
 
         A row's entry is a tenant's name, None for no adapter, or a dict of names and strengths: `{"acme": 0.5}` takes
         half of what acme's adapter changes, and with several names their changes are added. Configurations that no
-        row uses cost nothing. A batch of None only gets the identity and the adapter-free program.
+        row uses cost nothing. A batch of None only gets the identity and the adapter-free program. On a mesh each
+        device gets the adapters of its own rows.
         """
         wanted = [{self._find(name): strength for name, strength in strengths_of(row).items()} for row in tenants]
         # Strength 0 is no adapter, though a name has to be known even then.
@@ -296,7 +299,8 @@ class AdapterBank:
                 nothing = (len(group.names), 0.0)
                 taken = [row[turn] if turn < len(row) else nothing for row in of_rows]
                 strengths.append(jnp.asarray(np.array([s for _, s in taken], np.float32)))
-                layers.append(_gather(group.stack, np.array([slot for slot, _ in taken], np.int32)))
+                slots = np.array([slot for slot, _ in taken], np.int32)
+                layers.append(_gather(group.stack, slots) if mesh is None else _gather_apart(group.stack, slots, mesh))
                 rates.append(getattr(group.config, "lora_dropout", 0.0))
         composed = any(len(row) > 1 for row in places)
         return Rows(tuple(strengths), tuple(layers), tuple(rates), repeats=repeats, composed=composed)
@@ -327,3 +331,15 @@ def _gather(stack: Any, slots: Int[Array, "rows"]) -> Any:
     # Zeros for a slot past the end: no row gets the weights of a tenant that is not its own. Masked out later, they
     # could still reach its gradient, because zero times NaN is NaN.
     return jax.tree.map(lambda x: x.at[slots].get(mode="fill", fill_value=0), stack)
+
+
+def _gather_apart(stack: Any, slots: Int[np.ndarray, "rows"], mesh: Mesh) -> Any:
+    where = row_sharding(mesh, len(slots))
+
+    def rows(x: Array) -> Array:
+        def part(index: Any) -> Array:
+            return _gather(x, slots[index[0]])
+
+        return jax.make_array_from_callback((len(slots), *x.shape[1:]), where, part)
+
+    return jax.tree.map(rows, stack)

@@ -141,7 +141,7 @@ class Backbone(nnx.Module):
         """
         mask = jnp.ones(tokens_bt.shape, bool) if mask is None else jnp.asarray(mask, bool)
         prompt_mask = mask if prompt_mask is None else jnp.asarray(prompt_mask, bool) & mask
-        return _logits(self, tokens_bt, mask, prompt_mask, batch_rows(bank, tenants, tokens_bt.shape[0]))
+        return _logits(self, tokens_bt, mask, prompt_mask, batch_rows(bank, tenants, tokens_bt.shape[0], self.mesh))
 
     def forward(
         self,
@@ -342,7 +342,9 @@ def _logits(backbone: Backbone, tokens_bt: Array, mask_bt: Array, prompt_mask_bt
     return backbone.logits(hidden)
 
 
-def batch_rows(bank: AdapterBank | None, tenants: Sequence[Tenant] | None, batch: int) -> Rows:
+def batch_rows(
+    bank: AdapterBank | None, tenants: Sequence[Tenant] | None, batch: int, mesh: Mesh | None = None
+) -> Rows:
     """The adapters of a batch. Raises ParaJaxError unless there is a tenant or None for every row."""
     if tenants is None:
         if bank is not None:
@@ -354,7 +356,7 @@ def batch_rows(bank: AdapterBank | None, tenants: Sequence[Tenant] | None, batch
         return Rows()
     if bank is None:
         raise ParaJaxError("tenants were given but no bank; pass bank=AdapterBank.load({name: folder, ...}, config)")
-    return bank.rows(tenants)
+    return bank.rows(tenants, mesh=mesh)
 
 
 def compute_dtype(dtype: Dtype) -> jnp.dtype:

@@ -133,7 +133,8 @@ def chosen_mesh(path: str, args: argparse.Namespace) -> Any:
     # A CPU's devices are simulated: there is nothing to gain.
     if jax.device_count() == 1 or (jax.default_backend() == "cpu" and jax.process_count() == 1):
         return None
-    return make_mesh(auto_mesh(BackboneConfig.from_pretrained(path), jax.device_count()))
+    tuning = args.verb not in ("generate", "evaluate")
+    return make_mesh(auto_mesh(BackboneConfig.from_pretrained(path), jax.device_count(), tuning))
 
 
 def load_config(model: str | None) -> BackboneConfig:

@@ -165,7 +165,6 @@ def run(args: argparse.Namespace) -> int:
     dev = {name: read_examples(source, **how(name)) for name, source in dev_sources.items()}
     for name, often in epochs.items():
         settings[name] = replace(settings[name], steps=steps_of(often, len(examples[name]), args.rows))
-    bank = AdapterBank.create(configs, backbone.config, args.seed)
     rows = sum(map(len, examples.values()))
     mesh = "" if backbone.mesh is None else f" on {', '.join(f'{k}={v}' for k, v in backbone.mesh.shape.items())}"
     show(
@@ -174,7 +173,7 @@ def run(args: argparse.Namespace) -> int:
     )
     finetune(
         backbone,
-        bank,
+        AdapterBank.create(configs, backbone.config, args.seed),
         examples,
         settings,
         args.out,

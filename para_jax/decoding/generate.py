@@ -140,7 +140,7 @@ def complete(
         limit = np.where(np.arange(size) < len(rows), limit_b[full], np.int32(0))
         room = loop.bucket(int(limit.max()), config.max_position_embeddings)
         prompt = _flush_right([ids[i] for i in full], config.max_position_embeddings)
-        adapters = batch_rows(bank, [tenants[i] for i in full], size)
+        adapters = batch_rows(bank, [tenants[i] for i in full], size, backbone.mesh)
         logits, state = loop.prefill(backbone, prompt, adapters, prompt.tokens_bt.shape[1] + room)
 
         table = None if stops is None else stops.table_sv

@@ -79,7 +79,7 @@ def choice_log_likelihoods(
     size = min(batch_size, bucket(len(pairs), least=1))
     for start in range(0, len(pairs), size):
         batch = pairs[start : start + size]
-        rows = batch_rows(bank, [p.tenant for p in batch] + [None] * (size - len(batch)), size)
+        rows = batch_rows(bank, [p.tenant for p in batch] + [None] * (size - len(batch)), size, backbone.mesh)
         likely = whole(_score(backbone, rows, *_arrays(batch, size)), backbone.mesh)
         for p, score in zip(batch, likely.tolist(), strict=False):
             scores[p.row][p.choice] = score

@@ -25,7 +25,7 @@ from para_jax.decoding.sampling import Sampler
 from para_jax.errors import ParaJaxError
 from para_jax.planning.compiling import Program, compiled, shard_bytes
 from para_jax.planning.job import Job
-from para_jax.sharding import check_mesh, row_shards, spec
+from para_jax.sharding import check_mesh, row_sharding, row_shards, spec
 from para_jax.training.optimizer import Settings
 from para_jax.training.places import NOTHING, Layout, Schedule
 from para_jax.training.step import TrainState, shardings, stack_settings, train_step
@@ -101,7 +101,7 @@ def _training(job: Job, mesh: Mesh) -> list[Program]:
 def training_arguments(job: Job, mesh: Mesh) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """What `training.loop` calls `train_step` with when all tenants have their turn and every row is full."""
     layout, settings = _layout(job, mesh), dict.fromkeys(job.names, Settings())
-    bank = jax.eval_shape(layout.padded, bank_shapes(job))
+    bank = jax.eval_shape(layout.divided, bank_shapes(job))
     rules = stack_settings(bank, settings)
     state = jax.eval_shape(TrainState.create, bank)
     state = _placed(state, shardings(state, mesh, layout.shards))
@@ -122,12 +122,14 @@ def training_arguments(job: Job, mesh: Mesh) -> tuple[tuple[Any, ...], dict[str,
 def _decoding(job: Job, mesh: Mesh) -> list[Program]:
     """Prefill and the token loop as `decoding.generate` calls them, greedy and with tenants in turn.
 
-    What the host hands over has no placement, and the compiler chooses one. The bank and what is gathered of it for the
-    rows are whole on the first device; on one device the latter are what prefill takes.
+    What the host hands over has no placement, and the compiler chooses one. The bank is whole on the first device; what
+    is gathered of it for the rows is where the rows are.
     """
     backbone, bank = backbone_shapes(job, mesh), bank_shapes(job)
     of_rows = [job.names[i % job.tenants] for i in range(job.rows)]
     rows = jax.eval_shape(lambda bank: bank.rows(of_rows), bank)
+    if mesh.size > 1:
+        rows = replace(rows, layers=_placed(rows.layers, row_sharding(mesh, job.rows)))
     context = job.config.max_position_embeddings
     t, room = loop.bucket(job.length, context), loop.bucket(job.new_tokens, context)
 
@@ -136,8 +138,7 @@ def _decoding(job: Job, mesh: Mesh) -> list[Program]:
 
     prompts = loop.Prompts(shape(jnp.int32, job.rows, t), shape(jnp.bool_, job.rows, t))
     traced = loop.prefill.trace(backbone, prompts, rows, t + room)
-    on_first = shard_bytes(bank) + (shard_bytes(rows) if mesh.size > 1 else 0)
-    prefill, places = compiled("prefill", traced, (backbone, prompts, rows), mesh, held=on_first)
+    prefill, places = compiled("prefill", traced, (backbone, prompts, rows), mesh, held=shard_bytes(bank))
     if places is None:
         return [prefill]
     logits, state = _placed(traced.out_info, places)

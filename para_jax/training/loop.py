@@ -98,6 +98,7 @@ def finetune(
 
     remat = default_remat() if remat is None else remat
     rules, state = stack_settings(bank, settings), TrainState.create(bank, layout.mesh, layout.shards)
+    del bank  # the state has a copy; nobody else may need these
     watch = Watch(settings, {name: Watched() for name in looked_at})
     taken, failed = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
     show = show if first() else lambda line: None
@@ -107,7 +108,7 @@ def finetune(
         return {n for n in names if 0 < failed[n] < step or (n in watch.known and watch.known[n].stopped)}
 
     def beside() -> dict[str, Any]:
-        return {"watch": watch.state(), "slots": [list(group.names) for group in bank.groups]}
+        return {"watch": watch.state(), "slots": [list(group.names) for group in state.bank.groups]}
 
     def save(name: str, adapter: Adapter) -> None:
         layers = whole(adapter.layers, layout.mesh)
@@ -126,7 +127,7 @@ def finetune(
             state = state.arranged(saved, known["slots"], layout.mesh, layout.shards)
             watch.load(known["watch"])
             counts = whole((state.taken, state.failed_at), layout.mesh)
-            for group, *of in zip(bank.groups, *counts, strict=True):
+            for group, *of in zip(state.bank.groups, *counts, strict=True):
                 for name, has, at in zip(group.names, *of, strict=True):
                     if name is not None:
                         taken[name], failed[name] = int(has), int(at)
@@ -158,7 +159,7 @@ def finetune(
         stopping = False
         while (homes := schedule.turn(taken, resting(done))) is not None:
             batch, tokens = _batch(layout, homes, examples, seed, taken)
-            slots = layout.slots(bank, homes)
+            slots = layout.slots(state.bank, homes)
             with explained(backbone, layout, homes, remat):
                 state, values = train_step(
                     backbone, state, rules, batch, slots, shards=layout.shards, remat=remat, seed=seed

@@ -15,7 +15,7 @@ from para_jax.adapters.bank import Rows
 from para_jax.convert.checkpoint import save_backbone
 from para_jax.convert.families import FAMILIES
 from para_jax.errors import ParaJaxError
-from para_jax.sharding import AXES, batch_sharding, check_mesh, make_mesh, own_mesh
+from para_jax.sharding import AXES, check_mesh, make_mesh, own_mesh, row_sharding
 from tests.compilations import compilations
 from tests.helpers import FAMILY_METHODS, SMALL, family_backbone, random_adapter, random_backbone, random_bank
 
@@ -124,7 +124,7 @@ def check_sharded(backbone: Backbone, mesh_text: str, folder: str, tenants: list
     split = [x for x in jax.tree.leaves(sharded) if x.addressable_shards[0].data.size < x.size]
     if mesh.shape["fsdp"] * mesh.shape["tensor"] > 1:
         assert sum(x.size for x in split) > 0.9 * sum(x.size for x in jax.tree.leaves(sharded))
-    rows = batch_sharding(mesh)
+    rows = row_sharding(mesh, B)
     there = partial(jax.device_put, device=rows)
     ours = stepwise(sharded, there(tokens), there(mask), jax.tree.map(there, bank.rows(tenants)))
     theirs = np.asarray(stepwise(backbone, tokens, mask, bank.rows(tenants)))

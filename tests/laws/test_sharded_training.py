@@ -244,3 +244,4 @@ def test_rows_that_do_not_divide() -> None:
 def test_the_mesh_that_is_chosen() -> None:
     assert auto_mesh(SMALL, 8) == {"data": 1, "fsdp": 8}
     assert auto_mesh(SMALL, 6) == {"data": 3, "fsdp": 2}
+    assert auto_mesh(SMALL, 8, tuning=False) == {"data": 4, "tensor": 2}, "two key/value heads"
