@@ -1,4 +1,4 @@
-"""Decoding on a mesh: the texts of one device, whatever the number of rows, and each device with its own rows' adapters."""
+"""Decoding on a mesh: the texts of one device, and on each device the adapters of its own rows."""
 
 from __future__ import annotations
 
