@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections import Counter
 
@@ -79,15 +80,20 @@ def same(ours, theirs, configs) -> None:
             np.testing.assert_allclose(ours[1][name].tensors()[key], x, rtol=1e-2, atol=2e-4, err_msg=f"{name} {key}")
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """With --every-mesh every method, on every mesh, of two families, which takes ten minutes to compile; without it
+    some, so that each method has a mesh or two."""
+    if "method" in metafunc.fixturenames:
+        cases = list(itertools.product(["llama", "qwen3"], MESHES, METHODS))
+        if not metafunc.config.getoption("every_mesh"):
+            cases = cases[:: len(METHODS) + 1]
+        metafunc.parametrize(("family", "mesh", "method"), cases)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_every_method_on_every_mesh(mesh: str, family: str, tmp_path) -> None:
-    stacked = family == "llama"
-    backbone = family_backbone(family, seed=1, stacked=stacked)
-    # All methods in one program take a minute to compile: each mesh has half of them with each family.
-    half = (MESHES.index(mesh) + stacked) % 2
-    configs = {**dict(list(METHODS.items())[3 * half : 3 * half + 3]), "dropped": DROPPED}
+def test_every_method_on_every_mesh(mesh: str, family: str, method: str, tmp_path) -> None:
+    backbone = family_backbone(family, seed=1, stacked=family == "llama")
+    configs = {"acme": METHODS[method], "globex": METHODS[method]}
     theirs = tune(backbone, configs)
     there = on_mesh(backbone, make_mesh(mesh), tmp_path / "a")
     ours = tune(there, configs, spread=False)
@@ -95,8 +101,8 @@ def test_every_method_on_every_mesh(mesh: str, family: str, tmp_path) -> None:
     same(ours, theirs, configs)
 
 
-@pytest.mark.parametrize("mesh", ["fsdp=4,tensor=2", "data=8"])
-@pytest.mark.parametrize("count", [8, 9])
+@pytest.mark.slow
+@pytest.mark.parametrize(("mesh", "count"), [("fsdp=4,tensor=2", 9), ("data=8", 8)])
 def test_tenants_that_are_spread(mesh: str, count: int, tmp_path) -> None:
     """Each device has tenants of its own and no others, also where their number does not divide."""
     backbone = random_backbone(stacked=True, vocab_size=64)
@@ -154,6 +160,7 @@ def test_a_state_goes_to_another_mesh() -> None:
             assert [x.sharding for x in jax.tree.leaves(there)] == [x.sharding for x in jax.tree.leaves(state)]
 
 
+@pytest.mark.slow
 def test_micro_batches_on_a_mesh(tmp_path) -> None:
     backbone = random_backbone(stacked=True, vocab_size=64)
     configs = {"acme": METHODS["para"], "globex": DROPPED}
