@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from para_jax.errors import ParaJaxError, unknown
 from para_jax.training.folder import PROFILE, TENSORBOARD, WANDB
 
-# Steps before a profile begins: the first compiles, and the next two may, if their rows are longer or shorter.
-WARM = 3
+# Steps in a row that compile nothing before a profile begins: rows of another length are another program.
+QUIET = 2
+COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 class Logger(Protocol):
@@ -38,7 +39,7 @@ class Loggers:
     >>> with Loggers([], "runs/first", profile=5) as loggers:  # finetune(..., loggers=loggers)
     ...     [type(logger).__name__ for logger in loggers]
     ['Profile']
-    no profile was made: it begins after step 3, and the run took 0 steps
+    no profile was made: it waits for 2 steps that compile nothing, which the 0 steps of this run did not have
     """
 
     def __init__(
@@ -154,35 +155,49 @@ class WeightsAndBiases:
 
 
 class Profile:
-    """A trace of some steps in OUT/profile, made by jax.profiler, after those that compile."""
+    """A trace of some steps in OUT/profile, made by jax.profiler, once `QUIET` steps in a row have compiled nothing."""
 
     def __init__(self, out: Path, steps: int, show: Callable[[str], None] = print):
         self._folder, self._steps, self._show = out / PROFILE, steps, show
-        self._lines, self._open = 0, False
+        self._lines = self._quiet = self._traced = 0
+        self._state: Literal["new", "waiting", "tracing", "closed"] = "new"
 
     def __call__(self, line: Mapping[str, Any]) -> None:
-        # A line is of the step before the one that the device is at.
-        self._lines += 1
-        if self._lines == WARM:
-            import jax
-
-            jax.profiler.start_trace(self._folder)
-            self._open = True
-        elif self._lines == WARM + self._steps:
-            self._stop()
-
-    def _stop(self) -> None:
         import jax
 
-        jax.profiler.stop_trace()
-        self._open = False
-        self._show(f"profile of {min(self._steps, self._lines - WARM)} steps in {self._folder}; open it with xprof")
+        # A line is of the step before the one that the device is at.
+        self._lines += 1
+        if self._state == "new":
+            jax.monitoring.register_event_duration_secs_listener(self._heard)
+            self._state = "waiting"
+        elif self._state == "waiting":
+            self._quiet += 1
+            if self._quiet == QUIET:
+                jax.profiler.start_trace(self._folder)
+                self._state = "tracing"
+        elif self._state == "tracing":
+            self._traced += 1
+            if self._traced == self._steps:
+                self.close()
+
+    def _heard(self, event: str, duration: float, **_: Any) -> None:
+        if event == COMPILED:
+            self._quiet = -1
 
     def close(self) -> None:
-        if self._open:
-            self._stop()
-        elif self._lines < WARM:
-            self._show(f"no profile was made: it begins after step {WARM}, and the run took {self._lines} steps")
+        import jax
+
+        state, self._state = self._state, "closed"
+        if state == "tracing":
+            jax.profiler.stop_trace()
+            self._show(f"profile of {self._traced} steps in {self._folder}; open it with xprof")
+        elif state != "closed":
+            self._show(
+                f"no profile was made: it waits for {QUIET} steps that compile nothing, which the {self._lines} steps "
+                "of this run did not have"
+            )
+        if state in ("waiting", "tracing"):
+            jax.monitoring.unregister_event_duration_listener(self._heard)
 
 
 KINDS: dict[str, Callable[[Path], Logger]] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
