@@ -96,10 +96,24 @@ def test_what_is_not_installed_or_not_known_is_named(monkeypatch, tmp_path):
         Loggers(["wandb"], tmp_path)
 
 
+def leveldb_log(file):
+    """The records of an offline run's file: a head of 7 bytes, and LevelDB's log in blocks of 32 kB."""
+    at, record = 7, b""
+    while at + 7 <= len(file):
+        if 2**15 - at % 2**15 < 7:
+            at += 2**15 - at % 2**15
+            continue
+        size, kind = int.from_bytes(file[at + 4 : at + 6], "little"), file[at + 6]
+        record += file[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # whole, or the last part
+            yield record
+            record = b""
+
+
 def test_weights_and_biases(backbone, tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     from wandb.proto import wandb_internal_pb2 as records
-    from wandb.sdk.internal.datastore import DataStore
 
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -110,11 +124,8 @@ def test_weights_and_biases(backbone, tmp_path, monkeypatch):
         run(backbone, out, loggers, resume=True)
     shown, ids = [], set()
     for file in sorted((out / "wandb").glob("offline-run-*/*.wandb")):
-        store = DataStore()
-        store.open_for_scan(str(file))
-        while (data := store.scan_data()) is not None:
-            record = records.Record()
-            record.ParseFromString(data)
+        for data in leveldb_log(file.read_bytes()):
+            record = records.Record.FromString(data)
             ids |= {record.run.run_id} - {""}
             items = {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item}
             if items:
