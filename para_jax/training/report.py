@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from para_jax.adapters.bank import AdapterBank
+from para_jax.adapters.method import MethodConfig
 from para_jax.backbones.decoder import Backbone
 from para_jax.training.folder import PLOT, REPORT, REPORT_PAGE
 from para_jax.training.metrics import Progress, duration
@@ -51,6 +52,7 @@ def write_report(
       taken, failed: each tenant's own steps, and the run's step at which its gradient was no number, or 0.
       progress: which knows how fast it went.
     """
+    configs = {name: group.config for group in bank.groups for name in group.names}
     report = {
         "steps": lines[-1]["step"] if lines else 0,
         "tokens": sum(line["tokens"] for line in lines),
@@ -63,7 +65,9 @@ def write_report(
         },
         "memory": peak_memory(),
         "tenants": {
-            name: tenant(name, lines, backbone, bank, settings[name], watched.get(name), taken[name], failed[name])
+            name: tenant(
+                name, lines, backbone, configs[name], settings[name], watched.get(name), taken[name], failed[name]
+            )
             for name in settings
         },
     }
@@ -109,7 +113,7 @@ def tenant(
     name: str,
     lines: Sequence[Mapping[str, Any]],
     backbone: Backbone,
-    bank: AdapterBank,
+    config: MethodConfig,
     settings: Settings,
     watched: Watched | None,
     taken: int,
@@ -117,7 +121,6 @@ def tenant(
 ) -> dict[str, Any]:
     """One tenant's line of the report. A loss that was no number is None, as in metrics.jsonl."""
     losses = [line["loss"][name] for line in lines if name in line["loss"]]
-    config = bank[name].config
     if failed:
         state = f"failed at step {failed}"
     elif watched is not None and watched.stopped:
