@@ -168,7 +168,8 @@ for name, of in scores.items():
 # ## The vectors
 #
 # What the generators made of 200 held-out stories: for every layer and site the vector $\ell$ of
-# $y' = (1 + \ell)\,y$. The model's forward pass hands them out, and a decoding request keeps nothing else of its tenant.
+# $y' = (1 + \ell)\,y$. The model's forward pass hands them out; a decoding request keeps nothing else of its
+# tenant.
 
 # %%
 import matplotlib.pyplot as plt
