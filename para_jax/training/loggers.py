@@ -94,7 +94,8 @@ class TensorBoard:
 
     def __init__(self, out: Path):
         need("tensorboardX", "--log tensorboard")
-        self._folder, self._scalars, self._writer = out / TENSORBOARD, Scalars(), None
+        self._folder, self._scalars = out / TENSORBOARD, Scalars()
+        self._writer: Any = None
 
     def __call__(self, line: Mapping[str, Any]) -> None:
         from tensorboardX import SummaryWriter
@@ -119,7 +120,8 @@ class WeightsAndBiases:
 
     def __init__(self, out: Path):
         need("wandb", "--log wandb")
-        self._out, self._scalars, self._run = out, Scalars(), None
+        self._out, self._scalars = out, Scalars()
+        self._run: Any = None
 
     def __call__(self, line: Mapping[str, Any]) -> None:
         if self._run is None:
@@ -180,7 +182,7 @@ class Profile:
             if self._traced == self._steps:
                 self.close()
 
-    def _heard(self, event: str, duration: float, **_: Any) -> None:
+    def _heard(self, event: str, duration_secs: float, **_: Any) -> None:
         if event == COMPILED:
             self._quiet = -1
 
