@@ -175,7 +175,9 @@ class Profile:
         elif self._state == "waiting":
             self._quiet += 1
             if self._quiet == QUIET:
-                jax.profiler.start_trace(self._folder)
+                options = jax.profiler.ProfileOptions()
+                options.python_tracer_level = 0  # every Python call would be millions of events
+                jax.profiler.start_trace(self._folder, profiler_options=options)
                 self._state = "tracing"
         elif self._state == "tracing":
             self._traced += 1
