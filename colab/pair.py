@@ -27,10 +27,11 @@ def addressed(text: str) -> str:
 
     >>> addressed("https://colab.research.google.com/github/ours/before/blob/main/colab/x.ipynb")
     'https://colab.research.google.com/github/para-jax/para_jax/blob/main/colab/x.ipynb'
+    >>> addressed("https://github.com/others/theirs and git+https://github.com/ours/before")
+    'https://github.com/others/theirs and git+https://github.com/para-jax/para_jax'
     """
-    return re.sub(
-        r"(colab\.research\.google\.com/github|git\+https://github\.com)/[\w.-]+/[\w.-]+", rf"\1/{REPOSITORY}", text
-    )
+    own = r"(github(?:\.com)?)/[\w.-]+/[\w.-]+(?=/blob/main/(?:colab|docs)/)|(git\+https://github\.com)/[\w.-]+/[\w.-]+"
+    return re.sub(own, lambda match: f"{match[1] or match[2]}/{REPOSITORY}", text)
 
 
 def notebook(text: str) -> str:
