@@ -23,10 +23,11 @@
 #
 # 1. looks for a TPU, a GPU or only a CPU, and picks sizes;
 # 2. reads a checkpoint of the Hugging Face hub, or a tiny one that comes with the package and needs no network;
-# 3. tunes three tenants in the same steps, one of them a second time with LoRA, on all devices there are;
-# 4. lets all of them answer in one batch;
-# 5. draws the losses and the vectors;
-# 6. saves the adapters, LoRA's as Hugging Face's PEFT reads it.
+# 3. plans: says whether tuning fits a TPU's memory;
+# 4. tunes three tenants in the same steps, one of them a second time with LoRA, on all devices there are;
+# 5. lets all of them answer in one batch;
+# 6. draws the losses and the vectors;
+# 7. saves the adapters, LoRA's as Hugging Face's PEFT reads it.
 #
 # On a CPU with two cores and the tiny model it takes about two minutes.
 
@@ -103,6 +104,29 @@ LORA = f"{TENANTS[-1]}-lora"  # the last tenant's rows once more, for LoRA
 train[LORA], held_out[LORA] = train[TENANTS[-1]], held_out[TENANTS[-1]]
 for name in TENANTS:
     print(f"{name:9} {train[name][0].prompt!r} -> {train[name][0].response!r}")
+
+# %% [markdown]
+# ## Will it fit?
+#
+# `para-jax plan` compiles the tuning step for TPU chips that need not be there, and says what it takes of their memory,
+# and estimates how fast it is. Its compiler is libtpu, which comes with `para-jax[tpu]`. Without a TPU it plans for
+# Colab's, a single v5e chip.
+
+# %%
+CHIPS = {"TPU v5 lite": "v5e", "TPU v6 lite": "v6e"}  # what Colab has
+SLICES = {1: "1x1", 4: "2x2", 8: "2x4"}
+longest = max(len(example) for rows in train.values() for example in rows)
+
+if importlib.util.find_spec("libtpu") is None:
+    print("no plan: libtpu, the compiler for TPUs, is not installed (pip install 'para-jax[tpu]', on Linux)")
+elif platform == "tpu" and (devices[0].device_kind not in CHIPS or len(devices) not in SLICES):
+    print(f"no plan: {len(devices)} x {devices[0].device_kind} is no slice that is planned here; see docs/plan.md")
+else:
+    topology = f"{CHIPS[devices[0].device_kind]}:{SLICES[len(devices)]}" if platform == "tpu" else "v5e:1x1"
+    job = ["--model", MODEL, "--topology", topology, "--tenants", len(train), "--rows", ROWS, "--length", longest]
+    command = [sys.executable, "-m", "para_jax", "plan", *map(str, job)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    print(done.stdout or done.stderr)
 
 # %% [markdown]
 # ## Tuning

@@ -3,6 +3,7 @@
 import base64
 import json
 import runpy
+from importlib.util import find_spec
 from pathlib import Path
 
 import jupytext
@@ -46,6 +47,7 @@ def test_para_finetune(tmp_path, monkeypatch):
     pictures = [base64.b64decode(o.data["image/png"]) for o in outputs if "image/png" in o.get("data", {})]
     assert len(pictures) == 4 and all(p.startswith(b"\x89PNG") and len(p) > 10_000 for p in pictures)
     text = "".join(o.text for o in outputs if o.output_type == "stream" and o.name == "stdout")
+    assert "no plan: libtpu" in text if find_spec("libtpu") is None else "fits v5e:1x1" in text
     accuracy = {line.split()[0]: int(line.split()[1][:-1]) for line in text.splitlines() if line.endswith("%")}
     assert set(accuracy) == {"mood", "place", "question", "question-lora"}
     assert accuracy["place"] > 80 and accuracy["question"] > 80 and min(accuracy.values()) > 45
