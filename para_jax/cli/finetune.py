@@ -1,8 +1,9 @@
 """Tune several tenants together on one frozen backbone.
 
 Every step takes rows of every tenant; each has its own loss, gradient clipping, learning rate, schedule and number
-of steps, and ends where it would have ended alone. OUT then holds NAME/ with each tenant's adapter, loss.png,
-metrics.jsonl, run.json and checkpoints/. Ctrl-C saves; --resume goes on as if nothing had happened.
+of steps, and ends where it would have ended alone. OUT then holds NAME/ with each tenant's adapter, report.html and
+report.json, loss.png, metrics.jsonl, run.json and checkpoints/. Ctrl-C saves; --resume goes on as if nothing had
+happened.
 
   para-jax finetune --tenant mail=mail.jsonl --tenant faq=faq.jsonl --steps 500 --lr 3e-3 --out runs/first
 
@@ -111,6 +112,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     tuning.add_argument("--checkpoint-every", type=int, default=500, metavar="N", help="steps (default: 500)")
     tuning.add_argument("--keep-checkpoints", type=int, default=2, metavar="N", help="the newest (default: 2)")
 
+    watching = parser.add_argument_group("watching")
+    watching.add_argument(
+        "--log",
+        choices=("tensorboard", "wandb"),
+        action="append",
+        default=[],
+        help="write every step's losses to OUT/tensorboard, or to Weights & Biases; repeat for both",
+    )
+    watching.add_argument(
+        "--profile",
+        type=int,
+        nargs="?",
+        const=5,
+        default=0,
+        metavar="N",
+        help="trace N steps (5 without a number), after those that compile, into OUT/profile, which xprof opens",
+    )
+
 
 def run(args: argparse.Namespace) -> int:
     sources = common.pairs(args.tenant, "--tenant")
@@ -120,6 +139,7 @@ def run(args: argparse.Namespace) -> int:
     from para_jax.convert.tokenizer import with_chat_template
     from para_jax.data.examples import read_examples
     from para_jax.data.order import read_mixture
+    from para_jax.training.loggers import Loggers
     from para_jax.training.loop import finetune, steps_of
     from para_jax.training.optimizer import Settings
 
@@ -149,8 +169,10 @@ def run(args: argparse.Namespace) -> int:
     templates = common.per_tenant(args.chat_template, "--chat-template", names, template_file)
     prompts = common.per_tenant(args.template, "--template", names, str)
 
-    backbone, tokenizer = common.load_model(args)
     show = partial(print, flush=True)
+    # Raises for a package that is missing, before the model is read.
+    loggers = Loggers(args.log, args.out, args.profile, show)
+    backbone, tokenizer = common.load_model(args)
     # Raises for a target that is none, before the data is read.
     sizes = {n: f"{config.method} {config.size(backbone.config):,}" for n, config in configs.items()}
     length = min(args.max_length or backbone.config.max_position_embeddings, backbone.config.max_position_embeddings)
@@ -171,28 +193,30 @@ def run(args: argparse.Namespace) -> int:
         f"{len(names)} tenants, {rows:,} rows; backbone {backbone.config.size / 1e6:.1f}M parameters{mesh}, "
         f"a tenant's adapter {' or '.join(dict.fromkeys(sizes.values()))}"
     )
-    finetune(
-        backbone,
-        AdapterBank.create(configs, backbone.config, args.seed),
-        examples,
-        settings,
-        args.out,
-        dev=dev,
-        rows=args.rows,
-        micro_batches=args.micro_batches,
-        tenants_per_step=args.tenants_per_step,
-        spread=args.spread_tenants,
-        seed=args.seed,
-        checkpoint_every=args.checkpoint_every,
-        keep=args.keep_checkpoints,
-        resume=args.resume,
-        overwrite=args.overwrite,
-        remat=args.remat,
-        chat_templates=templates,
-        show=show,
-    )
+    with loggers:
+        finetune(
+            backbone,
+            AdapterBank.create(configs, backbone.config, args.seed),
+            examples,
+            settings,
+            args.out,
+            dev=dev,
+            rows=args.rows,
+            micro_batches=args.micro_batches,
+            tenants_per_step=args.tenants_per_step,
+            spread=args.spread_tenants,
+            seed=args.seed,
+            checkpoint_every=args.checkpoint_every,
+            keep=args.keep_checkpoints,
+            resume=args.resume,
+            overwrite=args.overwrite,
+            remat=args.remat,
+            chat_templates=templates,
+            show=show,
+            loggers=loggers,
+        )
     some = ", ".join(names) if len(names) <= 10 else f"{len(names)} adapters"
-    show(f"saved {some} and loss.png in {args.out}")
+    show(f"saved {some} and report.html in {args.out}")
     return 0
 
 

@@ -21,11 +21,14 @@ from para_jax.errors import ParaJaxError
 from para_jax.training.optimizer import Settings
 
 RUN, METRICS, PLOT, CHECKPOINTS = "run.json", "metrics.jsonl", "loss.png", "checkpoints"
+REPORT, REPORT_PAGE = "report.json", "report.html"
+TENSORBOARD, WANDB, PROFILE = "tensorboard", "wandb", "profile"
+TAKEN = (RUN, METRICS, PLOT, CHECKPOINTS, REPORT, REPORT_PAGE, TENSORBOARD, WANDB, PROFILE)
 
 
 def check_name(name: str) -> None:
     """Raises ParaJaxError unless a tenant's name can be a folder's beside the run's own files."""
-    if not name or name != Path(name).name or name.startswith(".") or name in (RUN, METRICS, PLOT, CHECKPOINTS):
+    if not name or name != Path(name).name or name.startswith(".") or name in TAKEN:
         raise ParaJaxError(f"tenant name {name!r} cannot be a folder's name; choose another")
 
 

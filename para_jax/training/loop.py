@@ -25,6 +25,7 @@ from para_jax.training.memory import explained
 from para_jax.training.metrics import MetricsFile, Progress, plot_losses, read_metrics
 from para_jax.training.optimizer import Settings
 from para_jax.training.places import NOTHING, Layout, Schedule, in_order
+from para_jax.training.report import write_report
 from para_jax.training.signals import Interrupted, stop_signals
 from para_jax.training.step import TrainState, stack_settings, train_step
 from para_jax.training.watch import Watch, Watched, dev_losses
@@ -57,8 +58,8 @@ def finetune(
     Args:
       bank: the adapters to begin with.
       examples, settings: for each tenant.
-      out: a folder; afterwards it holds NAME/ with each tenant's adapter, metrics.jsonl, loss.png, run.json and
-        checkpoints/.
+      out: a folder; afterwards it holds NAME/ with each tenant's adapter, metrics.jsonl, loss.png, report.html,
+        report.json, run.json and checkpoints/.
       dev: rows that a tenant does not learn from, for some or all tenants. Of a tenant with dev rows the adapter that
         was best on them is kept, and written as soon as it is found; `Settings` says when to look, and when to stop.
       rows: each tenant's rows in a step, in `micro_batches` parts whose gradients are summed in float32.
@@ -160,7 +161,8 @@ def finetune(
         while (homes := schedule.turn(taken, resting(done))) is not None:
             batch, tokens = _batch(layout, homes, examples, seed, taken)
             slots = layout.slots(state.bank, homes)
-            with explained(backbone, layout, homes, remat):
+            named = jax.profiler.StepTraceAnnotation("train", step_num=done + 1)
+            with named, explained(backbone, layout, homes, remat):
                 state, values = train_step(
                     backbone, state, rules, batch, slots, shards=layout.shards, remat=remat, seed=seed
                 )
@@ -192,7 +194,9 @@ def finetune(
         checkpoints.save(done, state, beside())
         checkpoints.wait()
     if first():
-        plot_losses(read_metrics(out / METRICS), out / PLOT, f"{len(names)} tenants tuned on one backbone")
+        lines = read_metrics(out / METRICS)
+        plot_losses(lines, out / PLOT, f"{len(names)} tenants tuned on one backbone")
+        write_report(out, lines, backbone, state.bank, settings, watch.known, taken, failed, progress)
     if not finished:
         raise Interrupted(done, preempted=stop.kind == signal.SIGTERM or jax.process_count() > 1)
     _complete(out, state.bank, watch, failed, save)

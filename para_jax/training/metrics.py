@@ -54,12 +54,15 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class Progress:
-    """Prints how far a run is: step, tokens a second, time left, and each tenant's loss."""
+    """Prints how far a run is: step, tokens a second, time left, and each tenant's loss.
+
+    `steps`, `tokens` and `seconds` are those of this process behind its first step, which compiles.
+    """
 
     def __init__(self, done: int, show: Callable[[str], None], every: float = 5.0):
         self.show, self.every = show, every
         self.began = self.shown = time.monotonic()
-        self.first, self.tokens = done, 0
+        self.first, self.tokens, self.steps, self.seconds = done, 0, 0, 0.0
         self.compiling = True
 
     def update(self, step: int, total: int, tokens: int, losses: dict[str, float]) -> None:
@@ -70,12 +73,12 @@ class Progress:
             self.compiling, self.began, self.first = False, now, step
             tokens = 0
         self.tokens += tokens
+        self.seconds, self.steps = now - self.began, step - self.first
         if now - self.shown < self.every and step < total:
             return
         self.shown = now
-        elapsed, steps = now - self.began, step - self.first
-        rate = f"{self.tokens / elapsed:,.0f} tokens/s" if steps else "compiled"
-        left = f"{duration(elapsed / steps * (total - step))} left" if steps else ""
+        rate = f"{self.tokens / self.seconds:,.0f} tokens/s" if self.steps else "compiled"
+        left = f"{duration(self.seconds / self.steps * (total - step))} left" if self.steps else ""
         worst = sorted(losses.items(), key=lambda item: -item[1])
         shown = "  ".join(f"{name} {loss:.3f}" for name, loss in (worst[:6] if len(worst) > 6 else losses.items()))
         more = f"  and {len(worst) - 6} lower" if len(worst) > 6 else ""

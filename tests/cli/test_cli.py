@@ -37,6 +37,9 @@ def tuned(tmp_path_factory):
         "globex=0.02",
         "--r",
         "4",
+        "--log",
+        "tensorboard",
+        "--profile",
         "--out",
         str(out),
     ]
@@ -69,6 +72,9 @@ def test_finetune_writes_what_it_says(tuned):
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert lines[0]["lr"]["acme"] == pytest.approx(5 * lines[0]["lr"]["globex"])
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert set(json.loads((out / "report.json").read_text())["tenants"]) == {"acme", "globex"}
+    assert (out / "report.html").read_text().startswith("<!doctype html>")
+    assert list((out / "tensorboard").iterdir())
 
 
 def test_evaluate(tuned, tmp_path, capsys):
@@ -150,6 +156,7 @@ def test_mistakes(tuned, tmp_path, capsys):
     assert "unknown tenant in --lr 'b'" in finetune(*one, "--lr", "b=1")
     assert "takes int or NAME=int" in finetune(*one, "--steps", "many")
     assert "lr and max_grad_norm must be above 0" in finetune(*one, "--lr", "0")
+    assert "a profile is of 1 step or more, not -1" in finetune(*one, "--profile", "-1")
     assert "cannot be split" in finetune(*one, "--rows", "3", "--micro-batches", "2")
     assert "cannot be a folder's name" in finetune("--tenant", f"../b={good}")
     assert "longer than 4 tokens" in finetune(*one, "--max-length", "4")

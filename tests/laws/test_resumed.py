@@ -36,8 +36,9 @@ def command(tmp_path, out, *more):
 
 
 def results(out):
+    """All but what tells of time and memory, and pictures."""
     files = [p for p in out.rglob("*") if p.is_file() and "checkpoints" not in p.parts and p.suffix != ".png"]
-    return {str(p.relative_to(out)): p.read_bytes() for p in files}
+    return {str(p.relative_to(out)): p.read_bytes() for p in files if p.stem != "report"}
 
 
 def start(arguments):

@@ -1,0 +1,61 @@
+"""The notebooks: both halves of a pair say the same, and they run from the first cell to the last."""
+
+import base64
+import json
+import runpy
+from importlib.util import find_spec
+from pathlib import Path
+
+import jupytext
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+COLAB = Path(__file__).parents[2] / "colab"
+PAIR = runpy.run_path(str(COLAB / "pair.py"))
+NOTEBOOKS = [path.stem for path in PAIR["sources"]()]
+
+
+def test_the_pairs_are_known():
+    assert "para_finetune" in NOTEBOOKS
+    assert sorted(path.stem for path in COLAB.glob("*.ipynb")) == NOTEBOOKS, "each has its .py"
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_both_halves_say_the_same(name):
+    text, paired = (COLAB / f"{name}.py").read_text(), (COLAB / f"{name}.ipynb").read_text()
+    assert paired == PAIR["notebook"](text), "run python colab/pair.py"
+    again = jupytext.writes(jupytext.reads(paired, fmt="ipynb"), fmt="py:percent")
+    assert again.partition("\n# %%")[2] == text.partition("\n# %%")[2], "the .ipynb gives the .py back"
+    nbformat.validate(nbformat.reads(paired, as_version=4))
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_the_badge_opens_this_notebook(name):
+    text = (COLAB / f"{name}.py").read_text()
+    here = f"https://colab.research.google.com/github/{PAIR['REPOSITORY']}/blob/main/colab/{name}.ipynb"
+    assert f"]({here})" in text and PAIR["addressed"](text) == text, "run python colab/pair.py"
+
+
+@pytest.mark.slow
+def test_para_finetune(tmp_path, monkeypatch):
+    monkeypatch.delenv("MPLBACKEND", raising=False)  # pictures go into the notebook
+    notebook = nbformat.read(COLAB / "para_finetune.ipynb", as_version=4)
+    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
+
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    pictures = [base64.b64decode(o.data["image/png"]) for o in outputs if "image/png" in o.get("data", {})]
+    assert len(pictures) == 4 and all(p.startswith(b"\x89PNG") and len(p) > 10_000 for p in pictures)
+    text = "".join(o.text for o in outputs if o.output_type == "stream" and o.name == "stdout")
+    assert "no plan: libtpu" in text if find_spec("libtpu") is None else "fits v5e:1x1" in text
+    accuracy = {line.split()[0]: int(line.split()[1][:-1]) for line in text.splitlines() if line.endswith("%")}
+    assert set(accuracy) == {"mood", "place", "question", "question-lora"}
+    assert accuracy["place"] > 80 and accuracy["question"] > 80 and min(accuracy.values()) > 45
+    first = text.partition("The vexed maid runs to the prison at this moment.")[2].splitlines()[1:6]
+    assert [line.split()[0] for line in first] == ["(bare", "mood", "place", "question", "question-lora"]
+    assert len({line[19:] for line in first}) >= 4, "tenants answer differently"
+
+    lora = json.loads((tmp_path / "para-finetune-adapters" / "question-lora" / "adapter_config.json").read_text())
+    assert lora["peft_type"] == "LORA" and (tmp_path / "para-finetune-adapters.zip").is_file()
+    report = json.loads((tmp_path / "para-finetune" / "report.json").read_text())
+    assert {tenant["state"] for tenant in report["tenants"].values()} == {"done"}
