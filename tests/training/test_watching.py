@@ -112,7 +112,6 @@ def leveldb_log(file):
 
 
 def test_weights_and_biases(backbone, tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
     from wandb.proto import wandb_internal_pb2 as records
 
     monkeypatch.setenv("WANDB_MODE", "offline")
