@@ -27,6 +27,7 @@ from para_jax.memory import keep_freed_memory
 from para_jax.sharding import auto_mesh, make_mesh
 from para_jax.training.loggers import Loggers
 from para_jax.training.loop import finetune
+from para_jax.training.signals import Interrupted
 
 
 def main() -> None:
@@ -124,3 +125,7 @@ if __name__ == "__main__":
         main()
     except ParaJaxError as error:
         raise SystemExit(f"finetune.py: {error}") from None
+    except Interrupted as stop:
+        print(f"finetune.py: {stop}")
+        # A machine that is taken away is no failure: whoever started the run starts it again.
+        raise SystemExit(0 if stop.preempted else 130) from None

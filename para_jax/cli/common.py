@@ -31,8 +31,8 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """--model, --dtype, --quantize, and on which devices of which processes."""
+def add_model(parser: argparse.ArgumentParser, processes: bool = True) -> None:
+    """--model, --dtype, --quantize, --mesh, and with `processes` which one of several this is."""
     add_checkpoint(parser)
     parser.add_argument(
         "--dtype",
@@ -47,6 +47,15 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         help="devices to split the model and the rows over: data=2,fsdp=4,tensor=2 (default: all "
         "accelerators, as suits the model)",
     )
+    parser.set_defaults(coordinator=None, processes=None, process=None)
+    if processes:
+        _add_processes(parser)
+    parser.add_argument(
+        "--quantize", choices=("int8", "int4"), help="the layers' weights in few bits, for small accelerators"
+    )
+
+
+def _add_processes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--coordinator",
         metavar="HOST:PORT",
@@ -54,9 +63,6 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--processes", type=int, metavar="N", help="with --coordinator: how many there are")
     parser.add_argument("--process", type=int, metavar="I", help="with --coordinator: which this is, from 0")
-    parser.add_argument(
-        "--quantize", choices=("int8", "int4"), help="the layers' weights in few bits, for small accelerators"
-    )
 
 
 def add_adapters(parser: argparse.ArgumentParser) -> None:
@@ -152,6 +158,13 @@ def check_new(path: str | None, overwrite: bool) -> None:
     """Raises ParaJaxError if the file for --json exists and is not to be replaced."""
     if path and Path(path).exists() and not overwrite:
         raise ParaJaxError(f"{path} exists; choose another --json or pass --overwrite")
+
+
+def row_length(asked: int | None, config: BackboneConfig) -> int:
+    """The most tokens of a row: as many as --max-length says, and the backbone's context holds."""
+    if asked is not None and asked < 2:
+        raise ParaJaxError(f"--max-length must be at least 2, a prompt's token and a response's, not {asked}")
+    return min(asked or config.max_position_embeddings, config.max_position_embeddings)
 
 
 def pairs(values: Sequence[str], option: str) -> dict[str, str]:

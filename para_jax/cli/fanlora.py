@@ -26,7 +26,7 @@ SETTING, SCORES, PICTURE = "fanlora.json", "scores.json", "importance.png"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    common.add_model(parser)
+    common.add_model(parser, processes=False)
     parser.add_argument("--adapter", metavar="DIR", required=True, help="LoRA of all linear modules, tuned")
     parser.add_argument(
         "--data",
@@ -137,7 +137,7 @@ def held_out(args: argparse.Namespace, tokenizer: Any, shape: Any) -> list[Examp
 
     if args.rows < 1:
         raise ParaJaxError(f"--rows must be at least 1, not {args.rows}")
-    length = min(args.max_length or shape.max_position_embeddings, shape.max_position_embeddings)
+    length = common.row_length(args.max_length, shape)
     examples: list[Example] = []
     for source in args.data:
         rows = read_rows(source, args.template, args.data_dir)

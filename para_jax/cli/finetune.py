@@ -35,8 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_model(parser)
     common.add_tenants(parser, more=", or several with weights, 0.7*SOURCE+0.3*SOURCE")
     parser.add_argument("--out", metavar="DIR", required=True, help="folder for adapters, checkpoints and metrics")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out, if there is one")
-    parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument("--resume", action="store_true", help="go on with the run in --out, if there is one")
+    existing.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
 
     method = parser.add_argument_group("method")
     method.add_argument(
@@ -79,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ):
         tuning.add_argument(name, metavar=metavar, action="append", default=[], help=text)
     tuning.add_argument(
-        "--tenants-per-step", type=int, metavar="N", help="how many have their turn at once (default: all)"
+        "--tenants-per-step", type=int, metavar="N", help="the most that have their turn at once (default: all)"
     )
     tuning.add_argument(
         "--spread-tenants",
@@ -175,7 +176,7 @@ def run(args: argparse.Namespace) -> int:
     backbone, tokenizer = common.load_model(args)
     # Raises for a target that is none, before the data is read.
     sizes = {n: f"{config.method} {config.size(backbone.config):,}" for n, config in configs.items()}
-    length = min(args.max_length or backbone.config.max_position_embeddings, backbone.config.max_position_embeddings)
+    length = common.row_length(args.max_length, backbone.config)
     eos = backbone.config.eos_token_ids
 
     def how(name: str) -> dict[str, Any]:

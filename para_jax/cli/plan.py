@@ -110,7 +110,11 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
     method = method_configs(["tenant"], [args.method], args.option)["tenant"]
     method.size(config)  # raises for a target that is none
     usual = 2048 if args.mode == "train" else 1024
-    length = args.length or min(usual, config.max_position_embeddings // (1 if args.mode == "train" else 2))
+    length = (
+        args.length
+        if args.length is not None
+        else min(usual, config.max_position_embeddings // (1 if args.mode == "train" else 2))
+    )
     text = args.rows or ROWS[args.mode]
     if not all(part.isdigit() for part in text.split(",")):
         raise ParaJaxError(f"--rows takes a number, or several with commas, not {text!r}")

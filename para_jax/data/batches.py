@@ -1,8 +1,8 @@
-"""Padded batches in which every tenant has the same number of rows, as a pure function of the step."""
+"""Padded batches in which every tenant has the same number of rows."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -12,7 +12,6 @@ import numpy as np
 
 from para_jax.backbones.ragged import Line
 from para_jax.data.examples import Example
-from para_jax.data.order import order
 
 if TYPE_CHECKING:
     from jaxtyping import Int
@@ -80,25 +79,6 @@ def bucket(size: int, least: int = 16, parts: int = 2) -> int:
     while 2 * least < size:
         least *= 2
     return next(n for n in range(least, 2 * least + 1, max(1, least // parts)) if n >= size)
-
-
-def step_batch(
-    examples: Mapping[str, Sequence[Example]], seed: int, step: int, rows: int, micro_batches: int = 1
-) -> Batch:
-    """The batch of a step in which every tenant takes its step of that number, in the order of `examples`."""
-    places = range(step * rows, (step + 1) * rows)
-    picked = [[own[i] for i in order(seed, name, own, places)] for name, own in examples.items()]
-    return pad(divided(picked, micro_batches))
-
-
-def divided(tenants: Sequence[Sequence[Example]], micro_batches: int) -> list[list[Sequence[Example]]]:
-    """Each tenant's rows in so many equal parts, by part and tenant.
-
-    >>> divided(["abcd", "efgh"], 2)
-    [['ab', 'ef'], ['cd', 'gh']]
-    """
-    share = len(tenants[0]) // micro_batches
-    return [[list_of[a * share : (a + 1) * share] for list_of in tenants] for a in range(micro_batches)]
 
 
 def pad(parts: Sequence[Sequence[Sequence[Example]]], groups: int = 1) -> Batch:

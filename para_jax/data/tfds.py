@@ -14,6 +14,7 @@ import numpy as np
 
 from para_jax.data.table import Table, check_split
 from para_jax.data.templates import shipped
+from para_jax.distributed import first, told
 from para_jax.errors import ParaJaxError, unknown
 
 # Where builders are that register themselves only when they are imported.
@@ -34,8 +35,15 @@ def table(source: str, data_dir: str | Path | None = None) -> Table:
     split = split or "train"
     root = Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
     builder = builder_of(name, root)
-    if not builder.data_path.exists():
-        _prepare(builder, name)
+    # Of several processes the first one prepares, and its failure is everyone's.
+    problem = b""
+    if first() and not builder.data_path.exists():
+        try:
+            _prepare(builder, name)
+        except ParaJaxError as error:
+            problem = str(error).encode()
+    if message := told(problem).decode():
+        raise ParaJaxError(message)
     if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
         raise ParaJaxError(
             f"{builder.data_path} was prepared as {builder.info.file_format.value}, but only array_record is read; "

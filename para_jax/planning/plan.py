@@ -10,7 +10,7 @@ from para_jax.planning.chips import Chip, Topology
 from para_jax.planning.compiling import Program
 from para_jax.planning.hlo import total
 from para_jax.planning.job import Job
-from para_jax.planning.programs import backbone_shapes, compile_job
+from para_jax.planning.programs import backbone_shapes, check, compile_job
 from para_jax.planning.roofline import assumptions, estimate
 from para_jax.planning.search import Candidate, candidate, candidates, remedies
 from para_jax.planning.topology import devices as devices_of
@@ -45,6 +45,8 @@ def plan(
         found = candidates(jobs, devices, chip)
     else:
         at = make_mesh(mesh, devices)
+        for job in jobs:
+            check(job, at)
         found = sorted((candidate(job, at, chip) for job in jobs), key=lambda one: one.guess)
     tried = _tried(found, chip, tries, show)
     fitting = [one for one in tried if one["fits"]]

@@ -92,13 +92,13 @@ class Checkpoints:
                 f"the checkpoint of step {step} could not be written to {self.folder} ({reason}); {kept}"
             ) from error
 
-    def restore(self, like: Any) -> tuple[Any, dict[str, Any]]:
-        """The newest state, bit for bit, in the structure and on the devices of `like`, and what was kept beside it.
+    def restore(self, like: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
+        """A state, the newest unless `step` says which, as and where `like` is, and what was kept beside it.
 
         An array that is longer or shorter in its first axis than that of `like` comes back as it was saved, whole on
         every device.
         """
-        named, step = _named(like), self.latest()
+        named, step = _named(like), self.latest() if step is None else step
         about = self._checkpointer.metadata(step)
 
         def wanted(name: str, x: jax.Array) -> jax.ShapeDtypeStruct:

@@ -11,12 +11,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from para_jax.adapters.bank import AdapterBank
 from para_jax.adapters.files import base_sizes
 from para_jax.backbones.decoder import Backbone
 from para_jax.data.examples import Example
 from para_jax.data.order import Mixture
-from para_jax.distributed import first, told
+from para_jax.distributed import first, told, whole
 from para_jax.errors import ParaJaxError
 from para_jax.training.optimizer import Settings
 
@@ -62,7 +64,17 @@ def describe(
         }
         for name in examples
     }
-    run = {"rows": rows, "micro_batches": micro_batches, "seed": seed, "dtype": str(backbone.dtype)}
+    # Enough of the weights to tell a model from another of its sizes, wherever its folder is.
+    some = whole((backbone.norm[...], backbone.embed[...][:8]), backbone.mesh)
+    weights = hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in some)).hexdigest()
+    run = {
+        "rows": rows,
+        "micro_batches": micro_batches,
+        "seed": seed,
+        "dtype": str(backbone.dtype),
+        "quantize": backbone.quantize,
+        "weights_sha256": weights,
+    }
     return json.loads(json.dumps({"tenants": tenants, **run, "base_model": base_sizes(backbone.config)}))
 
 
@@ -75,7 +87,7 @@ def claim(out: Path, description: dict[str, Any], resume: bool, overwrite: bool)
     if first():
         try:
             _claim(out, description, resume, overwrite)
-        except ParaJaxError as error:
+        except (ParaJaxError, OSError, ValueError) as error:
             problem = str(error).encode()
     if message := told(problem).decode():
         raise ParaJaxError(message)

@@ -10,21 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from para_jax.adapters.bank import Adapter, AdapterBank
 from para_jax.adapters.files import save_adapter
 from para_jax.backbones.decoder import Backbone, Remat, default_remat
 from para_jax.data.examples import Example, check_ids
-from para_jax.data.order import order
-from para_jax.distributed import Flag, barrier, first, whole
+from para_jax.distributed import Flag, barrier, first, told, whole
 from para_jax.errors import ParaJaxError
 from para_jax.training.checkpoints import Checkpoints
 from para_jax.training.folder import CHECKPOINTS, METRICS, PLOT, check_name, claim, describe
 from para_jax.training.memory import explained
 from para_jax.training.metrics import MetricsFile, Progress, plot_losses, read_metrics
 from para_jax.training.optimizer import Settings
-from para_jax.training.places import NOTHING, Layout, Schedule, in_order
+from para_jax.training.places import Layout, Schedule, in_order
 from para_jax.training.report import write_report
 from para_jax.training.signals import Interrupted, stop_signals
 from para_jax.training.step import TrainState, stack_settings, train_step
@@ -90,6 +88,14 @@ def finetune(
         if not examples[name]:
             raise ParaJaxError(f"tenant {name!r} has no rows to learn from")
         check_ids([*examples[name], *looked_at.get(name, ())], backbone.config.vocab_size)
+    if resume and overwrite:
+        raise ParaJaxError("resume goes on with a run and overwrite replaces it; give one of them")
+    if checkpoint_every < 1 or keep < 1:
+        raise ParaJaxError(f"checkpoint_every and keep must be at least 1, not {checkpoint_every} and {keep}")
+    if not looked_at and any(s.eval_every or s.patience for s in settings.values()):
+        raise ParaJaxError("eval_every and patience are of dev rows, and no tenant has any; give dev rows")
+    if tenants_per_step is None and any(s.weight != 1 for s in settings.values()):
+        raise ParaJaxError("weights say whose turn it is, and every tenant is in every step; set tenants_per_step")
     if jax.process_count() > 1 and backbone.mesh is None:
         raise ParaJaxError("several processes need a mesh over all of their devices; load the backbone with mesh=...")
     layout = Layout.of(backbone.mesh, len(names), rows, micro_batches, spread)
@@ -102,7 +108,7 @@ def finetune(
     del bank  # the state has a copy; nobody else may need these
     watch = Watch(settings, {name: Watched() for name in looked_at})
     taken, failed = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
-    show = show if first() else lambda line: None
+    show, loggers = show if first() else lambda line: None, tuple(loggers)
 
     def resting(step: int) -> set[str]:
         # That a tenant failed is known one step late; a resumed run, which knows it at once, waits as long.
@@ -121,10 +127,11 @@ def finetune(
 
     with ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(out / CHECKPOINTS, keep))
-        stop, told = stack.enter_context(stop_signals()), Flag(layout.mesh)
-        done = checkpoints.latest() or 0
+        stop, flag = stack.enter_context(stop_signals()), Flag(layout.mesh)
+        # What the first process sees: another's view of a shared folder may be older.
+        done = int(told(str(checkpoints.latest() or 0).encode()))
         if done:
-            saved, known = checkpoints.restore(state)
+            saved, known = checkpoints.restore(state, done)
             state = state.arranged(saved, known["slots"], layout.mesh, layout.shards)
             watch.load(known["watch"])
             counts = whole((state.taken, state.failed_at), layout.mesh)
@@ -159,25 +166,25 @@ def finetune(
 
         stopping = False
         while (homes := schedule.turn(taken, resting(done))) is not None:
-            batch, tokens = _batch(layout, homes, examples, seed, taken)
+            batch, tokens = layout.step_batch(homes, examples, seed, taken)
             slots = layout.slots(state.bank, homes)
             named = jax.profiler.StepTraceAnnotation("train", step_num=done + 1)
             with named, explained(backbone, layout, homes, remat):
                 state, values = train_step(
                     backbone, state, rules, batch, slots, shards=layout.shards, remat=remat, seed=seed
                 )
-            report()
-            pending, done = (done + 1, homes, tokens, values), done + 1
-            turn = [name for home in homes for name in home if name is not None]
-            taken |= {name: taken[name] + 1 for name in turn}
-            # Whoever fails in this very step is looked at too: it is not known yet, and its loss is never the best.
-            due = {name for name in turn if watch.due(name, taken[name])}
-            looks: dict[str, float] = {}
-            if due:
-                asked = [[name if name in due else None for name in home] for home in homes]
-                looks = dev_losses(backbone, state.bank, layout, asked, looked_at)
+                report()
+                pending, done = (done + 1, homes, tokens, values), done + 1
+                turn = [name for home in homes for name in home if name is not None and not failed[name]]
+                taken |= {name: taken[name] + 1 for name in turn}
+                # Whoever fails in this very step is looked at too, with the weights it had before: nobody knows yet.
+                due = {name for name in turn if watch.due(name, taken[name])}
+                looks: dict[str, float] = {}
+                if due:
+                    asked = [[name if name in due else None for name in home] for home in homes]
+                    looks = dev_losses(backbone, state.bank, layout, asked, looked_at)
             better = [name for name, loss in looks.items() if watch.look(name, loss, taken[name])]
-            stopping = told.raised(stop.kind is not None)
+            stopping = flag.raised(stop.kind is not None)
             saving = stopping or done % checkpoint_every == 0
             ended = [name for name in turn if taken[name] == settings[name].steps and name not in looked_at]
             if due or ended or saving:
@@ -204,26 +211,6 @@ def finetune(
     return state.bank
 
 
-def _batch(
-    layout: Layout,
-    homes: Sequence[Sequence[str | None]],
-    examples: Mapping[str, Sequence[Example]],
-    seed: int,
-    taken: Mapping[str, int],
-) -> tuple[Any, int]:
-    """The batch of a step, and how many tokens it has."""
-
-    def of(name: str | None) -> list[Example]:
-        if name is None:
-            return [NOTHING] * layout.rows
-        own, places = examples[name], range(taken[name] * layout.rows, (taken[name] + 1) * layout.rows)
-        return [own[i] for i in order(seed, name, own, places)]
-
-    parts = layout.parts([[of(name) for name in home] for home in homes])
-    tokens = sum(len(e) for part in parts for some in part for e in some if e is not NOTHING)
-    return layout.batch(parts), tokens
-
-
 def _complete(
     out: Path, bank: AdapterBank, watch: Watch, failed: Mapping[str, int], save: Callable[[str, Adapter], None]
 ) -> None:
@@ -234,12 +221,18 @@ def _complete(
     for name in failed:
         if name not in watch.known and not failed[name]:
             save(name, bank[name])
-    for name, of in watch.known.items():
-        if math.isfinite(of.loss) and first() and not (out / name).is_dir():
-            raise ParaJaxError(
-                f"{out / name} is gone: it held {name}'s best adapter, of its step {of.step}, which no checkpoint has; "
-                "run again with --overwrite"
-            )
+    gone = [name for name, of in watch.known.items() if math.isfinite(of.loss) and not (out / name).is_dir()]
+    if name := told(",".join(gone).encode()).decode().split(",")[0]:
+        raise ParaJaxError(
+            f"{out / name} is gone: it held {name}'s best adapter, of its step {watch.known[name].step}, which no "
+            "checkpoint has; run again with --overwrite"
+        )
+    blind = [name for name, of in watch.known.items() if math.isinf(of.loss) and not failed[name]]
+    if blind:
+        raise ParaJaxError(
+            f"the loss of {', '.join(blind[:5])} on dev rows was never a number, so no adapter was kept; look at these "
+            "rows, or try a lower --lr. The others are done and saved"
+        )
     broken = {name: step for name, step in failed.items() if step}
     if broken:
         listed = ", ".join(f"{name} (step {step})" for name, step in list(broken.items())[:5])
@@ -252,9 +245,11 @@ def _complete(
 
 
 def steps_of(epochs: float, examples: int, rows: int) -> int:
-    """The steps in which so many examples are seen so often.
+    """The steps in which so many examples are seen so often. Raises ParaJaxError unless that is more than never.
 
     >>> steps_of(epochs=3, examples=100, rows=16)
     19
     """
-    return max(1, int(np.ceil(epochs * examples / rows)))
+    if not epochs > 0:
+        raise ParaJaxError(f"epochs must be above 0, not {epochs}")
+    return max(1, math.ceil(epochs * examples / rows))

@@ -30,7 +30,7 @@ def explained(
         remedies = [
             "" if remat == "layers" else "--remat layers, which keeps only what enters a layer",
             f"--micro-batches {2 * layout.micro_batches}, which halves what is in flight at once"
-            if layout.rows % (2 * layout.micro_batches) == 0
+            if layout.repeats % 2 == 0
             else "",
             f"--tenants-per-step {max(1, tenants // 2) * layout.shards}" if tenants > 1 else "",
             "" if backbone.quantize else "--quantize int8, which halves the backbone's weights",

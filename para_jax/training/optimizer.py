@@ -65,6 +65,8 @@ class Settings:
             raise ParaJaxError("warmup_ratio must be between 0 and 1, and weight_decay not below 0")
         if not settings.weight > 0 or settings.eval_every < 0 or settings.patience < 0:
             raise ParaJaxError("weight must be above 0, and eval_every and patience not below 0")
+        if settings.patience and not settings.eval_every:
+            raise ParaJaxError("patience counts looks at dev rows; set eval_every, the steps between them")
         return settings
 
     @classmethod

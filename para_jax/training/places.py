@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 from para_jax.adapters.bank import AdapterBank
 from para_jax.data.batches import Batch, pad
 from para_jax.data.examples import Example
+from para_jax.data.order import order
 from para_jax.distributed import placed
 from para_jax.errors import ParaJaxError
 from para_jax.sharding import row_shards
@@ -62,6 +63,8 @@ class Layout:
         if rows < 1 or micro_batches < 1 or rows % micro_batches:
             raise ParaJaxError(f"{rows} rows cannot be split into {micro_batches} equal micro-batches")
         groups, share = row_shards(mesh), rows // micro_batches
+        if spread and groups == 1:
+            raise ParaJaxError("tenants are spread over the data and fsdp axes of a mesh, and there are none")
         if spread is None:
             spread = tenants % groups == 0 or tenants >= 8 * groups or (share % groups > 0 and tenants >= groups)
         if not spread and share % groups:
@@ -78,15 +81,16 @@ class Layout:
         return self.rows // self.micro_batches // (1 if self.shards > 1 else self.groups)
 
     def divided(self, bank: AdapterBank) -> AdapterBank:
-        """The bank with its tenants dealt out to the shards, as many to each as can be, and free slots between them."""
-        if self.shards == 1:
-            return bank
+        """The bank with its tenants dealt out to the shards, as many to each as can be, and free slots between them.
+
+        Tenants stand in the order of their names, so that the order in which they were given means nothing.
+        """
         groups, dealt = [], 0
-        for group in bank.groups:
-            slots = [i for i, name in enumerate(group.names) if name is not None]
+        for group in sorted(bank.groups, key=lambda group: min(name for name in group.names if name is not None)):
+            slots = sorted((name, i) for i, name in enumerate(group.names) if name is not None)
             own = -(-len(slots) // self.shards)
             source: list[int | None] = [None] * (own * self.shards)
-            for turn, slot in enumerate(slots):
+            for turn, (_, slot) in enumerate(slots):
                 source[(dealt + turn) % self.shards * own + turn // self.shards] = slot
             dealt += len(slots)
             names = tuple(None if i is None else group.names[i] for i in source)
@@ -116,6 +120,28 @@ class Layout:
         host = replace(batch, target_count=batch.tokens)
         return replace(jax.tree.map(lambda x: placed(x, rows), host), target_count=counts)
 
+    def step_batch(
+        self,
+        homes: Sequence[Sequence[str | None]],
+        examples: Mapping[str, Sequence[Example]],
+        seed: int,
+        taken: Mapping[str, int],
+    ) -> tuple[Batch, int]:
+        """The batch of a step in which these tenants take the step after those they have taken, and its tokens.
+
+        A tenant's rows depend on `seed`, its name and its steps only (`data.order`).
+        """
+
+        def of(name: str | None) -> list[Example]:
+            if name is None:
+                return [NOTHING] * self.rows
+            own, places = examples[name], range(taken[name] * self.rows, (taken[name] + 1) * self.rows)
+            return [own[i] for i in order(seed, name, own, places)]
+
+        parts = self.parts([[of(name) for name in home] for home in homes])
+        tokens = sum(len(e) for part in parts for some in part for e in some if e is not NOTHING)
+        return self.batch(parts), tokens
+
     def slots(self, bank: AdapterBank, homes: Sequence[Sequence[str | None]]) -> Slots:
         """Where a step's tenants stand in each group of the bank (`training.step.train_step`)."""
         if self.shards == 1:
@@ -144,7 +170,12 @@ class Schedule:
             for i, home in enumerate(self.homes):
                 home += [name for name in group.names[i * own : (i + 1) * own] if name is not None]
         limit = max(map(len, self.homes))
-        self.places = limit if most is None else min(limit, max(1, -(-most // layout.shards)))
+        if most is not None and most < layout.shards:
+            raise ParaJaxError(
+                f"a step cannot hold at most {most} tenants; choose at least {layout.shards}"
+                + (", one for each device that they are spread over" if layout.shards > 1 else "")
+            )
+        self.places = limit if most is None else min(limit, most // layout.shards)
 
     def turn(self, taken: Mapping[str, int], resting: Collection[str]) -> list[list[str | None]] | None:
         """The tenants of the next step by home, None for an empty place; None when all are done.

@@ -15,9 +15,9 @@ from para_jax import LoraConfig, ParaJaxError
 from para_jax.adapters.bank import Adapter, AdapterBank, abstract_layers
 from para_jax.adapters.method import Prompt, config_from_dict
 from para_jax.adjustment import Adjustment
-from para_jax.data.batches import step_batch
 from para_jax.data.examples import Example
 from para_jax.training.optimizer import Settings
+from para_jax.training.places import Layout
 from para_jax.training.step import TrainState, slots_of, stack_settings, train_step
 from tests.helpers import SMALL, random_adapter, random_backbone
 
@@ -144,8 +144,9 @@ def tune(configs: dict[str, LoraConfig], steps: int = 3, seed: int = 0):
     settings = Settings(steps=steps, lr=1e-2, weight_decay=0.1)
     state, rules = TrainState.create(bank), stack_settings(bank, dict.fromkeys(configs, settings))
     history = []
+    layout = Layout.of(None, len(configs), rows=2)
     for step in range(steps):
-        batch = step_batch({n: rows_of(n) for n in configs}, seed=3, step=step, rows=2)
+        batch, _ = layout.step_batch([list(configs)], {n: rows_of(n) for n in configs}, 3, dict.fromkeys(configs, step))
         state, report = train_step(backbone, state, rules, batch, slots_of(bank, tuple(configs)), seed=seed)
         history.append(dict(zip(configs, report["loss"].tolist(), strict=True)))
     return bank, state.bank, history

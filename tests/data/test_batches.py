@@ -2,9 +2,10 @@
 
 import numpy as np
 
-from para_jax.data.batches import pad, step_batch
+from para_jax.data.batches import pad
 from para_jax.data.examples import Example
 from para_jax.data.order import Mixture
+from para_jax.training.places import Layout
 
 
 def example(prompt, response):
@@ -13,7 +14,8 @@ def example(prompt, response):
 
 def test_a_mixture_takes_its_sources_by_weight():
     mixture = Mixture((tuple(example([1], [i + 2, 0]) for i in range(6)), (example([1], [30, 0]),)), (0.75, 0.25))
-    batch = step_batch({"acme": mixture}, 0, 0, 8)
+    batch, tokens = Layout.of(None, 1, rows=8).step_batch([["acme"]], {"acme": mixture}, 0, {"acme": 0})
+    assert tokens == 24
     assert batch.target_token[0, 0].tolist().count(30) == 2
 
 
@@ -38,7 +40,9 @@ def test_targets_predict_each_response_token():
 
 def test_micro_batches_split_every_tenants_rows():
     examples = {n: [example([1 + i], [20 + i, 0]) for i in range(8)] for n in ("a", "b")}
-    whole, parts = (step_batch(examples, 0, 2, 4, k) for k in (1, 2))
+    whole, parts = (
+        Layout.of(None, 2, 4, k).step_batch([["a", "b"]], examples, 0, dict.fromkeys("ab", 2))[0] for k in (1, 2)
+    )
     assert parts.tokens.shape == (2, 4, 16)
     first = np.concatenate([parts.tokens[0, :2], parts.tokens[1, :2]])
     np.testing.assert_array_equal(first, whole.tokens[0, :4])

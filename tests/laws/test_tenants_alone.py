@@ -6,9 +6,9 @@ import pytest
 
 from para_jax.adapters.bank import AdapterBank
 from para_jax.adapters.para import ParaConfig
-from para_jax.data.batches import step_batch
 from para_jax.data.examples import Example
 from para_jax.training.optimizer import Settings
+from para_jax.training.places import Layout
 from para_jax.training.step import TrainState, slots_of, stack_settings, train_step
 from tests.helpers import METHODS, random_adapter, random_backbone
 
@@ -46,9 +46,10 @@ def tune(backbone, names, steps=6, micro_batches=1, poison=None):
     bank = AdapterBank.stack(adapters, backbone.config)
     state, rules = TrainState.create(bank), stack_settings(bank, SETTINGS)
     data = {n: examples(n, backbone.config.vocab_size) for n in names}
+    layout = Layout.of(None, len(names), rows=4, micro_batches=micro_batches)
     history = []
     for step in range(steps):
-        batch = step_batch(data, seed=3, step=step, rows=4, micro_batches=micro_batches)
+        batch, _ = layout.step_batch([names], data, 3, dict.fromkeys(names, step))
         state, report = train_step(backbone, state, rules, batch, slots_of(bank, names))
         history.append({key: dict(zip(names, np.asarray(x), strict=True)) for key, x in report.items()})
     return state.bank, history

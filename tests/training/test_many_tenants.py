@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from para_jax import AdapterBank, load_adapter
+from para_jax import AdapterBank, LoraConfig, load_adapter
 from para_jax.adapters.para import ParaConfig
 from para_jax.data.batches import pad
 from para_jax.data.examples import Example
@@ -57,7 +57,9 @@ def tune(backbone, out, names=NAMES, poison=(), settings=None, **more):
 
 
 def files(out: Path) -> dict[str, bytes]:
-    found = [p for p in out.rglob("*") if p.is_file() and "checkpoints" not in p.parts and p.suffix != ".png"]
+    """What a run leaves behind, without pictures, and reports, which say how long it took."""
+    found = [p for p in out.rglob("*") if p.is_file() and "checkpoints" not in p.parts]
+    found = [p for p in found if p.suffix != ".png" and p.stem != "report"]
     return {str(p.relative_to(out)): p.read_bytes() for p in found}
 
 
@@ -181,3 +183,51 @@ def test_no_rows_and_epochs(backbone, tmp_path) -> None:
         finetune(backbone, bank, {"acme": []}, {"acme": Settings()}, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert steps_of(2.0, 7, 4) == 4
+
+
+def test_the_order_of_tenants_means_nothing(backbone, tmp_path) -> None:
+    """Also where they have different methods, and so groups of their own: a run resumes with them in any order."""
+    configs = {"b": ParaConfig(r=2), "a": LoraConfig(r=2), "c": LoraConfig(r=4)}
+    adapters = {n: random_adapter(c, SMALL, ord(n), 0.1) for n, c in configs.items()}
+    settings = {n: Settings(steps=6, lr=1e-2) for n in configs}
+
+    def go(names: str, out: str, **more) -> None:
+        bank = AdapterBank.stack({n: adapters[n] for n in names}, SMALL)
+        data = {n: rows_of(ord(n), 5) for n in names}
+        finetune(backbone, bank, data, settings, tmp_path / out, rows=2, show=lambda line: None, **more)
+
+    def stop(line) -> None:
+        if line["step"] == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    go("abc", "whole")
+    with pytest.raises(Interrupted):
+        go("bca", "out", loggers=[stop])
+    go("cab", "out", resume=True)
+    for name in configs:
+        a, b = (tmp_path / run / name / "adapter_model.safetensors" for run in ("whole", "out"))
+        assert a.read_bytes() == b.read_bytes()
+
+
+def test_another_model_of_the_same_sizes_is_refused(backbone, tmp_path) -> None:
+    tune(backbone, tmp_path / "out", ["t0"])
+    with pytest.raises(ParaJaxError, match="weights_sha256 was"):
+        tune(random_backbone(seed=1), tmp_path / "out", ["t0"], resume=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"keep": 0}, "checkpoint_every and keep must be at least 1, not 500 and 0"),
+        ({"checkpoint_every": 0}, "not 0 and 2"),
+        ({"resume": True, "overwrite": True}, "give one of them"),
+        ({"settings": {"t0": Settings(eval_every=2)}}, "no tenant has any; give dev rows"),
+        ({"settings": {"t0": Settings(weight=2.0)}}, "set tenants_per_step"),
+        ({"tenants_per_step": 0}, "at most 0 tenants; choose at least 1"),
+        ({"spread": True}, "there are none"),
+    ],
+)
+def test_what_would_mean_nothing_is_refused(backbone, tmp_path, options, words) -> None:
+    with pytest.raises(ParaJaxError, match=words):
+        tune(backbone, tmp_path / "out", ["t0"], **options)
+    assert not (tmp_path / "out").exists()
