@@ -13,7 +13,7 @@ import pytest
 
 from para_jax import tiny_backbone_path
 
-STEPS, EVERY = 60, 7
+STEPS, EVERY = 45, 7
 
 
 def command(tmp_path, out, *more):
@@ -30,7 +30,7 @@ def command(tmp_path, out, *more):
         tenants += ["--tenant", f"{name}={path}"]
     return [
         sys.executable, "-m", "para_jax", "finetune", "--model", tiny_backbone_path(), *tenants, "--out", str(out),
-        "--rows", "2", "--steps", str(STEPS), "--steps", "acme=25", "--lr", "5e-3", "--checkpoint-every", str(EVERY),
+        "--rows", "2", "--steps", str(STEPS), "--steps", "acme=40", "--lr", "5e-3", "--checkpoint-every", str(EVERY),
         *more,
     ]  # fmt: skip
 
@@ -116,7 +116,7 @@ def test_other_data_or_settings_are_refused(tmp_path):
     before = results(out)
     refused = subprocess.run(command(tmp_path, out, "--resume"), capture_output=True, text=True)
     assert refused.returncode == 1
-    assert "tenants.acme.steps was 1 and is 25" in refused.stderr and "Traceback" not in refused.stderr
+    assert "tenants.acme.steps was 1 and is 40" in refused.stderr and "Traceback" not in refused.stderr
     exists = subprocess.run(command(tmp_path, out), capture_output=True, text=True)
     assert exists.returncode == 1 and "--resume" in exists.stderr and "--overwrite" in exists.stderr
     assert results(out) == before
