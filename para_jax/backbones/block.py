@@ -41,7 +41,10 @@ class Block(nnx.Module):
     (e, d), gate_up (e, 2, f, d), down (e, d, f).
     """
 
-    def __init__(self, config: BackboneConfig, dtype: jnp.dtype, key: Array, quantize: str | None = None):
+    def __init__(
+        self, config: BackboneConfig, dtype: jnp.dtype, key: Array, quantize: str | None = None, split: bool = False
+    ):
+        """Random weights; `split` says that a mesh's devices share them."""
         d, f, hd, k = config.hidden_size, config.intermediate_size, config.head_dim, config.num_key_value_heads
         g = config.num_attention_heads // k
         keys = jax.random.split(key, 4)
@@ -55,7 +58,7 @@ class Block(nnx.Module):
         def zeros(*shape: int) -> nnx.Param:
             return nnx.Param(jnp.zeros(shape, dtype))
 
-        self.config = config
+        self.config, self.split = config, split
         if config.pre_norm:
             self.attention_norm, self.mlp_norm = norm(d), norm(d)
         if config.post_norm:
@@ -131,7 +134,7 @@ class Block(nnx.Module):
 
     def _product(self, name: str, x: Float[Array, "b t i"]) -> Float[Array, "b t *o"]:
         """x through one of the projections, its bias included."""
-        y, bias = product(x, self._weight(name, x.dtype)), getattr(self, f"{name}_bias", None)
+        y, bias = product(x, self._weight(name, x.dtype), flat=not self.split), getattr(self, f"{name}_bias", None)
         return y if bias is None else y + jnp.expand_dims(bias[...], (0, 1))
 
     def _heads(self, norm: str, x_btf: Float[Array, "b t features"]) -> Float[Array, "b t heads hd"]:

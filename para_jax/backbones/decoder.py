@@ -76,9 +76,11 @@ class Backbone(nnx.Module):
         shape = (config.vocab_size, config.hidden_size)
         self.embed = nnx.Param((0.02 * jax.random.normal(embed, shape, jnp.float32)).astype(compute))
         if self.stacked:
-            self.blocks: Any = jax.vmap(lambda k: Block(config, compute, k, quantize))(jnp.stack(layers))
+            self.blocks: Any = jax.vmap(lambda k: Block(config, compute, k, quantize, mesh is not None))(
+                jnp.stack(layers)
+            )
         else:
-            self.blocks = nnx.List([Block(config, compute, k, quantize) for k in layers])
+            self.blocks = nnx.List([Block(config, compute, k, quantize, mesh is not None) for k in layers])
         self.norm = nnx.Param(jnp.full((config.hidden_size,), 1.0 - config.norm_offset, compute))
         if not config.tie_word_embeddings:
             self.head = nnx.Param((0.02 * jax.random.normal(head, shape, jnp.float32)).astype(compute))

@@ -29,12 +29,18 @@ def rms_norm(
     return (jnp.expand_dims(weight, range(x.ndim - 1)) * x32).astype(x.dtype)
 
 
-def product(x: Float[Array, "b t i"], weight: Float[Array, "*o i"], dtype: Any = None) -> Float[Array, "b t *o"]:
+def product(
+    x: Float[Array, "b t i"], weight: Float[Array, "*o i"], dtype: Any = None, flat: bool = True
+) -> Float[Array, "b t *o"]:
     """x W^T for a weight whose outputs may have several axes, as one wide product; in x's dtype unless one is given.
 
-    Those axes are not laid end to end here: on a mesh the inner one may be split, as that of gate_up is.
+    With `flat` these axes are laid end to end for the product, which a CPU does faster. On a mesh they must not be: the
+    inner one may be split, as that of gate_up is, and would be gathered.
     """
-    return _dot(x, weight, dtype or x.dtype)
+    if not flat:
+        return _dot(x, weight, dtype or x.dtype)
+    out = _dot(x, weight.reshape(-1, weight.shape[-1]), dtype or x.dtype)
+    return out.reshape(*x.shape[:2], *weight.shape[:-1])
 
 
 class Bits(NamedTuple):
