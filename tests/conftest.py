@@ -1,6 +1,7 @@
 """Settings of every test: nothing is promoted silently, warnings are errors (pyproject.toml), no network."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -20,6 +21,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--every-mesh", action="store_true", help="all of tests/laws/test_sharded_training.py")
     parser.addoption("--kills-json", help="a file for what it saw")
     parser.addoption("--parity-table", help="Markdown file for the worst errors of tests/parity/test_families.py")
+
+
+# Whole models of every family, whole runs and compilers for TPUs: minutes each folder.
+SLOW = ("colab", "laws", "parity", "planning", "train")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents and item.path.relative_to(Path(__file__).parent).parts[0] in SLOW:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True, scope="module")
