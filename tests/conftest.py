@@ -24,7 +24,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 # Whole models of every family, whole runs and compilers for TPUs: minutes each folder.
-SLOW = ("colab", "laws", "parity", "planning", "train")
+SLOW = ("colab", "importance", "laws", "parity", "planning", "train")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

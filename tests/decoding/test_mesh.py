@@ -15,6 +15,7 @@ PROMPTS = ["It was a dark night", "My dear sister,", "The captain", "Call me", "
 TENANTS = ["acme", None, "globex", "acme", {"acme": 0.5, "globex": 0.5}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["data=2,fsdp=2,tensor=2", "data=4,tensor=2"])
 def test_the_same_texts(tiny, mesh: str) -> None:
     one, tokenizer = tiny

@@ -67,6 +67,7 @@ def lines_of(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_turns_change_nothing_for_a_tenant(backbone, tmp_path) -> None:
     """Seven tenants at three places: each ends where it ends with all of them in every step."""
     all_at_once, in_turns = (tune(backbone, tmp_path / str(most), tenants_per_step=most) for most in (None, 3))
@@ -92,6 +93,7 @@ def test_whoever_is_behind_has_its_turn() -> None:
     assert schedule.left(taken, ()) == 60
 
 
+@pytest.mark.slow
 def test_one_that_fails_leaves_the_others_alone(backbone, tmp_path) -> None:
     said: list[str] = []
     with pytest.raises(ParaJaxError, match=r"the gradient of t2 \(step 1\) was no number; .* 6 other tenants are done"):
@@ -125,6 +127,7 @@ def watched(backbone, out, **more):
     return tune(backbone, out, list(WATCHED), settings=WATCHED, dev=DEV, **more)
 
 
+@pytest.mark.slow
 def test_the_best_adapter_is_kept_and_patience_ends(backbone, tmp_path) -> None:
     final = watched(backbone, tmp_path / "out")
     looks: dict[str, list[float]] = {}
@@ -185,6 +188,7 @@ def test_no_rows_and_epochs(backbone, tmp_path) -> None:
     assert steps_of(2.0, 7, 4) == 4
 
 
+@pytest.mark.slow
 def test_the_order_of_tenants_means_nothing(backbone, tmp_path) -> None:
     """Also where they have different methods, and so groups of their own: a run resumes with them in any order."""
     configs = {"b": ParaConfig(r=2), "a": LoraConfig(r=2), "c": LoraConfig(r=4)}
