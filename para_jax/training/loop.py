@@ -169,10 +169,11 @@ def finetune(
             batch, tokens = layout.step_batch(homes, examples, seed, taken)
             slots = layout.slots(state.bank, homes)
             named = jax.profiler.StepTraceAnnotation("train", step_num=done + 1)
-            with named, explained(backbone, layout, homes, remat):
-                state, values = train_step(
-                    backbone, state, rules, batch, slots, shards=layout.shards, remat=remat, seed=seed
-                )
+            with explained(backbone, layout, homes, remat):
+                with named:
+                    state, values = train_step(
+                        backbone, state, rules, batch, slots, shards=layout.shards, remat=remat, seed=seed
+                    )
                 report()
                 pending, done = (done + 1, homes, tokens, values), done + 1
                 turn = [name for home in homes for name in home if name is not None and not failed[name]]
