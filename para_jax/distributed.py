@@ -40,12 +40,16 @@ def start(address: str | None = None, processes: int | None = None, process: int
 
 def first() -> bool:
     """Whether this process is the one that writes and speaks. Where it is alone, no device is looked for."""
-    return not jax.distributed.is_initialized() or jax.process_index() == 0
+    return _alone() or jax.process_index() == 0
+
+
+def _alone() -> bool:
+    return not jax.distributed.is_initialized() or jax.process_count() == 1
 
 
 def barrier(name: str) -> None:
     """Waits until all processes are here."""
-    if jax.process_count() > 1:
+    if not _alone():
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices(name)
@@ -53,7 +57,7 @@ def barrier(name: str) -> None:
 
 def told(text: bytes) -> bytes:
     """What the first process says, of up to 4000 bytes."""
-    if jax.process_count() == 1:
+    if _alone():
         return text
     from jax.experimental import multihost_utils
 
@@ -71,7 +75,7 @@ def placed(x: np.ndarray, sharding: Sharding | None) -> Any:
 
 def whole(tree: Any, mesh: Mesh | None) -> Any:
     """Arrays that lie on a mesh as NumPy's, the same in every process; all have to call it."""
-    if mesh is None or jax.process_count() == 1:
+    if mesh is None or _alone():
         return jax.device_get(tree)
     gathered = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, P()))(tree)
     return jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), gathered)
@@ -81,7 +85,7 @@ class Flag:
     """Something that any process may raise and all learn of at the same step."""
 
     def __init__(self, mesh: Mesh | None):
-        self._alone = mesh is None or jax.process_count() == 1
+        self._alone = mesh is None or _alone()
         self._before: Any = None
         if mesh is not None:
             self._apart = NamedSharding(mesh, P(mesh.axis_names))

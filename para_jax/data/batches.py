@@ -14,20 +14,16 @@ from para_jax.backbones.ragged import Line
 from para_jax.data.examples import Example
 
 if TYPE_CHECKING:
+    from jax import Array
     from jaxtyping import Int
+
+# The fields of a Batch that have an entry for each micro-batch.
+OF_MICRO_BATCHES = ("tokens", "length", "prompt_length", "target_place", "target_token", "target_tenant")
 
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=[
-        "tokens",
-        "length",
-        "prompt_length",
-        "target_place",
-        "target_token",
-        "target_tenant",
-        "target_count",
-    ],
+    data_fields=[*OF_MICRO_BATCHES, "target_count"],
     meta_fields=["line"],
 )
 @dataclass(frozen=True)
@@ -57,10 +53,9 @@ class Batch:
     target_count: Int[np.ndarray, "g n"]
     line: Line
 
-    def micro_batch(self, index: int) -> Batch:
+    def micro_batch(self, index: int | Int[Array, ""]) -> Batch:
         """One micro-batch, without the leading axis; its counts are still those of all."""
-        first = jax.tree.map(lambda x: x[index], replace(self, target_count=np.zeros(len(self.length))))
-        return replace(first, target_count=self.target_count)
+        return replace(self, **{name: getattr(self, name)[index] for name in OF_MICRO_BATCHES})
 
     @property
     def size(self) -> int:

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from para_jax.adapters.bank import AdapterBank, Group, abstract_layers, named_leaves
 from para_jax.backbones.config import BackboneConfig
 from para_jax.backbones.decoder import Backbone
-from para_jax.data.batches import pad
+from para_jax.data.batches import OF_MICRO_BATCHES, pad
 from para_jax.data.examples import Example
 from para_jax.decoding import loop
 from para_jax.decoding.generate import EOS_SLOTS
@@ -113,8 +113,8 @@ def training_arguments(job: Job, mesh: Mesh) -> tuple[tuple[Any, ...], dict[str,
     batch = pad(layout.parts(rows), layout.groups)
     # As `Layout.batch` places it.
     by_row, by_group = NamedSharding(mesh, P(None, ("data", "fsdp"))), NamedSharding(mesh, P(("data", "fsdp")))
-    count = _placed(batch.target_count, by_group)
-    batch = replace(_placed(replace(batch, target_count=batch.tokens), by_row), target_count=count)
+    divided = {name: _placed(getattr(batch, name), by_row) for name in OF_MICRO_BATCHES}
+    batch = replace(batch, **divided, target_count=_placed(batch.target_count, by_group))
     given = (backbone_shapes(job, mesh), state, rules, batch, layout.slots(bank, homes))
     return given, {"shards": layout.shards, "remat": job.remat, "seed": 0}
 

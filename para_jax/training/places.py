@@ -11,13 +11,12 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from para_jax.adapters.bank import AdapterBank
-from para_jax.data.batches import Batch, pad
+from para_jax.data.batches import OF_MICRO_BATCHES, Batch, pad
 from para_jax.data.examples import Example
 from para_jax.data.order import order
 from para_jax.distributed import placed
@@ -116,9 +115,8 @@ class Layout:
         if self.mesh is None:
             return batch
         rows, groups = (NamedSharding(self.mesh, P(*lead, ("data", "fsdp"))) for lead in ((None,), ()))
-        counts = placed(batch.target_count, groups)
-        host = replace(batch, target_count=batch.tokens)
-        return replace(jax.tree.map(lambda x: placed(x, rows), host), target_count=counts)
+        divided = {name: placed(getattr(batch, name), rows) for name in OF_MICRO_BATCHES}
+        return replace(batch, **divided, target_count=placed(batch.target_count, groups))
 
     def step_batch(
         self,

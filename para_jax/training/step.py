@@ -197,9 +197,9 @@ def train_step(
         shape = (g, n, own.size)
         return jax.vmap(key)(*(jnp.broadcast_to(x, shape).reshape(b) for x in (name, taken, row)))
 
-    def micro_batch(carry: tuple[Any, Array], part: Any) -> tuple[tuple[Any, Array], None]:
+    def micro_batch(carry: tuple[Any, Array], index: Array) -> tuple[tuple[Any, Array], None]:
         gradient, loss_gn = carry
-        index, part = part
+        part = batch.micro_batch(index)
         keys_b = key_of_row(index) if any(rates) else None
 
         def loss(layers: Any) -> tuple[Array, Array]:
@@ -210,8 +210,7 @@ def train_step(
         return (jax.tree.map(jnp.add, gradient, slope), loss_gn + part_gn), None
 
     start = (jax.tree.map(jnp.zeros_like, layers), jnp.zeros((g, n), jnp.float32))
-    parts = (jnp.arange(micro_batches), replace(batch, target_count=jnp.zeros((micro_batches,))))  # type: ignore[arg-type]
-    (gradient, loss_gn), _ = jax.lax.scan(micro_batch, start, parts)
+    (gradient, loss_gn), _ = jax.lax.scan(micro_batch, start, jnp.arange(micro_batches))
 
     if not spread:  # a tenant's rows are in every group
         slots = tuple(s[:1] for s in slots)
