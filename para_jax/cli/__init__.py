@@ -44,10 +44,40 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a verb and returns its exit code: 0, 1 for a mistake of the caller, 130 for Ctrl-C."""
+    """Runs a verb and returns its exit code: 0, 1 for a mistake of the caller, 130 for Ctrl-C.
+
+    One of several processes that does not succeed ends here and now; the others are not to wait for it.
+    """
     args = parser().parse_args(argv)
     # transformers would say that torch is missing, which nothing here needs.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        code = _run(args)
+    except Exception as error:
+        if not _of_several():
+            raise
+        print(
+            f"para-jax {args.verb}: stopped by {type(error).__name__}: {str(error).partition(chr(10))[0]}; if another "
+            "process stopped before this one, its own output says why",
+            file=sys.stderr,
+        )
+        code = 1
+    if code and _of_several():
+        from para_jax.distributed import leave
+
+        leave(code)
+    return code
+
+
+def _of_several() -> bool:
+    if "jax" not in sys.modules:
+        return False
+    import jax
+
+    return jax.distributed.is_initialized()
+
+
+def _run(args: argparse.Namespace) -> int:
     from para_jax.errors import ParaJaxError
 
     try:

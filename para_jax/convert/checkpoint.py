@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ def load_backbone(
     check_finite: bool = False,
     mesh: Mesh | None = None,
 ) -> Backbone:
-    """See `Backbone.from_pretrained`. A host holds the model, or its part of it, and one tensor, never more."""
+    """See `Backbone.from_pretrained`. A host holds its devices' part of the model and of one tensor, never more."""
     folder = fetched(path_or_hub_id)
     config = BackboneConfig.from_folder(folder, name=str(path_or_hub_id))
     if mesh is not None:
@@ -83,16 +83,28 @@ def load_backbone(
     def read(entry: Entry, at: str = "") -> Iterator[tuple[str, jax.Array]]:
         """Our tensor of this name, or what it is quantised to."""
         few = abstract[f"{at}{entry.name}"].dtype != compute
-        ours = _aligned(entry.shape, np.dtype("float32" if few else compute))
-        entry.join([part.of(files.read(part.name)) for part in entry.parts], out=ours)
-        if check_finite and not np.isfinite(ours.astype(np.float32)).all():
-            raise ParaJaxError(f"{folder}: {', '.join(p.name for p in entry.parts)} has values that are no number")
-        parts = {entry.name: ours}
-        if few and quantize is not None:
-            parts = dict(zip((entry.name, f"{entry.name}_scale"), quantized(ours, QUANTIZED[quantize]), strict=True))
-        for name, x in parts.items():
+        tensors = [part.of(files.read(part.name)) for part in entry.parts]
+
+        @cache  # several devices may have the same
+        def made(*ends: tuple[int, int]) -> tuple[np.ndarray, ...]:
+            ours = _aligned(tuple(stop - start for start, stop in ends), np.dtype("float32" if few else compute))
+            entry.block(tensors, tuple(slice(*x) for x in ends), out=ours)
+            if check_finite and not np.isfinite(ours.astype(np.float32)).all():
+                raise ParaJaxError(f"{folder}: {', '.join(p.name for p in entry.parts)} has values that are no number")
+            return quantized(ours, QUANTIZED[quantize]) if few and quantize is not None else (ours,)
+
+        def block(which: int, index: tuple[slice, ...]) -> np.ndarray:
+            ends = [x.indices(n)[:2] for x, n in zip(index, entry.shape, strict=True)]
+            if not few:
+                return made(*ends)[which]
+            # A scale is of a whole row of inputs, whatever part of it a device gets.
+            return made(*ends[:-1], (0, entry.shape[-1]))[which][..., index[-1]]
+
+        for which, name in enumerate((entry.name, f"{entry.name}_scale") if few else (entry.name,)):
+            leaf, sharding = abstract[f"{at}{name}"], where[f"{at}{name}"]
             # Transfers run in the background and hold what they copy: one at a time.
-            yield f"{at}{name}", _placed(x, where[f"{at}{name}"]).block_until_ready()
+            shape = leaf.shape[leaf.ndim - len(entry.shape) :]
+            yield f"{at}{name}", _placed(shape, sharding, partial(block, which)).block_until_ready()
 
     leaves = dict(leaf for entry in outside for leaf in read(entry))
     if stacked:
@@ -107,13 +119,13 @@ def load_backbone(
     return jax.tree.unflatten(jax.tree.structure(tree), [leaves[name] for name in abstract])
 
 
-def _placed(x: np.ndarray, where: NamedSharding | None) -> jax.Array:
-    """On the default device, or each device's part on it; `where` may be of a stack, whose first axis x lacks."""
+def _placed(shape: tuple[int, ...], where: NamedSharding | None, block: Callable[[Any], np.ndarray]) -> jax.Array:
+    """The whole of `block` on the default device, or on each device its own; `where` may be of a stack of these."""
     if where is None:
-        return jnp.asarray(x)
-    if len(where.spec) > x.ndim:
+        return jnp.asarray(block((slice(None),) * len(shape)))
+    if len(where.spec) > len(shape):
         where = NamedSharding(where.mesh, P(*where.spec[1:]))
-    return jax.make_array_from_callback(x.shape, where, lambda part: x[part])
+    return jax.make_array_from_callback(shape, where, block)
 
 
 @partial(jax.jit, donate_argnums=0, static_argnums=3)

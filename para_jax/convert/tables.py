@@ -74,11 +74,32 @@ class Entry:
     def size(self) -> int:
         return math.prod(self.shape)
 
-    def join(self, parts: list[np.ndarray], out: np.ndarray | None = None) -> np.ndarray:
-        """Ours from theirs, written into `out`, and cast to its dtype, if it is given."""
-        views = [x.reshape(part.view) for x, part in zip(parts, self.parts, strict=True)]
-        flat = None if out is None else out.reshape(self.joined)  # a view: arrays to write to are contiguous
-        return np.concatenate(views, self.axis, out=flat, casting="unsafe").reshape(self.shape)
+    def join(self, parts: list[np.ndarray]) -> np.ndarray:
+        """Ours from theirs."""
+        ours = np.empty(self.shape, np.result_type(*parts))
+        self.block(parts, tuple(slice(0, n) for n in self.shape), out=ours)
+        return ours
+
+    def block(self, parts: list[np.ndarray], place: tuple[slice, ...], out: np.ndarray) -> None:
+        """Writes what `join` has at `place` into `out`, cast to its dtype, and reads no more of theirs than that.
+
+        Axes that `reshaped` makes of the joined one have to be whole in `place`.
+        """
+        made_of = len(self.shape) - len(self.joined)
+        assert all(x.stop - x.start == n for x, n in zip(place[:made_of], self.shape, strict=False))
+        asked = list(place[made_of:])
+        if made_of:
+            asked[self.axis] = slice(0, self.joined[self.axis])
+        flat = out.reshape([x.stop - x.start for x in asked])
+        wanted, before = asked[self.axis], 0
+        for x, part in zip(parts, self.parts, strict=True):
+            start, stop = max(wanted.start, before), min(wanted.stop, before + part.view[self.axis])
+            if start < stop:
+                there, here = list(asked), [slice(None)] * flat.ndim
+                there[self.axis] = slice(start - before, stop - before)
+                here[self.axis] = slice(start - wanted.start, stop - wanted.start)
+                flat[tuple(here)] = x.reshape(part.view)[tuple(there)]
+            before += part.view[self.axis]
 
     def split(self, ours: np.ndarray) -> list[np.ndarray]:
         """Theirs from ours, a part each; inverse of `join`."""

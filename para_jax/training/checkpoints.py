@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,6 +64,10 @@ class Checkpoints:
         if self.latest() == step:
             return
         with self._explained(step):
+            # Looked at first: where several processes write, one whose disk is full would have the others wait for it.
+            needed, free = sum(x.nbytes for x in jax.tree.leaves(state)), shutil.disk_usage(self.folder).free
+            if free < needed:
+                raise OSError(f"it takes {needed / 1e6:.1f} MB and {free / 1e6:.1f} MB are free")
             copied = jax.tree.map(jax.numpy.copy, _named(state))
             jax.block_until_ready(copied)
             self._writing = (

@@ -13,12 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from para_jax import Backbone, ParaJaxError, merge_adapter
+from para_jax import Backbone, BackboneConfig, ParaJaxError, merge_adapter
 from para_jax.adapters.bank import named_leaves
 from para_jax.backbones.linear import QUANTIZED, dequantized, quantized
 from para_jax.convert.checkpoint import save_backbone
-from para_jax.convert.families import FAMILIES
-from tests.helpers import FAMILY_METHODS, family_backbone, random_adapter, random_backbone
+from para_jax.convert.families import FAMILIES, entries
+from para_jax.sharding import make_mesh
+from tests.helpers import FAMILY_METHODS, family_backbone, family_fields, random_adapter, random_backbone
 
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 61, (2, 9), dtype=np.int32))
 
@@ -211,3 +212,44 @@ def test_quantised_backbones_take_adapters_and_are_not_written(folder: Path, tmp
     assert not (tmp_path / "b").exists()
     with pytest.raises(ParaJaxError, match=r"unknown quantize 'int9'; did you mean 'int8'\?"):
         Backbone.from_pretrained(folder, quantize="int9")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("quantize", [None, *QUANTIZED])
+def test_each_device_gets_its_part(family: str, quantize: str | None, tmp_path: Path) -> None:
+    """Read by parts, a backbone is the one read whole, bit for bit; a part of the file is what a part needs."""
+    save_backbone(family_backbone(family), tmp_path / "a")
+    whole = Backbone.from_pretrained(tmp_path / "a", stacked=False, quantize=quantize)
+    for stacked in (False, True):
+        mesh = make_mesh("data=2,fsdp=2,tensor=2")
+        split = Backbone.from_pretrained(tmp_path / "a", stacked=stacked, quantize=quantize, mesh=mesh)
+        leaves = named_leaves(split)
+        for name, x in named_leaves(whole).items():
+            _, layer, leaf = name.split(".") if name.startswith("blocks.") else ("", "", name)
+            ours = leaves[f"blocks.{leaf}"][int(layer)] if stacked and layer else leaves[name]
+            assert ours.dtype == x.dtype and np.array_equal(ours, x), name
+        # Four parts of what has two axes that are split.
+        sizes = {shard.data.size for shard in leaves["blocks.out" if stacked else "blocks.0.out"].addressable_shards}
+        assert sizes == {leaves["blocks.out" if stacked else "blocks.0.out"].size // 4}
+
+
+def test_a_block_reads_its_part_only() -> None:
+    """What lies outside of a block is not looked at: it may be no number, or not be there."""
+    drawn = np.random.default_rng(0)
+    for family in FAMILIES:
+        for entry in entries(BackboneConfig.from_hf(family_fields(family)), 1):
+            parts = [drawn.normal(size=part.shape).astype(np.float32) for part in entry.parts]
+            ours = entry.join(parts)
+            merged = len(entry.shape) - len(entry.joined)
+            for _ in range(5):
+                ends = [sorted(drawn.choice(n + 1, 2, replace=False)) for n in entry.shape]
+                place = tuple(
+                    slice(0, n) if i < merged + bool(merged) else slice(*map(int, x))
+                    for i, (n, x) in enumerate(zip(entry.shape, ends, strict=True))
+                )
+                outside = np.full(entry.shape, np.nan, np.float32)
+                outside[place] = ours[place]
+                out = np.empty(outside[place].shape, "bfloat16")
+                entry.block([x.reshape(p.shape) for x, p in zip(entry.split(outside), entry.parts, strict=True)],
+                            place, out)  # fmt: skip
+                np.testing.assert_array_equal(out, ours[place].astype("bfloat16"), err_msg=f"{family} {entry.name}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -138,3 +139,31 @@ def test_four_processes_of_which_one_is_preempted(alone, tmp_path) -> None:
     (resumed,) = run(model, out, "fsdp=2", processes=1, devices=2)
     assert f"resuming after step {done}" in resumed
     same(out, whole, shape)
+
+
+@pytest.mark.slow
+def test_a_process_whose_disk_is_full(tmp_path) -> None:
+    """It says so, and no process waits for another."""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"say {i}", "response": "yes"}) + "\n" for i in range(8)))
+    command = [
+        sys.executable, "-m", "para_jax", "finetune", "--tenant", f"acme={rows}", "--out", str(tmp_path / "out"),
+        "--rows", "4", "--steps", "500", "--coordinator", f"127.0.0.1:{free_port()}",
+        "--processes", "2", "--process",
+    ]  # fmt: skip
+
+    def no_large_files() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, 5_000))
+
+    started = [
+        subprocess.Popen(
+            [*command, str(i)], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            preexec_fn=no_large_files if i == 0 else None,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=150)[1] for process in started]
+    assert [process.returncode == 0 for process in started] == [False, False], said
+    assert "File too large" in said[0], said[0]
+    assert "Traceback" not in said[0] + said[1], said

@@ -1,12 +1,15 @@
 """Checkpoints are exact, and a save that fails leaves the one before it whole."""
 
+import shutil
 import subprocess
 import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from para_jax import ParaJaxError
 from para_jax.adapters.bank import AdapterBank
 from para_jax.adapters.para import ParaConfig
 from para_jax.training.checkpoints import Checkpoints
@@ -71,3 +74,15 @@ def test_a_full_disk(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "step 8 could not be written" in done.stdout and "the checkpoint of step 7 is whole" in done.stdout
+
+
+def test_a_disk_without_room(tmp_path, monkeypatch):
+    state = train_state()
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        checkpoints.save(2, state)
+        checkpoints.wait()
+        usage = shutil.disk_usage(tmp_path)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+        with pytest.raises(ParaJaxError, match=r"step 3 .*0\.0 MB are free\); the checkpoint of step 2 is whole"):
+            checkpoints.save(3, state)
+    assert [p.name for p in (tmp_path / "c").iterdir()] == ["2"]
