@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Callable, Iterator
 from functools import cache, partial
@@ -34,13 +33,6 @@ WRITTEN = ("float32", "bfloat16", "float16")
 # What belongs to a checkpoint and says nothing about its weights.
 BESIDE = (GENERATION, "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
           "chat_template*", "additional_chat_templates", "LICENSE*", "NOTICE*")  # fmt: skip
-
-
-def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An empty array that JAX on CPU takes as it is; it copies what does not start at a multiple of 64 bytes."""
-    size = math.prod(shape) * dtype.itemsize
-    room = np.empty(size + 64, np.uint8)
-    return room[-room.ctypes.data % 64 :][:size].view(dtype).reshape(shape)
 
 
 def fetched(path_or_hub_id: str | Path) -> Path:
@@ -87,7 +79,7 @@ def load_backbone(
 
         @cache  # several devices may have the same
         def made(*ends: tuple[int, int]) -> tuple[np.ndarray, ...]:
-            ours = _aligned(tuple(stop - start for start, stop in ends), np.dtype("float32" if few else compute))
+            ours = np.empty([stop - start for start, stop in ends], "float32" if few else compute)
             entry.block(tensors, tuple(slice(*x) for x in ends), out=ours)
             if check_finite and not np.isfinite(ours.astype(np.float32)).all():
                 raise ParaJaxError(f"{folder}: {', '.join(p.name for p in entry.parts)} has values that are no number")
