@@ -23,7 +23,7 @@ def layers_worker(shape: str, dtype: str, rows: int, length: int, steps: int) ->
     import jax
     import jax.numpy as jnp
 
-    from para_jax.adapters.bank import Rows
+    from para_jax.adapters.rows import Rows
 
     tokens_bt = jnp.asarray(jax.random.randint(jax.random.key(1), (rows, length), 0, 500, jnp.int32))
     mask_bt = jnp.ones((rows, length), bool)

@@ -52,7 +52,7 @@ def random_bank(config: Any, method: Any, tenants: int, scale: float = 0.2) -> A
     import jax
 
     from para_jax import AdapterBank
-    from para_jax.adapters.bank import Adapter
+    from para_jax.adapters.adapter import Adapter
 
     @jax.jit
     def draw(key: Any) -> Any:

@@ -44,8 +44,8 @@ class LowRank:
 class Dropout:
     """Which inputs of low-rank pairs are dropped while training: a random key and a rate for each row."""
 
-    key_b: Key[Array, "b"]
-    rate_b: Float[Array, "b"]
+    key_b: Key[Array, " b"]
+    rate_b: Float[Array, " b"]
 
     def __call__(self, site: str, x: Float[Array, "b t inputs"]) -> Float[Array, "b t inputs"]:
         """x with a share of its entries zero and the others made larger by as much."""
@@ -120,7 +120,7 @@ class Adjustment:
         """The part of `apply` that adds, float32."""
         return self.pairs[site](x if self.dropout is None else self.dropout(site, x))
 
-    def weighted(self, strength_n: Float[Array, "n"]) -> Adjustment:
+    def weighted(self, strength_n: Float[Array, " n"]) -> Adjustment:
         """Each row's change times its strength; with strength 0 the row is the identity, whatever it held.
 
         >>> adjustment = Adjustment({"q_proj": jnp.array([[1.0], [jnp.nan], [1.0]])})

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from para_jax import IA3Config, LoraConfig, ParaConfig
-from para_jax.adapters.bank import Adapter, AdapterBank, abstract_layers, named_leaves
+from para_jax.adapters.adapter import Adapter, abstract_layers, named_leaves
+from para_jax.adapters.bank import AdapterBank
 from para_jax.adapters.method import MethodConfig
 from para_jax.backbones.config import BackboneConfig
 from para_jax.backbones.decoder import Backbone

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from para_jax import AdapterBank, Backbone, FanLoraConfig, LoraConfig, tiny_backbone_path
-from para_jax.adapters.bank import Adapter
+from para_jax.adapters.adapter import Adapter
 from para_jax.convert.tokenizer import load_tokenizer
 from para_jax.data.examples import encode_rows, read_examples
 from para_jax.data.sources import read_rows

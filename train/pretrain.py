@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from para_jax.adapters.bank import Rows
+from para_jax.adapters.rows import Rows
 from para_jax.backbones.config import BackboneConfig
 from para_jax.backbones.decoder import Backbone
 from para_jax.convert.checkpoint import save_backbone

@@ -19,17 +19,20 @@ import jax.numpy as jnp
 import numpy as np
 from study_data import Task
 
-from para_jax.adapters.bank import Adapter, AdapterBank
+from para_jax.adapters.adapter import Adapter
+from para_jax.adapters.bank import AdapterBank
 from para_jax.adapters.method import MethodConfig
-from para_jax.backbones.decoder import Backbone, default_remat
+from para_jax.backbones.decoder import Backbone
+from para_jax.backbones.options import default_remat
 from para_jax.backbones.ragged import Line
 from para_jax.data.batches import Batch, pad
 from para_jax.data.examples import Example
 from para_jax.data.order import order
 from para_jax.decoding.generate import complete
+from para_jax.training.loss import loss_of
 from para_jax.training.metrics import Progress
 from para_jax.training.optimizer import Settings
-from para_jax.training.step import TrainState, loss_of, slots_of, stack_settings, train_step
+from para_jax.training.step import TrainState, slots_of, stack_settings, train_step
 
 
 class Run(NamedTuple):

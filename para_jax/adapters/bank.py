@@ -5,88 +5,24 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
-from numbers import Real
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from para_jax.adapters.method import BackboneShape, MethodConfig, Prompt
-from para_jax.adjustment import Adjustment, Dropout, total
+from para_jax.adapters.adapter import Adapter
+from para_jax.adapters.method import BackboneShape, MethodConfig
+from para_jax.adapters.rows import Rows, Tenant, strengths_of
 from para_jax.errors import ParaJaxError, unknown
 from para_jax.sharding import row_sharding
 
 if TYPE_CHECKING:
     from jax import Array
     from jax.sharding import Mesh
-    from jaxtyping import Float, Int, Key
-
-# A row of a batch: one tenant, none, or several with strengths.
-Tenant = str | None | Mapping[str, float]
-
-
-@partial(
-    jax.tree_util.register_dataclass, data_fields=["layers"], meta_fields=["config"], drop_fields=["chat_template"]
-)
-@dataclass(frozen=True)
-class Adapter:
-    """One tenant's trained weights: a method's layer with every leaf stacked over the layers, float32.
-
-    `chat_template` is the text that `load_adapter` found beside the weights, which `save_adapter` puts there again.
-    No program depends on it: it is no part of the pytree, and what `jax.tree.map` or a bank makes has none.
-    """
-
-    config: MethodConfig
-    layers: Any
-    chat_template: str | None = None
-
-    @classmethod
-    def create(cls, config: MethodConfig, shape: BackboneShape, key: Array) -> Adapter:
-        """A fresh adapter, which is the identity."""
-        return cls(config, _fresh(config, shape, key))
-
-    def tensors(self) -> dict[str, Array]:
-        """The weights by name: `down` (layers, d, r), and so on."""
-        return named_leaves(self.layers)
-
-    def check(self, shape: BackboneShape) -> None:
-        """Raises ParaJaxError, with all that is wrong, unless the weights are float32 and fit this backbone."""
-        problems = mismatches(self.tensors(), self.config, shape)
-        if problems:
-            raise ParaJaxError(f"an adapter does not fit the backbone it is used with: {'; '.join(problems)}")
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _fresh(config: MethodConfig, shape: BackboneShape, key: Array) -> Any:
-    keys = jax.random.split(key, shape.num_hidden_layers)
-    return jax.vmap(lambda k, i: config.layer(shape, nnx.Rngs(k), i))(keys, jnp.arange(shape.num_hidden_layers))
-
-
-@lru_cache(maxsize=64)
-def abstract_layers(config: MethodConfig, shape: BackboneShape) -> Any:
-    """The layers of an adapter with shapes and dtypes only."""
-    return jax.eval_shape(partial(_fresh, config, shape), jax.random.key(0))
-
-
-def mismatches(tensors: Mapping[str, Any], config: MethodConfig, shape: BackboneShape) -> list[str]:
-    """All that keeps these arrays, by name, from being an adapter's weights."""
-    expected = named_leaves(abstract_layers(config, shape))
-    problems = [f"{name} is missing" for name in expected if name not in tensors]
-    problems += [f"{name} is not expected" for name in tensors if name not in expected]
-    for name, x in tensors.items():
-        if name in expected and (x.shape != expected[name].shape or x.dtype != np.float32):
-            problems.append(f"{name} is {x.dtype}{list(x.shape)}, not float32{list(expected[name].shape)}")
-    return problems
-
-
-def named_leaves(tree: Any) -> dict[str, Array]:
-    """The arrays of a Flax module by their dotted names."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"): x for path, x in leaves}
+    from jaxtyping import Int
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["stack"], meta_fields=["config", "names"])
@@ -106,69 +42,6 @@ class Group:
         more = slots - len(self.names)
         stack = jax.tree.map(lambda s: jnp.concatenate([s, jnp.zeros((more, *s.shape[1:]), s.dtype)]), self.stack)
         return replace(self, names=self.names + (None,) * more, stack=stack)
-
-
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["strengths", "layers", "keys_b"],
-    meta_fields=["rates", "repeats", "composed"],
-)
-@dataclass(frozen=True)
-class Rows:
-    """The adapters of a batch's rows: all that a program sees of a bank.
-
-    Each adapter row serves `repeats` consecutive rows of the batch, so that rows of one tenant share one copy of its
-    weights and their gradients are summed in a fixed order. With no entries this is the identity, at no cost.
-
-    Attributes:
-      strengths: for each configuration in use, how much of its adapter each row takes; 0 where it takes none.
-      layers: for each configuration, a method's layer with leaves (rows, layers, ...).
-      rates: for each configuration in use, the dropout of its pairs' inputs while training.
-      keys_b: a random key for each row of the batch, only while training: without it nothing is ever dropped.
-      composed: whether a row takes more than one adapter.
-    """
-
-    strengths: tuple[Float[Array, "rows"], ...] = ()
-    layers: tuple[Any, ...] = ()
-    rates: tuple[float, ...] = ()
-    keys_b: Key[Array, "b"] | None = None
-    repeats: int = 1
-    composed: bool = False
-
-    def per_layer(self) -> tuple[Any, ...]:
-        """`layers` with the layer axis in front, as a loop over the backbone's layers wants it."""
-        return jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), self.layers)
-
-    def prepare(self, layers: tuple[Any, ...], layer: int | Int[Array, ""], prompt: Prompt) -> Adjustment:
-        """Prepares the adapters of layer number `layer`, one entry of `per_layer`, for the whole batch.
-
-        Raises ParaJaxError if these are not the rows of this batch.
-        """
-        b = prompt.mask_t.shape[0]
-        served = [strength.size * self.repeats for strength in self.strengths]
-        if any(count != b for count in served):
-            raise ParaJaxError(f"a batch of {b} rows was given the adapters of {served[0]}")
-        grouped = jax.tree.map(lambda x: x.reshape(b // self.repeats, self.repeats, *x.shape[1:]), prompt)
-
-        def one(adapter: Any, prompt: Prompt) -> tuple[Any, Any]:
-            made = adapter.prepare(prompt, layer)
-            return (made.offsets, made.later), made.pairs
-
-        # Low-rank pairs do not depend on the prompt, and stay one for all the rows that share them.
-        prepare = jax.vmap(jax.vmap(one, in_axes=(None, 0), out_axes=(0, None)))
-        adjustments = []
-        for strength, adapters in zip(self.strengths, layers, strict=True):
-            scales, pairs = prepare(adapters, grouped)
-            offsets, later = jax.tree.map(lambda x: x.reshape(b, x.shape[-1]), scales)
-            adjustments.append(Adjustment(offsets, later, pairs).weighted(jnp.repeat(strength, self.repeats)))
-        adjustment = total(adjustments, disjoint=not self.composed)
-        if self.keys_b is None or not any(self.rates):
-            return adjustment
-        rate = jnp.zeros_like(self.strengths[0])
-        for strength, own in zip(self.strengths, self.rates, strict=True):
-            rate = jnp.where(strength != 0, own, rate)
-        keys_b = jax.vmap(lambda key: jax.random.fold_in(key, layer))(self.keys_b)
-        return replace(adjustment, dropout=Dropout(keys_b, jnp.repeat(rate, self.repeats)))
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["groups"], meta_fields=["shape"])
@@ -306,34 +179,14 @@ class AdapterBank:
         return Rows(tuple(strengths), tuple(layers), tuple(rates), repeats=repeats, composed=composed)
 
 
-def strengths_of(tenant: Tenant) -> dict[str, float]:
-    """A row's adapters and how much of each it takes.
-
-    Raises ParaJaxError for what is no tenant, or a strength that is no finite number.
-
-    >>> strengths_of("acme"), strengths_of(None), strengths_of({"acme": 0.5, "globex": 2})
-    ({'acme': 1.0}, {}, {'acme': 0.5, 'globex': 2.0})
-    """
-    if tenant is None:
-        return {}
-    if isinstance(tenant, str):
-        return {tenant: 1.0}
-    if not isinstance(tenant, Mapping):
-        raise ParaJaxError(f"a row's tenant is a name, None, or a dict of names and strengths, not {tenant!r}")
-    for name, strength in tenant.items():
-        if not isinstance(strength, Real) or isinstance(strength, bool) or not np.isfinite(strength):
-            raise ParaJaxError(f"the strength of {name!r} must be a finite number, not {strength!r}")
-    return {name: float(strength) for name, strength in tenant.items()}
-
-
 @jax.jit
-def _gather(stack: Any, slots: Int[Array, "rows"]) -> Any:
+def _gather(stack: Any, slots: Int[Array, " rows"]) -> Any:
     # Zeros for a slot past the end: no row gets the weights of a tenant that is not its own. Masked out later, they
     # could still reach its gradient, because zero times NaN is NaN.
     return jax.tree.map(lambda x: x.at[slots].get(mode="fill", fill_value=0), stack)
 
 
-def _gather_apart(stack: Any, slots: Int[np.ndarray, "rows"], mesh: Mesh) -> Any:
+def _gather_apart(stack: Any, slots: Int[np.ndarray, " rows"], mesh: Mesh) -> Any:
     where = row_sharding(mesh, len(slots))
 
     def rows(x: Array) -> Array:
@@ -343,3 +196,20 @@ def _gather_apart(stack: Any, slots: Int[np.ndarray, "rows"], mesh: Mesh) -> Any
         return jax.make_array_from_callback((len(slots), *x.shape[1:]), where, part)
 
     return jax.tree.map(rows, stack)
+
+
+def batch_rows(
+    bank: AdapterBank | None, tenants: Sequence[Tenant] | None, batch: int, mesh: Mesh | None = None
+) -> Rows:
+    """The adapters of a batch. Raises ParaJaxError unless there is a tenant or None for every row."""
+    if tenants is None:
+        if bank is not None:
+            raise ParaJaxError("a bank was given but no tenants; pass tenants=[...], a name or None for every row")
+        return Rows()
+    if isinstance(tenants, str | Mapping) or len(tenants) != batch:
+        raise ParaJaxError(f"{batch} rows but tenants={tenants!r}; give a list of a name or None for every row")
+    if not any(strengths_of(tenant) for tenant in tenants):
+        return Rows()
+    if bank is None:
+        raise ParaJaxError("tenants were given but no bank; pass bank=AdapterBank.load({name: folder, ...}, config)")
+    return bank.rows(tenants, mesh=mesh)

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from para_jax.adapters import peft
-from para_jax.adapters.bank import Adapter, abstract_layers, mismatches, named_leaves
+from para_jax.adapters.adapter import Adapter, abstract_layers, mismatches, named_leaves
 from para_jax.adapters.method import BackboneShape, config_from_dict, methods
 from para_jax.errors import ParaJaxError, unknown
 

@@ -164,7 +164,7 @@ class IA3Layer(nnx.Module):
             offsets[at] = offsets[at] + offset + offsets[at] * offset if at in offsets else offset
         return Adjustment(offsets)
 
-    def offsets(self) -> dict[str, Float[Array, "features"]]:
+    def offsets(self) -> dict[str, Float[Array, " features"]]:
         """For each site how far its vector is from one."""
         if not self.config.projection:
             return {site: self.vectors[site][...] - 1 for site in self.sites}

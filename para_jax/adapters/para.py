@@ -147,7 +147,7 @@ class ParaLayer(nnx.Module):
         by_site = dict(zip(self.config.target_modules, jnp.split(offsets, ends), strict=True))
         return Adjustment(by_site) if self.config.scale == "all" else Adjustment(later=by_site)
 
-    def _pool(self, hidden_td: Float[Array, "t d"], mask_t: Bool[Array, "t"]) -> Float[Array, "d"]:
+    def _pool(self, hidden_td: Float[Array, "t d"], mask_t: Bool[Array, " t"]) -> Float[Array, " d"]:
         # The other tokens may hold anything, and 0 * anything is not always 0.
         hidden_td = jnp.where(mask_t[:, None], hidden_td, 0)
         if self.config.pooling == "last":
@@ -162,7 +162,7 @@ class ParaLayer(nnx.Module):
             weight_t = jnp.exp(score_t - jnp.max(score_t, initial=jnp.finfo(jnp.float32).min))
         return weight_t @ hidden_td / jnp.maximum(jnp.sum(weight_t), 1e-9)
 
-    def _activate(self, x: Float[Array, "r"]) -> Float[Array, "r"]:
+    def _activate(self, x: Float[Array, " r"]) -> Float[Array, " r"]:
         if self.config.activation == "gelu":
             return jax.nn.gelu(x, approximate=False)
         if self.config.activation == "relu":

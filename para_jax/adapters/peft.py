@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from para_jax.adapters.bank import Adapter, abstract_layers, named_leaves
+from para_jax.adapters.adapter import Adapter, abstract_layers, named_leaves
 from para_jax.adapters.fused import as_transformers, join, split
 from para_jax.adapters.ia3 import IA3Config, is_input
 from para_jax.adapters.lora import INITIALISATIONS, LoraConfig

@@ -28,7 +28,7 @@ class Seen(NamedTuple):
     """
 
     valid_bs: Bool[Array, "b s"]
-    column_t: Int[Array, "t"]
+    column_t: Int[Array, " t"]
     window: int | None = None
 
     def mask(self) -> Bool[Array, "b t s"]:

@@ -176,7 +176,7 @@ class Block(nnx.Module):
 
 
 def grouped_product(
-    x: Float[Array, "n i"], weights: Float[Array, "e o i"], sizes: Int[Array, "e"]
+    x: Float[Array, "n i"], weights: Float[Array, "e o i"], sizes: Int[Array, " e"]
 ) -> Float[Array, "n o"]:
     """x W_e^T with the first `sizes[0]` rows of x for the first weight, and so on; float32 sums and output."""
     numbers = jax.lax.RaggedDotDimensionNumbers(

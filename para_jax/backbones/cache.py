@@ -37,7 +37,7 @@ class Cache:
     values: tuple[Float[Array, "b k s hd"], ...] | Float[Array, "l b k s hd"]
     valid_bs: Bool[Array, "b s"]
     column: Int[Array, ""]
-    position_b: Int[Array, "b"]
+    position_b: Int[Array, " b"]
 
     @classmethod
     def create(cls, config: BackboneConfig, batch: int, length: int, dtype: jnp.dtype, stacked: bool) -> Cache:
@@ -80,7 +80,7 @@ class Cache:
         """A layer's keys and values, all columns."""
         return self.keys[layer], self.values[layer]
 
-    def rows(self, index_b: Int[Array, "b"]) -> Cache:
+    def rows(self, index_b: Int[Array, " b"]) -> Cache:
         """The cache of these rows of the batch, as beam search reorders them."""
 
         def pick(where: Array | tuple[Array, ...]) -> Array | tuple[Array, ...]:

@@ -7,17 +7,18 @@ Layers are a list that programs unroll, or stacked arrays that they scan: docs/b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from para_jax.adapters.bank import AdapterBank, Rows, Tenant, strengths_of
+from para_jax.adapters.bank import AdapterBank, batch_rows
 from para_jax.adapters.method import Prompt
+from para_jax.adapters.rows import Rows, Tenant
 from para_jax.adjustment import Adjustment
 from para_jax.backbones import rope
 from para_jax.backbones.attention import Seen
@@ -26,6 +27,7 @@ from para_jax.backbones.cache import Cache, DecodeState
 from para_jax.backbones.config import BackboneConfig
 from para_jax.backbones.kernels import Kernel, choose, prompt_attention
 from para_jax.backbones.linear import QUANTIZED, product, rms_norm
+from para_jax.backbones.options import Attention, Dtype, Quantize, Remat, compute_dtype, default_stacked
 from para_jax.backbones.ragged import Line, Ragged
 from para_jax.errors import ParaJaxError, unknown
 from para_jax.sharding import gathered, split_rows
@@ -34,11 +36,6 @@ if TYPE_CHECKING:
     from jax import Array
     from jax.sharding import Mesh
     from jaxtyping import Bool, Float, Int
-
-Dtype = Literal["auto", "float32", "bfloat16"]
-Quantize = Literal["int8", "int4"]
-Attention = Literal["auto", "plain", "cudnn", "splash"]
-Remat = Literal["none", "layers", "products"]
 
 
 class Backbone(nnx.Module):
@@ -235,7 +232,7 @@ class Backbone(nnx.Module):
         assert filled is not None
         return self.logits(hidden[:, -1:])[:, 0], DecodeState(filled, adjustments)
 
-    def decode(self, token_b: Int[Array, "b"], state: DecodeState) -> tuple[Float[Array, "b v"], DecodeState]:
+    def decode(self, token_b: Int[Array, " b"], state: DecodeState) -> tuple[Float[Array, "b v"], DecodeState]:
         """One token for every row: float32 logits of the next, and the state after it."""
         column = state.cache.column
         position_bt = state.cache.position_b[:, None]
@@ -342,39 +339,3 @@ class Backbone(nnx.Module):
 def _logits(backbone: Backbone, tokens_bt: Array, mask_bt: Array, prompt_mask_bt: Array, rows: Rows) -> Array:
     hidden, _, _ = backbone.forward(tokens_bt, mask_bt, prompt_mask_bt, rows)
     return backbone.logits(hidden)
-
-
-def batch_rows(
-    bank: AdapterBank | None, tenants: Sequence[Tenant] | None, batch: int, mesh: Mesh | None = None
-) -> Rows:
-    """The adapters of a batch. Raises ParaJaxError unless there is a tenant or None for every row."""
-    if tenants is None:
-        if bank is not None:
-            raise ParaJaxError("a bank was given but no tenants; pass tenants=[...], a name or None for every row")
-        return Rows()
-    if isinstance(tenants, str | Mapping) or len(tenants) != batch:
-        raise ParaJaxError(f"{batch} rows but tenants={tenants!r}; give a list of a name or None for every row")
-    if not any(strengths_of(tenant) for tenant in tenants):
-        return Rows()
-    if bank is None:
-        raise ParaJaxError("tenants were given but no bank; pass bank=AdapterBank.load({name: folder, ...}, config)")
-    return bank.rows(tenants, mesh=mesh)
-
-
-def compute_dtype(dtype: Dtype) -> jnp.dtype:
-    """The dtype of weights and computation; "auto" is bfloat16 on TPU and GPU, float32 on CPU."""
-    if dtype == "auto":
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    if dtype not in ("float32", "bfloat16"):
-        raise ParaJaxError(f"dtype {dtype!r} is not supported; choose auto, float32 or bfloat16")
-    return jnp.dtype(dtype)
-
-
-def default_remat() -> Remat:
-    """Accelerators have less memory than time."""
-    return "none" if jax.default_backend() == "cpu" else "layers"
-
-
-def default_stacked() -> bool:
-    """Layers apart on CPU, where a scan copies every layer's weights out of the stack; stacked elsewhere."""
-    return jax.default_backend() != "cpu"

@@ -20,7 +20,7 @@ FEW_ROWS = 32
 
 
 def rms_norm(
-    x: Float[Array, "*b d"], weight_d: Float[Array, "d"], eps: float, offset: float = 0.0
+    x: Float[Array, "*b d"], weight_d: Float[Array, " d"], eps: float, offset: float = 0.0
 ) -> Float[Array, "*b d"]:
     """Root-mean-square norm (Zhang and Sennrich, arXiv 1910.07467), in float32; `offset` is added to the weight."""
     x32 = x.astype(jnp.float32)

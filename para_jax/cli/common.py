@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from para_jax.data.sources import FORMS
 from para_jax.errors import ParaJaxError, unknown
 
 if TYPE_CHECKING:
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
     from para_jax.backbones.decoder import Backbone
 
 T = TypeVar("T")
-
-SOURCES = "FILE.jsonl, tfds:NAME[/CONFIG][:SPLIT] or hf:FOLDER[:SPLIT]"
 
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
@@ -77,7 +76,7 @@ def add_tenants(parser: argparse.ArgumentParser, more: str = "") -> None:
         metavar="NAME=SOURCE",
         action="append",
         required=True,
-        help=f"a tenant and its rows: {SOURCES}{more}; repeat",
+        help=f"a tenant and its rows: {FORMS}{more}; repeat",
     )
     add_sources(parser, "[NAME=]", "; repeat", action="append", default=[])
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from para_jax.cli import common
+from para_jax.data.sources import FORMS
 from para_jax.errors import ParaJaxError
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SOURCE",
         action="append",
         default=[],
-        help=f"held-out rows to score on: {common.SOURCES}; repeat",
+        help=f"held-out rows to score on: {FORMS}; repeat",
     )
     common.add_sources(parser)
     parser.add_argument("--rows", type=int, default=64, metavar="N", help="rows drawn from each source (default: 64)")

@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         if Path(args.output).exists() and not args.overwrite:
             raise ParaJaxError(f"{args.output} exists; choose another --output or pass --overwrite")
 
-    from para_jax.adapters.bank import strengths_of
+    from para_jax.adapters.rows import strengths_of
     from para_jax.convert.tokenizer import with_chat_template
     from para_jax.data.examples import encode_rows
     from para_jax.data.sources import read_jsonl

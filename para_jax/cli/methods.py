@@ -101,7 +101,7 @@ def cost(config: MethodConfig, shape: BackboneShape, dtype: str = "bfloat16") ->
     import jax
     import jax.numpy as jnp
 
-    from para_jax.adapters.bank import abstract_layers
+    from para_jax.adapters.adapter import abstract_layers
     from para_jax.adapters.method import Prompt
 
     def prepared(layers: Any) -> list[Any]:

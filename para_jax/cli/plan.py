@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from para_jax.planning.job import Job
 
 ROWS = {"train": "16", "decode": "8"}
+# Options that only one mode has.
+ONLY = {"train": ("micro_batches", "remat"), "decode": ("new_tokens",)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,14 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="T",
         help="tokens of a row to tune on (default: 2048) or of a prompt (default: 1024)",
     )
-    parser.add_argument(
-        "--new-tokens", type=int, default=256, metavar="T", help="that a row has room for (default: 256)"
-    )
-    parser.add_argument("--micro-batches", type=int, default=1, metavar="N", help="parts of a tuning step (default: 1)")
+    parser.add_argument("--new-tokens", type=int, metavar="T", help="that a decoded row has room for (default: 256)")
+    parser.add_argument("--micro-batches", type=int, metavar="N", help="parts of a tuning step (default: 1)")
     parser.add_argument(
         "--remat",
         choices=("none", "layers", "products"),
-        default="layers",
         help="what a tuning step computes again in its backward pass, as finetune has it (default: layers)",
     )
     parser.add_argument("--quantize", choices=("int8", "int4"), help="the layers' weights in few bits")
@@ -106,15 +105,18 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
 
     if args.tries < 1:
         raise ParaJaxError(f"--tries must be at least 1, not {args.tries}")
+    for mode, options in ONLY.items():
+        for option in options:
+            if mode != args.mode and getattr(args, option) is not None:
+                raise ParaJaxError(
+                    f"--{option.replace('_', '-')} is of --mode {mode}; --mode {args.mode} has no use of it"
+                )
     config = common.load_config(args.model)
     method = method_configs(["tenant"], [args.method], args.option)["tenant"]
     method.size(config)  # raises for a target that is none
-    usual = 2048 if args.mode == "train" else 1024
-    length = (
-        args.length
-        if args.length is not None
-        else min(usual, config.max_position_embeddings // (1 if args.mode == "train" else 2))
-    )
+    context, training = config.max_position_embeddings, args.mode == "train"
+    length = args.length if args.length is not None else min(2048, context) if training else min(1024, context // 2)
+    new_tokens = args.new_tokens if args.new_tokens is not None else min(256, max(1, context - length))
     text = args.rows or ROWS[args.mode]
     if not all(part.isdigit() for part in text.split(",")):
         raise ParaJaxError(f"--rows takes a number, or several with commas, not {text!r}")
@@ -126,9 +128,9 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
             tenants=args.tenants,
             rows=int(rows),
             length=length,
-            new_tokens=min(args.new_tokens, max(1, config.max_position_embeddings - length)),
-            micro_batches=args.micro_batches,
-            remat=args.remat,
+            new_tokens=new_tokens,
+            micro_batches=1 if args.micro_batches is None else args.micro_batches,
+            remat=args.remat or "layers",
             quantize=args.quantize,
             dtype=args.dtype,
         )

@@ -16,11 +16,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from para_jax.adapters.bank import named_leaves
+from para_jax.adapters.adapter import named_leaves
 from para_jax.adapters.files import TEMPLATE, new_folder
 from para_jax.backbones.config import CONFIG, GENERATION, BackboneConfig, checkpoint_folder
-from para_jax.backbones.decoder import Attention, Backbone, Dtype, Quantize, compute_dtype, default_stacked
+from para_jax.backbones.decoder import Backbone
 from para_jax.backbones.linear import QUANTIZED, quantized
+from para_jax.backbones.options import Attention, Dtype, Quantize, compute_dtype, default_stacked
 from para_jax.convert.families import entries, hf_fields
 from para_jax.convert.tables import Entry
 from para_jax.convert.tensors import INDEX, TensorFiles, open_tensors

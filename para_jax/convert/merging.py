@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from para_jax.adapters.bank import Adapter, named_leaves
+from para_jax.adapters.adapter import Adapter, named_leaves
 from para_jax.adapters.ia3 import IA3Config
 from para_jax.adapters.lora import LoraConfig
 from para_jax.adapters.peft import peft_tensors

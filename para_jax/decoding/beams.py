@@ -71,7 +71,7 @@ class _Finished(NamedTuple):
 class _Carry(NamedTuple):
     open: _Open
     finished: _Finished
-    done_b: Bool[Array, "b"]
+    done_b: Bool[Array, " b"]
     step: Int[Array, ""]
     state: DecodeState
 

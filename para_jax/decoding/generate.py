@@ -9,8 +9,9 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from para_jax.adapters.bank import AdapterBank, Tenant
-from para_jax.backbones.decoder import Backbone, batch_rows
+from para_jax.adapters.bank import AdapterBank, batch_rows
+from para_jax.adapters.rows import Tenant
+from para_jax.backbones.decoder import Backbone
 from para_jax.decoding import beams, loop, requests
 from para_jax.decoding.stops import StopStrings, stop_strings
 from para_jax.distributed import whole

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from para_jax.adapters.bank import Rows
+from para_jax.adapters.rows import Rows
 from para_jax.backbones.decoder import Backbone, DecodeState
 from para_jax.data import batches
 from para_jax.decoding.sampling import Sampler, seen_tokens
@@ -45,8 +45,8 @@ class Ending:
       table_sv: the table of the stop strings, if there are any.
     """
 
-    limit_b: Int[Array, "b"]
-    eos_e: Int[Array, "e"]
+    limit_b: Int[Array, " b"]
+    eos_e: Int[Array, " e"]
     table_sv: Int16[Array, "s v"] | None = None
 
     def start(self, *shape: int) -> Int16[Array, "*b"] | None:
@@ -76,15 +76,15 @@ class Generated(NamedTuple):
     itself."""
 
     tokens_bt: Int[Array, "b t"]
-    count_b: Int[Array, "b"]
-    stopped_b: Bool[Array, "b"]
+    count_b: Int[Array, " b"]
+    stopped_b: Bool[Array, " b"]
 
 
 class _Carry(NamedTuple):
     generated: Generated
-    done_b: Bool[Array, "b"]
-    token_b: Int[Array, "b"]
-    stop_b: Int16[Array, "b"] | None
+    done_b: Bool[Array, " b"]
+    token_b: Int[Array, " b"]
+    stop_b: Int16[Array, " b"] | None
     seen_bv: Bool[Array, "b v"] | None
     step: Int[Array, ""]
     state: DecodeState

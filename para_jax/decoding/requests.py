@@ -11,7 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from para_jax.adapters.bank import AdapterBank, Tenant, strengths_of
+from para_jax.adapters.bank import AdapterBank
+from para_jax.adapters.rows import Tenant, strengths_of
 from para_jax.backbones.config import BackboneConfig
 from para_jax.decoding.sampling import Draws, Filters, Sampler
 from para_jax.errors import ParaJaxError, unknown

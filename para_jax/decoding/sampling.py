@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 class Filters(NamedTuple):
     """Which tokens a draw may choose among; 0, 1 and 0 leave a row all of them."""
 
-    top_k_b: Int[Array, "b"]
-    top_p_b: Float[Array, "b"]
-    min_p_b: Float[Array, "b"]
+    top_k_b: Int[Array, " b"]
+    top_p_b: Float[Array, " b"]
+    min_p_b: Float[Array, " b"]
 
 
 class Draws(NamedTuple):
     """What rows draw with. A row of temperature zero takes the likeliest token instead."""
 
-    temperature_b: Float[Array, "b"]
-    seed_b: UInt32[Array, "b"]
+    temperature_b: Float[Array, " b"]
+    seed_b: UInt32[Array, " b"]
     filters: Filters | None = None
 
     def processed(self, logits_bv: Float[Array, "b v"]) -> Float[Array, "b v"]:
@@ -43,7 +43,7 @@ class Draws(NamedTuple):
 
         return jax.vmap(one)(self, logits_bv)
 
-    def draw(self, logits_bv: Float[Array, "b v"], step: Int[Array, ""]) -> Int[Array, "b"]:
+    def draw(self, logits_bv: Float[Array, "b v"], step: Int[Array, ""]) -> Int[Array, " b"]:
         """A token for every row, from its logits, its seed and the step."""
 
         def one(seed: Array, logits_v: Array) -> Array:
@@ -60,7 +60,7 @@ class Sampler(NamedTuple):
     greedy rows pays for nothing.
     """
 
-    penalty_b: Float[Array, "b"] | None = None
+    penalty_b: Float[Array, " b"] | None = None
     draws: Draws | None = None
 
     def penalised(self, logits_bv: Float[Array, "b v"], seen_bv: Bool[Array, "b v"] | None) -> Float[Array, "b v"]:
@@ -71,7 +71,7 @@ class Sampler(NamedTuple):
 
     def choose(
         self, logits_bv: Float[Array, "b v"], seen_bv: Bool[Array, "b v"] | None, step: Int[Array, ""]
-    ) -> Int[Array, "b"]:
+    ) -> Int[Array, " b"]:
         """The next token of every row; `seen_bv` marks each row's tokens so far, if there is a penalty."""
         logits_bv = self.penalised(logits_bv, seen_bv)
         likeliest_b = likeliest(logits_bv)
@@ -80,7 +80,7 @@ class Sampler(NamedTuple):
         return jnp.where(self.draws.temperature_b > 0, self.draws.draw(logits_bv, step), likeliest_b)
 
 
-def likeliest(logits_bv: Float[Array, "b v"]) -> Int[Array, "b"]:
+def likeliest(logits_bv: Float[Array, "b v"]) -> Int[Array, " b"]:
     """The first token of the highest logit, int32.
 
     Two plain reductions; XLA's own argmax, one reduction over pairs, is six times slower on CPU.
@@ -95,8 +95,8 @@ def likeliest(logits_bv: Float[Array, "b v"]) -> Int[Array, "b"]:
 
 
 def repetition_penalty(
-    logits_v: Float[Array, "v"], seen_v: Bool[Array, "v"], penalty: Float[Array, ""]
-) -> Float[Array, "v"]:
+    logits_v: Float[Array, " v"], seen_v: Bool[Array, " v"], penalty: Float[Array, ""]
+) -> Float[Array, " v"]:
     """Makes tokens seen before less likely: logits above zero are divided, the others multiplied.
 
     Keskar et al., arXiv 1909.05858.
@@ -107,7 +107,7 @@ def repetition_penalty(
     return jnp.where(seen_v, jnp.where(logits_v < 0, logits_v * penalty, logits_v / penalty), logits_v)
 
 
-def top_k_top_p(logits_v: Float[Array, "v"], top_k: Int[Array, ""], top_p: Float[Array, ""]) -> Float[Array, "v"]:
+def top_k_top_p(logits_v: Float[Array, " v"], top_k: Int[Array, ""], top_p: Float[Array, ""]) -> Float[Array, " v"]:
     """Rules out all but the `top_k` highest logits, and of those all but the fewest that make up `top_p`.
 
     A `top_k` of zero and a `top_p` of one keep everything. Both are thresholds on the same sorted logits (Fan
@@ -129,7 +129,7 @@ def top_k_top_p(logits_v: Float[Array, "v"], top_k: Int[Array, ""], top_p: Float
     return jnp.where(logits_v >= lowest, logits_v, -jnp.inf)
 
 
-def min_p(logits_v: Float[Array, "v"], smallest: Float[Array, ""]) -> Float[Array, "v"]:
+def min_p(logits_v: Float[Array, " v"], smallest: Float[Array, ""]) -> Float[Array, " v"]:
     """Rules out tokens less likely than `smallest` times the likeliest one (Nguyen et al., arXiv 2407.01082).
 
     >>> jnp.isfinite(min_p(jnp.log(jnp.array([0.6, 0.3, 0.1])), 0.25)).tolist()

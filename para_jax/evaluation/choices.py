@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from para_jax.adapters.bank import AdapterBank, Rows, Tenant
-from para_jax.backbones.decoder import Backbone, batch_rows
+from para_jax.adapters.bank import AdapterBank, batch_rows
+from para_jax.adapters.rows import Rows, Tenant
+from para_jax.backbones.decoder import Backbone
 from para_jax.data.batches import bucket
 from para_jax.decoding.requests import tenant_rows
 from para_jax.distributed import whole
@@ -123,9 +124,9 @@ def _score(
     rows: Rows,
     tokens_bt: Int[Array, "b t"],
     answers_ba: Int[Array, "b a"],
-    prompt_length_b: Int[Array, "b"],
-    answer_length_b: Int[Array, "b"],
-) -> Float[Array, "b"]:
+    prompt_length_b: Int[Array, " b"],
+    answer_length_b: Int[Array, " b"],
+) -> Float[Array, " b"]:
     column_t = jnp.arange(tokens_bt.shape[1])[None, :]
     place_a = jnp.arange(answers_ba.shape[1])[None, :]
     prompt_mask_bt = column_t < prompt_length_b[:, None]

@@ -17,16 +17,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from para_jax.adapters.bank import Adapter, Rows
+from para_jax.adapters.adapter import Adapter
 from para_jax.adapters.lora import LoraConfig, LoraLayer
 from para_jax.adapters.method import Prompt
+from para_jax.adapters.rows import Rows
 from para_jax.adjustment import Adjustment, LowRank
 from para_jax.backbones.decoder import Backbone
 from para_jax.data.batches import Batch, pad
 from para_jax.data.examples import Example
 from para_jax.errors import ParaJaxError, unknown
+from para_jax.training.loss import target_nll
 from para_jax.training.metrics import duration
-from para_jax.training.step import target_nll
 
 if TYPE_CHECKING:
     from jax import Array
@@ -180,7 +181,7 @@ class Gated:
         return replace(made, pairs=pairs)
 
 
-def losses(s: Scoring, gates_vls: Float[np.ndarray, "v layers sites"]) -> Float[np.ndarray, "v"]:
+def losses(s: Scoring, gates_vls: Float[np.ndarray, "v layers sites"]) -> Float[np.ndarray, " v"]:
     """The mean cross-entropy of a response token, float64, for each variant of the adapter.
 
     A variant is an array of gates (layers, sites): 1 leaves a module as it is, 0 switches it off.
@@ -200,7 +201,7 @@ def losses(s: Scoring, gates_vls: Float[np.ndarray, "v layers sites"]) -> Float[
 @jax.jit
 def _gated_nll(
     backbone: Backbone, layers: LoraLayer, batch: Batch, gates_vls: Float[Array, "v layers sites"]
-) -> Float[Array, "v"]:
+) -> Float[Array, " v"]:
     return jax.vmap(partial(_nll, backbone, layers, batch))(gates_vls)
 
 
@@ -233,7 +234,7 @@ def _batches(s: Scoring) -> list[Batch]:
     return batches
 
 
-def _by_layer(x: Float[np.ndarray, "layers *shape"]) -> Float[np.ndarray, "layers"]:
+def _by_layer(x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, " layers"]:
     return np.asarray(x, np.float64).reshape(len(x), -1).sum(axis=1)
 
 

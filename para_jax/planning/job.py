@@ -7,8 +7,8 @@ from typing import Literal, get_args
 
 from para_jax.adapters.method import MethodConfig
 from para_jax.backbones.config import BackboneConfig
-from para_jax.backbones.decoder import Remat
 from para_jax.backbones.linear import QUANTIZED
+from para_jax.backbones.options import Remat
 from para_jax.errors import ParaJaxError, unknown
 
 MODES = ("train", "decode")

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from para_jax.adapters.bank import AdapterBank, Group, abstract_layers, named_leaves
+from para_jax.adapters.adapter import abstract_layers, named_leaves
+from para_jax.adapters.bank import AdapterBank, Group
 from para_jax.backbones.config import BackboneConfig
 from para_jax.backbones.decoder import Backbone
 from para_jax.data.batches import OF_MICRO_BATCHES, pad

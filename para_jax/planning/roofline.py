@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from para_jax.adapters.bank import named_leaves
+from para_jax.adapters.adapter import named_leaves
 from para_jax.planning.chips import Chip
 from para_jax.planning.compiling import Program, shard_bytes
 from para_jax.planning.job import Job

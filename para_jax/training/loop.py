@@ -11,9 +11,11 @@ from typing import Any
 
 import jax
 
-from para_jax.adapters.bank import Adapter, AdapterBank
+from para_jax.adapters.adapter import Adapter
+from para_jax.adapters.bank import AdapterBank
 from para_jax.adapters.files import save_adapter
-from para_jax.backbones.decoder import Backbone, Remat, default_remat
+from para_jax.backbones.decoder import Backbone
+from para_jax.backbones.options import Remat, default_remat
 from para_jax.data.examples import Example, check_ids
 from para_jax.distributed import Flag, barrier, first, told, whole
 from para_jax.errors import ParaJaxError

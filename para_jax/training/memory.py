@@ -8,7 +8,8 @@ from contextlib import contextmanager
 
 import jax
 
-from para_jax.backbones.decoder import Backbone, Remat
+from para_jax.backbones.decoder import Backbone
+from para_jax.backbones.options import Remat
 from para_jax.errors import ParaJaxError
 from para_jax.training.places import Layout
 

@@ -16,23 +16,23 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from para_jax.adapters.bank import AdapterBank, Rows, named_leaves
-from para_jax.backbones.decoder import Backbone, Remat
+from para_jax.adapters.adapter import named_leaves
+from para_jax.adapters.bank import AdapterBank
+from para_jax.adapters.rows import Rows
+from para_jax.backbones.decoder import Backbone
+from para_jax.backbones.options import Remat
 from para_jax.data.batches import Batch
 from para_jax.sharding import adapter_spec, split_rows
 from para_jax.training import optimizer
+from para_jax.training.loss import loss_of
 from para_jax.training.optimizer import Settings
 
 if TYPE_CHECKING:
     from jax import Array
     from jaxtyping import Float, Int, Key
-
-# Logits of a group of rows that are in memory at once, float32: a large vocabulary must not dominate.
-LOGITS = 2**26
 
 
 @partial(
@@ -54,8 +54,8 @@ class TrainState:
     step: Int[Array, ""]
     bank: AdapterBank
     moments: tuple[Any, ...]
-    taken: tuple[Int[Array, "slots"], ...]
-    failed_at: tuple[Int[Array, "slots"], ...]
+    taken: tuple[Int[Array, " slots"], ...]
+    failed_at: tuple[Int[Array, " slots"], ...]
 
     @classmethod
     def create(cls, bank: AdapterBank, mesh: Mesh | None = None, shards: int = 1) -> TrainState:
@@ -113,7 +113,7 @@ class Rules:
     """How the tenants of one group of the bank are tuned: their settings, and a number of each one's name."""
 
     settings: Settings
-    name: Int[np.ndarray, "slots"]
+    name: Int[np.ndarray, " slots"]
 
 
 def stack_settings(bank: AdapterBank, settings: Mapping[str, Settings]) -> tuple[Rules, ...]:
@@ -152,7 +152,7 @@ def train_step(
     shards: int = 1,
     remat: Remat = "none",
     seed: int = 0,
-) -> tuple[TrainState, dict[str, Float[Array, "n"]]]:
+) -> tuple[TrainState, dict[str, Float[Array, " n"]]]:
     """Takes the tenants of a batch one step, each on its own loss: the mean over its response tokens.
 
     Args:
@@ -180,7 +180,7 @@ def train_step(
     rates = tuple(getattr(group.config, "lora_dropout", 0.0) for group in state.bank.groups)
     rows = Rows(tuple(x.reshape(-1).astype(jnp.float32) for x in there), layers, rates, repeats=b // (g * n))
 
-    def key_of_row(index: Array) -> Key[Array, "b"]:
+    def key_of_row(index: Array) -> Key[Array, " b"]:
         # Rows count through the step, however it is divided: g parts of each micro-batch, or one if spread.
         own = jnp.arange(b // (g * n))[None, None]
         group = jnp.zeros((g, 1, 1), own.dtype) if spread else jnp.arange(g)[:, None, None]
@@ -277,50 +277,3 @@ def _put(x: Array, new: Array, slots_gn: Array, shards: int) -> Array:
     new = new.reshape(shards, -1, *new.shape[1:])
     slots_gn = jnp.asarray(slots_gn)
     return jax.vmap(lambda x, s, y: x.at[s].set(y, mode="drop"))(own, slots_gn, new).reshape(x.shape)
-
-
-def loss_of(
-    backbone: Backbone, rows: Rows, part: Batch, count_gn: Float[Array, "g n"], remat: Remat = "none"
-) -> Float[Array, "g n"]:
-    """Each tenant's loss in one micro-batch, with its response tokens in all micro-batches and groups given.
-
-    `part` is a `Batch.micro_batch`. Padding reaches attention only, and only response tokens reach the head: with a
-    vocabulary of 4096 and short answers it would cost more than the layers.
-    """
-    nll_gk = target_nll(backbone, rows, part, remat)
-    # Each tenant's tokens are one row of this sum: the order is fixed, and one tenant's NaN stays its own.
-    own_gnk = part.target_tenant[:, None] == jnp.arange(count_gn.shape[1])[None, :, None]
-    total_gn = jnp.sum(jnp.where(own_gnk, nll_gk[:, None], 0), axis=2)
-    return total_gn / jnp.maximum(count_gn, 1).astype(jnp.float32)
-
-
-def target_nll(backbone: Backbone, rows: Rows, part: Batch, remat: Remat = "none") -> Float[Array, "g k"]:
-    """The negative log-likelihood of each of `part`'s targets; where `target_tenant` is none, it means nothing.
-
-    Of a long list the logits of some `LOGITS` are in memory at once; the backward pass computes them again.
-    """
-    b, t = part.tokens.shape
-    g, k = part.target_place.shape
-    column = jnp.arange(t)[None]
-    mask_bt, prompt_mask_bt = column < part.length[:, None], column < part.prompt_length[:, None]
-    hidden, _, _ = backbone.forward(
-        jnp.asarray(part.tokens), mask_bt, prompt_mask_bt, rows, remat=remat, flat=part.line
-    )
-    of_group = hidden.reshape(g, b // g * t, -1)
-    hidden_gkd = of_group[0][part.target_place] if g == 1 else jax.vmap(lambda x, i: x[i])(of_group, part.target_place)
-    token_gk, head = jnp.asarray(part.target_token), backbone.whole_head()
-
-    def nll(hidden_gkd: Array, token_gk: Array) -> Array:
-        return optax.softmax_cross_entropy_with_integer_labels(backbone.logits(hidden_gkd, head), token_gk)
-
-    size = max(1, LOGITS // backbone.config.vocab_size)
-    if k <= size:
-        return nll(hidden_gkd, token_gk)
-    parts, more = -(-k // size), -k % size
-
-    def divided(x: Array) -> Array:
-        padded = jnp.pad(x, [(0, 0), (0, more), *[(0, 0)] * (x.ndim - 2)])
-        return jnp.moveaxis(padded.reshape(g, parts, size, *x.shape[2:]), 1, 0)
-
-    nll_agk = jax.lax.map(jax.checkpoint(lambda x: nll(*x)), (divided(hidden_gkd), divided(token_gk)))
-    return jnp.moveaxis(nll_agk, 0, 1).reshape(g, -1)[:, :k]

@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from para_jax.adapters.bank import AdapterBank, Rows
+from para_jax.adapters.bank import AdapterBank
+from para_jax.adapters.rows import Rows
 from para_jax.backbones.decoder import Backbone
 from para_jax.data.batches import Batch
 from para_jax.data.examples import Example
 from para_jax.distributed import whole
+from para_jax.training.loss import loss_of
 from para_jax.training.optimizer import Settings
 from para_jax.training.places import NOTHING, Layout
-from para_jax.training.step import Slots, loss_of, picked, stack_size
+from para_jax.training.step import Slots, picked, stack_size
 
 if TYPE_CHECKING:
     from jax import Array

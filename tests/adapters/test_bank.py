@@ -13,8 +13,9 @@ import pytest
 from flax import nnx
 
 from para_jax import AdapterBank, Backbone, ParaConfig, ParaJaxError, save_adapter
-from para_jax.adapters.bank import Adapter, Rows
+from para_jax.adapters.adapter import Adapter
 from para_jax.adapters.method import BackboneShape, Prompt
+from para_jax.adapters.rows import Rows
 from para_jax.adjustment import Adjustment
 from tests.helpers import SMALL, random_adapter, random_backbone, random_bank
 

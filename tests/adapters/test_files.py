@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 
 from para_jax import LoraConfig, ParaConfig, ParaJaxError, load_adapter, save_adapter
-from para_jax.adapters.bank import Adapter
+from para_jax.adapters.adapter import Adapter
 from para_jax.adapters.files import CONFIG, WEIGHTS
 from para_jax.adapters.method import MethodConfig
 from tests.helpers import SMALL, random_adapter

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from para_jax import LoraConfig, load_adapter, save_adapter
-from para_jax.adapters.bank import Adapter
+from para_jax.adapters.adapter import Adapter
 from para_jax.adapters.files import WEIGHTS
 from para_jax.adapters.fused import Fused, as_transformers
 from para_jax.adapters.targets import module_path

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from para_jax import AdapterBank, IA3Config, ParaJaxError
-from para_jax.adapters.bank import Adapter, abstract_layers
+from para_jax.adapters.adapter import Adapter, abstract_layers
 from para_jax.adapters.method import Prompt
 from para_jax.adjustment import Adjustment
 from tests.helpers import SMALL, random_adapter

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from transformers.activations import ACT2FN
 
 from para_jax import BackboneConfig, ParaConfig
-from para_jax.adapters.bank import abstract_layers, named_leaves
+from para_jax.adapters.adapter import abstract_layers, named_leaves
 from para_jax.adapters.method import Prompt
 from para_jax.adapters.para import RATIONAL_DENOMINATOR, RATIONAL_NUMERATOR, Activation, ParaLayer, Pooling, rational
 from tests.helpers import SMALL, random_backbone, random_bank

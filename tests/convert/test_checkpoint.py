@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from para_jax import Backbone, BackboneConfig, ParaJaxError, merge_adapter
-from para_jax.adapters.bank import named_leaves
+from para_jax.adapters.adapter import named_leaves
 from para_jax.backbones.linear import QUANTIZED, dequantized, quantized
 from para_jax.convert.checkpoint import save_backbone
 from para_jax.convert.families import FAMILIES, entries

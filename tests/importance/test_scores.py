@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from para_jax import AdapterBank, Backbone, LoraConfig, ParaConfig, ParaJaxError
-from para_jax.adapters.bank import Adapter
+from para_jax.adapters.adapter import Adapter
 from para_jax.data.examples import Example
 from para_jax.importance import scores
 from para_jax.importance.scores import importance

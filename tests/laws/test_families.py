@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from para_jax import AdapterBank, Backbone
-from para_jax.adapters.bank import Rows
+from para_jax.adapters.rows import Rows
 from para_jax.convert.checkpoint import save_backbone
 from para_jax.convert.families import FAMILIES
 from para_jax.errors import ParaJaxError

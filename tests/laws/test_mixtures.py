@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from para_jax import AdapterBank, Backbone, LoraConfig, complete
-from para_jax.adapters.bank import Adapter, Rows
+from para_jax.adapters.adapter import Adapter
 from para_jax.adapters.method import Prompt
+from para_jax.adapters.rows import Rows
 from para_jax.adjustment import Adjustment
 from tests.helpers import METHODS, random_adapter, random_backbone, random_bank
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from para_jax import AdapterBank, Backbone, ParaConfig, generate
-from para_jax.adapters.bank import Rows
+from para_jax.adapters.rows import Rows
 from para_jax.backbones.decoder import DecodeState
 from tests.helpers import METHODS, random_backbone, random_bank
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from para_jax import Backbone
-from para_jax.adapters.bank import Rows
+from para_jax.adapters.rows import Rows
 from para_jax.convert.checkpoint import save_backbone
 
 TOLERANCE = 1e-4  # of the largest logit

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from transformers import AutoModelForCausalLM
 
 from para_jax import AdapterBank, Backbone, BackboneConfig, load_adapter
-from para_jax.adapters.bank import Adapter
+from para_jax.adapters.adapter import Adapter
 from para_jax.adapters.fused import as_transformers
 from para_jax.adapters.peft import peft_tensors
 from para_jax.adapters.targets import peft_path

@@ -26,7 +26,7 @@ from para_jax import (
     merge_adapter,
     save_adapter,
 )
-from para_jax.adapters.bank import Adapter
+from para_jax.adapters.adapter import Adapter
 from para_jax.adapters.files import CONFIG, WEIGHTS
 from tests.parity.test_peft import IN_CAUSAL_LM, apart, drawn, meaning, opened, ours, same_files, theirs
 

@@ -31,7 +31,7 @@ from para_jax import (
     merge_adapter,
     save_adapter,
 )
-from para_jax.adapters.bank import Adapter, abstract_layers, named_leaves
+from para_jax.adapters.adapter import Adapter, abstract_layers, named_leaves
 from para_jax.adapters.files import CONFIG, WEIGHTS
 from para_jax.convert.checkpoint import save_backbone
 

@@ -18,10 +18,10 @@ from para_jax.data.batches import pad
 from para_jax.data.examples import Example
 from para_jax.errors import ParaJaxError
 from para_jax.training.loop import finetune, steps_of
+from para_jax.training.loss import loss_of
 from para_jax.training.optimizer import Settings
 from para_jax.training.places import Layout, Schedule
 from para_jax.training.signals import Interrupted
-from para_jax.training.step import loss_of
 from tests.helpers import SMALL, random_adapter, random_backbone
 
 NAMES = [f"t{i}" for i in range(7)]

@@ -13,11 +13,11 @@ from para_jax.adapters.para import ParaConfig
 from para_jax.data.batches import pad
 from para_jax.data.examples import Example
 from para_jax.errors import ParaJaxError
+from para_jax.training import loss as losses
 from para_jax.training import optimizer, step
 from para_jax.training.memory import explained
 from para_jax.training.optimizer import Settings
 from para_jax.training.places import Layout
-from para_jax.training.step import loss_of
 from tests.helpers import random_adapter, random_backbone
 
 ROWS = [
@@ -28,7 +28,7 @@ ROWS = [
 
 def loss(backbone, bank, batch, tenants, remat="none"):
     rows = bank.rows(tenants, repeats=batch.length.shape[1] // len(tenants))
-    (loss_n,) = loss_of(backbone, rows, batch.micro_batch(0), batch.target_count, remat=remat)
+    (loss_n,) = losses.loss_of(backbone, rows, batch.micro_batch(0), batch.target_count, remat=remat)
     return jnp.sum(loss_n), loss_n
 
 
@@ -130,8 +130,8 @@ def test_logits_in_parts_change_nothing(monkeypatch):
     )
     batch = pad([ROWS])
     found = []
-    for most in (step.LOGITS, 4 * backbone.config.vocab_size, 1):
-        monkeypatch.setattr(step, "LOGITS", most)
+    for most in (losses.LOGITS, 4 * backbone.config.vocab_size, 1):
+        monkeypatch.setattr(losses, "LOGITS", most)
         found.append(jax.jit(jax.value_and_grad(lambda bank: loss(backbone, bank, batch, ("a", "b"))[0]))(bank))
     for other in found[1:]:
         for x, y in zip(jax.tree.leaves(found[0]), jax.tree.leaves(other), strict=True):
@@ -147,7 +147,7 @@ def test_a_large_vocabulary_does_not_dominate():
     rules = step.stack_settings(bank, {"a": Settings()})
     lowered = step.train_step.lower(backbone, step.TrainState.create(bank), rules, batch, step.slots_of(bank, ["a"]))
     temporary = lowered.compile().memory_analysis().temp_size_in_bytes
-    assert temporary < 2 * 4 * step.LOGITS + 100e6 < 4 * 2048 * 131_072
+    assert temporary < 2 * 4 * losses.LOGITS + 100e6 < 4 * 2048 * 131_072
 
 
 def test_out_of_memory_says_what_to_try():
