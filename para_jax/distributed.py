@@ -7,9 +7,11 @@ one's; the others wait for it where they need it.
 from __future__ import annotations
 
 import os
+import pickle
 import sys
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import jax
 import numpy as np
@@ -20,6 +22,8 @@ from para_jax.errors import ParaJaxError
 
 if TYPE_CHECKING:
     from jax.sharding import Sharding
+
+T = TypeVar("T")
 
 
 def start(address: str | None = None, processes: int | None = None, process: int | None = None) -> None:
@@ -78,6 +82,38 @@ def told(text: bytes) -> bytes:
     room = np.zeros(4000, np.uint8)
     room[: len(text)] = np.frombuffer(text[:4000], np.uint8)
     return bytes(np.asarray(multihost_utils.broadcast_one_to_all(room))).rstrip(b"\0")
+
+
+def shared(makers: Mapping[str, Callable[[], T]]) -> dict[str, T]:
+    """What each of these makes, under its name, made by one of the processes and known to all.
+
+    What is made has to be plain data, for it is pickled on its way. Raises ParaJaxError in every process if one does.
+    """
+    if _alone():
+        return {name: make() for name, make in makers.items()}
+    problem, made = "", {}
+    try:
+        made = {name: makers[name]() for name in list(makers)[jax.process_index() :: jax.process_count()]}
+    except ParaJaxError as error:
+        problem = str(error)
+    found: dict[str, T] = {}
+    for text in _told_by_each(pickle.dumps((problem, made))):
+        problem, made = pickle.loads(text)
+        if problem:
+            raise ParaJaxError(problem)
+        found |= made
+    return {name: found[name] for name in makers}
+
+
+def _told_by_each(text: bytes) -> list[bytes]:
+    """What every process says, in their order."""
+    from jax.experimental import multihost_utils
+
+    sizes = np.asarray(multihost_utils.process_allgather(np.uint32(len(text))))
+    room = np.zeros(int(sizes.max()), np.uint8)
+    room[: len(text)] = np.frombuffer(text, np.uint8)
+    said = np.asarray(multihost_utils.process_allgather(room))
+    return [bytes(row[:size]) for row, size in zip(said, sizes, strict=True)]
 
 
 def placed(x: np.ndarray, sharding: Sharding | None) -> Any:

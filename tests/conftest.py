@@ -1,11 +1,19 @@
 """Settings of every test: nothing is promoted silently, warnings are errors (pyproject.toml), no network."""
 
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the compiler for TPUs would look for one
+# What is compiled is kept for this process and those it starts; compiling is most of the tests' time. Not for others
+# beside it: JAX does not keep them from reading half of a program.
+PROGRAMS = tempfile.mkdtemp(prefix="para-jax-tests-")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = PROGRAMS
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
 import pytest
@@ -21,6 +29,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--every-mesh", action="store_true", help="all of tests/laws/test_sharded_training.py")
     parser.addoption("--kills-json", help="a file for what it saw")
     parser.addoption("--parity-table", help="Markdown file for the worst errors of tests/parity/test_families.py")
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(PROGRAMS, ignore_errors=True)
 
 
 # Whole models of every family, whole runs and compilers for TPUs: minutes each folder.

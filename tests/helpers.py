@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import jax
@@ -48,15 +50,24 @@ METHODS: dict[str, MethodConfig] = {
 }
 
 
+# Backbones and adapters are never changed, so that tests share them. One program makes one: its many small ones would
+# take seconds to compile.
+@cache
 def random_backbone(seed: int = 0, stacked: bool = False, **overrides) -> Backbone:
     """A small backbone whose weights are large enough for its logits to differ a lot from token to token."""
     config = dataclasses.replace(SMALL, **overrides)
-    backbone = Backbone(config, jax.random.key(seed), dtype="float32", stacked=stacked)
 
     def louder(path, x):
         return x if "norm" in jax.tree_util.keystr(path) else 10 * x
 
-    return jax.tree_util.tree_map_with_path(louder, backbone)
+    return _made(config, seed, stacked, louder)
+
+
+def _made(config: BackboneConfig, seed: int, stacked: bool, louder: Callable[..., Any]) -> Backbone:
+    def make(key):
+        return jax.tree_util.tree_map_with_path(louder, Backbone(config, key, "float32", stacked))
+
+    return jax.jit(make)(jax.random.key(seed))
 
 
 # What a family has beyond Llama's options, at settings that differ from layer to layer where it can.
@@ -94,9 +105,9 @@ def family_fields(family: str) -> dict[str, Any]:
     return {"model_type": family, **sizes, "rope_theta": 10000.0, **FAMILY_OPTIONS[family]}
 
 
+@cache
 def family_backbone(family: str, seed: int = 0, stacked: bool = False) -> Backbone:
     """A small backbone of this family, with all weights random and large enough for logits to differ."""
-    backbone = Backbone(BackboneConfig.from_hf(family_fields(family)), jax.random.key(seed), "float32", stacked)
 
     def louder(path, x):
         name = jax.tree_util.keystr(path)
@@ -104,9 +115,10 @@ def family_backbone(family: str, seed: int = 0, stacked: bool = False) -> Backbo
             return x + 0.2 * jax.random.normal(jax.random.key(zlib.crc32(name.encode())), x.shape, x.dtype)
         return 10 * x
 
-    return jax.tree_util.tree_map_with_path(louder, backbone)
+    return _made(BackboneConfig.from_hf(family_fields(family)), seed, stacked, louder)
 
 
+@cache
 def random_adapter(config: MethodConfig, shape: BackboneConfig, seed: int, scale: float = 0.5) -> Adapter:
     """An adapter with every weight drawn from N(0, scale), far from the identity.
 

@@ -8,12 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
+from jax.sharding import PartitionSpec as P
 
 from para_jax.adjustment import Adjustment
 from para_jax.backbones.config import BackboneConfig
+from para_jax.sharding import rows_axes
 
 if TYPE_CHECKING:
     from jax import Array
+    from jax.sharding import Mesh
     from jaxtyping import Bool, Float, Int
 
 
@@ -75,6 +79,21 @@ class Cache:
             return jax.lax.dynamic_update_slice(where, x[None], (layer, 0, 0, column, 0))
 
         return replace(self, keys=put(self.keys, k), values=put(self.values, v))
+
+    def settled(self, mesh: Mesh | None) -> Cache:
+        """The same, in the memory order that it has between programs. For stacked layers in a loop.
+
+        The TPU's compiler would have the rows' axis next to the features there, and hold a second cache to turn
+        the first one.
+        """
+
+        def pin(x: Array) -> Array:
+            return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+
+        if mesh is not None:  # which XLA would gather for it
+            where = P(None, rows_axes(mesh, self.valid_bs.shape[0]), "tensor")
+            pin = jax.shard_map(pin, mesh=mesh, in_specs=where, out_specs=where)
+        return replace(self, keys=jax.tree.map(pin, self.keys), values=jax.tree.map(pin, self.values))
 
     def read(self, layer: int | Int[Array, ""]) -> tuple[Float[Array, "b k s hd"], Float[Array, "b k s hd"]]:
         """A layer's keys and values, all columns."""

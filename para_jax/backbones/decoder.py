@@ -245,7 +245,8 @@ class Backbone(nnx.Module):
             after = []
 
             def attend(q: Array, k: Array, v: Array) -> Array:
-                after.append(cache.write(layer, column, k.swapaxes(1, 2), v.swapaxes(1, 2)))
+                new = cache.write(layer, column, k.swapaxes(1, 2), v.swapaxes(1, 2))
+                after.append(new.settled(self.mesh) if self.stacked else new)
                 keys, values = after[0].read(layer)
                 return self._attend(layer, "plain", q, keys, values, seen)
 

@@ -140,6 +140,7 @@ def run(args: argparse.Namespace) -> int:
     from para_jax.convert.tokenizer import with_chat_template
     from para_jax.data.examples import read_examples
     from para_jax.data.order import read_mixture
+    from para_jax.distributed import shared
     from para_jax.training.loggers import Loggers
     from para_jax.training.loop import finetune, steps_of
     from para_jax.training.optimizer import Settings
@@ -184,8 +185,9 @@ def run(args: argparse.Namespace) -> int:
         limits = {"eos_token_ids": eos, "max_length": length, "truncate": args.truncate}
         return {"tokenizer": spoken, "template": prompts.get(name), "data_dir": args.data_dir, **limits}
 
-    examples = {name: read_mixture(source, **how(name)) for name, source in sources.items()}
-    dev = {name: read_examples(source, **how(name)) for name, source in dev_sources.items()}
+    # Of several processes each reads some tenants' rows.
+    examples = shared({name: partial(read_mixture, source, **how(name)) for name, source in sources.items()})
+    dev = shared({name: partial(read_examples, source, **how(name)) for name, source in dev_sources.items()})
     for name, often in epochs.items():
         settings[name] = replace(settings[name], steps=steps_of(often, len(examples[name]), args.rows))
     rows = sum(map(len, examples.values()))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import socket
 import subprocess
 import sys
@@ -141,29 +140,55 @@ def test_four_processes_of_which_one_is_preempted(alone, tmp_path) -> None:
     same(out, whole, shape)
 
 
+def write_rows(path: Path, count: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"prompt": f"say {i}", "response": "yes"}) + "\n" for i in range(count)))
+
+
+def commands(folders: list[Path], *arguments: str, first: str = "") -> list[tuple[int, str]]:
+    """`para-jax finetune` in processes that are together, each in its own folder: exit codes, and what went to stderr.
+
+    `first` is what the first one executes beforehand.
+    """
+    main = "import sys; from para_jax.cli import main; sys.exit(main())"
+    command = [
+        "finetune", *arguments, "--rows", "4", "--coordinator", f"127.0.0.1:{free_port()}", "--processes",
+        str(len(folders)), "--process",
+    ]  # fmt: skip
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", main if i else f"{first}\n{main}", *command, str(i)],
+            env=environment, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for i, folder in enumerate(folders)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=150)[1] for process in started]
+    return [(process.returncode, text) for process, text in zip(started, said, strict=True)]
+
+
+@pytest.mark.slow
+def test_each_process_reads_some_tenants(tmp_path) -> None:
+    """A row that one of them refuses is refused by all; then each has only its own tenants' files to read."""
+    folders = [tmp_path / "first", tmp_path / "second"]
+    write_rows(folders[0] / "a.jsonl", 5)
+    write_rows(folders[1] / "b.jsonl", 6)
+    tenants = ["--tenant", "acme=a.jsonl", "--tenant", "globex=b.jsonl", "--out", str(tmp_path / "out"), "--steps", "2"]
+    (folders[1] / "b.jsonl").write_text('{"prompt": "say"}\n')
+    for code, text in commands(folders, *tenants):
+        assert code == 1 and 'b.jsonl:1: give one of "response" and "completion"' in text
+    write_rows(folders[1] / "b.jsonl", 6)
+    assert [code for code, _ in commands(folders, *tenants)] == [0, 0]
+    known = json.loads((tmp_path / "out" / "run.json").read_text())["tenants"]
+    assert {name: of["examples"] for name, of in known.items()} == {"acme": 5, "globex": 6}
+
+
 @pytest.mark.slow
 def test_a_process_whose_disk_is_full(tmp_path) -> None:
     """It says so, and no process waits for another."""
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps({"prompt": f"say {i}", "response": "yes"}) + "\n" for i in range(8)))
-    command = [
-        sys.executable, "-m", "para_jax", "finetune", "--tenant", f"acme={rows}", "--out", str(tmp_path / "out"),
-        "--rows", "4", "--steps", "500", "--coordinator", f"127.0.0.1:{free_port()}",
-        "--processes", "2", "--process",
-    ]  # fmt: skip
-
-    def no_large_files() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, 5_000))
-
-    started = [
-        subprocess.Popen(
-            [*command, str(i)], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            preexec_fn=no_large_files if i == 0 else None,
-        )
-        for i in range(2)
-    ]  # fmt: skip
-    said = [process.communicate(timeout=150)[1] for process in started]
-    assert [process.returncode == 0 for process in started] == [False, False], said
-    assert "File too large" in said[0], said[0]
-    assert "Traceback" not in said[0] + said[1], said
+    write_rows(tmp_path / "rows.jsonl", 8)
+    no_large_files = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, 5_000))"
+    arguments = ["--tenant", "acme=rows.jsonl", "--out", "out", "--steps", "500"]
+    (code, said), (other, of_other) = commands([tmp_path, tmp_path], *arguments, first=no_large_files)
+    assert code == 1 and "File too large" in said and other != 0
+    assert "Traceback" not in said + of_other

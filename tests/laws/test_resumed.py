@@ -41,13 +41,11 @@ def results(out):
     return {str(p.relative_to(out)): p.read_bytes() for p in files if p.stem != "report"}
 
 
-def start(arguments):
-    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
 def kill_at(arguments, out, step, how, seed=0):
     """Runs until the metrics hold `step` lines, then sends the signal. Returns the exit code."""
-    process = start(arguments)
+    # Its own programs: half of one that it leaves is nobody else's.
+    own = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(out.with_name("programs"))}
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=own)
     metrics = out / "metrics.jsonl"
     while process.poll() is None and (not metrics.exists() or metrics.read_text().count("\n") < step):
         time.sleep(0.002)

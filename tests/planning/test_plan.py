@@ -66,6 +66,7 @@ def test_llama_3_8b_decodes_in_int8_on_one_v5e_chip() -> None:
     prefill, decode = made["plan"]["programs"]
     cache = 2 * 8 * 1280 * 32 * 8 * 128 * 2
     assert cache < decode["aliased"] < cache + 20e6, "keys, values and Adjustments are updated in place"
+    assert decode["temporaries"] < 0.05 * cache, "there is no second one"
     assert decode["time"]["bound"] == "memory" and prefill["time"]["bound"] == "compute"
     assert prefill["peak"] + prefill["held"] < 13e9
 
@@ -91,6 +92,7 @@ def test_llama_3_70b_decodes_in_int8_on_64_v5e_chips() -> None:
     # Two sums of activations a layer, and no weight is moved.
     assert set(decode["collectives"]) == {"all-reduce"}
     assert 160 <= decode["collectives"]["all-reduce"]["count"] < 170
+    assert decode["temporaries"] < 0.2 * decode["aliased"], "there is no second cache"
 
 
 def test_meshes_of_a_search() -> None:
