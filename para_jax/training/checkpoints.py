@@ -65,9 +65,9 @@ class Checkpoints:
             return
         with self._explained(step):
             # Looked at first: where several processes write, one whose disk is full would have the others wait for it.
-            needed, free = sum(x.nbytes for x in jax.tree.leaves(state)), shutil.disk_usage(self.folder).free
-            if free < needed:
-                raise OSError(f"it takes {needed / 1e6:.1f} MB and {free / 1e6:.1f} MB are free")
+            needed, disk = sum(x.nbytes for x in jax.tree.leaves(state)), shutil.disk_usage(self.folder)
+            if disk.total > 0 and disk.free < needed:  # not every network's file system says
+                raise OSError(f"it takes {needed / 1e6:.1f} MB and {disk.free / 1e6:.1f} MB are free")
             copied = jax.tree.map(jax.numpy.copy, _named(state))
             jax.block_until_ready(copied)
             self._writing = (
