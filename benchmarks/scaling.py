@@ -87,7 +87,7 @@ def main() -> None:
 
     def start(given: tuple[int, str, int]) -> common.Worker:
         made = common.Worker(args.threads, worker, *given, args.rows)
-        made.ask("run", 1)  # compiles
+        made.ask("run", 8)  # compiles, and takes the memory that it will keep: several devices' steps differ in it
         return made
 
     def rate(of: common.Worker, tenants: int) -> float:

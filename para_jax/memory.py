@@ -15,7 +15,8 @@ def keep_freed_memory() -> bool:
     XLA on a CPU asks for a program's temporary memory at every call and frees it afterwards. By default glibc gives
     so large a piece back each time, and the system has to fill it with zeros again, page by page: a fifth of a
     tuning step of the tiny backbone (docs/backbone.md). The command line calls this; a Python program may, before
-    JAX computes anything. The process's memory does not shrink any more afterwards.
+    JAX computes anything. The process's memory does not shrink any more afterwards, and where several simulated
+    devices ask in turns, the holes they leave make it up to three times as large in the first steps.
 
     Returns whether it was done: only with glibc, on Linux.
 
