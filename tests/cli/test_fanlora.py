@@ -44,6 +44,7 @@ def failure(capsys: pytest.CaptureFixture[str], folder: Path, *arguments: str) -
     return error
 
 
+@pytest.mark.slow
 def test_from_an_adapter_to_a_tuned_task(
     folder: Path, backbone: Backbone, tiny, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -172,7 +172,9 @@ def test_few_bits_are_the_nearest(name: str) -> None:
     assert np.abs(whole.astype(np.int32)).max() == bits.most
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=() if f in ("llama", "mixtral") else pytest.mark.slow) for f in FAMILIES]
+)
 def test_quantised_is_near(family: str, tmp_path: Path) -> None:
     """Read in few bits it computes what the rounded weights compute, and not far from the whole ones."""
     backbone = family_backbone(family)

@@ -149,6 +149,7 @@ def test_the_best_adapter_is_kept_and_patience_ends(backbone, tmp_path) -> None:
         np.testing.assert_array_equal(last.tensors()[key], x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 4, 7])
 def test_stopped_and_resumed(backbone, tmp_path, step) -> None:
     """SIGTERM at any step: the files afterwards are those of a run that was left alone, to the last bit."""
@@ -165,6 +166,7 @@ def test_stopped_and_resumed(backbone, tmp_path, step) -> None:
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_best_adapter_that_was_removed(backbone, tmp_path) -> None:
     import shutil
 

@@ -73,6 +73,7 @@ def optax_norm(tree):
     return jnp.sqrt(sum(jnp.sum(jnp.square(x)) for x in jax.tree.leaves(tree)))
 
 
+@pytest.mark.slow
 def test_remat_and_stacking_change_nothing():
     backbone, stacked = random_backbone(), random_backbone(stacked=True)
     bank = AdapterBank.stack(
