@@ -73,11 +73,9 @@ class Backbone(nnx.Module):
         shape = (config.vocab_size, config.hidden_size)
         self.embed = nnx.Param((0.02 * jax.random.normal(embed, shape, jnp.float32)).astype(compute))
         if self.stacked:
-            self.blocks: Any = jax.vmap(lambda k: Block(config, compute, k, quantize, mesh is not None))(
-                jnp.stack(layers)
-            )
+            self.blocks: Any = jax.vmap(lambda k: Block(config, compute, k, quantize, mesh))(jnp.stack(layers))
         else:
-            self.blocks = nnx.List([Block(config, compute, k, quantize, mesh is not None) for k in layers])
+            self.blocks = nnx.List([Block(config, compute, k, quantize, mesh) for k in layers])
         self.norm = nnx.Param(jnp.full((config.hidden_size,), 1.0 - config.norm_offset, compute))
         if not config.tie_word_embeddings:
             self.head = nnx.Param((0.02 * jax.random.normal(head, shape, jnp.float32)).astype(compute))
@@ -267,7 +265,7 @@ class Backbone(nnx.Module):
     ) -> Float[Array, "b t v"]:
         """Float32 logits of hidden states, with `whole_head()` if that is at hand."""
         head = self.whole_head() if head is None else head
-        logits, cap = product(hidden_btd, head, jnp.float32), self.config.final_logit_softcapping
+        logits, cap = product(hidden_btd, head, dtype=jnp.float32), self.config.final_logit_softcapping
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
     def _embedded(self, tokens_bt: Int[Array, "b t"]) -> Float[Array, "b t d"]:

@@ -30,17 +30,19 @@ def rms_norm(
 
 
 def product(
-    x: Float[Array, "b t i"], weight: Float[Array, "*o i"], dtype: Any = None, flat: bool = True
+    x: Float[Array, "b t i"],
+    weight: Float[Array, "*o i"] | Int[Array, "*o i"],
+    scale: Float[Array, "*o groups"] | None = None,
+    dtype: Any = None,
+    flat: bool = True,
 ) -> Float[Array, "b t *o"]:
     """x W^T for a weight whose outputs may have several axes, as one wide product; in x's dtype unless one is given.
 
-    With `flat` these axes are laid end to end for the product, which a CPU does faster. On a mesh they must not be: the
-    inner one may be split, as that of gate_up is, and would be gathered.
+    A weight in few bits comes with its `scale`. With `flat` the outputs' axes are laid end to end for the product,
+    which a CPU does faster. On a mesh they must not be: the inner one may be split, as that of gate_up is, and would
+    be gathered.
     """
-    if not flat:
-        return _dot(x, weight, dtype or x.dtype)
-    out = _dot(x, weight.reshape(-1, weight.shape[-1]), dtype or x.dtype)
-    return out.reshape(*x.shape[:2], *weight.shape[:-1])
+    return _dot(x, weight, scale, dtype or x.dtype, flat)
 
 
 class Bits(NamedTuple):
@@ -88,17 +90,27 @@ def dequantized(weight: Int[Array, "*o i"], scale: Float[Array, "*o groups"], dt
     return (grouped * scale[..., None]).astype(dtype).reshape(*outputs, inputs)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _dot(x: Float[Array, "b t i"], weight: Float[Array, "*o i"], dtype: Any) -> Float[Array, "b t *o"]:
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _dot(x: Array, weight: Array, scale: Array | None, dtype: Any, flat: bool) -> Float[Array, "b t *o"]:
     """Sums in float32 and says so, forward and backward.
 
     A bfloat16 product that asks for bfloat16 back is four times slower on CPU than one that is rounded afterwards,
-    and the derivative JAX would take of the latter multiplies in float32.
+    and the derivative JAX would take of the latter multiplies in float32. It would also keep every layer's weight in
+    the form that the product reads, a second copy of the backbone; this keeps it as it is stored.
     """
+    ready = _ready(x, weight, scale, flat)
     if 1 < x.shape[0] * x.shape[1] <= FEW_ROWS:
         # As the platform likes it that the program is for, which need not be the one that is here.
-        return jax.lax.platform_dependent(x, weight, cpu=partial(_columns, dtype), default=partial(_rows, dtype))
-    return _rows(dtype, x, weight)
+        out = jax.lax.platform_dependent(x, ready, cpu=partial(_columns, dtype), default=partial(_rows, dtype))
+    else:
+        out = _rows(dtype, x, ready)
+    return out.reshape(*x.shape[:2], *weight.shape[:-1])
+
+
+def _ready(x: Array, weight: Array, scale: Array | None, flat: bool) -> Array:
+    """A weight as the product wants it."""
+    weight = weight if scale is None else dequantized(weight, scale, x.dtype)
+    return weight.reshape(-1, weight.shape[-1]) if flat else weight
 
 
 def _rows(dtype: Any, x: Float[Array, "b t i"], weight: Float[Array, "*o i"]) -> Float[Array, "b t *o"]:
@@ -131,16 +143,22 @@ def _sums(x: Array, y: Array, over_x: Sequence[int], over_y: Sequence[int]) -> A
     return jax.lax.dot_general(x, y, ((over_x, over_y), ((), ())), preferred_element_type=jnp.float32)
 
 
-def _dot_forward(x: Array, weight: Array, dtype: Any) -> tuple[Array, tuple[Array, Array]]:
-    return _dot(x, weight, dtype), (x, weight)
+Kept = tuple["Array", "Array", "Array | None"]
 
 
-def _dot_backward(dtype: Any, kept: tuple[Array, Array], out: Array) -> tuple[Array, Array]:
-    x, weight = kept
-    out = out.astype(x.dtype)
-    outputs = range(weight.ndim - 1)
-    dx = _sums(out, weight, [2 + i for i in outputs], list(outputs)).astype(x.dtype)
-    return dx, _sums(out, x, (0, 1), (0, 1)).astype(weight.dtype)
+def _dot_forward(x: Array, weight: Array, scale: Array | None, dtype: Any, flat: bool) -> tuple[Array, Kept]:
+    return _dot(x, weight, scale, dtype, flat), (x, weight, scale)
+
+
+def _dot_backward(dtype: Any, flat: bool, kept: Kept, out: Array) -> tuple[Array, Array | None, None]:
+    x, weight, scale = kept
+    ready = _ready(x, weight, scale, flat)
+    out = out.astype(x.dtype).reshape(*x.shape[:2], *ready.shape[:-1])
+    outputs = range(ready.ndim - 1)
+    dx = _sums(out, ready, [2 + i for i in outputs], list(outputs)).astype(x.dtype)
+    if scale is not None:
+        return dx, None, None
+    return dx, _sums(out, x, (0, 1), (0, 1)).astype(weight.dtype).reshape(weight.shape), None
 
 
 _dot.defvjp(_dot_forward, _dot_backward)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import re
 from collections import Counter
 
@@ -14,6 +15,7 @@ import pytest
 from jax.sharding import Mesh
 
 from para_jax import AdapterBank, Backbone, LoraConfig
+from para_jax.adapters.method import MethodConfig
 from para_jax.convert.checkpoint import save_backbone
 from para_jax.data.examples import Example
 from para_jax.errors import ParaJaxError
@@ -21,7 +23,7 @@ from para_jax.sharding import auto_mesh, make_mesh
 from para_jax.training.optimizer import Settings
 from para_jax.training.places import Layout, Schedule, in_order
 from para_jax.training.step import TrainState, stack_settings, train_step
-from tests.helpers import METHODS, SMALL, family_backbone, random_adapter, random_backbone
+from tests.helpers import FAMILY_METHODS, METHODS, SMALL, family_backbone, random_adapter, random_backbone
 
 pytestmark = pytest.mark.usefixtures("few_programs")
 
@@ -81,10 +83,11 @@ def same(ours, theirs, configs) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """With --every-mesh every method, on every mesh, of two families, which takes ten minutes to compile; without it
+    """With --every-mesh every method, on every mesh, of three families, which takes ten minutes to compile; without it
     some, so that each method has a mesh or two."""
-    if "method" in metafunc.fixturenames:
+    if {"mesh", "method"} <= set(metafunc.fixturenames):
         cases = list(itertools.product(["llama", "qwen3"], MESHES, METHODS))
+        cases += itertools.product(["mixtral"], MESHES, FAMILY_METHODS)
         if not metafunc.config.getoption("every_mesh"):
             cases = cases[:: len(METHODS) + 1]
         metafunc.parametrize(("family", "mesh", "method"), cases)
@@ -177,28 +180,30 @@ COLLECTIVE = re.compile(
 
 
 def collectives(text: str, inside: str) -> Counter:
-    """How often each collective is in the lines whose op_name has `inside`."""
-    return Counter(m[3] for line in text.splitlines() if inside in line and (m := COLLECTIVE.search(line)))
+    """The kind, and for a gather how many numbers it makes, of each collective whose op_name has `inside`."""
+    found = [m for line in text.splitlines() if inside in line and (m := COLLECTIVE.search(line))]
+    return Counter(
+        (kind, math.prod(int(n) for n in shape.split(","))) if kind == "all-gather" else kind
+        for _, shape, kind in (m.groups() for m in found)
+    )
 
 
-def test_what_a_layer_moves(tmp_path) -> None:
+@pytest.mark.parametrize(("family", "method"), [("llama", METHODS["ia3"]), ("mixtral", METHODS["group"])])
+def test_what_a_layer_moves(family: str, method: MethodConfig, tmp_path) -> None:
     """Per layer and pass: its four weights are gathered over fsdp, and two sums go over tensor. Nothing else."""
-    backbone = random_backbone(stacked=True, vocab_size=64)
-    there = on_mesh(backbone, make_mesh("fsdp=4,tensor=2"), tmp_path / "a")
-    configs = {f"t{i}": METHODS["ia3"] for i in range(8)}
-    layout, state, rules, batch, slots = tune(there, configs, spread=True)[2]
+    there = on_mesh(family_backbone(family, stacked=True), make_mesh("fsdp=4,tensor=2"), tmp_path / "a")
+    layout, state, rules, batch, slots = tune(there, {f"t{i}": method for i in range(8)}, spread=True)[2]
     lowered = train_step.lower(there, state, rules, batch, slots, shards=layout.shards, seed=5)
     text = lowered.compile().as_text()
-    forward = collectives(text, "jvp()/while/body/closed_call")
-    backward = collectives(text, "transpose(jvp())/while/body/closed_call")
-    assert forward == {"all-gather": 4, "all-reduce": 2}
-    assert backward == {"all-gather": 4, "all-reduce": 2}
-    # No weight is ever whole over the tensor axis, and no more is in one place than a device's own hidden states.
-    sizes = [
-        int(np.prod([int(n) for n in m[2].split(",") if n])) for m in COLLECTIVE.finditer(text) if m[3] == "all-gather"
-    ]
+    blocks, layers = there.blocks, there.config.num_hidden_layers
+    # Each weight of one layer, and of it what a device has over tensor.
+    weights = [("all-gather", w.size // layers // 2) for w in (blocks.qkv, blocks.out, blocks.gate_up, blocks.down)]
+    expected = Counter([*weights, "all-reduce", "all-reduce"])
+    assert collectives(text, "/jvp()/while/body/") == expected
+    assert collectives(text, "/transpose(jvp())/while/body/") == expected
+    # And nowhere is more in one place than a device's own hidden states.
+    sizes = [of[1] for of in collectives(text, "") if isinstance(of, tuple)]
     assert max(sizes) <= batch.line.tokens * 32
-    assert Counter(sizes)[2 * 48 * 32] == 0
 
 
 def test_the_programs_of_a_mesh_stay(tmp_path) -> None:

@@ -1,5 +1,7 @@
 """The loss and its gradient against transformers and finite differences, and the optimizer against torch's AdamW."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from para_jax import Backbone
 from para_jax.adapters.bank import AdapterBank
 from para_jax.adapters.para import ParaConfig
+from para_jax.backbones.config import Experts
 from para_jax.data.batches import pad
 from para_jax.data.examples import Example
 from para_jax.errors import ParaJaxError
@@ -18,7 +21,7 @@ from para_jax.training import optimizer, step
 from para_jax.training.memory import explained
 from para_jax.training.optimizer import Settings
 from para_jax.training.places import Layout
-from tests.helpers import random_adapter, random_backbone
+from tests.helpers import SMALL, random_adapter, random_backbone
 
 ROWS = [
     [Example("", "", (5, 6, 7), (8, 9, 0)), Example("", "", (3, 4, 5, 6, 7, 8), (9, 0))],
@@ -149,6 +152,19 @@ def test_a_large_vocabulary_does_not_dominate():
     lowered = step.train_step.lower(backbone, step.TrainState.create(bank), rules, batch, step.slots_of(bank, ["a"]))
     temporary = lowered.compile().memory_analysis().temp_size_in_bytes
     assert temporary < 2 * 4 * losses.LOGITS + 100e6 < 4 * 2048 * 131_072
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+@pytest.mark.parametrize("experts", [None, Experts(count=8, per_token=2, width=1024, normalized=True)])
+def test_weights_are_kept_as_they_are_stored(experts, quantize):
+    """The backward pass finds no second copy of all layers' weights, in the form that their products read."""
+    config = dataclasses.replace(SMALL, hidden_size=256, intermediate_size=1024, num_hidden_layers=8, experts=experts)
+    backbone = jax.eval_shape(lambda: Backbone(config, jax.random.key(0), "float32", True, quantize))
+    bank = AdapterBank.create({"a": ParaConfig(r=2)}, config)
+    rules = step.stack_settings(bank, {"a": Settings()})
+    given = step.TrainState.create(bank), rules, pad([[ROWS[0][:1]]]), step.slots_of(bank, ["a"])
+    temporary = step.train_step.lower(backbone, *given).compile().memory_analysis().temp_size_in_bytes
+    assert temporary < 0.4 * sum(4 * x.size for x in jax.tree.leaves(backbone.blocks))
 
 
 def test_out_of_memory_says_what_to_try():
