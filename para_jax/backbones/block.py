@@ -9,22 +9,18 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec as P
 
 from para_jax.backbones import rope
 from para_jax.backbones.config import BackboneConfig, Experts
-from para_jax.backbones.linear import QUANTIZED, dequantized, product, rms_norm
-from para_jax.sharding import gathered, rows_axes
+from para_jax.backbones.experts import through_experts
+from para_jax.backbones.linear import QUANTIZED, Weight, product, rms_norm
 
 if TYPE_CHECKING:
     from jax import Array
     from jax.sharding import Mesh
-    from jaxtyping import Float, Int
+    from jaxtyping import Float
 
 Activation = Callable[[Any], Any]
-# A projection, and its scales if it is in few bits.
-Weight = tuple["Array", "Array | None"]
 ACTIVATIONS: dict[str, Activation] = {
     "silu": jax.nn.silu,
     "gelu": partial(jax.nn.gelu, approximate=False),
@@ -166,69 +162,5 @@ class Block(nnx.Module):
         # A scale and no product of this token alone: taken of ones, in float32, which has no rounding to lose.
         scale = adjust("up_proj", normed, jnp.ones((*normed.shape[:2], experts.width), jnp.float32))
         chance = jax.nn.softmax(product(normed, self.router[...], dtype=jnp.float32), axis=-1)
-        # Backward, the products are there, and the rest is made again from the weights as they are stored: the form
-        # that a product reads would be kept of every layer, a second copy of the backbone.
-        products = jax.checkpoint_policies.save_only_these_names("experts")
-        through = jax.checkpoint(partial(self._through_experts, experts=experts), policy=products)
-        return through(normed, scale, chance, self._weight("gate_up"), self._weight("down")).astype(normed.dtype)
-
-    def _through_experts(
-        self, x_btd: Array, scale_btf: Array, chance_bte: Array, gate_up: Weight, down: Weight, experts: Experts
-    ) -> Float[Array, "b t d"]:
-        """`mixture` on the devices that there are."""
-
-        def ready(name: str, weight: Array, scale: Array | None) -> Array:
-            weight = weight if self.mesh is None else gathered(weight, name, self.mesh)
-            return weight if scale is None else dequantized(weight, scale, x_btd.dtype)
-
-        of = partial(mixture, experts=experts, act=ACTIVATIONS[self.config.hidden_act])
-        given = x_btd, scale_btf, chance_bte, ready("gate_up", *gate_up), ready("down", *down)
-        if self.mesh is None:
-            return of(*given)
-        # Each device sorts the tokens of its own rows and has its part of every expert. Left to itself, the compiler
-        # sorts the tokens of all devices, and gives each of them all.
-        rows, part = rows_axes(self.mesh, x_btd.shape[0]), P(None, None, "tensor")
-        return jax.shard_map(
-            lambda *given: jax.lax.psum(of(*given), "tensor"),
-            mesh=self.mesh, in_specs=(P(rows), P(rows, None, "tensor"), P(rows), part, part), out_specs=P(rows),
-        )(*given)  # fmt: skip
-
-
-def mixture(
-    x_btd: Float[Array, "b t d"],
-    scale_btf: Float[Array, "b t f"],
-    chance_bte: Float[Array, "b t e"],
-    gate_up: Float[Array, "e 2 f d"],
-    down: Float[Array, "e d f"],
-    experts: Experts,
-    act: Activation,
-) -> Float[Array, "b t d"]:
-    """The weighted sum of what each token's likeliest experts say, their up projections scaled; in float32."""
-    b, t, d = x_btd.shape
-    weight, expert = jax.lax.top_k(chance_bte, experts.per_token)
-    if experts.normalized:
-        weight = weight / jnp.sum(weight, axis=-1, keepdims=True)
-
-    # Token copies stand in the order of their experts, so that each expert is one product over its own.
-    expert_n = expert.reshape(-1)
-    order_n = jnp.argsort(expert_n, stable=True)
-    source_n = order_n // experts.per_token
-    sizes = jnp.bincount(expert_n, length=experts.count)
-    x = x_btd.reshape(b * t, d)[source_n]
-    gate, up = jnp.split(grouped_product(x, gate_up.reshape(experts.count, -1, d), sizes), 2, axis=-1)
-    up = (up * scale_btf.reshape(b * t, -1)[source_n]).astype(x.dtype)
-    inner = act(gate.astype(x.dtype)) * up
-    out = grouped_product(inner, down, sizes) * weight.reshape(-1)[order_n][:, None]
-    place_n = jnp.zeros_like(order_n).at[order_n].set(jnp.arange(order_n.size, dtype=order_n.dtype))
-    return jnp.sum(out[place_n].reshape(b, t, experts.per_token, d), axis=2)
-
-
-def grouped_product(
-    x: Float[Array, "n i"], weights: Float[Array, "e o i"], sizes: Int[Array, " e"]
-) -> Float[Array, "n o"]:
-    """x W_e^T with the first `sizes[0]` rows of x for the first weight, and so on; float32 sums and output."""
-    numbers = jax.lax.RaggedDotDimensionNumbers(
-        dot_dimension_numbers=(((1,), (2,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
-    )
-    out = jax.lax.ragged_dot_general(x, weights, sizes, numbers, preferred_element_type=jnp.float32)
-    return checkpoint_name(out, "experts")
+        act, weights = ACTIVATIONS[self.config.hidden_act], (self._weight("gate_up"), self._weight("down"))
+        return through_experts(normed, chance, scale, *weights, experts, act, self.mesh).astype(normed.dtype)

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from jax import Array
     from jaxtyping import Float, Int
 
+# As it is stored: the numbers, and their scales if they are in few bits.
+Weight = tuple["Array", "Array | None"]
+
 # Up to this many rows, as when decoding, a CPU reads float32 weights faster in a product with columns
 # (docs/backbone.md).
 FEW_ROWS = 32
