@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -9,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
 
 from para_jax.backbones.config import Experts
 from para_jax.backbones.linear import Weight, dequantized
-from para_jax.sharding import gathered, rows_axes
+from para_jax.sharding import rows_axes
 
 if TYPE_CHECKING:
     from jax import Array
@@ -44,29 +46,32 @@ def through_experts(
     @partial(jax.checkpoint, policy=KEPT)
     def on_all(x: Array, chance: Array, scale: Array, gate_up: Weight, down: Weight) -> Array:
         one = partial(_on_one, experts=experts, act=act)
-        given = x, chance, scale, _ready("gate_up", gate_up, x.dtype, mesh), _ready("down", down, x.dtype, mesh)
         if mesh is None:
-            return one(*given)
+            return one(x, chance, scale, gate_up, down)
         # Each device sorts the tokens of its own rows and has its part of every expert. Left to itself, the compiler
         # sorts the tokens of all devices, and gives each of them all.
         rows, part = P(rows_axes(mesh, x.shape[0])), P(None, None, "tensor")
+        groups, of_groups = _divided(down[1], mesh.shape["tensor"])
         return jax.shard_map(
             lambda *given: jax.lax.psum(one(*given), "tensor"),
-            mesh=mesh, in_specs=(rows, rows, P(*rows, None, "tensor"), part, part), out_specs=rows,
-        )(*given)  # fmt: skip
+            mesh=mesh,
+            in_specs=(rows, rows, P(*rows, None, "tensor"), (part, part), (part, of_groups)),
+            out_specs=rows,
+        )(x, chance, scale, gate_up, (down[0], groups))
 
     return on_all(x_btd, chance_bte, scale_btf, gate_up, down)
 
 
-def _ready(name: str, weight: Weight, dtype: Any, mesh: Mesh | None) -> Array:
-    """A weight as a product wants it, gathered as it is stored."""
-    stored, scale = weight
-    stored = stored if mesh is None else gathered(stored, name, mesh)
-    return stored if scale is None else dequantized(stored, scale, dtype)
+def _divided(scale: Float[Array, "e d groups"] | None, parts: int) -> tuple[Array | None, P]:
+    """Scales for a weight whose inputs are split into parts, with groups so small that each lies in one; and where they
+    go."""
+    if scale is None or scale.shape[-1] == 1:
+        return scale, P()
+    return jnp.repeat(scale, parts // math.gcd(parts, scale.shape[-1]), axis=-1), P(None, None, "tensor")
 
 
 def _on_one(
-    x_btd: Array, chance_bte: Array, scale_btf: Array, gate_up: Array, down: Array, experts: Experts, act: Any
+    x_btd: Array, chance_bte: Array, scale_btf: Array, gate_up: Weight, down: Weight, experts: Experts, act: Any
 ) -> Float[Array, "b t d"]:
     """The same with a device's own rows and inner features."""
     b, t, d = x_btd.shape
@@ -80,7 +85,7 @@ def _on_one(
     source_n = order_n // experts.per_token
     sizes = jnp.bincount(expert_n, length=experts.count)
     x = x_btd.reshape(b * t, d)[source_n]
-    gate, up = jnp.split(grouped_product(x, gate_up.reshape(experts.count, -1, d), sizes), 2, axis=-1)
+    gate, up = jnp.split(grouped_product(x, gate_up, sizes), 2, axis=-1)
     up = (up * scale_btf.reshape(b * t, -1)[source_n]).astype(x.dtype)
     inner = act(gate.astype(x.dtype)) * up
     out = grouped_product(inner, down, sizes) * weight.reshape(-1)[order_n][:, None]
@@ -88,17 +93,22 @@ def _on_one(
     return jnp.sum(out[place_n].reshape(b, t, experts.per_token, d), axis=2)
 
 
-def grouped_product(
-    x: Float[Array, "n i"], weights: Float[Array, "e o i"], sizes: Int[Array, " e"]
-) -> Float[Array, "n o"]:
-    """x W_e^T with the first `sizes[0]` rows of x for the first weight, and so on; float32 sums and output.
+def grouped_product(x: Float[Array, "n i"], weights: Weight, sizes: Int[Array, " e"]) -> Float[Array, "n o"]:
+    """x W_e^T with the first `sizes[0]` rows of x for the first of the weights (e, *o, i), and so on; float32 sums and
+    output. The outputs' axes are laid end to end.
 
     >>> x, weights = jnp.ones((3, 2)), jnp.array([[[1.0, 1.0]], [[2.0, 2.0]]])
-    >>> grouped_product(x, weights, jnp.array([1, 2]))[:, 0].tolist()
+    >>> grouped_product(x, (weights, None), jnp.array([1, 2]))[:, 0].tolist()
     [2.0, 4.0, 4.0]
     """
+    stored, scale = weights
+    # A TPU's product wants the inputs in front. Left to itself, the compiler turns all layers' weights before the token
+    # loop, which takes the memory of all experts again; so it turns them a layer at a time.
+    ready = with_layout_constraint(stored, Layout(tuple(range(stored.ndim))))
+    ready = ready if scale is None else dequantized(ready, scale, x.dtype)
     numbers = jax.lax.RaggedDotDimensionNumbers(
         dot_dimension_numbers=(((1,), (2,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
     )
-    out = jax.lax.ragged_dot_general(x, weights, sizes, numbers, preferred_element_type=jnp.float32)
+    ready = ready.reshape(ready.shape[0], -1, ready.shape[-1])
+    out = jax.lax.ragged_dot_general(x, ready, sizes, numbers, preferred_element_type=jnp.float32)
     return checkpoint_name(out, "grouped_product")
