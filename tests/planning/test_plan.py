@@ -42,6 +42,14 @@ LLAMA_3_70B = {
     "num_hidden_layers": 80,
     "num_attention_heads": 64,
 }
+MIXTRAL = {
+    **LLAMA_3_8B,
+    "model_type": "mixtral",
+    "vocab_size": 32000,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 32768,
+}
 
 
 def job(model: dict[str, Any], mode: str, **fields: Any) -> Job:
@@ -93,6 +101,27 @@ def test_llama_3_70b_decodes_in_int8_on_64_v5e_chips() -> None:
     assert set(decode["collectives"]) == {"all-reduce"}
     assert 160 <= decode["collectives"]["all-reduce"]["count"] < 170
     assert decode["temporaries"] < 0.2 * decode["aliased"], "there is no second cache"
+
+
+def test_mixtral_is_tuned_on_16_v5e_chips() -> None:
+    """Each chip has its rows' tokens and no others, and half of every expert, gathered a layer at a time."""
+    made = plan_aside([job(MIXTRAL, "train", rows=16)], "v5e:4x4", "fsdp=8,tensor=2")
+    assert made["fits"]
+    (step,) = made["plan"]["programs"]
+    assert step["peak"] < 11.5e9
+    # Half of the weights forward, and once more for the layer that is made again and goes backward.
+    assert step["collectives"]["all-gather"]["bytes"] < 2 * 46.7e9
+
+
+def test_mixtral_decodes_in_int8_on_8_v5e_chips() -> None:
+    """A layer's experts are turned and widened for their product, and only a layer's."""
+    of = job(MIXTRAL, "decode", tenants=8, rows=32, length=1024, quantize="int8")
+    made = plan_aside([of], "v5e:2x4", "tensor=8")
+    assert made["fits"]
+    decode = made["plan"]["programs"][1]
+    assert set(decode["collectives"]) == {"all-reduce"}
+    layer = 8 * 3 * 4096 * 14336 / 8
+    assert decode["temporaries"] < 6 * layer < 0.2 * 32 * layer
 
 
 def test_meshes_of_a_search() -> None:
