@@ -26,7 +26,7 @@ from para_jax.backbones.block import Block
 from para_jax.backbones.cache import Cache, DecodeState
 from para_jax.backbones.config import BackboneConfig
 from para_jax.backbones.kernels import Kernel, choose, prompt_attention
-from para_jax.backbones.linear import QUANTIZED, product, rms_norm
+from para_jax.backbones.linear import KEEP_PRODUCTS, QUANTIZED, product, rms_norm
 from para_jax.backbones.options import Attention, Dtype, Quantize, Remat, compute_dtype, default_stacked
 from para_jax.backbones.ragged import Line, Ragged
 from para_jax.errors import ParaJaxError, unknown
@@ -321,7 +321,7 @@ class Backbone(nnx.Module):
         """`body(carry, index, block, input) -> carry, output` over the layers; outputs apart or stacked, as these."""
         if remat not in get_args(Remat):
             raise unknown("remat", remat, get_args(Remat))
-        saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "products" else None
+        saved = KEEP_PRODUCTS if remat == "products" else None
         again = partial(jax.checkpoint, policy=saved)
         if self.stacked:
             step = (lambda c, x: body(c, *x)) if remat == "none" else again(lambda c, x: body(c, *x))

@@ -14,17 +14,13 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
 
 from para_jax.backbones.config import Experts
-from para_jax.backbones.linear import Weight, dequantized
+from para_jax.backbones.linear import KEEP_PRODUCTS, Weight, dequantized
 from para_jax.sharding import rows_axes
 
 if TYPE_CHECKING:
     from jax import Array
     from jax.sharding import Mesh
     from jaxtyping import Float, Int
-
-# What the backward pass finds; the rest is made again from the weights as they are stored. The form in which a product
-# reads them would be kept of every layer, a second copy of the backbone.
-KEPT = jax.checkpoint_policies.save_only_these_names("grouped_product")
 
 
 def through_experts(
@@ -43,7 +39,9 @@ def through_experts(
     rows, features and inner features are split over it as they are in the backbone.
     """
 
-    @partial(jax.checkpoint, policy=KEPT)
+    # The form in which products read the weights would be kept of every layer, a second copy of the backbone; so it is
+    # made again from the weights as they are stored.
+    @partial(jax.checkpoint, policy=KEEP_PRODUCTS)
     def on_all(x: Array, chance: Array, scale: Array, gate_up: Weight, down: Weight) -> Array:
         one = partial(_on_one, experts=experts, act=act)
         if mesh is None:
@@ -52,8 +50,14 @@ def through_experts(
         # sorts the tokens of all devices, and gives each of them all.
         rows, part = P(rows_axes(mesh, x.shape[0])), P(None, None, "tensor")
         groups, of_groups = _divided(down[1], mesh.shape["tensor"])
+
+        def on_each(x: Array, chance: Array, *given: Any) -> Array:
+            # Said here, so that the backward pass adds up the slopes of tokens, and not of each of their copies.
+            x, chance = jax.lax.pcast((x, chance), "tensor", to="varying")
+            return jax.lax.psum(one(x, chance, *given), "tensor")
+
         return jax.shard_map(
-            lambda *given: jax.lax.psum(one(*given), "tensor"),
+            on_each,
             mesh=mesh,
             in_specs=(rows, rows, P(*rows, None, "tensor"), (part, part), (part, of_groups)),
             out_specs=rows,
@@ -111,4 +115,4 @@ def grouped_product(x: Float[Array, "n i"], weights: Weight, sizes: Int[Array, "
     )
     ready = ready.reshape(ready.shape[0], -1, ready.shape[-1])
     out = jax.lax.ragged_dot_general(x, ready, sizes, numbers, preferred_element_type=jnp.float32)
-    return checkpoint_name(out, "grouped_product")
+    return checkpoint_name(out, "product")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 if TYPE_CHECKING:
     from jax import Array
@@ -20,6 +21,9 @@ Weight = tuple["Array", "Array | None"]
 # Up to this many rows, as when decoding, a CPU reads float32 weights faster in a product with columns
 # (docs/backbone.md).
 FEW_ROWS = 32
+
+# A policy of `jax.checkpoint`: the backward pass finds what products gave, and makes the rest of a layer again.
+KEEP_PRODUCTS = jax.checkpoint_policies.save_only_these_names("product")
 
 
 def rms_norm(
@@ -45,7 +49,7 @@ def product(
     which a CPU does faster. On a mesh they must not be: the inner one may be split, as that of gate_up is, and would
     be gathered.
     """
-    return _dot(x, weight, scale, dtype or x.dtype, flat)
+    return checkpoint_name(_dot(x, weight, scale, dtype or x.dtype, flat), "product")
 
 
 class Bits(NamedTuple):
@@ -99,7 +103,8 @@ def _dot(x: Array, weight: Array, scale: Array | None, dtype: Any, flat: bool) -
 
     A bfloat16 product that asks for bfloat16 back is four times slower on CPU than one that is rounded afterwards,
     and the derivative JAX would take of the latter multiplies in float32. It would also keep every layer's weight in
-    the form that the product reads, a second copy of the backbone; this keeps it as it is stored.
+    the form that the product reads, a second copy of the backbone; this keeps it as it is stored. Weights in few bits
+    are frozen: neither they nor their scales have a gradient.
     """
     ready = _ready(x, weight, scale, flat)
     if 1 < x.shape[0] * x.shape[1] <= FEW_ROWS:

@@ -117,7 +117,7 @@ def test_mixtral_decodes_in_int8_on_8_v5e_chips() -> None:
     """A layer's experts are turned and widened for their product, and only a layer's."""
     of = job(MIXTRAL, "decode", tenants=8, rows=32, length=1024, quantize="int8")
     made = plan_aside([of], "v5e:2x4", "tensor=8")
-    assert made["fits"]
+    assert made["plan"]["peak"] < 11.5e9
     decode = made["plan"]["programs"][1]
     assert set(decode["collectives"]) == {"all-reduce"}
     layer = 8 * 3 * 4096 * 14336 / 8

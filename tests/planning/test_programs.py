@@ -130,7 +130,7 @@ def test_flops() -> None:
     """Two for each weight and token, forward, and backward to the tokens; most of it once more with remat."""
     mesh = make_mesh({}, jax.devices()[:1])
     counts = {}
-    for remat in ("none", "layers"):
+    for remat in ("none", "products", "layers"):
         job = Job(SMALL, PARA, rows=2, length=64, remat=remat, dtype="float32")
         given, options = programs.training_arguments(job, mesh)
         counts[remat] = flops(programs.train_step.trace(*given, **options).jaxpr)
@@ -143,6 +143,7 @@ def test_flops() -> None:
     # What attention makes is not made again for its own sake, and down_proj's output is needed by nobody.
     again = counts["layers"] - counts["none"]
     assert 0.6 * 2 * tokens * weights < again <= 2 * tokens * weights + 2 * scores
+    assert 0 < counts["products"] - counts["none"] < 1.2 * scores, "attention, and PARA's own small products"
 
 
 def test_sizes_that_do_not_fit() -> None:
