@@ -142,7 +142,7 @@ def test_the_best_adapter_is_kept_and_patience_ends(backbone, tmp_path) -> None:
         bank = AdapterBank.stack({name: kept}, SMALL)
         part = pad([[DEV[name]]])
         rows = bank.rows([name], repeats=len(DEV[name]))
-        loss = loss_of(backbone, rows, part.micro_batch(0), part.target_count)
+        loss = jax.jit(loss_of)(backbone, rows, part.micro_batch(0), part.target_count)
         np.testing.assert_allclose(float(loss[0, 0]), min(looks[name]), rtol=1e-4)
     last = load_adapter(tmp_path / "out" / "t3", backbone.config)
     for key, x in final["t3"].tensors().items():
