@@ -32,11 +32,12 @@ MESHES = ["data=8", "fsdp=8", "fsdp=4,tensor=2", "data=2,fsdp=2,tensor=2"]
 DROPPED = LoraConfig(r=2, target_modules=("q_proj", "down_proj"), lora_dropout=0.5)
 
 
-def rows_of(seed: int, count: int, vocabulary: int) -> list[Example]:
-    rng = np.random.default_rng(seed)
+def rows_of(tenant: int, step: int, count: int, vocabulary: int) -> list[Example]:
+    """Rows that are as long in each step, so that all steps are one program."""
+    lengths, tokens = np.random.default_rng(tenant), np.random.default_rng((tenant, step))
 
     def ids(low: int, high: int) -> tuple[int, ...]:
-        return tuple(int(i) for i in rng.integers(1, vocabulary, rng.integers(low, high)))
+        return tuple(int(i) for i in tokens.integers(1, vocabulary, lengths.integers(low, high)))
 
     return [Example("", "", ids(2, 12), (*ids(1, 6), 0)) for _ in range(count)]
 
@@ -57,7 +58,7 @@ def tune(backbone: Backbone, configs: dict, micro_batches: int = 1, spread: bool
     for step in range(STEPS):
         homes = schedule.turn(dict.fromkeys(configs, step), ())
         assert homes is not None
-        of = {n: rows_of(10 * i + step, ROWS, backbone.config.vocab_size) for i, n in enumerate(configs)}
+        of = {n: rows_of(i, step, ROWS, backbone.config.vocab_size) for i, n in enumerate(configs)}
         empty = [Example("", "", (0,), ())] * ROWS
         batch = layout.batch(layout.parts([[of.get(n or "", empty) for n in home] for home in homes]))
         slots = layout.slots(bank, homes)
