@@ -24,7 +24,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--parity-examples", type=int, default=5, help="random configs of each family in tests/parity")
+    parser.addoption("--parity-examples", type=int, default=3, help="random configs of each family in tests/parity")
     parser.addoption("--kills", type=int, default=5, help="how often tests/laws/test_resumed.py kills a run")
     parser.addoption("--every-mesh", action="store_true", help="all of tests/laws/test_sharded_training.py")
     parser.addoption("--kills-json", help="a file for what it saw")

@@ -67,8 +67,7 @@ def _made(config: BackboneConfig, seed: int, stacked: bool, louder: Callable[...
     def make(key):
         return jax.tree_util.tree_map_with_path(louder, Backbone(config, key, "float32", stacked))
 
-    # JAX's usual generator takes three times as long to compile.
-    return jax.jit(make)(jax.random.key(seed, impl="rbg"))
+    return jax.jit(make)(jax.random.key(seed))
 
 
 # What a family has beyond Llama's options, at settings that differ from layer to layer where it can.

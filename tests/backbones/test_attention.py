@@ -194,7 +194,8 @@ print("compiled for", device.device_kind)
 """
 
 
-@pytest.mark.parametrize("kind", ["v5e", pytest.param("v6e", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["v5e", "v6e"])
 def test_the_kernel_compiles_for_tpus(kind: str) -> None:
     """With no TPU here: for real chips, forward and backward."""
     environment = {

@@ -300,6 +300,7 @@ def test_the_tiny_backbone_is_the_default():
     assert tiny_backbone_path().endswith("tiny-books")
 
 
+@pytest.mark.slow
 def test_a_chat_template_is_kept_with_its_adapter(tmp_path, capsys, monkeypatch):
     """Rows of messages of one tenant go through its own template, when it is tuned, evaluated and served."""
     template = tmp_path / "shout.jinja"

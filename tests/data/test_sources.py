@@ -178,6 +178,7 @@ def test_mistakes_in_mixtures(text: str, message: str) -> None:
     assert message in str(error.value)
 
 
+@pytest.mark.slow
 def test_finetune_and_evaluate_read_other_sources(
     saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

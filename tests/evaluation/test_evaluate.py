@@ -76,16 +76,17 @@ def test_without_a_bank_the_bare_backbone_answers(world):
 
 def test_references_take_the_place_of_the_response_and_make_bleu(world):
     backbone, tokenizer, bank, answers = world
-    more = answers["acme"][1] + " and more words than that"
-    references = [["nobody", answers["acme"][0]], [more], [], []]
+    # The longest first: BLEU of less than four words is nothing.
+    best = sorted(zip(answers["acme"], PROMPTS, strict=True), key=lambda one: -len(one[0].split()))[:4]
+    given = [answer for answer, _ in best[:2]]
+    references = [["nobody", given[0]], [given[1] + " and more words than that"], [], []]
     rows = [
-        {"prompt": p, "response": "something else", "references": r}
-        for p, r in zip(PROMPTS[:4], references, strict=True)
+        {"prompt": p, "response": "something else", "references": r} for (_, p), r in zip(best, references, strict=True)
     ]
     scores = evaluate(backbone, tokenizer, {"acme": encode(world, rows)}, bank, **SMALL)["acme"]
     assert scores["exact_match"] == pytest.approx(1 / 4)
     streams = [[references[0][0], references[1][0]], [references[0][1], None]]
-    assert scores["bleu"] == pytest.approx(BLEU().corpus_score(answers["acme"][:2], streams).score)
+    assert scores["bleu"] == pytest.approx(BLEU().corpus_score(given, streams).score)
     assert scores["bleu"] > 0
 
 

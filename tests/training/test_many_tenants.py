@@ -176,6 +176,7 @@ def test_a_best_adapter_that_was_removed(backbone, tmp_path) -> None:
         watched(backbone, tmp_path / "out", resume=True)
 
 
+@pytest.mark.slow
 def test_other_dev_rows_are_another_run(backbone, tmp_path) -> None:
     watched(backbone, tmp_path / "out")
     with pytest.raises(ParaJaxError, match="dev_sha256"):

@@ -127,6 +127,7 @@ def test_bfloat16_backbone_trains_float32_adapters():
         assert float(jnp.vdot(x, y) / (jnp.linalg.norm(x) * jnp.linalg.norm(y))) > 0.95
 
 
+@pytest.mark.slow
 def test_logits_in_parts_change_nothing(monkeypatch):
     backbone = random_backbone()
     bank = AdapterBank.stack(

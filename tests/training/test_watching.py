@@ -207,6 +207,7 @@ class Page(HTMLParser):
             self.rows[-1][-1] += data
 
 
+@pytest.mark.slow
 def test_the_report_tells_how_every_tenant_ended(backbone, tmp_path):
     """One is done, one stops early, one fails; names are no HTML."""
     names = ("a<b>&c", "patient", "broken")
