@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -179,11 +180,17 @@ class BackboneConfig:
 
     @classmethod
     def from_hf(cls, fields: Mapping[str, Any], name: str = "") -> BackboneConfig:
-        """From the fields of config.json, in the spelling of transformers 4 or 5."""
-        # What the families' options mean is the business of convert/, which builds on this module.
-        from para_jax.convert.families import config_from_hf
+        """From the fields of config.json, in the spelling of transformers 4 or 5.
 
-        return config_from_hf(fields, name)
+        A warning of `logging` lists the keys that cannot change what the model computes.
+        """
+        # What the families' options mean is the business of convert/, which builds on this module.
+        from para_jax.convert.families import config_from_hf, ignored_line
+
+        config = config_from_hf(fields, name)
+        if line := ignored_line(fields, name):
+            logging.getLogger(__name__).warning("%s", line)
+        return config
 
 
 def as_token_ids(value: int | list[int] | None) -> tuple[int, ...]:

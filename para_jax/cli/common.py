@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -124,13 +125,16 @@ def start_processes(args: argparse.Namespace) -> None:
     start(None if auto else args.coordinator, args.processes, args.process)
     if not first():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (until the process ends)
+        # All processes read the same config.json; the first one says which keys are ignored.
+        logging.getLogger("para_jax.backbones.config").setLevel(logging.ERROR)
 
 
 def chosen_mesh(path: str, args: argparse.Namespace) -> Any:
     """The mesh of --mesh, over all devices; None on a single one."""
     import jax
 
-    from para_jax.backbones.config import BackboneConfig
+    from para_jax.backbones.config import CONFIG, checkpoint_folder, read_json
+    from para_jax.convert.families import config_from_hf
     from para_jax.sharding import auto_mesh, make_mesh
 
     if args.mesh != "auto":
@@ -139,7 +143,9 @@ def chosen_mesh(path: str, args: argparse.Namespace) -> Any:
     if jax.device_count() == 1 or (jax.default_backend() == "cpu" and jax.process_count() == 1):
         return None
     tuning = args.verb not in ("generate", "evaluate")
-    return make_mesh(auto_mesh(BackboneConfig.from_pretrained(path), jax.device_count(), tuning))
+    # The backbone is read next, and says then which keys are ignored.
+    config = config_from_hf(read_json(checkpoint_folder(path, [CONFIG]) / CONFIG), path)
+    return make_mesh(auto_mesh(config, jax.device_count(), tuning))
 
 
 def load_config(model: str | None) -> BackboneConfig:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from para_jax.backbones.config import (
     as_token_ids,
 )
 from para_jax.backbones.rope import TYPES
+from para_jax.convert.keys import CODE, ONLY, SIZES, Keys, sort_keys
 from para_jax.convert.tables import Entry, Names, entries_of
 from para_jax.errors import ParaJaxError, unknown
 
@@ -111,29 +112,6 @@ FAMILIES: dict[str, Family] = {
     ),
 }  # fmt: skip
 
-SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-READ = {
-    *SIZES, "num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings", "max_position_embeddings",
-    "bos_token_id", "eos_token_id", "hidden_act", "hidden_activation", "attention_bias", "mlp_bias", "rope_theta",
-    "rope_scaling", "rope_parameters", "sliding_window", "use_sliding_window", "max_window_layers", "layer_types",
-    "no_rope_layers", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping",
-    "num_local_experts", "num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob",
-    "partial_rotary_factor",
-}  # fmt: skip
-# What transformers' classes take, or its models read, without having it as a field.
-SPELLINGS = {
-    "rope_theta", "rope_scaling", "num_experts", "num_local_experts", "head_dim", "partial_rotary_factor",
-}  # fmt: skip
-# Where a checkpoint comes from, how it was trained, and what only transformers' own code looks at.
-NEUTRAL = {
-    "model_type", "architectures", "transformers_version", "dtype", "torch_dtype", "initializer_range", "use_cache",
-    "pad_token_id", "attention_dropout", "pretraining_tp", "auto_map", "_name_or_path",
-    "_attn_implementation_autoset", "_attn_implementation", "cache_implementation", "output_router_logits",
-    "router_aux_loss_coef", "is_llama_config", "max_sequence_length", "torchscript", "unsloth_fixed",
-    "unsloth_version", "transformers.js_config", "id2label", "label2id", "problem_type", "chunk_size_feed_forward",
-    "return_dict", "output_hidden_states", "output_attentions", "is_encoder_decoder",
-}  # fmt: skip
-
 
 def config_from_hf(fields: Mapping[str, Any], name: str = "") -> BackboneConfig:
     """What config.json's fields mean here. Raises ParaJaxError for a family or an option that is not supported."""
@@ -188,16 +166,17 @@ def _read_by_transformers(model_type: str, family: Family, fields: Mapping[str, 
 
     Raises ParaJaxError for what config.json lacks, or has and is not understood; null and false turn an option off.
     """
-    missing = [key for key in SIZES if key not in fields]
+    missing = [key for key in SIZES if fields.get(key) is None]
     if missing:
         raise ParaJaxError(f"config.json lacks {', '.join(missing)}")
-    if fields.get("quantization_config"):
-        raise ParaJaxError("config.json has a quantization_config; only float32, float16 and bfloat16 are read")
+    for key in ("quantization_config", "compression_config"):
+        if fields.get(key):
+            raise ParaJaxError(f"config.json has a {key}; only float32, float16 and bfloat16 are read")
     for key in (*SIZES, "num_key_value_heads", "head_dim"):
         size = fields.get(key)
         if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
             raise ParaJaxError(f"config.json has {key}={size!r}, which is no whole number from 1")
-    for key, value in family.only.items():
+    for key, value in {**ONLY, **family.only}.items():
         if fields.get(key) is not None and fields[key] != value:
             raise ParaJaxError(f"config.json has {key}={fields[key]!r}; only {value!r} is supported")
     for key in ("layer_types", "no_rope_layers"):
@@ -206,23 +185,44 @@ def _read_by_transformers(model_type: str, family: Family, fields: Mapping[str, 
             count = len(each) if isinstance(each, list) else repr(each)
             raise ParaJaxError(f"config.json has {count} {key} for {fields['num_hidden_layers']} layers")
 
-    from transformers import CONFIG_MAPPING, GenerationConfig
+    from transformers import CONFIG_MAPPING
 
-    made = CONFIG_MAPPING[model_type]
-    # An option of another family is none of this one's: transformers keeps it and does not look at it.
-    own = READ & (set(made.__dataclass_fields__) | SPELLINGS)
-    # Old checkpoints say here how to generate.
-    known = own | NEUTRAL | set(family.neutral) | set(family.only) | set(GenerationConfig().to_dict())
-    strange = [f"{key}={value!r}" for key, value in fields.items() if value and key not in known]
-    if strange:
+    used, refused, _ = _keys(fields)
+    if refused:
         raise ParaJaxError(
-            f"config.json has {', '.join(strange)}, which {family.architecture} is not known for here. Nothing is "
-            "ignored: if it does not change what the model computes, take it out of config.json"
+            f"config.json has {', '.join(f'{key}={value!r}' for key, value in refused.items())}, which is not "
+            f"implemented for {family.architecture} and may change what it computes. If it does not, take it out of "
+            "config.json"
         )
     try:
-        return made(**copy.deepcopy({k: v for k, v in fields.items() if not (k == "rope_theta" and v is None)}))
+        return CONFIG_MAPPING[model_type](
+            **copy.deepcopy({k: v for k, v in used.items() if not (k == "rope_theta" and v is None)})
+        )
     except Exception as error:  # its checks raise errors of many kinds
         raise ParaJaxError(f"config.json is not understood by transformers: {error}") from error
+
+
+def _keys(fields: Mapping[str, Any]) -> Keys:
+    """What becomes of the keys of a supported family's config.json."""
+    from transformers import CONFIG_MAPPING
+
+    model_type = fields["model_type"]
+    family = FAMILIES[model_type]
+    others = {key for other in FAMILIES.values() for key in other.only}
+    return sort_keys(fields, CONFIG_MAPPING[model_type], {*family.neutral, *family.only}, others)
+
+
+def ignored_line(fields: Mapping[str, Any], name: str = "") -> str | None:
+    """What is said of the keys of a config.json that change nothing; None, if it has none.
+
+    >>> ignored_line({"model_type": "qwen3", "use_mrope": False, "unk_token_id": 0})
+    "config.json: keys that transformers' Qwen3ForCausalLM does not read are ignored: unk_token_id"
+    """
+    ignored = [f"{key} (the code it names is not run)" if key == CODE else key for key in _keys(fields).ignored]
+    if not ignored:
+        return None
+    reader = f"transformers' {FAMILIES[fields['model_type']].architecture}"
+    return f"{name or 'config.json'}: keys that {reader} does not read are ignored: {', '.join(ignored)}"
 
 
 def _attention_kinds(config: Any, model_type: str) -> list[AttentionKind]:
@@ -238,17 +238,33 @@ def _attention_kinds(config: Any, model_type: str) -> list[AttentionKind]:
             raise unknown("entry of layer_types in config.json", kind, known)
     if window is None and "sliding_attention" in types[:layers]:
         raise ParaJaxError("config.json has sliding_attention in layer_types and no sliding_window for it")
-    ropes = config.rope_parameters
-    each = {kind: _rope(ropes.get(kind, ropes), model_type) for kind in dict.fromkeys(types[:layers])}
+    each = {kind: _rope(_parameters(config, kind, known), config, model_type) for kind in dict.fromkeys(types[:layers])}
     return [
         AttentionKind(window if types[i] == "sliding_attention" else None, each[types[i]] if turned[i] else None)
         for i in range(layers)
     ]
 
 
-def _rope(parameters: Mapping[str, Any], model_type: str) -> Rope:
+def _parameters(config: Any, layer_type: str, known: Sequence[str]) -> Mapping[str, Any]:
+    """The rope_parameters of layers of a type, which may be those of all layers."""
+    ropes = {key: value for key, value in config.rope_parameters.items() if value is not None}
+    of_types = [key for key in ropes if key in known]
+    beside = [key for key in ropes if key not in known]
+    if not of_types:
+        return ropes
+    if beside or not isinstance(ropes.get(layer_type), Mapping):
+        raise ParaJaxError(
+            f"rope_parameters in config.json are for {', '.join(of_types)}{' beside ' if beside else ''}"
+            f"{', '.join(beside)}; give one set of them for all layers, or one for each type of layer there is"
+        )
+    return ropes[layer_type]
+
+
+def _rope(parameters: Mapping[str, Any], config: Any, model_type: str) -> Rope:
     rope = {key: value for key, value in parameters.items() if value is not None and key != "type"}
-    theta, kind, share = rope.pop("rope_theta"), rope.pop("rope_type"), rope.pop("partial_rotary_factor", 1.0)
+    theta, kind, share = (rope.pop(key, None) for key in ("rope_theta", "rope_type", "partial_rotary_factor"))
+    # Gemma 3's class leaves it beside rope_parameters.
+    share = share or getattr(config, "partial_rotary_factor", None) or 1.0
     if not isinstance(theta, int | float) or theta <= 0:
         raise ParaJaxError(f"config.json has rope_theta={theta!r}, which is no number above 0")
     if kind not in TYPES:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from para_jax.adapters.method import config_from_dict
-from para_jax.backbones.config import BackboneConfig
+from para_jax.convert.families import config_from_hf
 from para_jax.errors import ParaJaxError
 from para_jax.planning.chips import parse_topology
 from para_jax.planning.job import Job
@@ -90,5 +90,5 @@ def _as_json(job: Job) -> dict[str, Any]:
 
 def _from_json(fields: dict[str, Any]) -> Job:
     config, method = fields.pop("config"), fields.pop("method")
-    backbone = BackboneConfig.from_hf(config["hf"], config["name"])
+    backbone = config_from_hf(config["hf"], config["name"])
     return Job(backbone, config_from_dict(method.pop("method"), method), **fields)

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -62,6 +63,17 @@ def test_help_needs_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert all(verb in done.stdout for verb in ("quickstart", "finetune", "evaluate", "generate", "methods"))
+
+
+def test_ignored_keys_are_one_plain_line(tmp_path):
+    fields = json.loads(Path(tiny_backbone_path(), "config.json").read_text())
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**fields, "_model_name_or_path": "x", "unk_token_id": 3}))
+    command = [sys.executable, "-m", "para_jax", "methods", "--model", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and "para" in done.stdout
+    reader = "transformers' LlamaForCausalLM"
+    assert done.stderr == f"{path}: keys that {reader} does not read are ignored: _model_name_or_path, unk_token_id\n"
 
 
 def test_finetune_writes_what_it_says(tuned):

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
+import re
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from para_jax import BackboneConfig
+from para_jax import BackboneConfig, ParaJaxError
 from para_jax.backbones.config import AttentionKind, Rope
-from para_jax.convert.families import FAMILIES, hf_fields
+from para_jax.convert.families import FAMILIES, config_from_hf, hf_fields, ignored_line
+from para_jax.convert.keys import NEUTRAL, OF_MODELS, ONLY, READ, reads
 
 USUAL = {"architectures": ["X"], "attention_dropout": 0.0, "initializer_range": 0.02, "transformers_version": "4.44.0",
          "torch_dtype": "bfloat16", "use_cache": True, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
@@ -156,6 +162,128 @@ def test_what_old_files_say_besides() -> None:
     assert BackboneConfig.from_hf({**USUAL, **fields, **old, **more}).size == 6_738_415_616
     _, fields = PUBLISHED["Qwen3 30B-A3B"]
     BackboneConfig.from_hf({**USUAL, **fields, "use_qk_norm": True})
+
+
+# Keys that published files have besides, their values, and those of them that no code reads.
+BESIDES: list[tuple[str, dict[str, Any], list[str]]] = [
+    ("Llama 2 7B", {"_name_or_path": "x", "pad_token_id": -1, "max_sequence_length": 2048, "head_dim": None}, []),
+    ("Llama 2 7B", {"_model_name_or_path": "x", "attn_bias": False, "unk_token_id": 0},
+     ["_model_name_or_path", "unk_token_id"]),
+    ("Llama 3.2 1B", {"unsloth_fixed": True, "unsloth_version": "2025.3", "_attn_implementation_autoset": True}, []),
+    ("Llama 3.1 8B", {"tokenizer_class": "LlamaTokenizerFast", "attn_implementation": "sdpa", "num_labels": 3}, []),
+    ("Llama 3.1 8B", {"_attn_implementation": "sdpa", "output_attentions": True, "initializer_range": 2.0}, []),
+    ("SmolLM2 135M", {"rope_interleaved": True}, ["rope_interleaved"]),
+    ("Mistral 7B v0.3", {"use_flash_attention": True, "mlp_bias": False, "torchscript": True}, ["use_flash_attention"]),
+    # Of vLLM; transformers attends to all tokens.
+    ("Qwen2.5 7B", {"dual_chunk_attention_config": {"chunk_size": 262144}}, ["dual_chunk_attention_config"]),
+    ("Qwen2.5 7B", {"is_causal": True, "attention_bias": None, "is_decoder": True}, ["is_decoder"]),
+    ("Qwen3 8B", {"attention_chunk_size": None, "per_layer_config": None, "is_encoder_decoder": False}, []),
+    ("Gemma 2B", {"hidden_activation": None, "use_bidirectional_attention": None}, []),
+    ("Gemma 2 9B", {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}, "unk_token_id": 3},
+     ["unk_token_id"]),
+    ("Gemma 3 1B", {"_sliding_window_pattern": 6, "use_bidirectional_attention": False}, []),
+    ("Phi-3 mini 4k", {"auto_map": {"AutoConfig": "x"}}, ["auto_map (the code it names is not run)"]),
+    ("Phi-4 mini", {"auto_map": {}, "lm_head_bias": False, "mlp_bias": False}, []),
+    ("SmolLM3 3B", {"cache_implementation": "hybrid", "layer_types": None}, []),
+    ("OLMo 2 1B", {"clip_qkv": None, "init_device": "cpu"}, ["init_device"]),
+    ("Mixtral 8x7B", {"router_jitter_noise": 0.01, "num_experts": 8, "head_dim": None}, []),
+    ("Qwen3 30B-A3B", {"use_qk_norm": True, "qkv_bias": False, "shared_expert_intermediate_size": 0},
+     ["shared_expert_intermediate_size"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "besides", "ignored"), BESIDES)
+def test_what_published_files_say_besides(
+    caplog: pytest.LogCaptureFixture, name: str, besides: dict[str, Any], ignored: list[str]
+) -> None:
+    """It changes nothing, and one line names the keys that no code reads."""
+    parameters, fields = PUBLISHED[name]
+    usual = {key: value for key, value in {**USUAL, **fields}.items() if key != "auto_map"}
+    plain = BackboneConfig.from_hf(usual)
+    with caplog.at_level(logging.WARNING):
+        config = BackboneConfig.from_hf({**usual, **besides}, "their/model")
+    assert config.size == parameters and config == dataclasses.replace(plain, name="their/model")
+    architecture = FAMILIES[config.family].architecture
+    line = f"their/model: keys that transformers' {architecture} does not read are ignored: {', '.join(ignored)}"
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("para_jax")] == [line] * bool(
+        ignored
+    )
+    assert hf_fields(config) == {**usual, **besides}
+
+
+# What matters, in families that lack it.
+MATTERS: list[tuple[str, dict[str, Any], str]] = [
+    ("Qwen2.5 7B", {"is_causal": False}, "is_causal=False; only True"),
+    ("Llama 2 7B", {"is_encoder_decoder": True}, "is_encoder_decoder=True; only False"),
+    ("Llama 2 7B", {"compression_config": {"format": "int"}}, "compression_config; only float32"),
+    # Of another family, which transformers' caches look at, and of none.
+    ("Llama 2 7B", {"sliding_window": 8}, "sliding_window=8, which is not implemented for LlamaForCausalLM"),
+    ("Llama 2 7B", {"attention_chunk_size": 8}, "attention_chunk_size=8"),
+    ("Llama 2 7B", {"num_experts": 8}, "num_experts=8"),
+    ("Qwen2.5 7B", {"attention_bias": True}, "attention_bias=True"),
+    ("Mistral 7B v0.3", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
+    # transformers' base class reads these.
+    ("Qwen3 8B", {"per_layer_config": {"3": {"sliding_window": 8}}}, "per_layer_config="),
+    ("Qwen3 8B", {"text_config": {"hidden_size": 8}}, "text_config="),
+    ("Mistral 7B v0.3", {"original_max_position_embeddings": 8}, "original_max_position_embeddings=8"),
+    # What is in settings of RoPE is read, wherever they stand.
+    ("Gemma 3 1B", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5, which gemma3_text has no code for"),
+    ("Gemma 3 1B", {"rope_parameters": {"rope_theta": 1.0}}, "full_attention, sliding_attention beside rope_theta"),
+    ("Gemma 2 9B", {"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "for full_attention; give one set"),
+    ("Llama 2 7B", {"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "full_attention beside rope_theta"),
+    ("Llama 2 7B", {"rope_scaling": {"type": "linear", "factor": 2.0, "finetuned": True}}, "understood ['finetuned']"),
+    ("Llama 2 7B", {"rope_parameters": {"rope_theta": 1e4, "rope_type": None}}, "rope_type in config.json None"),
+    ("Llama 2 7B", {"rope_parameters": {"rope_theta": 1e4, "mrope_section": [1]}}, "not understood ['mrope_section']"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "besides", "says"), MATTERS)
+def test_what_matters_and_is_not_implemented(name: str, besides: dict[str, Any], says: str) -> None:
+    with pytest.raises(ParaJaxError, match=re.escape(says)):
+        BackboneConfig.from_hf({**USUAL, **PUBLISHED[name][1], **besides})
+
+
+def test_an_option_that_a_later_class_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its default is as good as its absence; any other value, false too, may matter."""
+    import transformers
+
+    class LaterConfig(transformers.LlamaConfig):
+        gated_norm: bool = False
+        scaled_residual: bool = True
+
+        def __post_init__(self, **kwargs: Any) -> None:
+            self.gain = kwargs.pop("old_gain", None)
+            super().__post_init__(**kwargs)
+
+    monkeypatch.setitem(transformers.CONFIG_MAPPING._extra_content, "llama", LaterConfig)
+    fields = {**USUAL, **PUBLISHED["Llama 2 7B"][1]}
+    ok = {**fields, "gated_norm": False, "scaled_residual": True, "old_gain": None, "other": 1}
+    assert config_from_hf(ok) == config_from_hf(fields)
+    assert str(ignored_line(ok)).endswith("are ignored: other")
+    for key, value in (("gated_norm", True), ("scaled_residual", False), ("old_gain", 2.0)):
+        with pytest.raises(ParaJaxError, match=f"{key}={value}, which is not implemented"):
+            config_from_hf({**fields, key: value})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_key_that_models_read_is_known(family: str) -> None:
+    """transformers' models look at options that its classes do not have; a new one has to be put into a list here."""
+    from transformers import CONFIG_MAPPING
+
+    made = CONFIG_MAPPING[family]
+    general = ["modeling_utils", "masking_utils", "cache_utils", "modeling_rope_utils"]
+    own = made.__module__.replace("configuration_", "modeling_")
+    names: set[str] = set()
+    for module in (own, *(f"transformers.{name}" for name in general)):
+        spec = find_spec(module)
+        assert spec is not None and spec.origin is not None
+        text = Path(spec.origin).read_text()
+        names |= set(re.findall(r'(?:get|has)attr\([\w.]*config, "(\w+)"', text))
+        names |= set(re.findall(r"config\.(\w+)(?!\w*\()", text)) if module == own else set()
+    # Images, how programs are compiled, and layers that are no attention.
+    names -= {"mm_tokens_per_image", "image_token_id", "vision_config", "compile_config", "number_of_conv_states"}
+    of_family = {*FAMILIES[family].only, *FAMILIES[family].neutral}
+    assert not {name for name in names - READ - NEUTRAL - OF_MODELS - set(ONLY) - of_family if not reads(made, name)}
 
 
 def test_every_family_has_one() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -259,9 +260,9 @@ CONFIGS: list[tuple[dict, tuple[str, ...]]] = [
         {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 0.5}},
         ("partial_rotary_factor=0.5", "llama has no code for"),
     ),
-    # An option of another family, and one of none.
-    ({"sliding_window": 8}, ("sliding_window=8", "LlamaForCausalLM is not known for", "take it out of config.json")),
-    ({"residual_multiplier": 0.5}, ("residual_multiplier=0.5",)),
+    # An option of another family, and one of transformers' caches.
+    ({"sliding_window": 8}, ("sliding_window=8", "not implemented for LlamaForCausalLM", "take it out of config.json")),
+    ({"attention_chunk_size": 8, "num_experts": 2}, ("attention_chunk_size=8, num_experts=2",)),
     ({"model_type": "gemma", "use_bidirectional_attention": True}, ("use_bidirectional_attention=True", "only False")),
     ({"model_type": "qwen3_moe", "decoder_sparse_step": 2}, ("decoder_sparse_step=2", "only 1")),
     ({"model_type": "qwen3", "layer_types": ["full_attention", "linear_attention"]}, ("linear_attention",)),
@@ -289,6 +290,30 @@ def test_config_not_supported(checkpoint: Path, tmp_path: Path, fields: dict, fr
     for read in (BackboneConfig.from_pretrained, Backbone.from_pretrained):
         with says(*fragments):
             read(folder)
+
+
+def test_what_cannot_matter_is_said_in_one_line(
+    checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    more = {"_model_name_or_path": "Llama", "unk_token_id": 0, "residual_multiplier": 0.5, "_name_or_path": "x"}
+    folder = copy_with(checkpoint, tmp_path / "a", lambda x: x.update(more), "config.json")
+    line = (
+        f"{folder}: keys that transformers' LlamaForCausalLM does not read are ignored: _model_name_or_path, "
+        "unk_token_id, residual_multiplier"
+    )
+    for read in (BackboneConfig.from_pretrained, Backbone.from_pretrained):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            read(folder)
+        assert [record.getMessage() for record in caplog.records if record.name.startswith("para_jax")] == [line]
+    caplog.clear()
+    ours, plain = Backbone.from_pretrained(folder), Backbone.from_pretrained(checkpoint)
+    assert np.array_equal(ours(TOKENS), plain(TOKENS))
+    # What is written has the keys still.
+    with caplog.at_level(logging.WARNING):
+        save_backbone(ours, tmp_path / "out")
+    assert len(caplog.records) == 1
+    assert more.items() <= json.loads((tmp_path / "out" / "config.json").read_text()).items()
 
 
 def test_config_lacks_sizes(checkpoint: Path, tmp_path: Path) -> None:

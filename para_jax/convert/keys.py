@@ -1,0 +1,131 @@
+"""The keys of a config.json: which are read, which are refused, and which are ignored with a line that says so.
+
+What matters is decided by transformers. Its class of a family reads a key if the key is a field or another attribute
+of the class or of its bases, or a string in their code, such as "rope_theta" in `kwargs.pop("rope_theta")`. A few more
+keys are read by its models alone. Every other key cannot change what the model computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from functools import cache
+from inspect import Parameter, signature, unwrap
+from types import CodeType, FunctionType
+from typing import Any, NamedTuple
+
+# What `config_from_hf` reads, of one family or another.
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+READ = {
+    *SIZES, "num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings", "max_position_embeddings",
+    "bos_token_id", "eos_token_id", "hidden_act", "hidden_activation", "attention_bias", "mlp_bias", "rope_theta",
+    "rope_scaling", "rope_parameters", "sliding_window", "use_sliding_window", "max_window_layers", "layer_types",
+    "no_rope_layers", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping",
+    "num_local_experts", "num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob",
+    "partial_rotary_factor",
+}  # fmt: skip
+# What transformers' classes take, or its models read, without having it as a field.
+SPELLINGS = {"rope_theta", "rope_scaling", "head_dim", "partial_rotary_factor"}
+# Where a checkpoint comes from, how it was trained, its tokenizer, and what only transformers' own code looks at.
+NEUTRAL = {
+    "model_type", "architectures", "transformers_version", "dtype", "torch_dtype", "initializer_range", "use_cache",
+    "pad_token_id", "sep_token_id", "tokenizer_class", "attention_dropout", "pretraining_tp", "name_or_path",
+    "_name_or_path", "_commit_hash", "_attn_implementation_autoset", "_attn_implementation",
+    "_attn_implementation_internal", "attn_implementation", "_experts_implementation",
+    "_experts_implementation_internal", "experts_implementation", "cache_implementation", "output_router_logits",
+    "router_aux_loss_coef", "is_llama_config", "max_sequence_length", "torchscript", "gradient_checkpointing",
+    "initializer_factor", "init_std", "unsloth_fixed", "unsloth_version", "transformers.js_config", "id2label",
+    "label2id", "num_labels", "problem_type", "chunk_size_feed_forward", "return_dict", "use_return_dict",
+    "output_hidden_states", "output_attentions",
+}  # fmt: skip
+# Read for every family, of which one setting is supported.
+ONLY = {"is_causal": True, "is_encoder_decoder": False}
+# Read by transformers' models, masks, caches and loaders, although its classes do not have them.
+OF_MODELS = {"attention_chunk_size", "kv_sharing_modes", "fusion_config", "transformers_weights"}
+# transformers runs a checkpoint's own code only where it is asked to.
+CODE = "auto_map"
+
+
+class Keys(NamedTuple):
+    """A config.json by what becomes of its keys; those that change nothing are in none of the three.
+
+    Attributes:
+      used: what transformers' class is made from.
+      refused: what could change what the model computes, and is not implemented.
+      ignored: what cannot.
+    """
+
+    used: dict[str, Any]
+    refused: dict[str, Any]
+    ignored: tuple[str, ...]
+
+
+def sort_keys(fields: Mapping[str, Any], made: Any, own: Collection[str], others: Collection[str]) -> Keys:
+    """What becomes of each key of a config.json.
+
+    Args:
+      made: transformers' class of the family.
+      own: the keys that are understood of this family and are not in `READ`.
+      others: the keys that are understood of other families.
+    """
+    from transformers import GenerationConfig
+
+    understood = READ & {*_defaults(made), *made.attribute_map, *SPELLINGS} | {*own, *ONLY}
+    # Old checkpoints say here how to generate.
+    known = understood | NEUTRAL | set(GenerationConfig().to_dict())
+    matters = READ | OF_MODELS | set(others)
+    used, refused, ignored = {}, {}, []
+    for key, value in fields.items():
+        if key in understood:
+            used[key] = value
+        elif key not in known and key != CODE and (key in matters or reads(made, key)):
+            if not _as_without(made, key, value):
+                refused[key] = value
+        elif key not in known and value is not None and value is not False and value not in ("", [], {}):
+            ignored.append(key)
+    return Keys(used, refused, tuple(ignored))
+
+
+def _as_without(made: Any, key: str, value: Any) -> bool:
+    """Whether a key has its class's default, or turns off (null, false, 0 or empty) what is off without it."""
+    default = _defaults(made).get(key)
+    return value == default or not (value or default)
+
+
+def reads(made: Any, key: str) -> bool:
+    """Whether the code of transformers' class reads a key of config.json."""
+    return key in _defaults(made) or hasattr(made, key) or key in made.attribute_map or key in _strings(made)
+
+
+@cache
+def _defaults(made: type) -> dict[str, Any]:
+    """The options of a class and of its bases, with their defaults."""
+    parameters: dict[str, Parameter] = {}
+    for base in reversed(made.__mro__):
+        if "__init__" in vars(base):
+            parameters |= signature(vars(base)["__init__"]).parameters
+    return {
+        name: parameter.default
+        for name, parameter in parameters.items()
+        if parameter.kind in (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY) and name != "self"
+    }
+
+
+@cache
+def _strings(made: type) -> frozenset[str]:
+    """The strings in the code of a class and of its bases; the keys that the code looks up are among them."""
+    members = [member for base in made.__mro__ for member in vars(base).values()]
+    members += [accessor for x in members if isinstance(x, property) for accessor in (x.fget, x.fset)]
+    functions = [unwrap(getattr(member, "__func__", member)) for member in members if member is not None]
+    return frozenset(_constants(f.__code__ for f in functions if isinstance(f, FunctionType)))
+
+
+def _constants(values: Iterable[Any]) -> set[str]:
+    found: set[str] = set()
+    for value in values:
+        if isinstance(value, str):
+            found.add(value)
+        elif isinstance(value, CodeType):
+            found |= _constants(value.co_consts)
+        elif isinstance(value, tuple | frozenset):
+            found |= _constants(value)
+    return found
