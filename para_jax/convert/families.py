@@ -104,7 +104,7 @@ FAMILIES: dict[str, Family] = {
         "Qwen3MoeForCausalLM",
         lambda c: {
             "qk_norm": "head",
-            "experts": Experts(c.num_local_experts, c.num_experts_per_tok, c.moe_intermediate_size, c.norm_topk_prob),
+            "experts": Experts(c.num_experts, c.num_experts_per_tok, c.moe_intermediate_size, c.norm_topk_prob),
         },
         only={"mlp_only_layers": [], "decoder_sparse_step": 1, "use_qk_norm": True},
         neutral=("max_window_layers",),

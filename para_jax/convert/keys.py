@@ -35,12 +35,15 @@ NEUTRAL = {
     "router_aux_loss_coef", "is_llama_config", "max_sequence_length", "torchscript", "gradient_checkpointing",
     "initializer_factor", "init_std", "unsloth_fixed", "unsloth_version", "transformers.js_config", "id2label",
     "label2id", "num_labels", "problem_type", "chunk_size_feed_forward", "return_dict", "use_return_dict",
-    "output_hidden_states", "output_attentions",
+    "output_hidden_states", "output_attentions", "distributed_config", "is_decoder", "_attn_was_changed",
 }  # fmt: skip
 # Read for every family, of which one setting is supported.
 ONLY = {"is_causal": True, "is_encoder_decoder": False}
 # Read by transformers' models, masks, caches and loaders, although its classes do not have them.
-OF_MODELS = {"attention_chunk_size", "kv_sharing_modes", "fusion_config", "transformers_weights"}
+OF_MODELS = {
+    "attention_chunk_size", "kv_sharing_modes", "num_kv_shared_layers", "fusion_config", "transformers_weights",
+    "alibi", "use_alibi",
+}  # fmt: skip
 # transformers runs a checkpoint's own code only where it is asked to.
 CODE = "auto_map"
 

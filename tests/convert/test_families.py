@@ -176,7 +176,7 @@ BESIDES: list[tuple[str, dict[str, Any], list[str]]] = [
     ("Mistral 7B v0.3", {"use_flash_attention": True, "mlp_bias": False, "torchscript": True}, ["use_flash_attention"]),
     # Of vLLM; transformers attends to all tokens.
     ("Qwen2.5 7B", {"dual_chunk_attention_config": {"chunk_size": 262144}}, ["dual_chunk_attention_config"]),
-    ("Qwen2.5 7B", {"is_causal": True, "attention_bias": None, "is_decoder": True}, ["is_decoder"]),
+    ("Qwen2.5 7B", {"is_causal": True, "attention_bias": None, "seq_length": 8}, ["seq_length"]),
     ("Qwen3 8B", {"attention_chunk_size": None, "per_layer_config": None, "is_encoder_decoder": False}, []),
     ("Gemma 2B", {"hidden_activation": None, "use_bidirectional_attention": None}, []),
     ("Gemma 2 9B", {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}, "unk_token_id": 3},
@@ -220,6 +220,7 @@ MATTERS: list[tuple[str, dict[str, Any], str]] = [
     ("Llama 2 7B", {"sliding_window": 8}, "sliding_window=8, which is not implemented for LlamaForCausalLM"),
     ("Llama 2 7B", {"attention_chunk_size": 8}, "attention_chunk_size=8"),
     ("Llama 2 7B", {"num_experts": 8}, "num_experts=8"),
+    ("Llama 2 7B", {"alibi": True}, "alibi=True"),
     ("Qwen2.5 7B", {"attention_bias": True}, "attention_bias=True"),
     ("Mistral 7B v0.3", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
     # transformers' base class reads these.
