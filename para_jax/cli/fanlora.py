@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
             "score": args.score,
             "model": Path(shape.name).name,
             "rows": len(examples),
-            "response_tokens": sum(len(e.response_ids) for e in examples),
+            "response_tokens": sum(e.response_ids.size for e in examples),
             "sites": sites,
             "scores": scores.tolist(),
             "kept": kept,

@@ -33,7 +33,8 @@ def world(tiny):
 
 def encode(world, rows):
     backbone, tokenizer, _, _ = world
-    return encode_rows([(f"rows:{i}", row) for i, row in enumerate(rows)], tokenizer, backbone.config.eos_token_ids)
+    placed = [(f"rows:{i}", row) for i, row in enumerate(rows)]
+    return encode_rows(placed, tokenizer, backbone.config.eos_token_ids, keep_texts=True)
 
 
 def test_every_row_is_answered_by_its_own_tenant_and_scored_against_its_own_response(world):
