@@ -72,14 +72,16 @@ def main() -> None:
     # Every tenant's rows, as tokens.
     how = {"tokenizer": tokenizer, "eos_token_ids": shape.eos_token_ids, "max_length": recipe.max_length}
 
-    def examples(source: configs.Source, keep_texts: bool = False) -> Examples:
+    def examples(source: configs.Source, **options: bool) -> Examples:
         if isinstance(source, str):
-            return read_examples(source, **how, truncate=True, keep_texts=keep_texts)
+            return read_examples(source, **how, truncate=True, **options)
         rows = [(f"row {i}", row) for i, row in enumerate(source, 1)]
-        return encode_rows(rows, **how, truncate=True, keep_texts=keep_texts)
+        return encode_rows(rows, **how, truncate=True, **options)
 
-    train = {name: examples(tenant.train) for name, tenant in recipe.tenants.items()}
-    dev = {name: examples(tenant.dev) for name, tenant in recipe.tenants.items()}
+    # Only PARA needs the turns of a chat apart: it prepares an adapter from all that is before each.
+    chats = {name: {"one_pass": not tenant.method.reads_prompt} for name, tenant in recipe.tenants.items()}
+    train = {name: examples(tenant.train, **chats[name]) for name, tenant in recipe.tenants.items()}
+    dev = {name: examples(tenant.dev, **chats[name]) for name, tenant in recipe.tenants.items()}
     test = {name: examples(tenant.test, keep_texts=True)[: recipe.test_rows] for name, tenant in recipe.tenants.items()}
 
     # A bank of fresh adapters, each the identity.

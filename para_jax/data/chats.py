@@ -1,11 +1,19 @@
-"""The assistant's turns of a chat, as its tokenizer's template writes them."""
+"""The assistant's turns of a chat, as its tokenizer's template writes them, and all of them in one example.
+
+PARA prepares an adapter from the prompt, and the prompt of a turn is all before it: each turn is another forward pass,
+over the whole chat up to there. Other methods' adapters are the same for every prompt. For these, one pass over the
+chat predicts all turns' tokens from the same tokens before them.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
+from para_jax.data.buffers import Example
 from para_jax.errors import ParaJaxError
 
 
@@ -57,3 +65,26 @@ def _generated_end(messages: list[Any], tokenizer: Any) -> int | None:
     if not ends:
         raise ParaJaxError("the chat template has {% generation %} and marks nothing of an assistant's turn with it")
     return ends[-1]
+
+
+def in_one_pass(turns: Sequence[Example]) -> Example | None:
+    """One example that predicts what those of a chat's turns predict, each token from the same tokens before it.
+
+    None if there is no such example: where the template writes an earlier turn in another way once the next one
+    follows (without its reasoning), where tokens at the border of two turns are joined, and where two turns have a
+    target at one place.
+
+    >>> first, second = Example.of([5, 6], [7, 0]), Example.of([5, 6, 7, 8], [9, 0])
+    >>> one = in_one_pass([first, second])
+    >>> one.ids.tolist(), one.targets.tolist(), one.prompt_length
+    ([5, 6, 7, 8, 9], [-1, 7, 0, 9, 0], 2)
+    """
+    ids = turns[-1].ids
+    targets = np.full(ids.size, -1, np.int32)
+    end = 0  # of the places that the turns so far predict at
+    for turn in turns:
+        n = turn.ids.size
+        if turn.prompt_length - 1 < end or not np.array_equal(ids[:n], turn.ids):
+            return None
+        targets[end:n], end = turn.targets[end:], n
+    return Example(ids, targets, turns[0].prompt_length, place=turns[0].place)

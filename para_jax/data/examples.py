@@ -2,20 +2,23 @@
 
 A response is an answer: a space is put between it and a prompt that does not end in white space. A completion goes on
 from its prompt to the letter. Messages go through the tokenizer's chat template; every assistant turn is an example of
-its own, with all before it as the prompt, because an adapter is prepared once for each prompt. Where the template marks
-what is generated, the response ends there.
+its own, with all before it as the prompt, because an adapter is prepared once for each prompt. For methods that do not
+read the prompt, all turns of a chat can be one example. Where the template marks what is generated, the response ends
+there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from para_jax.data.buffers import Example, Examples
-from para_jax.data.chats import chat_pairs
+from para_jax.data.chats import chat_pairs, in_one_pass
 from para_jax.data.sources import KEYS, read_rows
 from para_jax.data.table import raise_problems
 from para_jax.data.templates import Template
@@ -35,6 +38,7 @@ def read_examples(
     truncate: bool = False,
     need_response: bool = True,
     keep_texts: bool = False,
+    one_pass: bool = False,
     template: Template | str | None = None,
     data_dir: str | Path | None = None,
 ) -> Examples:
@@ -47,14 +51,16 @@ def read_examples(
       truncate: cut what is longer, the prompt at its beginning, instead of refusing it.
       need_response: whether a row without a response is an error.
       keep_texts: whether examples have their texts and choices beside their tokens, as `evaluate` needs them.
+      one_pass: make one example of all assistant turns of a chat, where it predicts the same tokens from the same
+        tokens before them (`chats.in_one_pass`). For methods whose config has `reads_prompt` False.
       template, data_dir: as for `read_rows`.
 
     Raises ParaJaxError, with file and line or row, for a malformed line, an unknown key, an empty prompt or response,
     or rows longer than `max_length` (how many, and the longest); and what `read_rows` raises.
     """
     rows = read_rows(source, template, data_dir)
-    options = {"truncate": truncate, "need_response": need_response, "keep_texts": keep_texts}
-    return encode_rows(_let_go(rows), tokenizer, eos_token_ids, max_length, **options)
+    how = {"truncate": truncate, "need_response": need_response, "keep_texts": keep_texts, "one_pass": one_pass}
+    return encode_rows(_let_go(rows), tokenizer, eos_token_ids, max_length, **how)
 
 
 def encode_rows(
@@ -66,6 +72,7 @@ def encode_rows(
     truncate: bool = False,
     need_response: bool = True,
     keep_texts: bool = False,
+    one_pass: bool = False,
 ) -> Examples:
     """`read_examples` of rows that are in memory, each with its place.
 
@@ -76,12 +83,22 @@ def encode_rows(
     >>> tokenizer.decode(rows[0].response_ids), rows[0].place
     (' The cat.<|endoftext|>', 'row 1')
     """
+    if one_pass and keep_texts:
+        raise ParaJaxError("texts are of one turn and one_pass makes one example of all; leave out one of the two")
     cut = max_length if truncate else None
-    examples = Examples.of(
-        e
-        for turns in _chunks(rows, tokenizer, need_response, keep_texts)
-        for e in _encoded(turns, tokenizer, tuple(eos_token_ids), cut, keep_texts)
-    )
+
+    def encoded() -> Iterator[Example]:
+        for chunk in _chunks(rows, tokenizer, need_response, keep_texts):
+            found = _encoded(chunk, tokenizer, tuple(eos_token_ids), keep_texts)
+            for turns in chunk:
+                own = list(islice(found, len(turns)))
+                whole = in_one_pass(own) if one_pass and len(own) > 1 else None
+                if whole is not None and (cut is None or len(whole) <= cut):
+                    yield whole
+                else:
+                    yield from own if cut is None else (_cut(e, cut) for e in own)
+
+    examples = Examples.of(encoded())
     if max_length is not None:
         _check_lengths(examples, max_length)
     return examples
@@ -121,9 +138,9 @@ class _Turn(NamedTuple):
 
 def _chunks(
     rows: Iterable[tuple[str, Mapping[str, Any]]], tokenizer: Any, need_response: bool, choices: bool
-) -> Iterator[list[_Turn]]:
-    """The turns of all rows, some rows at a time. Raises ParaJaxError for all bad rows together."""
-    turns: list[_Turn] = []
+) -> Iterator[list[list[_Turn]]]:
+    """The turns of each row, some rows at a time. Raises ParaJaxError for all bad rows together."""
+    chunk: list[list[_Turn]] = []
     problems: list[str] = []
     letters = 0
     for place, row in rows:
@@ -133,13 +150,13 @@ def _chunks(
             problems.append(f"{place}: {error}")
         if problems:
             continue
-        turns += own
+        chunk.append(own)
         letters += sum(len(turn.prompt) + len(turn.answer) for turn in own)
         if letters > CHUNK:
-            yield turns
-            turns, letters = [], 0
+            yield chunk
+            chunk, letters = [], 0
     raise_problems(problems)
-    yield turns
+    yield chunk
 
 
 def _turns(place: str, row: Mapping[str, Any], tokenizer: Any, need_response: bool, choices: bool) -> Iterator[_Turn]:
@@ -177,25 +194,33 @@ def _spaced(prompt: str, answer: str) -> str:
 
 
 def _encoded(
-    turns: Sequence[_Turn], tokenizer: Any, eos: tuple[int, ...], cut: int | None, keep_texts: bool
+    chunk: Sequence[Sequence[_Turn]], tokenizer: Any, eos: tuple[int, ...], keep_texts: bool
 ) -> Iterator[Example]:
-    """The turns as examples, cut to so many tokens."""
+    """Every turn of these rows as an example."""
+    turns = [turn for own in chunk for turn in own]
     joined = _join(tokenizer, [(turn, answer) for turn in turns for answer in (turn.answer, *turn.choices)])
     for turn in turns:
         prompt_ids, response_ids = next(joined)
         choice_ids = tuple(tuple(next(joined)[1]) for _ in turn.choices)
         if response_ids:
             response_ids = _end(response_ids, eos)
-        if cut is not None and len(prompt_ids) + len(response_ids) > cut:
-            # At least one token of the prompt stays: an adapter is prepared from it.
-            response_ids = response_ids[: cut - 1]
-            prompt_ids = prompt_ids[-(cut - len(response_ids)) :]
         texts: dict[str, Any] = {}
         if keep_texts:
             choices = tuple(choice.strip() for choice in turn.choices)
             texts = {"prompt": turn.prompt, "response": turn.answer.strip(), "references": turn.references}
             texts |= {"choices": choices, "choice_ids": choice_ids}
         yield Example.of(prompt_ids, response_ids, place=turn.place, **texts)
+
+
+def _cut(e: Example, max_length: int) -> Example:
+    """The example with its prompt cut at the beginning, and its response at the end if that is too long alone."""
+    if len(e) <= max_length:
+        return e
+    # At least one token of the prompt stays: an adapter is prepared from it.
+    response_ids = e.response_ids[: max_length - 1]
+    prompt_ids = e.prompt_ids[-(max_length - response_ids.size) :]
+    cut = Example.of(prompt_ids, response_ids)
+    return replace(e, ids=cut.ids, targets=cut.targets, prompt_length=cut.prompt_length)
 
 
 def _join(tokenizer: Any, pairs: Sequence[tuple[_Turn, str]]) -> Iterator[tuple[list[int], list[int]]]:

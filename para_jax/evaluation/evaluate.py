@@ -98,8 +98,8 @@ def _check(
         room = context - limits[tenant]
         for e in examples[tenant]:
             where = e.place or f"a row of tenant {tenant!r}"
-            if not e.response and e.response_ids.size:
-                problems.append(f"{where}: its response was not kept; read the rows with keep_texts=True")
+            if not e.prompt:
+                problems.append(f"{where}: its texts were not kept; read the rows with keep_texts=True")
             elif not e.response:
                 problems.append(f"{where}: there is no response to compare with")
             elif e.choices and squeezed(e.response) not in map(squeezed, e.choices):

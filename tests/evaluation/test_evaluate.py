@@ -130,6 +130,8 @@ def test_what_cannot_be_evaluated_is_named_before_anything_runs(world):
         attempt({"acme": [dataclasses.replace(row, response="mad")]})
     with pytest.raises(ParaJaxError, match="rows:0: there is no response"):
         attempt({"acme": [dataclasses.replace(row, response="")]})
+    with pytest.raises(ParaJaxError, match="rows:0: its texts were not kept; read the rows with keep_texts=True"):
+        attempt({"acme": [dataclasses.replace(row, prompt="", response="")]})
     with pytest.raises(
         ParaJaxError, match=r"rows:0: the prompt has 3 tokens, and beside the new ones the context holds 1"
     ):
