@@ -92,7 +92,7 @@ def para_jax_worker(folder: str, data: list[list[Row]], count: int, remat: bool)
 
     def one(step: int) -> tuple[list[float], int]:
         """A step as the training loop takes it: the batch is made here, and losses are fetched."""
-        rows = [[Example("", "", tuple(p), tuple(r)) for p, r in rows_of_step(t, step, count)] for t in data]
+        rows = [[Example.of(tuple(p), tuple(r)) for p, r in rows_of_step(t, step, count)] for t in data]
         batch = pad([rows])
         state[0], values = train_step(backbone, state[0], settings, batch, slots, remat="layers" if remat else "none")
         return jax.device_get(values["loss"]).tolist(), batch.size

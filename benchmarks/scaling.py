@@ -48,7 +48,7 @@ def worker(devices: int, axis: str, tenants: int, rows: int) -> dict[str, Any]:
     def ids(low: int, high: int) -> tuple[int, ...]:
         return tuple(draw.randrange(2, backbone.config.vocab_size) for _ in range(draw.randint(low, high)))
 
-    examples = {name: [Example("", "", ids(16, 64), ids(2, 24)) for _ in range(rows)] for name in names}
+    examples = {name: [Example.of(ids(16, 64), ids(2, 24)) for _ in range(rows)] for name in names}
     parts = layout.parts([[examples[name or ""] for name in home] for home in homes])
     batch, slots = layout.batch(parts), layout.slots(bank, homes)
     tokens = sum(len(e) for of in examples.values() for e in of)

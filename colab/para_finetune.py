@@ -95,7 +95,7 @@ from para_jax.data.quickstart import quickstart_rows
 
 def encoded(rows):
     places = {name: [(f"{name} row {i}", row) for i, row in enumerate(of, 1)] for name, of in rows.items()}
-    return {name: encode_rows(of, tokenizer, config.eos_token_ids) for name, of in places.items()}
+    return {name: encode_rows(of, tokenizer, config.eos_token_ids, keep_texts=True) for name, of in places.items()}
 
 
 train, held_out = (encoded(rows) for rows in quickstart_rows(seed=0, train=1500, held_out=200))

@@ -64,7 +64,7 @@ def main() -> None:
 
     def tuned(name: str, file: Path, config: Any, out: Path) -> Adapter:
         """One tenant, tuned on one file."""
-        examples = read_examples(file, tokenizer, shape.eos_token_ids, shape.max_position_embeddings)
+        examples = read_examples(file, tokenizer, shape.eos_token_ids, shape.max_position_embeddings, one_pass=True)
         bank = AdapterBank.create({name: config}, shape, args.seed)
         settings = {name: Settings.checked(steps=args.steps, lr=args.lr)}
         return finetune(backbone, bank, {name: examples}, settings, out, rows=args.rows, seed=args.seed)[name]
@@ -88,7 +88,7 @@ def main() -> None:
     for file in args.held_out:
         rows = list(read_rows(file))
         some = random.Random(args.seed).sample(rows, min(args.score_rows, len(rows)))
-        held_out += encode_rows(some, tokenizer, shape.eos_token_ids, shape.max_position_embeddings)
+        held_out += encode_rows(some, tokenizer, shape.eos_token_ids, shape.max_position_embeddings, one_pass=True)
     scores = importance(args.score, backbone, adapter, held_out, seed=args.seed, show=print)
     kept = keep_within(scores, shape, args.budget, r) if args.keep is None else keep_number(scores, shape, args.keep)
     config = FanLoraConfig.of(kept, shape, r=r, lora_alpha=r)

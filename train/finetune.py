@@ -20,7 +20,7 @@ import jax
 
 from para_jax import AdapterBank, Backbone, BackboneConfig, ParaJaxError, complete
 from para_jax.convert.tokenizer import check_vocabulary, load_tokenizer
-from para_jax.data.examples import Example, encode_rows, read_examples
+from para_jax.data.examples import Examples, encode_rows, read_examples
 from para_jax.distributed import first, start
 from para_jax.evaluation.evaluate import evaluate
 from para_jax.memory import keep_freed_memory
@@ -70,22 +70,27 @@ def main() -> None:
     say(f"{recipe.model}: {shape.size / 1e6:,.1f}M parameters in {backbone.dtype} on {where}")
 
     # Every tenant's rows, as tokens.
-    def examples(source: configs.Source) -> list[Example]:
-        if isinstance(source, str):
-            return read_examples(source, tokenizer, shape.eos_token_ids, recipe.max_length, truncate=True)
-        rows = [(f"row {i}", row) for i, row in enumerate(source, 1)]
-        return encode_rows(rows, tokenizer, shape.eos_token_ids, recipe.max_length, truncate=True)
+    how = {"tokenizer": tokenizer, "eos_token_ids": shape.eos_token_ids, "max_length": recipe.max_length}
 
-    train = {name: examples(tenant.train) for name, tenant in recipe.tenants.items()}
-    dev = {name: examples(tenant.dev) for name, tenant in recipe.tenants.items()}
-    test = {name: examples(tenant.test)[: recipe.test_rows] for name, tenant in recipe.tenants.items()}
+    def examples(source: configs.Source, **options: bool) -> Examples:
+        if isinstance(source, str):
+            return read_examples(source, **how, truncate=True, **options)
+        rows = [(f"row {i}", row) for i, row in enumerate(source, 1)]
+        return encode_rows(rows, **how, truncate=True, **options)
+
+    # Only PARA needs the turns of a chat apart: it prepares an adapter from all that is before each.
+    chats = {name: {"one_pass": not tenant.method.reads_prompt} for name, tenant in recipe.tenants.items()}
+    train = {name: examples(tenant.train, **chats[name]) for name, tenant in recipe.tenants.items()}
+    dev = {name: examples(tenant.dev, **chats[name]) for name, tenant in recipe.tenants.items()}
+    test = {name: examples(tenant.test, keep_texts=True)[: recipe.test_rows] for name, tenant in recipe.tenants.items()}
 
     # A bank of fresh adapters, each the identity.
     bank = AdapterBank.create({name: tenant.method for name, tenant in recipe.tenants.items()}, shape)
     for name, tenant in recipe.tenants.items():
         size = tenant.method.size(shape)
         say(f"{name}: {tenant.method.method}, {size:,} parameters; {len(train[name]):,} rows such as")
-        say(f"  {train[name][0].prompt[-80:]!r} -> {train[name][0].response!r}")
+        prompt, response = map(tokenizer.decode, (train[name][0].prompt_ids, train[name][0].response_ids))
+        say(f"  {prompt[-80:]!r} -> {response!r}")
 
     # All of them in the same steps. OUT/NAME gets the adapter that was best on the tenant's dev rows: this is the
     # export, a folder that AdapterBank.load, para-jax and, for LoRA, peft open.

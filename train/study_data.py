@@ -12,7 +12,7 @@ import numpy as np
 
 from para_jax.backbones.decoder import Backbone
 from para_jax.data.batches import bucket
-from para_jax.data.examples import Example, encode_rows
+from para_jax.data.examples import Example, Examples, encode_rows
 from para_jax.data.sources import read_rows
 from para_jax.errors import ParaJaxError
 from para_jax.evaluation.metrics import majority
@@ -68,9 +68,9 @@ def read_task(
     answers = sorted({row["response"] for some in rows.values() for row in some})
     labels = {"choices": answers} if len(answers) <= MOST_CHOICES else {}
 
-    def encode(split: str, some: list[dict[str, Any]]) -> list[Example]:
+    def encode(split: str, some: list[dict[str, Any]]) -> Examples:
         placed = [(f"{folder.name} {split} {i}", {**labels, **row}) for i, row in enumerate(some)]
-        return encode_rows(placed, tokenizer, backbone.config.eos_token_ids)
+        return encode_rows(placed, tokenizer, backbone.config.eos_token_ids, keep_texts=True)
 
     examples = {"train": encode("train", train), "dev": encode("dev", dev), "test": encode("test", test)}
     cut = min(length, int(np.quantile([len(e) for e in examples["train"]], 0.99, method="higher")))
@@ -81,7 +81,7 @@ def read_task(
     dev_fit = [fit["dev"][i] for i in sorted(draw.sample(range(len(fit["dev"])), min(dev_rows, len(fit["dev"]))))]
     first = examples["test"][0]
     score = "choice_accuracy" if first.choices else "bleu" if first.references else "exact_match"
-    longest_answer = max(len(e.response_ids) for e in examples["train"])
+    longest_answer = int(examples["train"].target_counts.max())
     facts = {
         "score": score,
         "in_files": counts,

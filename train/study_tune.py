@@ -130,8 +130,8 @@ def dev_batches(dev: Sequence[Sequence[Example]], rows: int) -> list[Batch]:
     batches = []
     for start in range(0, max(map(len, dev)), rows):
         parts = [some[start : start + rows] for some in dev]
-        fill = [[replace(some[0], response_ids=())] * (rows - len(part)) for some, part in zip(dev, parts, strict=True)]
-        batches.append(pad([[[*part, *more] for part, more in zip(parts, fill, strict=True)]]))
+        fill = [Example.of(some[0].prompt_ids, ()) for some in dev]
+        batches.append(pad([[[*part, *[e] * (rows - len(part))] for part, e in zip(parts, fill, strict=True)]]))
     return batches
 
 

@@ -51,6 +51,7 @@ class IA3Config:
     """
 
     method: ClassVar[str] = "ia3"
+    reads_prompt: ClassVar[bool] = False
 
     target_modules: str | tuple[str, ...] = ("k_proj", "v_proj", "down_proj")
     feedforward_modules: str | tuple[str, ...] = ("down_proj",)

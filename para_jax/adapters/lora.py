@@ -66,6 +66,7 @@ class LoraConfig:
     """
 
     method: ClassVar[str] = "lora"
+    reads_prompt: ClassVar[bool] = False
 
     r: int = 8
     lora_alpha: float = 8

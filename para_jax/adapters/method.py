@@ -71,10 +71,15 @@ class AdapterLayer(Protocol):
 
 
 class MethodConfig(Protocol):
-    """The hyper-parameters of a method: a frozen dataclass with PEFT's field names where PEFT has one."""
+    """The hyper-parameters of a method: a frozen dataclass with PEFT's field names where PEFT has one.
+
+    `reads_prompt` says whether `prepare` reads the prompt. Where it does not, an adapter is the same for all prompts,
+    and all turns of a chat are learnt in one pass.
+    """
 
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
     method: ClassVar[str]
+    reads_prompt: ClassVar[bool]
 
     def layer(self, shape: BackboneShape, rngs: nnx.Rngs, layer: Int[Array, ""]) -> AdapterLayer:
         """Fresh weights of layer number `layer`. Of an array's shape nothing depends on it."""

@@ -62,6 +62,7 @@ class ParaConfig:
     """
 
     method: ClassVar[str] = "para"
+    reads_prompt: ClassVar[bool] = True
 
     r: int = 12
     target_modules: tuple[str, ...] = ("q_proj", "v_proj", "up_proj")

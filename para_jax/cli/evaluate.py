@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
                 raise ParaJaxError(f"{source} has {len(answers)} different responses, too many for --choose")
             rows = [(place, {"choices": answers, **row}) for place, row in rows]
         own = with_chat_template(tokenizer, common.kept_template(args.adapters, [name]))
-        examples[name] = encode_rows(rows[: args.limit], own, backbone.config.eos_token_ids)
+        examples[name] = encode_rows(rows[: args.limit], own, backbone.config.eos_token_ids, keep_texts=True)
 
     began = shown = time.monotonic()
 

@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
             "score": args.score,
             "model": Path(shape.name).name,
             "rows": len(examples),
-            "response_tokens": sum(len(e.response_ids) for e in examples),
+            "response_tokens": sum(e.response_ids.size for e in examples),
             "sites": sites,
             "scores": scores.tolist(),
             "kept": kept,
@@ -143,5 +143,5 @@ def held_out(args: argparse.Namespace, tokenizer: Any, shape: Any) -> list[Examp
     for source in args.data:
         rows = read_rows(source, args.template, args.data_dir)
         some = random.Random(args.seed).sample(rows, min(args.rows, len(rows)))
-        examples += encode_rows(some, tokenizer, shape.eos_token_ids, length, truncate=args.truncate)
+        examples += encode_rows(some, tokenizer, shape.eos_token_ids, length, truncate=args.truncate, one_pass=True)
     return examples

@@ -183,7 +183,8 @@ def run(args: argparse.Namespace) -> int:
     def how(name: str) -> dict[str, Any]:
         spoken = with_chat_template(tokenizer, templates.get(name))
         limits = {"eos_token_ids": eos, "max_length": length, "truncate": args.truncate}
-        return {"tokenizer": spoken, "template": prompts.get(name), "data_dir": args.data_dir, **limits}
+        chats = {"one_pass": not configs[name].reads_prompt}
+        return {"tokenizer": spoken, "template": prompts.get(name), "data_dir": args.data_dir, **limits, **chats}
 
     # Of several processes each reads some tenants' rows.
     examples = shared({name: partial(read_mixture, source, **how(name)) for name, source in sources.items()})

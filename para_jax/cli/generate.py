@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
         rows = [placed[i] for i in places]
         examples = encode_rows(rows, chosen, backbone.config.eos_token_ids, need_response=False)
         for i, example in zip(places, examples, strict=True):
-            prompts[i] = list(example.prompt_ids)
+            prompts[i] = example.prompt_ids.tolist()
     completions = complete(
         backbone,
         tokenizer,

@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     backbone, tokenizer = common.load_model(args)
     eos = backbone.config.eos_token_ids
     train, held_out = (
-        {name: encode_rows(numbered(name, rows), tokenizer, eos) for name, rows in part.items()}
+        {name: encode_rows(numbered(name, rows), tokenizer, eos, keep_texts=True) for name, rows in part.items()}
         for part in quickstart_rows(args.seed)
     )
     names = tuple(train)

@@ -95,13 +95,16 @@ def pad(parts: Sequence[Sequence[Sequence[Example]]], groups: int = 1) -> Batch:
     for i, part in enumerate(rows):
         filled = [0] * g
         for row, (tenant, e) in enumerate(part):
-            p, r, group = len(e.prompt_ids), len(e.response_ids), row // own
-            tokens[i, row, : p + r] = (*e.prompt_ids, *e.response_ids)
-            length[i, row], prompt_length[i, row] = p + r, p
+            learnt, group = np.flatnonzero(e.targets >= 0), row // own
+            r, n_ids = learnt.size, e.ids.size
+            tokens[i, row, :n_ids] = e.ids
+            if r:
+                tokens[i, row, n_ids] = e.targets[-1]
+            length[i, row], prompt_length[i, row] = len(e), e.prompt_length
             here = slice(filled[group], filled[group] + r)
             # A token is predicted at the place before its own.
-            place[i, group, here] = row % own * t + np.arange(p - 1, p + r - 1)
-            token[i, group, here] = e.response_ids
+            place[i, group, here] = row % own * t + learnt
+            token[i, group, here] = e.targets[learnt]
             whose[i, group, here] = tenant % n
             filled[group] += r
     counts = [np.bincount(whose[:, i].reshape(-1), minlength=n + 1)[:n] for i in range(g)]

@@ -2,43 +2,31 @@
 
 A response is an answer: a space is put between it and a prompt that does not end in white space. A completion goes on
 from its prompt to the letter. Messages go through the tokenizer's chat template; every assistant turn is an example of
-its own, with all before it as the prompt, because an adapter is prepared once for each prompt. Where the template marks
-what is generated, the response ends there.
+its own, with all before it as the prompt, because an adapter is prepared once for each prompt. For methods that do not
+read the prompt, all turns of a chat can be one example. Where the template marks what is generated, the response ends
+there.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from para_jax.data.buffers import Example, Examples
+from para_jax.data.chats import chat_pairs, in_one_pass
 from para_jax.data.sources import KEYS, read_rows
 from para_jax.data.table import raise_problems
 from para_jax.data.templates import Template
 from para_jax.errors import ParaJaxError, unknown
 
-
-@dataclass(frozen=True)
-class Example:
-    """A prompt and its response, as text and as token ids; `response_ids` end with the end-of-text token.
-
-    `choice_ids` are the ids of each of `choices`, without an end. Where a row has no response, for generation, its
-    text and ids are empty.
-    """
-
-    prompt: str
-    response: str
-    prompt_ids: tuple[int, ...]
-    response_ids: tuple[int, ...]
-    references: tuple[str, ...] = ()
-    choices: tuple[str, ...] = ()
-    choice_ids: tuple[tuple[int, ...], ...] = ()
-    place: str = ""
-
-    def __len__(self) -> int:
-        return len(self.prompt_ids) + len(self.response_ids)
+# Letters that are made tokens in one call: one call for each row takes many times as long, and of all rows at once
+# the tokens would be Python's ints at one time.
+CHUNK = 2**20
 
 
 def read_examples(
@@ -49,9 +37,11 @@ def read_examples(
     *,
     truncate: bool = False,
     need_response: bool = True,
+    keep_texts: bool = False,
+    one_pass: bool = False,
     template: Template | str | None = None,
     data_dir: str | Path | None = None,
-) -> list[Example]:
+) -> Examples:
     """The examples of a JSONL file or another source of `read_rows`.
 
     Args:
@@ -60,65 +50,79 @@ def read_examples(
       max_length: the most tokens a prompt and its response may have together.
       truncate: cut what is longer, the prompt at its beginning, instead of refusing it.
       need_response: whether a row without a response is an error.
+      keep_texts: whether examples have their texts and choices beside their tokens, as `evaluate` needs them.
+      one_pass: make one example of all assistant turns of a chat, where it predicts the same tokens from the same
+        tokens before them (`chats.in_one_pass`). For methods whose config has `reads_prompt` False.
       template, data_dir: as for `read_rows`.
 
     Raises ParaJaxError, with file and line or row, for a malformed line, an unknown key, an empty prompt or response,
     or rows longer than `max_length` (how many, and the longest); and what `read_rows` raises.
     """
     rows = read_rows(source, template, data_dir)
-    return encode_rows(rows, tokenizer, eos_token_ids, max_length, truncate=truncate, need_response=need_response)
+    how = {"truncate": truncate, "need_response": need_response, "keep_texts": keep_texts, "one_pass": one_pass}
+    return encode_rows(_let_go(rows), tokenizer, eos_token_ids, max_length, **how)
 
 
 def encode_rows(
-    rows: Iterator[tuple[str, Mapping[str, Any]]] | Sequence[tuple[str, Mapping[str, Any]]],
+    rows: Iterable[tuple[str, Mapping[str, Any]]],
     tokenizer: Any,
     eos_token_ids: Sequence[int],
     max_length: int | None = None,
     *,
     truncate: bool = False,
     need_response: bool = True,
-) -> list[Example]:
-    """`read_examples` of rows that are in memory, each with its place."""
-    turns: list[_Turn] = []
-    problems: list[str] = []
-    for place, row in rows:
-        try:
-            turns.extend(_turns(place, row, tokenizer, need_response))
-        except ParaJaxError as error:
-            problems.append(f"{place}: {error}")
-    raise_problems(problems)
-    # All texts in one call of the tokenizer, which is many times as fast as a call for each.
-    joined = iter(_join(tokenizer, [(turn, answer) for turn in turns for answer in (turn.answer, *turn.choices)]))
-    examples = []
-    for turn in turns:
-        prompt_ids, response_ids = next(joined)
-        choice_ids = tuple(next(joined)[1] for _ in turn.choices)
-        examples.append(
-            Example(
-                turn.prompt,
-                turn.answer.strip(),
-                prompt_ids,
-                _end(response_ids, tuple(eos_token_ids)) if response_ids else (),
-                turn.references,
-                tuple(choice.strip() for choice in turn.choices),
-                choice_ids,
-                turn.place,
-            )
-        )
+    keep_texts: bool = False,
+    one_pass: bool = False,
+) -> Examples:
+    """`read_examples` of rows that are in memory, each with its place.
+
+    >>> from para_jax import tiny_backbone_path
+    >>> from para_jax.convert.tokenizer import load_tokenizer
+    >>> tokenizer = load_tokenizer(tiny_backbone_path())
+    >>> rows = encode_rows([("row 1", {"prompt": "Who sat?", "response": "The cat."})], tokenizer, eos_token_ids=(0,))
+    >>> tokenizer.decode(rows[0].response_ids), rows[0].place
+    (' The cat.<|endoftext|>', 'row 1')
+    """
+    if one_pass and keep_texts:
+        raise ParaJaxError("texts are of one turn and one_pass makes one example of all; leave out one of the two")
+    cut = max_length if truncate else None
+
+    def encoded() -> Iterator[Example]:
+        for chunk in _chunks(rows, tokenizer, need_response, keep_texts):
+            found = _encoded(chunk, tokenizer, tuple(eos_token_ids), keep_texts)
+            for turns in chunk:
+                own = list(islice(found, len(turns)))
+                whole = in_one_pass(own) if one_pass and len(own) > 1 else None
+                if whole is not None and (cut is None or len(whole) <= cut):
+                    yield whole
+                else:
+                    yield from own if cut is None else (_cut(e, cut) for e in own)
+
+    examples = Examples.of(encoded())
     if max_length is not None:
-        examples = _fit(examples, max_length, truncate)
+        _check_lengths(examples, max_length)
     return examples
 
 
 def check_ids(examples: Iterable[Example], vocab_size: int) -> None:
     """Raises ParaJaxError for the first row with a token that the backbone has no embedding of."""
+    if isinstance(examples, Examples) and examples.texts is None and examples.highest_token < vocab_size:
+        return
     for e in examples:
-        highest = max((*e.prompt_ids, *e.response_ids, *(x for ids in e.choice_ids for x in ids)), default=-1)
+        own = max(e.ids.max(initial=-1), e.targets.max(initial=-1))
+        highest = max((int(own), *(x for ids in e.choice_ids for x in ids)))
         if highest >= vocab_size:
             raise ParaJaxError(
                 f"{e.place or 'a row'}: token {highest} is beyond the backbone's vocabulary of {vocab_size}; take what "
                 "it stands for out of the row, or the tokenizer is another model's"
             )
+
+
+def _let_go(rows: list[Any]) -> Iterator[Any]:
+    """The rows of a list, each of which leaves it, so that texts make room for tokens."""
+    rows.reverse()
+    while rows:
+        yield rows.pop()
 
 
 class _Turn(NamedTuple):
@@ -132,20 +136,43 @@ class _Turn(NamedTuple):
     place: str
 
 
-def _turns(place: str, row: Mapping[str, Any], tokenizer: Any, need_response: bool) -> Iterator[_Turn]:
+def _chunks(
+    rows: Iterable[tuple[str, Mapping[str, Any]]], tokenizer: Any, need_response: bool, choices: bool
+) -> Iterator[list[list[_Turn]]]:
+    """The turns of each row, some rows at a time. Raises ParaJaxError for all bad rows together."""
+    chunk: list[list[_Turn]] = []
+    problems: list[str] = []
+    letters = 0
+    for place, row in rows:
+        try:
+            own = list(_turns(place, row, tokenizer, need_response, choices))
+        except ParaJaxError as error:
+            problems.append(f"{place}: {error}")
+        if problems:
+            continue
+        chunk.append(own)
+        letters += sum(len(turn.prompt) + len(turn.answer) for turn in own)
+        if letters > CHUNK:
+            yield chunk
+            chunk, letters = [], 0
+    raise_problems(problems)
+    yield chunk
+
+
+def _turns(place: str, row: Mapping[str, Any], tokenizer: Any, need_response: bool, choices: bool) -> Iterator[_Turn]:
     for key in row:
         if key not in KEYS:
             raise unknown("key", key, KEYS)
     chat = "messages" in row
     references = tuple(row.get("references") or ())
-    pairs = _chat_pairs(row["messages"], tokenizer, need_response) if chat else [_pair(row, need_response)]
+    pairs = chat_pairs(row["messages"], tokenizer, need_response) if chat else [_pair(row, need_response)]
     for prompt, answer in pairs:
         if not prompt.strip():
             raise ParaJaxError("the prompt is empty; an adapter is prepared from it")
         if need_response and not answer.strip():
             raise ParaJaxError("the response is empty; there is nothing to learn from it")
-        choices = tuple(_spaced(prompt, choice) for choice in row.get("choices") or ())
-        yield _Turn(prompt, answer, chat, references, choices, place)
+        spaced = tuple(_spaced(prompt, choice) for choice in row.get("choices") or ()) if choices else ()
+        yield _Turn(prompt, answer, chat, references, spaced, place)
 
 
 def _pair(row: Mapping[str, Any], need_response: bool) -> tuple[str, str]:
@@ -166,52 +193,37 @@ def _spaced(prompt: str, answer: str) -> str:
     return answer if joined else " " + answer
 
 
-def _chat_pairs(messages: Any, tokenizer: Any, need_response: bool) -> Iterator[tuple[str, str]]:
-    if not getattr(tokenizer, "chat_template", None):
-        raise ParaJaxError("the tokenizer has no chat template; give prompt and response instead of messages")
-    if not isinstance(messages, list) or not all(
-        isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages
-    ):
-        raise ParaJaxError('"messages" is a list of {"role", "content"} objects')
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    if need_response and not turns:
-        raise ParaJaxError("no message has the role assistant; there is nothing to learn")
-    if not need_response:
-        if not messages or messages[-1]["role"] == "assistant":
-            raise ParaJaxError("the last message has to be the user's")
-        yield tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True), ""
-        return
-    for i in turns:
-        prompt = tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template(messages[: i + 1], tokenize=False)
-        if not whole.startswith(prompt):
-            raise ParaJaxError("the chat template changes earlier turns, so its prompts cannot be told from responses")
-        end = _generated_end(messages[: i + 1], tokenizer)
-        yield prompt, whole[len(prompt) : end]
+def _encoded(
+    chunk: Sequence[Sequence[_Turn]], tokenizer: Any, eos: tuple[int, ...], keep_texts: bool
+) -> Iterator[Example]:
+    """Every turn of these rows as an example."""
+    turns = [turn for own in chunk for turn in own]
+    joined = _join(tokenizer, [(turn, answer) for turn in turns for answer in (turn.answer, *turn.choices)])
+    for turn in turns:
+        prompt_ids, response_ids = next(joined)
+        choice_ids = tuple(tuple(next(joined)[1]) for _ in turn.choices)
+        if response_ids:
+            response_ids = _end(response_ids, eos)
+        texts: dict[str, Any] = {}
+        if keep_texts:
+            choices = tuple(choice.strip() for choice in turn.choices)
+            texts = {"prompt": turn.prompt, "response": turn.answer.strip(), "references": turn.references}
+            texts |= {"choices": choices, "choice_ids": choice_ids}
+        yield Example.of(prompt_ids, response_ids, place=turn.place, **texts)
 
 
-def _generated_end(messages: list[Any], tokenizer: Any) -> int | None:
-    """Where the last turn ends that the template marks with {% generation %}; None for a template without such marks.
-
-    What follows, such as the line break behind a turn, is the template's and not the assistant's to say.
-    """
-    # A tokenizer may have several templates by name.
-    if not re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template()):
-        return None
-    encoded = tokenizer.apply_chat_template(
-        messages,
-        tokenize=True,
-        return_dict=True,
-        return_assistant_tokens_mask=True,
-        tokenizer_kwargs={"return_offsets_mapping": True},
-    )
-    ends = [end for (_, end), own in zip(encoded["offset_mapping"], encoded["assistant_masks"], strict=True) if own]
-    if not ends:
-        raise ParaJaxError("the chat template has {% generation %} and marks nothing of an assistant's turn with it")
-    return ends[-1]
+def _cut(e: Example, max_length: int) -> Example:
+    """The example with its prompt cut at the beginning, and its response at the end if that is too long alone."""
+    if len(e) <= max_length:
+        return e
+    # At least one token of the prompt stays: an adapter is prepared from it.
+    response_ids = e.response_ids[: max_length - 1]
+    prompt_ids = e.prompt_ids[-(max_length - response_ids.size) :]
+    cut = Example.of(prompt_ids, response_ids)
+    return replace(e, ids=cut.ids, targets=cut.targets, prompt_length=cut.prompt_length)
 
 
-def _join(tokenizer: Any, pairs: Sequence[tuple[_Turn, str]]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+def _join(tokenizer: Any, pairs: Sequence[tuple[_Turn, str]]) -> Iterator[tuple[list[int], list[int]]]:
     """Prompts and answers in tokens. A prompt's are those that it has alone, as it will have when served."""
 
     def ids(texts: list[str]) -> list[list[int]]:
@@ -225,36 +237,28 @@ def _join(tokenizer: Any, pairs: Sequence[tuple[_Turn, str]]) -> list[tuple[tupl
                     found[i] = x
         return found
 
-    joined = []
     prompts, wholes = ids([turn.prompt for turn, _ in pairs]), ids([turn.prompt + answer for turn, answer in pairs])
     for prompt, whole, (_, answer) in zip(prompts, wholes, pairs, strict=True):
         rest = whole[len(prompt) :]
         if whole[: len(prompt)] != prompt:
             rest = tokenizer(answer, add_special_tokens=False, verbose=False)["input_ids"]
-        joined.append((tuple(prompt), tuple(rest)))
-    return joined
+        yield prompt, rest
 
 
-def _end(ids: tuple[int, ...], eos: tuple[int, ...]) -> tuple[int, ...]:
+def _end(ids: list[int], eos: tuple[int, ...]) -> list[int]:
     """Up to the first end-of-text token, which is added if there is none."""
     ends = [i for i, token in enumerate(ids) if token in eos]
-    return ids[: ends[0] + 1] if ends else ids + eos[:1]
+    return ids[: ends[0] + 1] if ends else [*ids, *eos[:1]]
 
 
-def _fit(examples: list[Example], max_length: int, truncate: bool) -> list[Example]:
-    long = [e for e in examples if len(e) > max_length]
-    if not long:
-        return examples
-    if not truncate:
-        longest = max(long, key=len)
+def _check_lengths(examples: Examples, max_length: int) -> None:
+    """Raises ParaJaxError if rows are too long."""
+    sizes = examples.lengths + (examples.target_counts > 0)
+    long = int(np.count_nonzero(sizes > max_length))
+    if long:
+        longest = int(np.argmax(sizes))
         raise ParaJaxError(
-            f"{len(long)} of {len(examples)} rows are longer than {max_length} tokens (the longest has {len(longest)}: "
-            f"{longest.place}); remove them, or pass truncate (--truncate) to cut their prompts at the beginning"
+            f"{long} of {len(examples)} rows are longer than {max_length} tokens (the longest has {sizes[longest]}: "
+            f"{examples.places[longest]}); remove them, or pass truncate (--truncate) to cut their prompts at the "
+            "beginning"
         )
-    fitted = []
-    for e in examples:
-        # At least one token of the prompt stays: an adapter is prepared from it.
-        response = e.response_ids[: max_length - 1]
-        room = max_length - len(response)
-        fitted.append(replace(e, prompt_ids=e.prompt_ids[-room:], response_ids=response) if len(e) > max_length else e)
-    return fitted

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -12,12 +13,13 @@ from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
-from para_jax.data.examples import Example, read_examples
+from para_jax.data.examples import Example, Examples, read_examples
 from para_jax.data.sources import mixture
 from para_jax.errors import ParaJaxError
 
 if TYPE_CHECKING:
     from grain import MapDataset
+    from jaxtyping import Int
 
 PLACES = 2**40  # more than any training has
 
@@ -32,23 +34,42 @@ class Mixture(Sequence[Example]):
 
     sources: tuple[Sequence[Example], ...]
     weights: tuple[float, ...]
-    _all: tuple[Example, ...] = field(init=False, repr=False, compare=False)
+    _starts: tuple[int, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_all", tuple(chain.from_iterable(self.sources)))
+        object.__setattr__(self, "_starts", tuple(accumulate(map(len, self.sources), initial=0)))
 
     def __len__(self) -> int:
-        return len(self._all)
+        return self._starts[-1]
 
     @overload
     def __getitem__(self, index: int) -> Example: ...
     @overload
     def __getitem__(self, index: slice) -> Sequence[Example]: ...
     def __getitem__(self, index: int | slice) -> Example | Sequence[Example]:
-        return self._all[index]
+        places = range(len(self))[index]
+        if isinstance(places, range):
+            return [self[i] for i in places]
+        part = bisect_right(self._starts, places) - 1
+        return self.sources[part][places - self._starts[part]]
 
     def __iter__(self) -> Iterator[Example]:
-        return iter(self._all)
+        return chain.from_iterable(self.sources)
+
+    @property
+    def lengths(self) -> Int[np.ndarray, " rows"]:
+        """As of `Examples`, of all sources."""
+        return np.concatenate([Examples.of(source).lengths for source in self.sources])
+
+    @property
+    def target_counts(self) -> Int[np.ndarray, " rows"]:
+        """As of `Examples`, of all sources."""
+        return np.concatenate([Examples.of(source).target_counts for source in self.sources])
+
+
+def sources_of(examples: Sequence[Example]) -> tuple[Sequence[Example], ...]:
+    """The sources of a mixture, or the one that there is."""
+    return examples.sources if isinstance(examples, Mixture) else (examples,)
 
 
 def read_mixture(text: str, **options: Any) -> Sequence[Example]:

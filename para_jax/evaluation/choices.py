@@ -91,8 +91,8 @@ def choice_log_likelihoods(
 
 def _check(pairs: Sequence[_Pair], context: int) -> None:
     for p in pairs:
-        if not p.prompt or not p.answer:
-            which = "prompt" if not p.prompt else f"choice {p.choice}"
+        if not len(p.prompt) or not len(p.answer):
+            which = "prompt" if not len(p.prompt) else f"choice {p.choice}"
             raise ParaJaxError(f"row {p.row}: {which} has no tokens")
         if len(p.prompt) + len(p.answer) > context:
             raise ParaJaxError(

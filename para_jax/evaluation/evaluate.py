@@ -71,7 +71,7 @@ def evaluate(
     end = backbone.config.eos_token_ids[:1]
     likelihoods = choice_log_likelihoods(
         backbone,
-        [rows[i].prompt_ids for i in choosing],
+        [rows[i].prompt_ids.tolist() for i in choosing],
         [[(*ids, *end) for ids in rows[i].choice_ids] for i in choosing],
         bank=bank,
         tenants=[tenants[i] for i in choosing],
@@ -98,7 +98,9 @@ def _check(
         room = context - limits[tenant]
         for e in examples[tenant]:
             where = e.place or f"a row of tenant {tenant!r}"
-            if not e.response:
+            if not e.prompt:
+                problems.append(f"{where}: its texts were not kept; read the rows with keep_texts=True")
+            elif not e.response:
                 problems.append(f"{where}: there is no response to compare with")
             elif e.choices and squeezed(e.response) not in map(squeezed, e.choices):
                 problems.append(f"{where}: the response {e.response!r} is not one of its choices {list(e.choices)}")
@@ -132,7 +134,7 @@ def _complete(
         answers = complete(
             backbone,
             tokenizer,
-            [rows[i].prompt_ids for i in full],
+            [rows[i].prompt_ids.tolist() for i in full],
             bank=bank,
             tenants=[tenants[i] for i in full],
             max_new_tokens=[limits[i] for i in full],

@@ -59,7 +59,7 @@ class Scoring:
     @property
     def tokens(self) -> int:
         """The response tokens of all examples."""
-        return sum(len(e.response_ids) for e in self.examples)
+        return sum(e.response_ids.size for e in self.examples)
 
 
 def importance(
@@ -229,7 +229,7 @@ def _batches(s: Scoring) -> list[Batch]:
         some = ordered[start : start + s.batch_size]
         # Fewer rows than a batch holds make a smaller one.
         missing = min(s.batch_size, len(ordered)) - len(some)
-        some += [replace(some[-1], response_ids=())] * missing
+        some += [Example.of(some[-1].prompt_ids, ())] * missing
         batches.append(pad([[some]]).micro_batch(0))
     return batches
 

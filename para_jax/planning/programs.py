@@ -109,7 +109,7 @@ def training_arguments(job: Job, mesh: Mesh) -> tuple[tuple[Any, ...], dict[str,
     homes = Schedule(bank, settings, layout).turn(dict.fromkeys(job.names, 0), ())
     assert homes is not None
     response = job.length // 2
-    full = Example("", "", (0,) * (job.length - response), (0,) * response)
+    full = Example.of((0,) * (job.length - response), (0,) * response)
     rows = [[[NOTHING if name is None else full] * job.rows for name in home] for home in homes]
     batch = pad(layout.parts(rows), layout.groups)
     # As `Layout.batch` places it.

@@ -16,8 +16,8 @@ import numpy as np
 from para_jax.adapters.bank import AdapterBank
 from para_jax.adapters.files import base_sizes
 from para_jax.backbones.decoder import Backbone
-from para_jax.data.examples import Example
-from para_jax.data.order import Mixture
+from para_jax.data.examples import Example, Examples
+from para_jax.data.order import Mixture, sources_of
 from para_jax.distributed import first, told, whole
 from para_jax.errors import ParaJaxError
 from para_jax.training.optimizer import Settings
@@ -45,13 +45,6 @@ def describe(
     seed: int,
 ) -> dict[str, Any]:
     """All that a run's result depends on, as JSON."""
-
-    def fingerprint(rows: Sequence[Example]) -> str:
-        digest = hashlib.sha256()
-        for e in rows:
-            digest.update(json.dumps([e.prompt_ids, e.response_ids]).encode())
-        return digest.hexdigest()
-
     tenants = {
         name: {
             "method": bank[name].config.method,
@@ -76,6 +69,22 @@ def describe(
         "weights_sha256": weights,
     }
     return json.loads(json.dumps({"tenants": tenants, **run, "base_model": base_sizes(backbone.config)}))
+
+
+def fingerprint(rows: Sequence[Example]) -> str:
+    """A hash of all ids, targets and lengths, and of how they are divided into sources; the same in every form.
+
+    >>> rows = [Example.of([5, 6], [7, 0]), Example.of([8], [0])]
+    >>> fingerprint(rows) == fingerprint(Examples.of(rows)) != fingerprint(rows[:1])
+    True
+    """
+    digest = hashlib.sha256()
+    for source in sources_of(rows):
+        own = Examples.of(source).compact()
+        digest.update(len(own).to_bytes(8, "little"))
+        for x in (own.lengths, own.prompt_lengths, own.ids, own.targets):
+            digest.update(np.ascontiguousarray(x, "<i4").data)
+    return digest.hexdigest()
 
 
 def claim(out: Path, description: dict[str, Any], resume: bool, overwrite: bool) -> None:

@@ -17,6 +17,7 @@ from para_jax.adapters.files import save_adapter
 from para_jax.backbones.decoder import Backbone
 from para_jax.backbones.options import Remat, default_remat
 from para_jax.data.examples import Example, check_ids
+from para_jax.data.order import sources_of
 from para_jax.distributed import Flag, barrier, first, told, whole
 from para_jax.errors import ParaJaxError
 from para_jax.training.checkpoints import Checkpoints
@@ -89,7 +90,8 @@ def finetune(
         check_name(name)
         if not examples[name]:
             raise ParaJaxError(f"tenant {name!r} has no rows to learn from")
-        check_ids([*examples[name], *looked_at.get(name, ())], backbone.config.vocab_size)
+        for some in (*sources_of(examples[name]), looked_at.get(name, ())):
+            check_ids(some, backbone.config.vocab_size)
     if resume and overwrite:
         raise ParaJaxError("resume goes on with a run and overwrite replaces it; give one of them")
     if checkpoint_every < 1 or keep < 1:

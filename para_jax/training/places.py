@@ -26,7 +26,7 @@ from para_jax.training.optimizer import Settings
 from para_jax.training.step import Slots, moved, slots_of
 
 # Fills a place that has no tenant: one token, and nothing to learn.
-NOTHING = Example("", "", (0,), ())
+NOTHING = Example.of((0,), ())
 
 
 @dataclass(frozen=True)

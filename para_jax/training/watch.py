@@ -120,5 +120,5 @@ def dev_losses(
                     if name is not None:
                         total[name] += float(losses[i, j] if layout.shards > 1 else losses[:, j].sum())
         for name in names:
-            count[name] += sum(len(e.response_ids) for e in some(name))
+            count[name] += sum(e.response_ids.size for e in some(name))
     return {name: total[name] / max(count[name], 1) for name in names}

@@ -136,7 +136,7 @@ def rows_of(name: str, count: int = 4) -> list[Example]:
     def ids(n: int) -> tuple[int, ...]:
         return tuple(int(i) for i in rng.integers(1, SMALL.vocab_size, n))
 
-    return [Example("", "", ids(5), (*ids(4), 0)) for _ in range(count)]
+    return [Example.of(ids(5), (*ids(4), 0)) for _ in range(count)]
 
 
 def tune(configs: dict[str, LoraConfig], steps: int = 3, seed: int = 0):

@@ -9,7 +9,7 @@ from para_jax.training.places import Layout
 
 
 def example(prompt, response):
-    return Example("", "", tuple(prompt), tuple(response))
+    return Example.of(tuple(prompt), tuple(response))
 
 
 def test_a_mixture_takes_its_sources_by_weight():

@@ -26,9 +26,9 @@ def write(tmp_path, *rows):
 
 def test_prompt_and_response_are_joined_by_a_space(tmp_path, tokenizer):
     path = write(tmp_path, {"prompt": "Sentiment:", "response": "good"}, {"prompt": "Sentiment: ", "response": "good"})
-    a, b = read_examples(path, tokenizer, EOS)
+    a, b = read_examples(path, tokenizer, EOS, keep_texts=True)
     assert tokenizer.decode([*a.prompt_ids, *a.response_ids]) == "Sentiment: good<|endoftext|>"
-    assert a.response == "good" and a.response_ids[-1] == 0
+    assert a.response == "good" and a.response_ids[-1] == a.targets[-1] == 0
     assert tokenizer.decode([*b.prompt_ids, *b.response_ids]) == "Sentiment: good<|endoftext|>"
     assert list(a.prompt_ids) == tokenizer("Sentiment:")["input_ids"], "as the prompt will be when it is served"
 
@@ -46,13 +46,14 @@ def test_every_assistant_turn_is_an_example(tmp_path, tokenizer):
         {"role": "user", "content": "Where to?"},
         {"role": "assistant", "content": "London."},
     ]
-    first, second = read_examples(write(tmp_path, {"messages": messages}), tokenizer, EOS)
+    first, second = read_examples(write(tmp_path, {"messages": messages}), tokenizer, EOS, keep_texts=True)
     assert first.prompt == "User: Who are you?\nAssistant:" and first.response.startswith("A captain.")
     assert second.prompt.startswith(first.prompt) and "Where to?" in second.prompt
     for e, text in ((first, "A captain."), (second, "London.")):
         assert tokenizer.decode(e.response_ids) == f" {text}<|endoftext|>", "ends at the first end-of-text"
     (question,) = read_examples(write(tmp_path, {"messages": messages[:3]}), tokenizer, EOS, need_response=False)
-    assert question.prompt_ids == second.prompt_ids and question.response_ids == ()
+    assert question.prompt_ids.tolist() == second.prompt_ids.tolist() and not question.response_ids.size
+    assert len(question) == question.ids.size == second.prompt_length
 
 
 # Ends a turn with a token of its own, which the assistant says, and a line that it does not.
@@ -71,7 +72,7 @@ def test_what_a_template_marks_is_the_response(tmp_path, tokenizer):
         {"role": "assistant", "content": "London."},
     ]
     path = write(tmp_path, {"messages": messages})
-    first, second = read_examples(path, with_chat_template(tokenizer, MARKED), EOS)
+    first, second = read_examples(path, with_chat_template(tokenizer, MARKED), EOS, keep_texts=True)
     assert tokenizer.decode(first.response_ids) == "A captain.<end><|endoftext|>"
     assert first.prompt == "<user>Who are you?--- <assistant>"
     assert tokenizer.decode(second.response_ids) == "London.<end><|endoftext|>"
@@ -87,12 +88,13 @@ def test_what_a_template_marks_is_the_response(tmp_path, tokenizer):
 
 def test_choices_and_references(tmp_path, tokenizer):
     row = {"prompt": "Kind:", "response": "a b", "choices": ["a b", "c"], "references": ["a b", "b a"]}
-    (e,) = read_examples(write(tmp_path, row), tokenizer, EOS)
-    assert e.choice_ids[0] == e.response_ids[:-1] and e.references == ("a b", "b a")
+    path = write(tmp_path, row)
+    (e,) = read_examples(path, tokenizer, EOS, keep_texts=True)
+    assert e.choice_ids[0] == tuple(e.response_ids[:-1]) and e.references == ("a b", "b a")
 
 
 def test_line_separators_inside_a_text_do_not_end_a_row(tmp_path, tokenizer):
-    (e,) = read_examples(write(tmp_path, {"prompt": "a\u2028b\x85c", "response": "d"}), tokenizer, EOS)
+    (e,) = read_examples(write(tmp_path, {"prompt": "a\u2028b\x85c", "response": "d"}), tokenizer, EOS, keep_texts=True)
     assert e.prompt == "a\u2028b\x85c"
 
 
@@ -160,5 +162,5 @@ def test_long_rows_are_counted_and_cut_only_if_asked(tmp_path, tokenizer):
     cut = read_examples(path, tokenizer, EOS, 20, truncate=True)
     assert [len(e) for e in cut] == [len(whole[0]), 20, 20]
     for a, b in zip(whole, cut, strict=True):
-        assert a.response_ids == b.response_ids
-        assert a.prompt_ids[-len(b.prompt_ids) :] == b.prompt_ids
+        assert a.response_ids.tolist() == b.response_ids.tolist()
+        assert a.prompt_ids[-b.prompt_length :].tolist() == b.prompt_ids.tolist()

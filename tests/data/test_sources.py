@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 from para_jax.cli import main
-from para_jax.data.examples import read_examples
+from para_jax.data.examples import Examples, read_examples
 from para_jax.data.order import Mixture, read_mixture
 from para_jax.data.sources import mixture, read_rows
 from para_jax.data.templates import Template
 from para_jax.errors import ParaJaxError
+from para_jax.training.folder import fingerprint
 
 EOS = (0,)
 ASKED = {"prompt": "Q: {{q}}\nA:", "response": "{{a}}"}
@@ -159,8 +160,13 @@ def test_mixtures_are_read_source_by_source(tiny, tmp_path: Path) -> None:
     options = {"tokenizer": tiny[1], "eos_token_ids": EOS}
     mixed = read_mixture(f"2*{first}+1*{second}", **options)
     assert isinstance(mixed, Mixture) and mixed.weights == (2.0, 1.0)
-    assert [e.prompt for e in mixed] == ["p0", "p1", "p2", "q"] and mixed[3].place == f"{second}:1"
-    assert read_mixture(str(second), **options) == read_examples(second, tiny[1], EOS)
+    assert [tiny[1].decode(e.prompt_ids) for e in mixed] == ["p0", "p1", "p2", "q"] and mixed[3].place == f"{second}:1"
+    alone, there = read_mixture(str(second), **options), read_examples(second, tiny[1], EOS)
+    assert isinstance(alone, Examples) and fingerprint(alone) == fingerprint(there)
+    assert mixed.lengths.tolist() == [e.ids.size for e in mixed]
+    assert mixed.target_counts.tolist() == [e.response_ids.size for e in mixed]
+    assert [mixed[i].place for i in (-1, 0)] == [e.place for e in mixed[::-1]][::3]
+    assert fingerprint(mixed) != fingerprint(list(mixed)), "its order depends on its sources"
 
 
 @pytest.mark.parametrize(

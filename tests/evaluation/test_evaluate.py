@@ -33,7 +33,8 @@ def world(tiny):
 
 def encode(world, rows):
     backbone, tokenizer, _, _ = world
-    return encode_rows([(f"rows:{i}", row) for i, row in enumerate(rows)], tokenizer, backbone.config.eos_token_ids)
+    placed = [(f"rows:{i}", row) for i, row in enumerate(rows)]
+    return encode_rows(placed, tokenizer, backbone.config.eos_token_ids, keep_texts=True)
 
 
 def test_every_row_is_answered_by_its_own_tenant_and_scored_against_its_own_response(world):
@@ -129,6 +130,8 @@ def test_what_cannot_be_evaluated_is_named_before_anything_runs(world):
         attempt({"acme": [dataclasses.replace(row, response="mad")]})
     with pytest.raises(ParaJaxError, match="rows:0: there is no response"):
         attempt({"acme": [dataclasses.replace(row, response="")]})
+    with pytest.raises(ParaJaxError, match="rows:0: its texts were not kept; read the rows with keep_texts=True"):
+        attempt({"acme": [dataclasses.replace(row, prompt="", response="")]})
     with pytest.raises(
         ParaJaxError, match=r"rows:0: the prompt has 3 tokens, and beside the new ones the context holds 1"
     ):

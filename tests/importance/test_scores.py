@@ -39,7 +39,7 @@ def rows() -> list[Example]:
     def ids(size: int) -> tuple[int, ...]:
         return tuple(rng.integers(1, 61, size).tolist())
 
-    return [Example("", "", ids(p), ids(r)) for p, r in ((11, 2), (10, 4), (13, 1), (9, 4), (11, 3))]
+    return [Example.of(ids(p), ids(r)) for p, r in ((11, 2), (10, 4), (13, 1), (9, 4), (11, 3))]
 
 
 def arrays(rows: list[Example]) -> tuple[jax.Array, jax.Array, jax.Array]:

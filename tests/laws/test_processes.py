@@ -37,7 +37,7 @@ configs = {"acme": ParaConfig(r=2), "globex": ParaConfig(r=2), "initech": LoraCo
 rng = np.random.default_rng(0)
 def rows(count):
     drawn = rng.integers(1, 61, (count, 6)).tolist()
-    return [Example("", "", tuple(ids[:5]), (ids[5], 0)) for ids in drawn]
+    return [Example.of(tuple(ids[:5]), (ids[5], 0)) for ids in drawn]
 examples = {name: rows(7 + i) for i, name in enumerate(configs)}
 dev = {"globex": rows(5)}
 settings = {n: Settings(steps=8, lr=1e-2, eval_every=2 if n == "globex" else 0) for n in configs}

@@ -39,7 +39,7 @@ def rows_of(tenant: int, step: int, count: int, vocabulary: int) -> list[Example
     def ids(low: int, high: int) -> tuple[int, ...]:
         return tuple(int(i) for i in tokens.integers(1, vocabulary, lengths.integers(low, high)))
 
-    return [Example("", "", ids(2, 12), (*ids(1, 6), 0)) for _ in range(count)]
+    return [Example.of(ids(2, 12), (*ids(1, 6), 0)) for _ in range(count)]
 
 
 def bank_of(configs: dict, shape) -> AdapterBank:
@@ -59,7 +59,7 @@ def tune(backbone: Backbone, configs: dict, micro_batches: int = 1, spread: bool
         homes = schedule.turn(dict.fromkeys(configs, step), ())
         assert homes is not None
         of = {n: rows_of(i, step, ROWS, backbone.config.vocab_size) for i, n in enumerate(configs)}
-        empty = [Example("", "", (0,), ())] * ROWS
+        empty = [Example.of((0,), ())] * ROWS
         batch = layout.batch(layout.parts([[of.get(n or "", empty) for n in home] for home in homes]))
         slots = layout.slots(bank, homes)
         state, values = train_step(backbone, state, rules, batch, slots, shards=layout.shards, seed=5)

@@ -36,7 +36,7 @@ def examples(name: str, vocabulary: int) -> list[Example]:
         return tuple(int(i) for i in rng.integers(1, vocabulary, rng.integers(low, high)))
 
     # As many as a step takes: every step has the same rows in another order, and so one program.
-    return [Example("", "", ids(2, 12), (*ids(1, 6), 0)) for _ in range(4)]
+    return [Example.of(ids(2, 12), (*ids(1, 6), 0)) for _ in range(4)]
 
 
 def tune(backbone, names, steps=6, micro_batches=1, poison=None):

@@ -60,7 +60,7 @@ def test_the_step_is_called_as_the_loop_calls_it(sizes: str, tenants: int, tmp_p
     count = int(np.prod([int(part.partition("=")[2]) for part in sizes.split(",")]))
     mesh = make_mesh(sizes, jax.devices()[:count])
     job = Job(SMALL, PARA, tenants=tenants, rows=8, length=32, micro_batches=2, remat="products", dtype="float32")
-    row = Example("", "", (1,) * 16, (1,) * 16)
+    row = Example.of((1,) * 16, (1,) * 16)
     monkeypatch.setattr(training, "train_step", caught)
     examples, settings = dict.fromkeys(job.names, [row] * 8), dict.fromkeys(job.names, Settings())
     bank = AdapterBank.create(dict.fromkeys(job.names, PARA), SMALL)

@@ -119,7 +119,7 @@ def test_batches_of_one_shape_and_uneven_dev_rows_have_the_losses_of_their_rows(
 
     def example(prompt: int, response: int) -> Example:
         ids = tuple(draw.integers(1, 61, prompt + response).tolist())
-        return Example("", "", ids[:prompt], ids[prompt:])
+        return Example.of(ids[:prompt], ids[prompt:])
 
     dev = [[example(4 + 5 * i, 2 + i) for i in range(5)], [example(9, 3)] * 2]
     batches = study_tune.one_shape(study_tune.dev_batches(dev, rows=2))

@@ -32,9 +32,7 @@ CONFIG = ParaConfig(r=2)
 
 def rows_of(seed: int, count: int) -> list[Example]:
     rng = np.random.default_rng(seed)
-    return [
-        Example("", "", tuple(map(int, rng.integers(1, 61, 4))), (int(rng.integers(1, 61)), 0)) for _ in range(count)
-    ]
+    return [Example.of(tuple(map(int, rng.integers(1, 61, 4))), (int(rng.integers(1, 61)), 0)) for _ in range(count)]
 
 
 @pytest.fixture(scope="module")

@@ -24,8 +24,8 @@ from para_jax.training.places import Layout
 from tests.helpers import SMALL, random_adapter, random_backbone
 
 ROWS = [
-    [Example("", "", (5, 6, 7), (8, 9, 0)), Example("", "", (3, 4, 5, 6, 7, 8), (9, 0))],
-    [Example("", "", (11,), (12, 13, 14, 0)), Example("", "", (2, 3), (0,))],
+    [Example.of((5, 6, 7), (8, 9, 0)), Example.of((3, 4, 5, 6, 7, 8), (9, 0))],
+    [Example.of((11,), (12, 13, 14, 0)), Example.of((2, 3), (0,))],
 ]
 
 
@@ -147,7 +147,7 @@ def test_a_large_vocabulary_does_not_dominate():
     """2048 targets of 131,072 tokens are a gigabyte of logits; a step never holds more than a quarter of it, twice."""
     backbone = jax.eval_shape(lambda: random_backbone(vocab_size=131_072))
     bank = AdapterBank.create({"a": ParaConfig(r=2)}, backbone.config)
-    batch = pad([[[Example("", "", (1,), (2,) * 127)] * 16]])
+    batch = pad([[[Example.of((1,), (2,) * 127)] * 16]])
     assert batch.target_place.shape == (1, 1, 2048)
     rules = step.stack_settings(bank, {"a": Settings()})
     lowered = step.train_step.lower(backbone, step.TrainState.create(bank), rules, batch, step.slots_of(bank, ["a"]))

@@ -21,7 +21,7 @@ from para_jax.training.signals import Interrupted
 from tests.helpers import random_backbone
 
 # All rows are of one length, so that there is one program.
-ROWS = [Example("", "", (5 + i, 6, 7), (8 + i % 3, 0)) for i in range(8)]
+ROWS = [Example.of((5 + i, 6, 7), (8 + i % 3, 0)) for i in range(8)]
 
 
 @pytest.fixture(scope="module")
