@@ -97,7 +97,7 @@ def set_up(choice: str | None = None) -> None:
     if choice == "off":
         jax.config.update("jax_enable_compilation_cache", False)
         return
-    place = jax.config.jax_compilation_cache_dir
+    place = jax.config.values["jax_compilation_cache_dir"]
     if choice or not place:
         try:
             place = keep_compiled(choice)
