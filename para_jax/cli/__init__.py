@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from para_jax import __version__
 from para_jax.cli import convert, evaluate, fanlora, finetune, generate, methods, plan, quickstart
+from para_jax.compile_cache import quiet_loading
 
 VERBS = {
     "quickstart": quickstart,
@@ -49,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     One of several processes that does not succeed ends here and now; the others are not to wait for it.
     """
     args = parser().parse_args(argv)
+    quiet_loading()
     # transformers would say that torch is missing, which nothing here needs.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:

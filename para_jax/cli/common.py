@@ -31,9 +31,20 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_compile_cache(parser: argparse.ArgumentParser) -> None:
+    """--compile-cache."""
+    parser.add_argument(
+        "--compile-cache",
+        metavar="DIR|off",
+        help="where compiled programs are kept between runs, 2 GB at most (default: PARA_JAX_COMPILE_CACHE, or "
+        "para_jax/compiled in the user's cache folder)",
+    )
+
+
 def add_model(parser: argparse.ArgumentParser, processes: bool = True) -> None:
-    """--model, --dtype, --quantize, --mesh, and with `processes` which one of several this is."""
+    """--model, --dtype, --quantize, --mesh, --compile-cache, and with `processes` which one of several this is."""
     add_checkpoint(parser)
+    add_compile_cache(parser)
     parser.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16"),
@@ -99,9 +110,11 @@ def add_sources(parser: argparse.ArgumentParser, whose: str = "", more: str = ""
 def load_model(args: argparse.Namespace) -> tuple[Backbone, Any]:
     """The backbone and its tokenizer. Raises ParaJaxError if either cannot be had."""
     from para_jax import Backbone, tiny_backbone_path
+    from para_jax.compile_cache import set_up
     from para_jax.convert.tokenizer import check_vocabulary, load_tokenizer
     from para_jax.memory import keep_freed_memory
 
+    set_up(args.compile_cache)
     keep_freed_memory()
     start_processes(args)
     path = args.model or tiny_backbone_path()

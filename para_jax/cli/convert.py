@@ -21,6 +21,7 @@ UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_checkpoint(parser)
+    common.add_compile_cache(parser)
     parser.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
@@ -42,9 +43,11 @@ def run(args: argparse.Namespace) -> int:
     size = shard_bytes(args.shard_size)
 
     from para_jax import Backbone, load_adapter, merge_adapter, tiny_backbone_path
+    from para_jax.compile_cache import set_up
     from para_jax.convert.checkpoint import fetched, save_backbone
     from para_jax.convert.tensors import open_tensors
 
+    set_up(args.compile_cache)
     model = args.model or tiny_backbone_path()
     folder = fetched(model)
     dtypes = sorted(set(open_tensors(folder).dtype.values()))

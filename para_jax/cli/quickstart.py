@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=250, help="default: 250")
     parser.add_argument("--lr", type=float, default=5e-3, help="highest learning rate (default: 5e-3)")
     parser.add_argument("--seed", type=int, default=0)
+    common.add_compile_cache(parser)
     parser.set_defaults(
         model=None, dtype="auto", quantize=None, mesh="auto", coordinator=None, processes=None, process=None
     )
