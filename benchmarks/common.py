@@ -210,7 +210,7 @@ def parser(doc: str | None, rounds: int) -> argparse.ArgumentParser:
     return made
 
 
-def write_json(path: Path | None, name: str, report: dict[str, Any]) -> None:
+def write_json(path: Path | None, name: str, report: dict[str, Any], quiet: bool = False) -> None:
     """Writes the report whole or not at all."""
     path = path or HERE / "results" / f"{name}-{report['environment']['backend']}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -220,7 +220,8 @@ def write_json(path: Path | None, name: str, report: dict[str, Any]) -> None:
         file.write(text + "\n")
     os.chmod(file.name, 0o644)
     os.replace(file.name, path)
-    print(f"\nwrote {path}")
+    if not quiet:
+        print(f"\nwrote {path}")
 
 
 def _rounded(value: Any) -> Any:
