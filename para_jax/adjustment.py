@@ -42,19 +42,19 @@ class LowRank:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Dropout:
-    """Which inputs of low-rank pairs are dropped while training: a random key and a rate for each row."""
+    """Which inputs of low-rank pairs are dropped while training: a random key for each token, a rate for each row."""
 
-    key_b: Key[Array, " b"]
+    key_bt: Key[Array, "b t"]
     rate_b: Float[Array, " b"]
 
     def __call__(self, site: str, x: Float[Array, "b t inputs"]) -> Float[Array, "b t inputs"]:
         """x with a share of its entries zero and the others made larger by as much."""
 
-        def row(key: Array, rate: Array, x_ti: Array) -> Array:
-            kept = jax.random.bernoulli(jax.random.fold_in(key, zlib.crc32(site.encode())), 1 - rate, x_ti.shape)
-            return jnp.where(kept, x_ti / (1 - rate).astype(x_ti.dtype), 0)
+        def token(key: Array, rate: Array, x_i: Array) -> Array:
+            kept = jax.random.bernoulli(jax.random.fold_in(key, zlib.crc32(site.encode())), 1 - rate, x_i.shape)
+            return jnp.where(kept, x_i / (1 - rate).astype(x_i.dtype), 0)
 
-        return jax.vmap(row)(self.key_b, self.rate_b, x)
+        return jax.vmap(jax.vmap(token, in_axes=(0, None, 0)))(self.key_bt, self.rate_b, x)
 
 
 @jax.tree_util.register_dataclass
@@ -67,7 +67,8 @@ class Adjustment:
     what is kept, so Adjustments can be weighted and summed. The empty Adjustment is the identity and costs nothing.
 
     Attributes:
-      offsets: by a site's Hugging Face name (`q_proj`, ...), (features,) for one sequence or (b, features).
+      offsets: by a site's Hugging Face name (`q_proj`, ...), (features,) for one sequence, (b, features), or
+        (b, t, features) where the tokens of a row are of several sequences.
       later: offsets that leave the prompt's tokens alone, but for the last.
       pairs: low-rank pairs by site.
       dropout: of the pairs' inputs, only while training.
@@ -109,9 +110,14 @@ class Adjustment:
         self, site: str, y: Float[Array, "b t features"], prompt_bt: Bool[Array, "b t"] | None
     ) -> Float[Array, "b t features"]:
         """The part of `apply` that scales."""
-        scale = 1.0 + self.offsets[site].astype(jnp.float32)[..., None, :] if site in self.offsets else None
+
+        def of_tokens(x: Array) -> Array:
+            x = x.astype(jnp.float32)
+            return x if x.ndim == y.ndim else x[..., None, :]
+
+        scale = 1.0 + of_tokens(self.offsets[site]) if site in self.offsets else None
         if site in self.later:
-            later = self.later[site].astype(jnp.float32)[..., None, :]
+            later = of_tokens(self.later[site])
             later = later if prompt_bt is None else jnp.where(prompt_bt[..., None], 0.0, later)
             scale = 1.0 + later if scale is None else scale + later
         return y if scale is None else y * scale

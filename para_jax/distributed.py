@@ -11,6 +11,7 @@ import pickle
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import jax
@@ -127,8 +128,12 @@ def whole(tree: Any, mesh: Mesh | None) -> Any:
     """Arrays that lie on a mesh as NumPy's, the same in every process; all have to call it."""
     if mesh is None or _alone():
         return jax.device_get(tree)
-    gathered = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, P()))(tree)
-    return jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), gathered)
+    return jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), _gathered(tree, mesh))
+
+
+@partial(jax.jit, static_argnames="mesh")
+def _gathered(tree: Any, mesh: Mesh) -> Any:
+    return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, P()))
 
 
 class Flag:

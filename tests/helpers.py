@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -18,6 +18,11 @@ from para_jax.adapters.bank import AdapterBank
 from para_jax.adapters.method import MethodConfig
 from para_jax.backbones.config import BackboneConfig
 from para_jax.backbones.decoder import Backbone
+from para_jax.data.examples import Example
+from para_jax.data.packing import Shape
+from para_jax.training.places import Layout, in_order
+from para_jax.training.state import Sums, TrainState
+from para_jax.training.step import accumulate, update
 
 SMALL = BackboneConfig(
     vocab_size=61,
@@ -148,3 +153,22 @@ def random_bank(
     """Random adapters under these names; a tenant's weights depend on its place in the dict."""
     adapters = {name: random_adapter(c, shape, seed + 10 * i, scale) for i, (name, c) in enumerate(configs.items())}
     return AdapterBank.stack(adapters, shape)
+
+
+def take_step(
+    backbone: Backbone,
+    state: TrainState,
+    sums: Sums,
+    rules: Any,
+    layout: Layout,
+    shapes: Sequence[Shape],
+    homes: Sequence[Sequence[str | None]],
+    rows: Mapping[str, Sequence[Example]],
+    seed: int = 0,
+) -> tuple[TrainState, Sums, dict[str, dict[str, float]]]:
+    """One step of fine-tuning on these rows; returns the state, the sums, and what there is to report."""
+    slots, shards = layout.slots(state.bank, homes), layout.shards
+    for _, batch in layout.batches(homes, rows, shapes):
+        sums = accumulate(backbone, state.bank, state.taken, rules, sums, batch, slots, shards=shards, seed=seed)
+    state, sums, said = update(state, rules, sums, slots, shards=shards, mesh=layout.mesh)
+    return state, sums, in_order(homes, jax.device_get(said))

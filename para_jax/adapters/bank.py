@@ -107,6 +107,11 @@ class AdapterBank:
                 return g, group.names.index(name)
         raise unknown("tenant", name, self.names)
 
+    def find(self, name: str) -> tuple[Group, int]:
+        """A tenant's group and its slot there. Raises ParaJaxError, with the nearest name, if there is none."""
+        g, slot = self._find(name)
+        return self.groups[g], slot
+
     def __contains__(self, name: object) -> bool:
         return name in self.names
 

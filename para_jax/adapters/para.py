@@ -149,19 +149,21 @@ class ParaLayer(nnx.Module):
         return Adjustment(by_site) if self.config.scale == "all" else Adjustment(later=by_site)
 
     def _pool(self, hidden_td: Float[Array, "t d"], mask_t: Bool[Array, " t"]) -> Float[Array, " d"]:
-        # The other tokens may hold anything, and 0 * anything is not always 0.
-        hidden_td = jnp.where(mask_t[:, None], hidden_td, 0)
+        # The other tokens may hold anything, and 0 * anything is not always 0. What follows are reductions, so that
+        # the masks of several sequences of one row make no copies of its tokens.
+        kept_td = jnp.where(mask_t[:, None], hidden_td, 0)
         if self.config.pooling == "last":
-            return hidden_td[jnp.max(jnp.where(mask_t, jnp.arange(mask_t.size), 0))]
+            last_d = hidden_td[jnp.max(jnp.where(mask_t, jnp.arange(mask_t.size), 0))]
+            return jnp.where(jnp.any(mask_t), last_d, 0)
         if self.config.pooling == "max":
             highest_d = jnp.max(jnp.where(mask_t[:, None], hidden_td, -jnp.inf), axis=0)
             return jnp.where(jnp.any(mask_t), highest_d, 0)
         if self.config.pooling == "mean":
             weight_t = mask_t.astype(jnp.float32)
         else:
-            score_t = jnp.where(mask_t, hidden_td @ self.query[...], -jnp.inf)
+            score_t = jnp.where(mask_t, jnp.sum(kept_td * self.query[...][None], axis=1), -jnp.inf)
             weight_t = jnp.exp(score_t - jnp.max(score_t, initial=jnp.finfo(jnp.float32).min))
-        return weight_t @ hidden_td / jnp.maximum(jnp.sum(weight_t), 1e-9)
+        return jnp.sum(weight_t[:, None] * kept_td, axis=0) / jnp.maximum(jnp.sum(weight_t), 1e-9)
 
     def _activate(self, x: Float[Array, " r"]) -> Float[Array, " r"]:
         if self.config.activation == "gelu":

@@ -26,7 +26,7 @@ Tenant = str | None | Mapping[str, float]
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["strengths", "layers", "keys_b"],
+    data_fields=["strengths", "layers", "keys_bt"],
     meta_fields=["rates", "repeats", "composed"],
 )
 @dataclass(frozen=True)
@@ -40,14 +40,14 @@ class Rows:
       strengths: for each configuration in use, how much of its adapter each row takes; 0 where it takes none.
       layers: for each configuration, a method's layer with leaves (rows, layers, ...).
       rates: for each configuration in use, the dropout of its pairs' inputs while training.
-      keys_b: a random key for each row of the batch, only while training: without it nothing is ever dropped.
+      keys_bt: a random key for each token, only while training: without them nothing is ever dropped.
       composed: whether a row takes more than one adapter.
     """
 
     strengths: tuple[Float[Array, " rows"], ...] = ()
     layers: tuple[Any, ...] = ()
     rates: tuple[float, ...] = ()
-    keys_b: Key[Array, " b"] | None = None
+    keys_bt: Key[Array, "b t"] | None = None
     repeats: int = 1
     composed: bool = False
 
@@ -58,6 +58,8 @@ class Rows:
     def prepare(self, layers: tuple[Any, ...], layer: int | Int[Array, ""], prompt: Prompt) -> Adjustment:
         """Prepares the adapters of layer number `layer`, one entry of `per_layer`, for the whole batch.
 
+        With a prompt mask (b, s, t), of s sequences packed in each row, offsets are (b, s, features).
+
         Raises ParaJaxError if these are not the rows of this batch.
         """
         b = prompt.mask_t.shape[0]
@@ -67,6 +69,9 @@ class Rows:
         grouped = jax.tree.map(lambda x: x.reshape(b // self.repeats, self.repeats, *x.shape[1:]), prompt)
 
         def one(adapter: Any, prompt: Prompt) -> tuple[Any, Any]:
+            if prompt.mask_t.ndim == 2:  # of several sequences in the row
+                each = jax.vmap(lambda mask_t: one(adapter, replace(prompt, mask_t=mask_t)), out_axes=(0, None))
+                return each(prompt.mask_t)
             made = adapter.prepare(prompt, layer)
             return (made.offsets, made.later), made.pairs
 
@@ -75,16 +80,16 @@ class Rows:
         adjustments = []
         for strength, adapters in zip(self.strengths, layers, strict=True):
             scales, pairs = prepare(adapters, grouped)
-            offsets, later = jax.tree.map(lambda x: x.reshape(b, x.shape[-1]), scales)
+            offsets, later = jax.tree.map(lambda x: x.reshape(b, *x.shape[2:]), scales)
             adjustments.append(Adjustment(offsets, later, pairs).weighted(jnp.repeat(strength, self.repeats)))
         adjustment = total(adjustments, disjoint=not self.composed)
-        if self.keys_b is None or not any(self.rates):
+        if self.keys_bt is None or not any(self.rates):
             return adjustment
         rate = jnp.zeros_like(self.strengths[0])
         for strength, own in zip(self.strengths, self.rates, strict=True):
             rate = jnp.where(strength != 0, own, rate)
-        keys_b = jax.vmap(lambda key: jax.random.fold_in(key, layer))(self.keys_b)
-        return replace(adjustment, dropout=Dropout(keys_b, jnp.repeat(rate, self.repeats)))
+        keys_bt = jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, layer)))(self.keys_bt)
+        return replace(adjustment, dropout=Dropout(keys_bt, jnp.repeat(rate, self.repeats)))
 
 
 def strengths_of(tenant: Tenant) -> dict[str, float]:

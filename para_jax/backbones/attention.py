@@ -22,6 +22,8 @@ class Seen(NamedTuple):
       valid_bs: which columns of the keys hold a token.
       column_t: the queries' own columns.
       window: how many columns, the query's own included; all, if None.
+      segment_bt: of packed rows, the sequence of each column; a query sees no other sequence. The columns of the
+        queries are those of the keys then.
 
     >>> Seen(jnp.ones((1, 3), bool), jnp.arange(3), window=2).mask()[0].tolist()
     [[True, False, False], [True, True, False], [False, True, True]]
@@ -30,6 +32,7 @@ class Seen(NamedTuple):
     valid_bs: Bool[Array, "b s"]
     column_t: Int[Array, " t"]
     window: int | None = None
+    segment_bt: Int[Array, "b t"] | None = None
 
     def mask(self) -> Bool[Array, "b t s"]:
         """The same as an array."""
@@ -37,7 +40,11 @@ class Seen(NamedTuple):
         near_ts = key_s <= column_t1
         if self.window is not None:
             near_ts = near_ts & (key_s > column_t1 - self.window)
-        return near_ts[None] & self.valid_bs[:, None]
+        seen_bts = near_ts[None] & self.valid_bs[:, None]
+        if self.segment_bt is None:
+            return seen_bts
+        of_query_bt = self.segment_bt.at[:, self.column_t].get(mode="fill", fill_value=-1)
+        return seen_bts & (of_query_bt[..., None] == self.segment_bt[:, None])
 
 
 def attention(

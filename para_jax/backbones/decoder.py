@@ -28,7 +28,7 @@ from para_jax.backbones.config import BackboneConfig
 from para_jax.backbones.kernels import Kernel, choose, prompt_attention
 from para_jax.backbones.linear import KEEP_PRODUCTS, QUANTIZED, product, rms_norm
 from para_jax.backbones.options import Attention, Dtype, Quantize, Remat, compute_dtype, default_stacked
-from para_jax.backbones.ragged import Line, Ragged
+from para_jax.backbones.packed import Segments
 from para_jax.errors import ParaJaxError, unknown
 from para_jax.sharding import gathered, split_rows
 
@@ -148,72 +148,63 @@ class Backbone(nnx.Module):
         rows: Rows,
         cache: Cache | None = None,
         remat: Remat = "none",
-        flat: Line | None = None,
+        segments: Segments | None = None,
     ) -> tuple[Float[Array, "b t d"], Any, Cache | None]:
         """Prepares the rows' adapters layer by layer and runs all tokens.
 
         Args:
-          mask_bt, prompt_mask_bt: which tokens are none of the padding, and which of those are the prompt's.
+          mask_bt, prompt_mask_bt: which tokens are none of the padding, and which of those are a prompt's.
           cache: an empty one to fill with these tokens.
           remat: what the backward pass computes again: "layers" keeps what enters a layer, "products" its products
             too, "none" everything.
-          flat: run all but attention on a line of the tokens in place of the padded batch, whose rows are padded on
-            the right. Hidden states of padding are zero then. Not with a cache.
+          segments: of packed rows, the sequence of each token; each has an Adjustment of its own. Not with a cache.
 
         Returns the final hidden states after the norm, the Adjustments, and the cache.
         """
-        if flat is not None and cache is not None:
-            raise ParaJaxError("a cache is filled from the padded batch; leave out flat, or the cache")
-        position_bt = jnp.maximum(jnp.cumsum(mask_bt, axis=1, dtype=jnp.int32) - 1, 0)
-        column = None if cache is None else cache.column
-        line = None if flat is None else Ragged.of(mask_bt, flat.tokens, flat.groups)
-        halves = () if line is None or flat is None else line.halves(flat.short)
-        masks = [half.mask_bt for half in halves] or [mask_bt]
-
-        def flatten(x: Array) -> Array:
-            return x if line is None else line.flat(x)
-
-        def padded(x: Array) -> Array:
-            return x if line is None else line.padded(x)
-
-        length_bt = jnp.broadcast_to(jnp.sum(mask_bt, axis=1, keepdims=True, dtype=jnp.int32), mask_bt.shape)
-        angles = self._angles(flatten(position_bt), flatten(length_bt))
+        if segments is not None and cache is not None:
+            raise ParaJaxError("a cache holds one sequence a row; leave out segments, or the cache")
+        next_bt = jnp.pad(prompt_mask_bt[:, 1:], [(0, 0), (0, 1)])
+        if segments is None:
+            position_bt = jnp.maximum(jnp.cumsum(mask_bt, axis=1, dtype=jnp.int32) - 1, 0)
+            count_b1 = jnp.sum(mask_bt, axis=1, keepdims=True, dtype=jnp.int32)
+            length_bt = jnp.broadcast_to(count_b1, mask_bt.shape)
+            prompt_masks, segment_bt = prompt_mask_bt, None
+        else:
+            position_bt, length_bt = segments.position_bt, segments.each(segments.length_bs)
+            prompt_masks, segment_bt = segments.of_each(prompt_mask_bt), segments.segment_bt
+            next_bt = next_bt & (segment_bt == jnp.pad(segment_bt[:, 1:], [(0, 0), (0, 1)]))
+        angles = self._angles(position_bt, length_bt)
         # The prompt's last token is where the first new one is predicted from: it belongs to what comes.
-        in_prompt = flatten(prompt_mask_bt & jnp.pad(prompt_mask_bt[:, 1:], [(0, 0), (0, 1)]))
-        seen = [Seen(half, jnp.arange(half.shape[1]), None) for half in masks]
+        in_prompt = prompt_mask_bt & next_bt
+        column = None if cache is None else cache.column
+        seen = Seen(mask_bt, jnp.arange(mask_bt.shape[1]), None, segment_bt)
 
         def body(carry: Any, layer: Any, block: Block, adapters: Any) -> tuple[Any, Adjustment]:
             x, cache = carry
-            prompt = Prompt(padded(x), padded(block.attention_input(x)), prompt_mask_bt)
-            adjustment = rows.prepare(adapters, layer, prompt).astype(x.dtype)
+            adjustment = rows.prepare(adapters, layer, Prompt(x, block.attention_input(x), prompt_masks))
+            adjustment = adjustment.astype(x.dtype)
             new: list[Array] = []
 
             def adjust(site: str, x: Array, y: Array) -> Array:
-                if line is None:
+                if segments is None:
                     return adjustment.apply(site, x, y, in_prompt)
-                return line.apply(adjustment, site, x, y, in_prompt)
+                return segments.apply(adjustment, site, x, y, in_prompt)
 
             def attend(q: Array, k: Array, v: Array) -> Array:
-                if line is None:
-                    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-                    new.extend((k, v))
-                    return self._attend(layer, self.attention, q, k, v, seen[0])
-                mixed = []
-                for half, own in zip(halves, seen, strict=True):
-                    keys, values = half.padded(k).swapaxes(1, 2), half.padded(v).swapaxes(1, 2)
-                    mixed.append(half.flat(self._attend(layer, self.attention, half.padded(q), keys, values, own)))
-                return mixed[0] if len(mixed) == 1 else mixed[0] + mixed[1]
+                k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+                new.extend((k, v))
+                return self._attend(layer, self.attention, q, k, v, seen)
 
             x = split_rows(block(x, adjust, self._of_kind(layer, angles), attend), self.mesh)
             if cache is not None:
                 cache = cache.write(layer, column, *new)
             return (x, cache), adjustment.settled()
 
-        carry = (split_rows(flatten(self._embedded(tokens_bt)), self.mesh), cache)
+        carry = (split_rows(self._embedded(tokens_bt), self.mesh), cache)
         (x, cache), adjustments = self._over_layers(body, carry, self._layered(rows.per_layer()), remat)
         if cache is not None:
             cache = cache.admit(mask_bt)
-        return padded(self._final_norm(x)), adjustments, cache
+        return self._final_norm(x), adjustments, cache
 
     def prefill(
         self, tokens_bt: Int[Array, "b t"], mask_bt: Bool[Array, "b t"], rows: Rows, length: int

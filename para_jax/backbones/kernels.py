@@ -91,18 +91,28 @@ def prompt_attention(
         rows = rows_axes(mesh, q_btkgh.shape[0])
         by_head = P(rows, "tensor")
         return jax.shard_map(
-            lambda q, k, v, valid: splash(q, k, v, seen._replace(valid_bs=valid), scale, softcap),
-            mesh=mesh, in_specs=(P(rows, None, "tensor"), by_head, by_head, P(rows)),
+            lambda q, k, v, valid, segment: splash(
+                q, k, v, seen._replace(valid_bs=valid, segment_bt=segment), scale, softcap
+            ),
+            mesh=mesh, in_specs=(P(rows, None, "tensor"), by_head, by_head, P(rows), P(rows)),
             out_specs=P(rows, None, "tensor"), check_vma=False,
-        )(q_btkgh, k_bksh, v_bksh, seen.valid_bs)  # fmt: skip
+        )(q_btkgh, k_bksh, v_bksh, seen.valid_bs, seen.segment_bt)  # fmt: skip
     return attention(q_btkgh, k_bksh, v_bksh, seen, scale, softcap)
 
 
 def fused(
     q_btkgh: Array, k_bksh: Array, v_bksh: Array, seen: Seen, scale: float, implementation: Literal["cudnn", "xla"]
 ) -> Array:
-    """Through jax.nn.dot_product_attention, which wants rows that begin at their first token."""
+    """Through jax.nn.dot_product_attention, which wants rows that begin at their first token, or a mask."""
     b, t, k, g, hd = q_btkgh.shape
+    if seen.segment_bt is not None:
+        # Padding sees itself: a query without a key is undefined.
+        mask_bts = seen.mask() | jnp.eye(t, dtype=bool)[None]
+        mixed = jax.nn.dot_product_attention(
+            q_btkgh.reshape(b, t, k * g, hd), k_bksh.swapaxes(1, 2), v_bksh.swapaxes(1, 2), mask=mask_bts[:, None],
+            scale=scale, implementation=implementation,
+        )  # fmt: skip
+        return mixed.reshape(b, t, -1)
     first_b = jnp.argmax(seen.valid_bs, axis=1)
     length_b = jnp.sum(seen.valid_bs, axis=1, dtype=jnp.int32)
 
@@ -135,7 +145,8 @@ def splash(
         return jnp.pad(x, [(0, 0), (0, 0), (0, size - t), (0, width - hd)])
 
     q = padded((q_btkgh * scale).astype(q_btkgh.dtype).reshape(b, t, k * g, hd).swapaxes(1, 2))
-    segment = jnp.pad(seen.valid_bs.astype(jnp.int32), [(0, 0), (0, size - t)])
+    own = seen.valid_bs if seen.segment_bt is None else jnp.where(seen.valid_bs, 1 + seen.segment_bt, 0)
+    segment = jnp.pad(own.astype(jnp.int32), [(0, 0), (0, size - t)])
     shape = (size, size)
     mask = sa.CausalMask(shape) if seen.window is None else sa.LocalMask(shape, (seen.window - 1, 0), 0)
     tiles = sa.BlockSizes(tile, tile, tile, tile, tile, tile, tile, tile)

@@ -30,5 +30,9 @@ def default_remat() -> Remat:
 
 
 def default_stacked() -> bool:
-    """Layers apart on CPU, where a scan copies every layer's weights out of the stack; stacked elsewhere."""
-    return jax.default_backend() != "cpu"
+    """As decoding likes it: stacked on a TPU, which reads the stack in place; apart on a CPU and a GPU.
+
+    These would copy every layer out of the stack in every step. Fine-tuning wants `stacked=True` everywhere: one layer
+    is compiled and not all of them.
+    """
+    return jax.default_backend() == "tpu"

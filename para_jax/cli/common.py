@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from para_jax.adapters.bank import AdapterBank
     from para_jax.backbones.config import BackboneConfig
     from para_jax.backbones.decoder import Backbone
+    from para_jax.convert.checkpoint import Loading
 
 T = TypeVar("T")
 
@@ -107,21 +108,33 @@ def add_sources(parser: argparse.ArgumentParser, whose: str = "", more: str = ""
     )
 
 
-def load_model(args: argparse.Namespace) -> tuple[Backbone, Any]:
-    """The backbone and its tokenizer. Raises ParaJaxError if either cannot be had."""
-    from para_jax import Backbone, tiny_backbone_path
+def begin_model(args: argparse.Namespace, stacked: bool | None = None) -> tuple[Loading, Any]:
+    """The backbone, which is read in a thread from now on, and its tokenizer.
+
+    `stacked` is as for `Backbone.from_pretrained`: true for verbs that fine-tune. Raises ParaJaxError if either cannot
+    be had.
+    """
+    from para_jax import tiny_backbone_path
     from para_jax.compile_cache import set_up
+    from para_jax.convert.checkpoint import Loading
     from para_jax.convert.tokenizer import check_vocabulary, load_tokenizer
     from para_jax.memory import keep_freed_memory
 
     set_up(args.compile_cache)
-    keep_freed_memory()
     start_processes(args)
+    keep_freed_memory()
     path = args.model or tiny_backbone_path()
+    mesh = chosen_mesh(path, args)
+    loading = Loading(path, dtype=args.dtype, stacked=stacked, quantize=args.quantize, mesh=mesh)
     tokenizer = load_tokenizer(path)
-    backbone = Backbone.from_pretrained(path, dtype=args.dtype, quantize=args.quantize, mesh=chosen_mesh(path, args))
-    check_vocabulary(tokenizer, backbone.config.vocab_size)
-    return backbone, tokenizer
+    check_vocabulary(tokenizer, loading.shapes.config.vocab_size)
+    return loading, tokenizer
+
+
+def load_model(args: argparse.Namespace, stacked: bool | None = None) -> tuple[Backbone, Any]:
+    """The backbone and its tokenizer, as `begin_model` has them."""
+    loading, tokenizer = begin_model(args, stacked)
+    return loading.backbone(), tokenizer
 
 
 def start_processes(args: argparse.Namespace) -> None:
@@ -249,13 +262,13 @@ def kept_template(folder: str | Path | None, tenants: Sequence[str]) -> str | No
     return next(iter(kept.values()), None)
 
 
-def load_bank(folder: str | Path | None, names: Sequence[str], backbone: Backbone) -> AdapterBank | None:
+def load_bank(folder: str | Path | None, names: Sequence[str], config: BackboneConfig) -> AdapterBank | None:
     """The bank of the tenants that are named, or None without a folder or a name."""
     from para_jax import AdapterBank
 
     if folder is None or not names:
         return None
-    return AdapterBank.load(adapter_folders(folder, names), backbone.config)
+    return AdapterBank.load(adapter_folders(folder, names), config)
 
 
 def write_json(path: str | Path, value: Any) -> None:

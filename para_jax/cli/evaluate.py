@@ -61,8 +61,9 @@ def run(args: argparse.Namespace) -> int:
     from para_jax.evaluation.evaluate import evaluate
     from para_jax.training.metrics import duration
 
-    backbone, tokenizer = common.load_model(args)
-    bank = common.load_bank(args.adapters, list(sources), backbone)
+    loading, tokenizer = common.begin_model(args)
+    config = loading.shapes.config
+    bank = common.load_bank(args.adapters, list(sources), config)
     examples = {}
     for name, source in sources.items():
         rows = read_rows(source, templates.get(name), args.data_dir)
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
                 raise ParaJaxError(f"{source} has {len(answers)} different responses, too many for --choose")
             rows = [(place, {"choices": answers, **row}) for place, row in rows]
         own = with_chat_template(tokenizer, common.kept_template(args.adapters, [name]))
-        examples[name] = encode_rows(rows[: args.limit], own, backbone.config.eos_token_ids, keep_texts=True)
+        examples[name] = encode_rows(rows[: args.limit], own, config.eos_token_ids, keep_texts=True)
 
     began = shown = time.monotonic()
 
@@ -85,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"{done}/{total}  {rate:.0f} rows/s  {duration((total - done) / rate)} left", file=sys.stderr)
 
     scores = evaluate(
-        backbone,
+        loading,
         tokenizer,
         examples,
         bank,
@@ -96,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
     print(score_table(scores))
     answered = {name: s.pop("predictions") for name, s in scores.items()}
     if args.json:
-        common.write_json(args.json, {"model": Path(backbone.config.name).name, "tenants": scores})
+        common.write_json(args.json, {"model": Path(config.name).name, "tenants": scores})
         print(f"scores in {args.json}")
     if args.predictions:
         lines = [json.dumps({"tenant": n, **row}, ensure_ascii=False) for n in answered for row in answered[n]]

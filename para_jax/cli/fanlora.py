@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.score in NEED_ROWS and not args.data:
         raise ParaJaxError(f"the {args.score} score is computed on held-out rows; give --data SOURCE")
-    backbone, tokenizer = common.load_model(args)
+    backbone, tokenizer = common.load_model(args, stacked=True)
     shape = backbone.config
     adapter = load_adapter(args.adapter, shape)
     check(adapter, backbone)

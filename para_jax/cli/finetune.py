@@ -89,10 +89,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     tuning.add_argument("--rows", type=int, default=16, help="rows of each tenant in a step (default: 16)")
     tuning.add_argument(
-        "--micro-batches",
+        "--micro-batch-tokens",
         type=int,
-        default=1,
-        help="parts a step is computed in, to save memory (default: 1)",
+        metavar="N",
+        help="the most tokens computed at once on a device, to save memory (default: 1024 on a CPU, else 8192)",
     )
     tuning.add_argument("--seed", type=int, default=0, help="of the first weights and the order of rows")
     tuning.add_argument("--max-length", type=int, help="tokens of a row (default: the backbone's context)")
@@ -174,7 +174,8 @@ def run(args: argparse.Namespace) -> int:
     show = partial(print, flush=True)
     # Raises for a package that is missing, before the model is read.
     loggers = Loggers(args.log, args.out, args.profile, show)
-    backbone, tokenizer = common.load_model(args)
+    loading, tokenizer = common.begin_model(args, stacked=True)
+    backbone = loading.shapes
     # Raises for a target that is none, before the data is read.
     sizes = {n: f"{config.method} {config.size(backbone.config):,}" for n, config in configs.items()}
     length = common.row_length(args.max_length, backbone.config)
@@ -199,14 +200,14 @@ def run(args: argparse.Namespace) -> int:
     )
     with loggers:
         finetune(
-            backbone,
+            loading,
             AdapterBank.create(configs, backbone.config, args.seed),
             examples,
             settings,
             args.out,
             dev=dev,
             rows=args.rows,
-            micro_batches=args.micro_batches,
+            micro_batch_tokens=args.micro_batch_tokens,
             tenants_per_step=args.tenants_per_step,
             spread=args.spread_tenants,
             seed=args.seed,

@@ -69,8 +69,9 @@ def run(args: argparse.Namespace) -> int:
         if named and args.adapters is None:
             raise ParaJaxError(f"{place}: tenant {tenant!r} needs --adapters DIR")
         names |= dict.fromkeys(named)
-    backbone, tokenizer = common.load_model(args)
-    bank = common.load_bank(args.adapters, list(names), backbone)
+    loading, tokenizer = common.begin_model(args)
+    config = loading.shapes.config
+    bank = common.load_bank(args.adapters, list(names), config)
     # Messages go through the chat template that is kept with the row's adapter.
     of_template: dict[str | None, list[int]] = {}
     for i, (place, row) in enumerate(placed):
@@ -83,11 +84,11 @@ def run(args: argparse.Namespace) -> int:
     for template, places in of_template.items():
         chosen = with_chat_template(tokenizer, template)
         rows = [placed[i] for i in places]
-        examples = encode_rows(rows, chosen, backbone.config.eos_token_ids, need_response=False)
+        examples = encode_rows(rows, chosen, config.eos_token_ids, need_response=False)
         for i, example in zip(places, examples, strict=True):
             prompts[i] = example.prompt_ids.tolist()
     completions = complete(
-        backbone,
+        loading,
         tokenizer,
         prompts,
         bank=bank,

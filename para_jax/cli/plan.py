@@ -4,7 +4,7 @@ From config.json alone, with no weights, the very programs that would run are co
 mesh. Without --mesh, meshes are searched, and batches where --rows has several. Exit code 0: it fits; 1: it does not,
 and what to change is printed.
 
-  para-jax plan --model DIR --topology v5e:1x1 --quantize int8 --rows 8 --micro-batches 2
+  para-jax plan --model DIR --topology v5e:1x1 --quantize int8 --rows 8 --micro-batch-tokens 2048
   para-jax plan --model DIR --topology v5e:8x8 --mode decode --rows 64,256 --length 1024 --json plan.json
 
 Programs for TPUs are compiled by libtpu (pip install "para-jax[tpu]"), without a TPU. For GPUs (gpu:h100x8) they are
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 ROWS = {"train": "16", "decode": "8"}
 # Options that only one mode has.
-ONLY = {"train": ("micro_batches", "remat"), "decode": ("new_tokens",)}
+ONLY = {"train": ("micro_batch_tokens", "remat"), "decode": ("new_tokens",)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,7 +57,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens of a row to tune on (default: 2048) or of a prompt (default: 1024)",
     )
     parser.add_argument("--new-tokens", type=int, metavar="T", help="that a decoded row has room for (default: 256)")
-    parser.add_argument("--micro-batches", type=int, metavar="N", help="parts of a tuning step (default: 1)")
+    parser.add_argument(
+        "--micro-batch-tokens",
+        type=int,
+        metavar="N",
+        help="the most tokens of a tuning step that a device computes at once (default: as finetune)",
+    )
     parser.add_argument(
         "--remat",
         choices=("none", "layers", "products"),
@@ -129,7 +134,7 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
             rows=int(rows),
             length=length,
             new_tokens=new_tokens,
-            micro_batches=1 if args.micro_batches is None else args.micro_batches,
+            micro_batch_tokens=args.micro_batch_tokens,
             remat=args.remat or "layers",
             quantize=args.quantize,
             dtype=args.dtype,
@@ -154,6 +159,8 @@ def report(made: dict[str, Any]) -> list[str]:
         lines += ["", common.table(*memory_table(best["programs"]))]
         timed = [program for program in best["programs"] if program["time"]]
         lines += ["", common.table(*time_table(timed))] if timed else []
+        if best["step"] and best["tokens_per_second"]:
+            lines.append(f"A step takes {best['step']['seconds']:.3g} s: {fast(best)} tokens/s.")
     else:
         lines.append(f"The weights alone are {human(best['weights'])} a device, so nothing was compiled.")
     lines += [f"{program['name']}: {program['problem']}" for program in best["programs"] if program["problem"]]
@@ -178,9 +185,11 @@ def report(made: dict[str, Any]) -> list[str]:
 
 
 def settings(made: dict[str, Any], one: dict[str, Any]) -> str:
+    from para_jax.planning.plan import micro_batches
+
     if made["mode"] == "train":
-        words = f"tuning {made['tenants']} x {one['rows']} rows of {made['length']} in {one['micro_batches']} parts"
-        words += f", remat {one['remat']}"
+        words = f"tuning {made['tenants']} x {one['rows']} rows of {made['length']} tokens"
+        words += f" in {micro_batches(one['step'])}, remat {one['remat']}"
     else:
         words = f"decoding {one['rows']} rows of {made['length']} + {made['new_tokens']} tokens"
     return f"{words}, {one['quantize'] or made['dtype']}, {one['mesh']}"
@@ -202,9 +211,14 @@ def time_table(programs: list[dict[str, Any]]) -> tuple[list[str], list[list[str
     columns = ("compute", "memory", "collectives", "seconds")
     rows = []
     for program in programs:
-        time = program["time"]
+        time, rate = program["time"], program["time"]["tokens_per_second"]
         rows.append(
-            [program["name"], *(f"{time[c]:.3g}" for c in columns), f"{time['tokens_per_second']:,.0f}", time["bound"]]
+            [
+                program["name"],
+                *(f"{time[c]:.3g}" for c in columns),
+                "" if rate is None else f"{rate:,.0f}",
+                time["bound"],
+            ]
         )
     return ["estimated seconds", *columns[:3], "in all", "tokens/s", "bound by"], rows
 

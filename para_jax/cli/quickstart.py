@@ -44,11 +44,12 @@ def run(args: argparse.Namespace) -> int:
     from para_jax.decoding.generate import complete
     from para_jax.evaluation.evaluate import evaluate
     from para_jax.training.loop import finetune
-    from para_jax.training.metrics import duration
+    from para_jax.training.metrics import can_draw, duration
     from para_jax.training.optimizer import Settings
 
     began = time.monotonic()
-    backbone, tokenizer = common.load_model(args)
+    loading, tokenizer = common.begin_model(args, stacked=True)
+    backbone = loading.shapes
     eos = backbone.config.eos_token_ids
     train, held_out = (
         {name: encode_rows(numbered(name, rows), tokenizer, eos, keep_texts=True) for name, rows in part.items()}
@@ -68,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"\ntuning {len(names)} tenants together, {config.size(backbone.config):,} parameters each", flush=True)
     started = time.monotonic()
     bank = finetune(
-        backbone,
+        loading,
         bank,
         train,
         {n: Settings.checked(steps=args.steps, lr=args.lr) for n in names},
@@ -78,6 +79,8 @@ def run(args: argparse.Namespace) -> int:
         show=lambda line: print(line, flush=True),
     )
     tuning_seconds = time.monotonic() - started
+    # Its layers lie as decoding likes it from here on; it is small enough to be read twice.
+    backbone, _ = common.load_model(args)
 
     print(f"\nanswering {sum(map(len, held_out.values()))} held-out prompts, before and after", flush=True)
     scores = {
@@ -127,12 +130,14 @@ def run(args: argparse.Namespace) -> int:
         "answers": [{"prompt": p, "tenant": a, "text": c.text} for (p, a), c in zip(batch, answers, strict=True)],
     }
     common.write_json(Path(args.out, "quickstart.json"), report)
-    plot(lines, report, Path(args.out, "quickstart.png"))
+    drawn = can_draw(print)
+    if drawn:
+        plot(lines, report, Path(args.out, "quickstart.png"))
     print(
         f"\ntuning {report['tuning']['tokens_per_second']:,} tokens/s (compilation included), "
         f"decoding {report['decoding']['tokens_per_second']:,} tokens/s, "
         f"{duration(time.monotonic() - began)} in all\n"
-        f"adapters, quickstart.json and quickstart.png are in {args.out}\n"
+        f"adapters, quickstart.json{' and quickstart.png' if drawn else ''} are in {args.out}\n"
         f"next: para-jax generate --adapters {args.out} --tenant {names[0]} --prompt {prompts[0]!r}"
     )
     return 0

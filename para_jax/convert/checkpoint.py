@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from para_jax.adapters.files import TEMPLATE, new_folder
 from para_jax.backbones.config import CONFIG, GENERATION, BackboneConfig, checkpoint_folder
 from para_jax.backbones.decoder import Backbone
 from para_jax.backbones.linear import QUANTIZED, quantized
-from para_jax.backbones.options import Attention, Dtype, Quantize, compute_dtype, default_stacked
+from para_jax.backbones.options import Attention, Dtype, Quantize
 from para_jax.convert.families import entries, hf_fields
 from para_jax.convert.tables import Entry
 from para_jax.convert.tensors import INDEX, TensorFiles, open_tensors
@@ -54,24 +55,30 @@ def load_backbone(
     mesh: Mesh | None = None,
 ) -> Backbone:
     """See `Backbone.from_pretrained`. A host holds its devices' part of the model and of one tensor, never more."""
+    folder, shapes = _opened(path_or_hub_id, mesh, dtype, stacked, quantize, attention)
+    return _read(folder, shapes, check_finite)
+
+
+def _opened(path_or_hub_id: str | Path, mesh: Mesh | None, *options: Any) -> tuple[Path, Backbone]:
+    """The folder of a checkpoint, and the shapes of its backbone with these options of `backbone_shapes`."""
     folder = fetched(path_or_hub_id)
     config = BackboneConfig.from_folder(folder, name=str(path_or_hub_id))
     if mesh is not None:
         mesh = own_mesh(mesh)
         check_mesh(config, mesh)
+    dtype, stacked, quantize, attention = options
+    return folder, backbone_shapes(config, dtype, stacked, quantize, attention, mesh)
+
+
+def _read(folder: Path, shapes: Backbone, check_finite: bool = False) -> Backbone:
+    """The weights of a folder, where `shapes` says."""
+    config, quantize, compute, stacked = shapes.config, shapes.quantize, shapes.dtype, shapes.stacked
     files = open_tensors(folder)
     layers = range(config.num_hidden_layers)
     outside, inside = entries(config), [entries(config, layer) for layer in layers]
     _check(folder, files, config, [*outside, *(entry for layer in inside for entry in layer)])
-
-    compute = compute_dtype(dtype)
-    stacked = default_stacked() if stacked is None else stacked
-    make = partial(Backbone, config, dtype=dtype, stacked=stacked, quantize=quantize, attention=attention, mesh=mesh)
-    abstract = named_leaves(tree := jax.eval_shape(make, jax.random.key(0)))
-
-    where = {
-        name: None if mesh is None else NamedSharding(mesh, spec(name, x.shape, mesh)) for name, x in abstract.items()
-    }
+    abstract = named_leaves(shapes)
+    where: dict[str, Any] = {name: x.sharding for name, x in abstract.items()}
 
     def read(entry: Entry, at: str = "") -> Iterator[tuple[str, jax.Array]]:
         """Our tensor of this name, or what it is quantised to."""
@@ -109,7 +116,58 @@ def load_backbone(
     else:
         for layer in layers:
             leaves |= dict(leaf for entry in inside[layer] for leaf in read(entry, f"blocks.{layer}."))
-    return jax.tree.unflatten(jax.tree.structure(tree), [leaves[name] for name in abstract])
+    return jax.tree.unflatten(jax.tree.structure(shapes), [leaves[name] for name in abstract])
+
+
+def backbone_shapes(
+    config: BackboneConfig,
+    dtype: Dtype = "auto",
+    stacked: bool | None = None,
+    quantize: Quantize | None = None,
+    attention: Attention = "auto",
+    mesh: Mesh | None = None,
+) -> Backbone:
+    """A backbone with the shapes, dtypes and places of its arrays in their stead; programs can be compiled for it."""
+    make = partial(Backbone, config, dtype=dtype, stacked=stacked, quantize=quantize, attention=attention, mesh=mesh)
+    tree = jax.eval_shape(make, jax.random.key(0))
+
+    def placed(name: str, x: Any) -> jax.ShapeDtypeStruct:
+        where = None if mesh is None else NamedSharding(mesh, spec(name, x.shape, mesh))
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+    return jax.tree.unflatten(jax.tree.structure(tree), [placed(name, x) for name, x in named_leaves(tree).items()])
+
+
+class Loading:
+    """A backbone that is being read in a thread, so that data is read and programs are compiled meanwhile.
+
+    Attributes:
+      shapes: the backbone with shapes in place of arrays.
+
+    >>> from para_jax import tiny_backbone_path
+    >>> loading = Loading(tiny_backbone_path(), stacked=True)
+    >>> loading.shapes.embed.shape == loading.backbone().embed.shape
+    True
+    """
+
+    def __init__(
+        self,
+        path_or_hub_id: str | Path,
+        dtype: Dtype = "auto",
+        stacked: bool | None = None,
+        quantize: Quantize | None = None,
+        attention: Attention = "auto",
+        mesh: Mesh | None = None,
+    ):
+        """Begins to read; the arguments are those of `Backbone.from_pretrained`, and so are the errors."""
+        folder, self.shapes = _opened(path_or_hub_id, mesh, dtype, stacked, quantize, attention)
+        thread = ThreadPoolExecutor(1, "load")
+        self._made = thread.submit(_read, folder, self.shapes)
+        thread.shutdown(wait=False)
+
+    def backbone(self) -> Backbone:
+        """The backbone, as soon as it is read. Raises what reading raises."""
+        return self._made.result()
 
 
 def _placed(shape: tuple[int, ...], where: NamedSharding | None, block: Callable[[Any], np.ndarray]) -> jax.Array:

@@ -118,6 +118,16 @@ def check_ids(examples: Iterable[Example], vocab_size: int) -> None:
             )
 
 
+def check_lengths(examples: Sequence[Example], context: int) -> None:
+    """Raises ParaJaxError for the first row that is longer than the backbone's context."""
+    for e in examples:
+        if len(e) > context:
+            raise ParaJaxError(
+                f"{e.place or 'a row'}: {len(e)} tokens are longer than the backbone's context of {context}; shorten "
+                "the row, or read the rows with max_length"
+            )
+
+
 def _let_go(rows: list[Any]) -> Iterator[Any]:
     """The rows of a list, each of which leaves it, so that texts make room for tokens."""
     rows.reverse()

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
+from jax.stages import Traced
 
 from para_jax.adapters.bank import AdapterBank, batch_rows
 from para_jax.adapters.rows import Tenant
+from para_jax.backbones.config import BackboneConfig
 from para_jax.backbones.decoder import Backbone
+from para_jax.compiling import Compiling
+from para_jax.convert.checkpoint import Loading
 from para_jax.decoding import beams, loop, requests
+from para_jax.decoding.sampling import Sampler
 from para_jax.decoding.stops import StopStrings, stop_strings
 from para_jax.distributed import whole
 from para_jax.errors import ParaJaxError, unknown
@@ -53,7 +59,7 @@ def generate(backbone: Backbone, tokenizer: Any, prompts: Sequence[str | Sequenc
 
 
 def complete(
-    backbone: Backbone,
+    backbone: Backbone | Loading,
     tokenizer: Any,
     prompts: Sequence[str | Sequence[int]],
     *,
@@ -72,6 +78,7 @@ def complete(
     eos_token_id: int | Sequence[int] | None = None,
     seed: Sequence[int] | int = 0,
     batch_size: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[Completion]:
     """Continues every prompt. Rows that share nothing but a batch do not change each other's texts.
 
@@ -79,7 +86,8 @@ def complete(
     for all rows or one for every row. The settings mean what they mean in transformers.
 
     Args:
-      backbone: the model; programs take it as it is and do not copy it.
+      backbone: the model; programs take it as it is and do not copy it. While it is still being read (`Loading`), they
+        are compiled already.
       tokenizer: of transformers; stop strings need a fast one.
       prompts: strings, or token ids, which are taken as they are.
       bank, tenants: the adapters, and for every row its tenant's name, None for no adapter, or names with strengths:
@@ -94,8 +102,10 @@ def complete(
       eos_token_id: the tokens that end a text, () for none; by default the backbone's.
       seed: of the draws, between 0 and 2**32 - 1. They depend on it and the row's own prompt only, so that
         one prompt twice with one seed gives one text twice.
-      batch_size: the most rows run at once, by default all of them. Rows are sorted by length into batches,
-        and come back in order. On a mesh it is rounded up to what its data and fsdp axes divide.
+      batch_size: the most rows run at once, by default all of them. Rows are sorted into batches by how many new tokens
+        they may have and by length, and come back in order. On a mesh it is rounded up to what its data and fsdp axes
+        divide.
+      progress: called after each batch with how many rows are done and how many there are.
 
     Raises ParaJaxError for an empty prompt, a prompt and new tokens that exceed the context, a setting out of
     its range or without a value for every row, an unknown tenant, and beams that are to draw.
@@ -108,7 +118,8 @@ def complete(
     >>> completions[0].finish_reason, len(completions[0].tokens)
     ('length', 16)
     """
-    config = backbone.config
+    shapes = backbone.shapes if isinstance(backbone, Loading) else backbone
+    config = shapes.config
     ids = requests.encode(tokenizer, prompts, config.vocab_size)
     if not ids:
         return []
@@ -131,41 +142,92 @@ def complete(
         raise ParaJaxError(f"batch_size is {batch_size}; it must be at least 1")
 
     completions: dict[int, Completion] = {}
-    shards = row_shards(backbone.mesh)
+    shards = row_shards(shapes.mesh)
     size = -(-min(batch_size or n, n) // shards) * shards
-    order = np.argsort([len(x) for x in ids], kind="stable")
-    for start in range(0, n, size):
-        rows = order[start : start + size]
+    order = np.lexsort((np.array([len(x) for x in ids]), limit_b))
+    batches = [
+        _Batch.of(order[start : start + size], size, ids, limit_b, tenants, config) for start in range(0, n, size)
+    ]
+    table = None if stops is None else stops.table_sv
+    with Compiling() as ahead:
+        keys: list[Hashable] = [None] * len(batches)
+        if isinstance(backbone, Loading) and scoring is None and shapes.mesh is None:
+            keys = [_compile(ahead, shapes, bank, b, sampling.sampler(b.full), b.ending(eos, table)) for b in batches]
+        weights = backbone.backbone() if isinstance(backbone, Loading) else backbone
+        for batch, key in zip(batches, keys, strict=True):
+            adapters, sampler = batch_rows(bank, batch.tenants, size, weights.mesh), sampling.sampler(batch.full)
+            ending = batch.ending(eos, table)
+            ahead.wait((key, "prefill"))
+            logits, state = loop.prefill(weights, batch.prompts, adapters, batch.length)
+            if scoring is None:
+                ahead.wait((key, "run"))
+                generated, _ = loop.run(weights, logits, state, sampler, ending, batch.prompts, batch.room)
+            else:
+                keep = max(2, 1 + len(eos)) * num_beams
+                given = sampler, ending, scoring, batch.prompts, batch.room, num_beams, keep
+                generated = beams.search(weights, logits, state, *given)
+            tokens_bt, count_b, stopped_b = whole(generated, weights.mesh)
+            for i, tokens, count, stopped in zip(batch.rows, tokens_bt, count_b, stopped_b, strict=False):
+                completions[int(i)] = _completion(tokenizer, stops, eos, tokens[:count].tolist(), bool(stopped))
+            if progress is not None:
+                progress(len(completions), n)
+    return [completions[i] for i in range(n)]
+
+
+class _Batch(NamedTuple):
+    """Rows that run together: which they are, filled up to the size of a batch, and the sizes of their program."""
+
+    rows: np.ndarray
+    full: np.ndarray
+    limit: np.ndarray
+    room: int
+    prompts: loop.Prompts
+    tenants: list[Tenant]
+
+    @classmethod
+    def of(
+        cls,
+        rows: np.ndarray,
+        size: int,
+        ids: Sequence[np.ndarray],
+        limit_b: np.ndarray,
+        tenants: Sequence[Tenant],
+        config: BackboneConfig,
+    ) -> _Batch:
         # The last batch is filled up with rows that are done at once, so that it runs the others' program.
         full = np.pad(rows, (0, size - len(rows)), mode="edge")
         limit = np.where(np.arange(size) < len(rows), limit_b[full], np.int32(0))
         room = loop.bucket(int(limit.max()), config.max_position_embeddings)
-        prompt = _flush_right([ids[i] for i in full], config.max_position_embeddings)
-        adapters = batch_rows(bank, [tenants[i] for i in full], size, backbone.mesh)
-        logits, state = loop.prefill(backbone, prompt, adapters, prompt.tokens_bt.shape[1] + room)
+        prompts = _flush_right([ids[i] for i in full], config.max_position_embeddings)
+        return cls(rows, full, limit, room, prompts, [tenants[i] for i in full])
 
-        table = None if stops is None else stops.table_sv
-        ending = loop.Ending(jax.device_put(limit), _filled(eos), table)
-        if scoring is None:
-            generated, _ = loop.run(backbone, logits, state, sampling.sampler(full), ending, prompt, room)
-        else:
-            keep = max(2, 1 + len(eos)) * num_beams
-            generated = beams.search(
-                backbone,
-                logits,
-                state,
-                sampling.sampler(full),
-                ending,
-                scoring,
-                prompt,
-                room,
-                num_beams,
-                keep,
-            )
-        tokens_bt, count_b, stopped_b = whole(generated, backbone.mesh)
-        for i, tokens, count, stopped in zip(rows, tokens_bt, count_b, stopped_b, strict=False):
-            completions[int(i)] = _completion(tokenizer, stops, eos, tokens[:count].tolist(), bool(stopped))
-    return [completions[i] for i in range(n)]
+    @property
+    def length(self) -> int:
+        return self.prompts.tokens_bt.shape[1] + self.room
+
+    def ending(self, eos: tuple[int, ...], table: Any) -> loop.Ending:
+        return loop.Ending(jax.device_put(self.limit), _filled(eos), table)
+
+
+def _compile(
+    ahead: Compiling,
+    shapes: Backbone,
+    bank: AdapterBank | None,
+    batch: _Batch,
+    sampler: Sampler,
+    ending: loop.Ending,
+) -> Hashable:
+    """Begins to compile the programs of a batch, side by side, while weights are read; returns what names them."""
+    rows = jax.eval_shape(lambda: batch_rows(bank, batch.tenants, len(batch.full)))
+    key = (jax.tree.structure(rows), batch.prompts.tokens_bt.shape, batch.room)
+
+    def trace_run() -> Traced:
+        logits, state = jax.eval_shape(partial(loop.prefill, length=batch.length), shapes, batch.prompts, rows)
+        return loop.run.trace(shapes, logits, state, sampler, ending, batch.prompts, batch.room)
+
+    ahead.begin((key, "prefill"), lambda: loop.prefill.trace(shapes, batch.prompts, rows, batch.length))
+    ahead.begin((key, "run"), trace_run)
+    return key
 
 
 def _completion(

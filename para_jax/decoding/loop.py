@@ -16,7 +16,6 @@ import jax.numpy as jnp
 
 from para_jax.adapters.rows import Rows
 from para_jax.backbones.decoder import Backbone, DecodeState
-from para_jax.data import batches
 from para_jax.decoding.sampling import Sampler, seen_tokens
 from para_jax.decoding.stops import MATCHED, START
 
@@ -25,13 +24,16 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int, Int16
 
 
-def bucket(n: int, most: int) -> int:
-    """The length that programs are compiled for which holds `n`, or `most` if that is less.
+def bucket(n: int, most: int | None = None, least: int = 16) -> int:
+    """The length that programs are compiled for which holds `n`, or `most` if that is less: few, and near `n`.
 
     >>> [bucket(n, 2000) for n in (3, 17, 33, 64, 1500, 1600)]
     [16, 24, 48, 64, 1536, 2000]
     """
-    return min(batches.bucket(n), most)
+    while 2 * least < n:
+        least *= 2
+    size = next(size for size in range(least, 2 * least + 1, max(1, least // 2)) if size >= n)
+    return size if most is None else min(size, most)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["limit_b", "eos_e", "table_sv"], meta_fields=[])

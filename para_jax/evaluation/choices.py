@@ -12,7 +12,7 @@ import numpy as np
 from para_jax.adapters.bank import AdapterBank, batch_rows
 from para_jax.adapters.rows import Rows, Tenant
 from para_jax.backbones.decoder import Backbone
-from para_jax.data.batches import bucket
+from para_jax.decoding.loop import bucket
 from para_jax.decoding.requests import tenant_rows
 from para_jax.distributed import whole
 from para_jax.errors import ParaJaxError

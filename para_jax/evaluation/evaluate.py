@@ -9,6 +9,7 @@ from typing import Any
 
 from para_jax.adapters.bank import AdapterBank
 from para_jax.backbones.decoder import Backbone
+from para_jax.convert.checkpoint import Loading
 from para_jax.data.examples import Example, check_ids
 from para_jax.decoding.generate import Completion, complete
 from para_jax.errors import ParaJaxError, unknown
@@ -19,7 +20,7 @@ Report = Callable[[int, int], None]
 
 
 def evaluate(
-    backbone: Backbone,
+    backbone: Backbone | Loading,
     tokenizer: Any,
     examples: Mapping[str, Sequence[Example]],
     bank: AdapterBank | None,
@@ -31,7 +32,7 @@ def evaluate(
     """Answers every row greedily, the tenants' rows mixed in the same batches, and scores each tenant.
 
     Args:
-      backbone: the frozen model.
+      backbone: the frozen model; while it is still being read (`Loading`), programs are compiled already.
       tokenizer: of transformers.
       examples: each tenant's rows.
       bank: the tenants' adapters; with None, the bare backbone answers all rows.
@@ -55,9 +56,10 @@ def evaluate(
     """
     if isinstance(max_new_tokens, int):
         max_new_tokens = dict.fromkeys(examples, max_new_tokens)
-    _check(examples, bank, backbone.config.max_position_embeddings, max_new_tokens)
+    config = backbone.shapes.config if isinstance(backbone, Loading) else backbone.config
+    _check(examples, bank, config.max_position_embeddings, max_new_tokens)
     for rows_of_tenant in examples.values():
-        check_ids(rows_of_tenant, backbone.config.vocab_size)
+        check_ids(rows_of_tenant, config.vocab_size)
     rows = [example for tenant in examples for example in examples[tenant]]
     tenants = [None if bank is None else tenant for tenant in examples for _ in examples[tenant]]
     choosing = [i for i, row in enumerate(rows) if row.choices]
@@ -67,7 +69,18 @@ def evaluate(
         return lambda done, _: None if progress is None else progress(before + done, total)
 
     limits = [max_new_tokens[tenant] for tenant in examples for _ in examples[tenant]]
-    completions = _complete(backbone, tokenizer, rows, tenants, bank, limits, batch_size, report(0))
+    completions = complete(
+        backbone,
+        tokenizer,
+        [row.prompt_ids.tolist() for row in rows],
+        bank=bank,
+        tenants=tenants,
+        max_new_tokens=limits,
+        batch_size=batch_size,
+        progress=report(0),
+    )
+    if isinstance(backbone, Loading):
+        backbone = backbone.backbone()
     end = backbone.config.eos_token_ids[:1]
     likelihoods = choice_log_likelihoods(
         backbone,
@@ -112,36 +125,6 @@ def _check(
     if problems:
         more = f"\n... and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise ParaJaxError("\n".join(problems[:5]) + more)
-
-
-def _complete(
-    backbone: Backbone,
-    tokenizer: Any,
-    rows: Sequence[Example],
-    tenants: Sequence[str | None],
-    bank: AdapterBank | None,
-    limits: Sequence[int],
-    batch_size: int,
-    report: Report,
-) -> list[Completion]:
-    """`complete`, a batch a call, to report in between."""
-    order = sorted(range(len(rows)), key=lambda i: (limits[i], len(rows[i].prompt_ids)))
-    completions: dict[int, Completion] = {}
-    for start in range(0, len(rows), batch_size):
-        batch = order[start : start + batch_size]
-        # The last batch is filled up, so that it runs the others' program.
-        full = batch + batch[-1:] * (min(batch_size, len(rows)) - len(batch))
-        answers = complete(
-            backbone,
-            tokenizer,
-            [rows[i].prompt_ids.tolist() for i in full],
-            bank=bank,
-            tenants=[tenants[i] for i in full],
-            max_new_tokens=[limits[i] for i in full],
-        )
-        completions |= zip(full, answers, strict=True)
-        report(start + len(batch), len(rows))
-    return [completions[i] for i in range(len(rows))]
 
 
 def _references(example: Example) -> Sequence[str]:

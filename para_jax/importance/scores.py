@@ -23,7 +23,7 @@ from para_jax.adapters.method import Prompt
 from para_jax.adapters.rows import Rows
 from para_jax.adjustment import Adjustment, LowRank
 from para_jax.backbones.decoder import Backbone
-from para_jax.data.batches import Batch, pad
+from para_jax.data.batches import Batch, one_row_each
 from para_jax.data.examples import Example
 from para_jax.errors import ParaJaxError, unknown
 from para_jax.training.loss import target_nll
@@ -228,9 +228,7 @@ def _batches(s: Scoring) -> list[Batch]:
     for start in range(0, len(ordered), s.batch_size):
         some = ordered[start : start + s.batch_size]
         # Fewer rows than a batch holds make a smaller one.
-        missing = min(s.batch_size, len(ordered)) - len(some)
-        some += [Example.of(some[-1].prompt_ids, ())] * missing
-        batches.append(pad([[some]]).micro_batch(0))
+        batches.append(one_row_each(some, min(s.batch_size, len(ordered))))
     return batches
 
 

@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from para_jax.errors import ParaJaxError
+from para_jax.training.step import copied
 
 
 class Checkpoints:
@@ -68,11 +69,8 @@ class Checkpoints:
             needed, disk = sum(x.nbytes for x in jax.tree.leaves(state)), shutil.disk_usage(self.folder)
             if disk.total > 0 and disk.free < needed:  # not every network's file system says
                 raise OSError(f"it takes {needed / 1e6:.1f} MB and {disk.free / 1e6:.1f} MB are free")
-            copied = jax.tree.map(jax.numpy.copy, _named(state))
-            jax.block_until_ready(copied)
-            self._writing = (
-                step, self._checkpointer.save_async(step, copied, force=True, custom_metadata=beside or {})
-            )  # fmt: skip
+            kept = jax.block_until_ready(_named(copied(state)))
+            self._writing = step, self._checkpointer.save_async(step, kept, force=True, custom_metadata=beside or {})
 
     def wait(self) -> None:
         """Until what `save` began is on disk. Raises ParaJaxError as `save` does."""

@@ -41,7 +41,7 @@ def describe(
     dev: Mapping[str, Sequence[Example]],
     settings: Mapping[str, Settings],
     rows: int,
-    micro_batches: int,
+    micro_batch_tokens: int | None,
     seed: int,
 ) -> dict[str, Any]:
     """All that a run's result depends on, as JSON."""
@@ -62,7 +62,7 @@ def describe(
     weights = hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in some)).hexdigest()
     run = {
         "rows": rows,
-        "micro_batches": micro_batches,
+        "micro_batch_tokens": micro_batch_tokens,
         "seed": seed,
         "dtype": str(backbone.dtype),
         "quantize": backbone.quantize,

@@ -101,7 +101,9 @@ class TensorBoard:
         from tensorboardX import SummaryWriter
 
         if self._writer is None:
-            self._writer = SummaryWriter(str(self._folder), purge_step=line["step"])
+            step = line["step"]
+            # A file is named by its second, in which a run may end and be resumed.
+            self._writer = SummaryWriter(str(self._folder), purge_step=step, filename_suffix=f".{step:09}")
         for name, value in self._scalars(line).items():
             self._writer.add_scalar(name, value, line["step"])
         # A run that is killed goes on behind its last checkpoint, and would not write these again.

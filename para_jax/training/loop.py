@@ -5,35 +5,39 @@ from __future__ import annotations
 import math
 import signal
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from para_jax.adapters.adapter import Adapter
 from para_jax.adapters.bank import AdapterBank
 from para_jax.adapters.files import save_adapter
 from para_jax.backbones.decoder import Backbone
-from para_jax.backbones.options import Remat, default_remat
-from para_jax.data.examples import Example, check_ids
-from para_jax.data.order import sources_of
+from para_jax.backbones.options import Remat
+from para_jax.convert.checkpoint import Loading
+from para_jax.data.batches import Batch
+from para_jax.data.examples import Example, check_ids, check_lengths
 from para_jax.distributed import Flag, barrier, first, told, whole
 from para_jax.errors import ParaJaxError
+from para_jax.training.ahead import Ahead
 from para_jax.training.checkpoints import Checkpoints
 from para_jax.training.folder import CHECKPOINTS, METRICS, PLOT, check_name, claim, describe
-from para_jax.training.memory import explained
-from para_jax.training.metrics import MetricsFile, Progress, plot_losses, read_metrics
+from para_jax.training.metrics import MetricsFile, Progress, can_draw, plot_losses, read_metrics
 from para_jax.training.optimizer import Settings
-from para_jax.training.places import Layout, Schedule, in_order
+from para_jax.training.places import Homes, Layout, Schedule, in_order
+from para_jax.training.programs import Parts, Programs, explained
 from para_jax.training.report import write_report
-from para_jax.training.signals import Interrupted, stop_signals
-from para_jax.training.step import TrainState, stack_settings, train_step
+from para_jax.training.shapes import Device
+from para_jax.training.signals import Interrupted, Stop, stop_signals
+from para_jax.training.step import adapter_of
 from para_jax.training.watch import Watch, Watched, dev_losses
 
 
 def finetune(
-    backbone: Backbone,
+    backbone: Backbone | Loading,
     bank: AdapterBank,
     examples: Mapping[str, Sequence[Example]],
     settings: Mapping[str, Settings],
@@ -41,7 +45,7 @@ def finetune(
     *,
     dev: Mapping[str, Sequence[Example]] | None = None,
     rows: int = 16,
-    micro_batches: int = 1,
+    micro_batch_tokens: int | None = None,
     tenants_per_step: int | None = None,
     spread: bool | None = None,
     seed: int = 0,
@@ -56,14 +60,21 @@ def finetune(
 ) -> AdapterBank:
     """Tunes every tenant of `bank` on its own examples, many in one step, on the mesh of `backbone`.
 
+    All programs are planned from the lengths of the rows, said, and compiled side by side before the first step ends;
+    nothing is compiled afterwards.
+
     Args:
+      backbone: the frozen model; with its layers stacked (`stacked=True`) one layer is compiled and not all of them.
+        While it is still being read (`Loading`), the programs are compiled already.
       bank: the adapters to begin with.
       examples, settings: for each tenant.
       out: a folder; afterwards it holds NAME/ with each tenant's adapter, metrics.jsonl, loss.png, report.html,
         report.json, run.json and checkpoints/.
       dev: rows that a tenant does not learn from, for some or all tenants. Of a tenant with dev rows the adapter that
         was best on them is kept, and written as soon as it is found; `Settings` says when to look, and when to stop.
-      rows: each tenant's rows in a step, in `micro_batches` parts whose gradients are summed in float32.
+      rows: each tenant's rows in a step.
+      micro_batch_tokens: the most token slots of a micro-batch on a device; 1024 on a CPU and 8192 on accelerators, if
+        None. A step is as many micro-batches as its rows need, whose gradients are summed in float32.
       tenants_per_step: how many tenants a step holds at most; all, if None.
       spread: whether the tenants are spread over a mesh's devices, or whole on each of them (`places.Layout`).
       seed: of the order of the rows.
@@ -79,174 +90,257 @@ def finetune(
       loggers: take each line of metrics.jsonl, in the first process.
 
     Returns the bank after the last step. Raises ParaJaxError if `out` exists and neither `resume` nor `overwrite` is
-    set, or holds a run with other data or settings; if a tenant's gradient was no number, when all others are done and
-    saved; if a step does not fit into memory. Raises Interrupted at Ctrl-C, when everything is saved.
+    set, or holds a run with other data or settings; if a tenant's gradient was NaN or infinite, when all others are
+    done and saved; if a program does not fit into memory. Raises Interrupted at Ctrl-C, when everything is saved.
     """
     out, names = Path(out), tuple(examples)
-    looked_at = {name: dev[name] for name in names if dev and dev.get(name)}
-    if set(names) != set(bank.names) or set(names) != set(settings) or not set(dev or ()) <= set(names):
-        raise ParaJaxError("bank, examples, settings and dev have to name the same tenants")
-    for name in names:
-        check_name(name)
-        if not examples[name]:
-            raise ParaJaxError(f"tenant {name!r} has no rows to learn from")
-        for some in (*sources_of(examples[name]), looked_at.get(name, ())):
-            check_ids(some, backbone.config.vocab_size)
+    shapes = backbone.shapes if isinstance(backbone, Loading) else backbone
+    dev = {name: dev[name] for name in names if dev and dev.get(name)} if set(dev or ()) <= set(names) else dev
+    _check(shapes, bank, examples, dev or {}, settings, tenants_per_step)
     if resume and overwrite:
         raise ParaJaxError("resume goes on with a run and overwrite replaces it; give one of them")
     if checkpoint_every < 1 or keep < 1:
         raise ParaJaxError(f"checkpoint_every and keep must be at least 1, not {checkpoint_every} and {keep}")
-    if not looked_at and any(s.eval_every or s.patience for s in settings.values()):
+    show = show if first() else lambda line: None
+    layout = Layout.of(shapes.mesh, len(names), rows, spread)
+    parts, schedule, plan = Parts.planned(
+        shapes, bank, examples, settings, layout, dev=dev, tenants_per_step=tenants_per_step,
+        device=Device.of(shapes.config, micro_batch_tokens), remat=remat, seed=seed,
+    )  # fmt: skip
+    with Programs(parts) as programs:
+        show(f"{plan}; compiling {programs}")
+        weights = backbone.backbone() if isinstance(backbone, Loading) else backbone
+        known = describe(weights, bank, examples, dev or {}, settings, rows, micro_batch_tokens, seed)
+        claim(out, known, resume, overwrite)
+        del bank  # the state has a copy; nobody else may need these
+        given = parts, programs, schedule, examples, dev or {}, settings
+        run = Run(weights, *given, out, checkpoint_every, chat_templates or {}, show)
+        with Checkpoints(out / CHECKPOINTS, keep) as checkpoints, stop_signals() as stop:
+            run.restore(checkpoints)
+            with MetricsFile(out / METRICS, run.done) if first() else nullcontext() as metrics:
+                run.listeners = [] if metrics is None else [metrics.write, *loggers]
+                finished = run.steps(checkpoints, stop)
+    if first():
+        lines = read_metrics(out / METRICS)
+        if can_draw(show):
+            plot_losses(lines, out / PLOT, f"{len(names)} tenants tuned on one backbone")
+        known_of = run.watch.known
+        write_report(out, lines, weights, run.state.bank, settings, known_of, run.taken, run.failed, run.progress)
+    if not finished:
+        raise Interrupted(run.done, preempted=stop.kind == signal.SIGTERM or jax.process_count() > 1)
+    run.complete()
+    barrier("finetune")
+    return run.state.bank
+
+
+def _check(
+    backbone: Backbone,
+    bank: AdapterBank,
+    examples: Mapping[str, Sequence[Example]],
+    dev: Mapping[str, Sequence[Example]],
+    settings: Mapping[str, Settings],
+    tenants_per_step: int | None,
+) -> None:
+    """Raises ParaJaxError unless these are of the same tenants and go together."""
+    names = set(examples)
+    if names != set(bank.names) or names != set(settings) or not set(dev) <= names:
+        raise ParaJaxError("bank, examples, settings and dev have to name the same tenants")
+    for name, own in examples.items():
+        check_name(name)
+        if not own:
+            raise ParaJaxError(f"tenant {name!r} has no rows to learn from")
+        for some in (own, dev.get(name, ())):
+            check_ids(some, backbone.config.vocab_size)
+            check_lengths(some, backbone.config.max_position_embeddings)
+    if not dev and any(s.eval_every or s.patience for s in settings.values()):
         raise ParaJaxError("eval_every and patience are of dev rows, and no tenant has any; give dev rows")
     if tenants_per_step is None and any(s.weight != 1 for s in settings.values()):
         raise ParaJaxError("weights say whose turn it is, and every tenant is in every step; set tenants_per_step")
     if jax.process_count() > 1 and backbone.mesh is None:
         raise ParaJaxError("several processes need a mesh over all of their devices; load the backbone with mesh=...")
-    layout = Layout.of(backbone.mesh, len(names), rows, micro_batches, spread)
-    bank = layout.divided(bank)
-    schedule = Schedule(bank, settings, layout, tenants_per_step)
-    claim(out, describe(backbone, bank, examples, looked_at, settings, rows, micro_batches, seed), resume, overwrite)
 
-    remat = default_remat() if remat is None else remat
-    rules, state = stack_settings(bank, settings), TrainState.create(bank, layout.mesh, layout.shards)
-    del bank  # the state has a copy; nobody else may need these
-    watch = Watch(settings, {name: Watched() for name in looked_at})
-    taken, failed = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
-    show, loggers = show if first() else lambda line: None, tuple(loggers)
 
-    def resting(step: int) -> set[str]:
-        # That a tenant failed is known one step late; a resumed run, which knows it at once, waits as long.
-        return {n for n in names if 0 < failed[n] < step or (n in watch.known and watch.known[n].stopped)}
+class Run:
+    """What changes while a run goes on: the state, who has taken how many steps, and what is not reported yet."""
 
-    def beside() -> dict[str, Any]:
-        return {"watch": watch.state(), "slots": [list(group.names) for group in state.bank.groups]}
+    def __init__(
+        self,
+        backbone: Backbone,
+        parts: Parts,
+        programs: Programs,
+        schedule: Schedule,
+        examples: Mapping[str, Sequence[Example]],
+        dev: Mapping[str, Sequence[Example]],
+        settings: Mapping[str, Settings],
+        out: Path,
+        checkpoint_every: int,
+        chat_templates: Mapping[str, str],
+        show: Callable[[str], None],
+    ):
+        self.backbone, self.parts, self.programs, self.schedule = backbone, parts, programs, schedule
+        self.examples, self.dev, self.settings = examples, dev, settings
+        self.out, self.checkpoint_every, self.chat_templates, self.show = out, checkpoint_every, chat_templates, show
+        self.layout, self.state, self.sums, self.done = parts.layout, parts.state, parts.sums, 0
+        self.watch = Watch(settings, {name: Watched() for name in dev})
+        self.taken, self.failed = dict.fromkeys(examples, 0), dict.fromkeys(examples, 0)
+        self.progress = Progress(0, show)
+        self.listeners: list[Callable[[Mapping[str, Any]], None]] = []
+        self._pending: tuple[int, Homes, int, Any] | None = None
 
-    def save(name: str, adapter: Adapter) -> None:
-        layers = whole(adapter.layers, layout.mesh)
-        if first():
-            template = (chat_templates or {}).get(name)
-            save_adapter(
-                Adapter(adapter.config, layers), out / name, backbone.config, chat_template=template, overwrite=True
-            )
-
-    with ExitStack() as stack:
-        checkpoints = stack.enter_context(Checkpoints(out / CHECKPOINTS, keep))
-        stop, flag = stack.enter_context(stop_signals()), Flag(layout.mesh)
+    def restore(self, checkpoints: Checkpoints) -> None:
+        """Goes on from the newest checkpoint, if there is one."""
         # What the first process sees: another's view of a shared folder may be older.
-        done = int(told(str(checkpoints.latest() or 0).encode()))
-        if done:
-            saved, known = checkpoints.restore(state, done)
-            state = state.arranged(saved, known["slots"], layout.mesh, layout.shards)
-            watch.load(known["watch"])
-            counts = whole((state.taken, state.failed_at), layout.mesh)
-            for group, *of in zip(state.bank.groups, *counts, strict=True):
-                for name, has, at in zip(group.names, *of, strict=True):
-                    if name is not None:
-                        taken[name], failed[name] = int(has), int(at)
-            show(f"resuming after step {done}")
-        metrics = stack.enter_context(MetricsFile(out / METRICS, done)) if first() else None
-        progress = Progress(done, show)
-        pending: tuple[int, list[list[str | None]], int, Any] | None = None
+        self.done = int(told(str(checkpoints.latest() or 0).encode()))
+        self.progress = Progress(self.done, self.show)
+        if not self.done:
+            return
+        layout = self.layout
+        saved, known = checkpoints.restore(self.state, self.done)
+        if layout.mesh is None:
+            # What orbax reads is tied to its device, for which JAX would compile all programs once more.
+            saved = jax.device_put(jax.tree.map(np.array, saved))
+        self.state = self.state.arranged(saved, known["slots"], layout.mesh, layout.shards)
+        self.watch.load(known["watch"])
+        counts = whole((self.state.taken, self.state.failed_at), layout.mesh)
+        for group, *of in zip(self.state.bank.groups, *counts, strict=True):
+            for name, has, at in zip(group.names, *of, strict=True):
+                if name is not None:
+                    self.taken[name], self.failed[name] = int(has), int(at)
+        self.show(f"resuming after step {self.done}")
 
-        def report(looks: Mapping[str, float] | None = None) -> None:
-            # One step late, so that the device never waits for the host.
-            nonlocal pending
-            if pending is None:
-                return
-            step, homes, tokens, values = pending
-            pending = None
-            said = in_order(homes, whole(values, layout.mesh))
-            for name, norm in said["grad_norm"].items():
-                if not math.isfinite(norm) and not failed[name]:
-                    failed[name] = step
-                    show(f"step {step}: {name}'s gradient is no number; it stops here, the others go on")
-            progress.update(step, step + schedule.left(taken, resting(step + 1)), tokens, said["loss"])
-            if metrics is None:
-                return
-            line = {"step": step, "tokens": tokens, **said, **({"dev_loss": dict(looks)} if looks else {})}
-            metrics.write(line)
-            for logger in loggers:
-                logger(line)
-
-        stopping = False
-        while (homes := schedule.turn(taken, resting(done))) is not None:
-            batch, tokens = layout.step_batch(homes, examples, seed, taken)
-            slots = layout.slots(state.bank, homes)
-            named = jax.profiler.StepTraceAnnotation("train", step_num=done + 1)
-            with explained(backbone, layout, homes, remat):
-                with named:
-                    state, values = train_step(
-                        backbone, state, rules, batch, slots, shards=layout.shards, remat=remat, seed=seed
-                    )
-                report()
-                pending, done = (done + 1, homes, tokens, values), done + 1
-                turn = [name for home in homes for name in home if name is not None and not failed[name]]
-                taken |= {name: taken[name] + 1 for name in turn}
-                # Whoever fails in this very step is looked at too, with the weights it had before: nobody knows yet.
-                due = {name for name in turn if watch.due(name, taken[name])}
-                looks: dict[str, float] = {}
-                if due:
-                    asked = [[name if name in due else None for name in home] for home in homes]
-                    looks = dev_losses(backbone, state.bank, layout, asked, looked_at)
-            better = [name for name, loss in looks.items() if watch.look(name, loss, taken[name])]
-            stopping = flag.raised(stop.kind is not None)
-            saving = stopping or done % checkpoint_every == 0
-            ended = [name for name in turn if taken[name] == settings[name].steps and name not in looked_at]
-            if due or ended or saving:
-                # First the metrics: a resumed run begins behind this step and would not write its line.
-                report(looks)
-            for name in [*better, *(name for name in ended if not failed[name])]:
-                save(name, state.bank[name])
-            if saving:
-                checkpoints.save(done, state, beside())
-            if stopping:
-                break
-        report()
-        finished = schedule.turn(taken, resting(done)) is None
-        checkpoints.save(done, state, beside())
+    def steps(self, checkpoints: Checkpoints, stop: Stop) -> bool:
+        """Runs to the end or to a signal, and returns which it was. All is saved then."""
+        flag = Flag(self.layout.mesh)
+        homes, begun = self._turn(), self.done
+        with Ahead(self._batches) as ahead:
+            while homes is not None:
+                with explained(self.parts, "a step"):
+                    turn = self._step(homes, ahead.take((homes, self._places(homes))))
+                    ahead.begin(None if (then := self._turn()) is None else (then, self._places(then)))
+                    due, looks = self._look(homes, turn)
+                better = [name for name, loss in looks.items() if self.watch.look(name, loss, self.taken[name])]
+                stopping = flag.raised(stop.kind is not None)
+                saving = stopping or self.done % self.checkpoint_every == 0
+                ended = [n for n in turn if self.taken[n] == self.settings[n].steps and n not in self.dev]
+                if due or ended or saving or self.done == begun + 1:
+                    # First the metrics: a resumed run begins behind this step and would not write its line.
+                    self._report(looks)
+                for name in [*better, *(name for name in ended if not self.failed[name])]:
+                    self._save(name)
+                if saving:
+                    checkpoints.save(self.done, self.state, self._beside())
+                if stopping:
+                    break
+                homes = self._turn()
+        self._report()
+        checkpoints.save(self.done, self.state, self._beside())
         checkpoints.wait()
-    if first():
-        lines = read_metrics(out / METRICS)
-        plot_losses(lines, out / PLOT, f"{len(names)} tenants tuned on one backbone")
-        write_report(out, lines, backbone, state.bank, settings, watch.known, taken, failed, progress)
-    if not finished:
-        raise Interrupted(done, preempted=stop.kind == signal.SIGTERM or jax.process_count() > 1)
-    _complete(out, state.bank, watch, failed, save)
-    barrier("finetune")
-    return state.bank
+        return self._turn() is None
 
+    def _resting(self, step: int) -> set[str]:
+        # That a tenant failed is known one step late; a resumed run, which knows it at once, waits as long.
+        known = self.watch.known
+        return {n for n in self.examples if 0 < self.failed[n] < step or (n in known and known[n].stopped)}
 
-def _complete(
-    out: Path, bank: AdapterBank, watch: Watch, failed: Mapping[str, int], save: Callable[[str, Adapter], None]
-) -> None:
-    """Sees that every tenant's adapter is in its folder.
+    def _turn(self) -> Homes | None:
+        return self.schedule.turn(self.taken, self._resting(self.done))
 
-    Raises ParaJaxError for tenants that failed, and for a best adapter that has been removed.
-    """
-    for name in failed:
-        if name not in watch.known and not failed[name]:
-            save(name, bank[name])
-    gone = [name for name, of in watch.known.items() if math.isfinite(of.loss) and not (out / name).is_dir()]
-    if name := told(",".join(gone).encode()).decode().split(",")[0]:
-        raise ParaJaxError(
-            f"{out / name} is gone: it held {name}'s best adapter, of its step {watch.known[name].step}, which no "
-            "checkpoint has; run again with --overwrite"
-        )
-    blind = [name for name, of in watch.known.items() if math.isinf(of.loss) and not failed[name]]
-    if blind:
-        raise ParaJaxError(
-            f"the loss of {', '.join(blind[:5])} on dev rows was never a number, so no adapter was kept; look at these "
-            "rows, or try a lower --lr. The others are done and saved"
-        )
-    broken = {name: step for name, step in failed.items() if step}
-    if broken:
-        listed = ", ".join(f"{name} (step {step})" for name, step in list(broken.items())[:5])
-        more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
-        others = len(failed) - len(broken)
-        raise ParaJaxError(
-            f"the gradient of {listed}{more} was no number; try a lower --lr, or look at the rows. "
-            f"{others} other tenant{'s are' if others != 1 else ' is'} done and saved in {out}"
-        )
+    def _places(self, homes: Homes) -> tuple[int, ...]:
+        """How many steps each of these tenants has taken, which says what its next rows are."""
+        return tuple(0 if name is None else self.taken[name] for home in homes for name in home)
+
+    def _batches(self, key: tuple[Homes, tuple[int, ...]]) -> tuple[list[tuple[int, Batch]], int]:
+        """The micro-batches of a step, and its tokens."""
+        homes, places = key
+        names = [name for home in homes for name in home]
+        taken = {name: at for name, at in zip(names, places, strict=True) if name is not None}
+        rows = self.layout.step_rows(homes, self.examples, self.parts.seed, taken)
+        batches = list(self.layout.batches(homes, rows, self.parts.shapes))
+        return batches, sum(len(e) for some in rows.values() for e in some)
+
+    def _step(self, homes: Homes, made: tuple[list[tuple[int, Batch]], int]) -> list[str]:
+        """Takes a step, and returns the tenants that took it."""
+        batches, tokens = made
+        slots = self.layout.slots(self.state.bank, homes)
+        with jax.profiler.StepTraceAnnotation("train", step_num=self.done + 1):
+            given = self.backbone, self.state, self.sums, slots, batches
+            self.state, self.sums, values = self.parts.step(*given, ready=self.programs.wait)
+        self._report()
+        self._pending, self.done = (self.done + 1, homes, tokens, values), self.done + 1
+        if self.progress.compiling:
+            jax.block_until_ready(values)
+            self.programs.wait_for_all()
+        turn = [name for home in homes for name in home if name is not None and not self.failed[name]]
+        self.taken |= {name: self.taken[name] + 1 for name in turn}
+        return turn
+
+    def _look(self, homes: Homes, turn: Sequence[str]) -> tuple[set[str], dict[str, float]]:
+        """Who is due to be looked at, and their losses on dev rows."""
+        # Whoever fails in this very step is looked at too, with the weights it had before: nobody knows yet.
+        due = {name for name in turn if self.watch.due(name, self.taken[name])}
+        if not due:
+            return due, {}
+        asked = [[name if name in due else None for name in home] for home in homes]
+        return due, dev_losses(self.backbone, self.state.bank, self.layout, self.parts.shapes, asked, self.dev)
+
+    def _report(self, looks: Mapping[str, float] | None = None) -> None:
+        """Reports the step before, so that the device never waits for the host."""
+        if self._pending is None:
+            return
+        (step, homes, tokens, values), self._pending = self._pending, None
+        said = in_order(homes, whole(values, self.layout.mesh))
+        for name, norm in said["grad_norm"].items():
+            if not math.isfinite(norm) and not self.failed[name]:
+                self.failed[name] = step
+                self.show(f"step {step}: {name}'s gradient is NaN or infinite; it stops here, the others go on")
+        left = self.schedule.left(self.taken, self._resting(step + 1))
+        self.progress.update(step, step + left, tokens, said["loss"])
+        line = {"step": step, "tokens": tokens, **said, **({"dev_loss": dict(looks)} if looks else {})}
+        for listener in self.listeners:
+            listener(line)
+
+    def _beside(self) -> dict[str, Any]:
+        return {"watch": self.watch.state(), "slots": [list(group.names) for group in self.state.bank.groups]}
+
+    def _save(self, name: str) -> None:
+        group, slot = self.state.bank.find(name)
+        layers = adapter_of(group.stack, np.int32(slot), mesh=self.layout.mesh)
+        layers = jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), layers)
+        if first():
+            adapter, template = Adapter(group.config, layers), self.chat_templates.get(name)
+            shape = self.backbone.config
+            save_adapter(adapter, self.out / name, shape, chat_template=template, overwrite=True)
+
+    def complete(self) -> None:
+        """Sees that every tenant's adapter is in its folder.
+
+        Raises ParaJaxError for tenants that failed, and for a best adapter that has been removed.
+        """
+        known, out = self.watch.known, self.out
+        for name in self.failed:
+            if name not in known and not self.failed[name]:
+                self._save(name)
+        gone = [name for name, of in known.items() if math.isfinite(of.loss) and not (out / name).is_dir()]
+        if name := told(",".join(gone).encode()).decode().split(",")[0]:
+            raise ParaJaxError(
+                f"{out / name} is gone: it held {name}'s best adapter, of its step {known[name].step}, which no "
+                "checkpoint has; run again with --overwrite"
+            )
+        blind = [name for name, of in known.items() if math.isinf(of.loss) and not self.failed[name]]
+        if blind:
+            raise ParaJaxError(
+                f"the loss of {', '.join(blind[:5])} on dev rows was always NaN or infinite, so no adapter was kept; "
+                "look at these rows, or try a lower --lr. The others are done and saved"
+            )
+        broken = {name: step for name, step in self.failed.items() if step}
+        if broken:
+            listed = ", ".join(f"{name} (step {step})" for name, step in list(broken.items())[:5])
+            more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
+            others = len(self.failed) - len(broken)
+            raise ParaJaxError(
+                f"the gradient of {listed}{more} was NaN or infinite; try a lower --lr, or look at the rows. "
+                f"{others} other tenant{'s are' if others != 1 else ' is'} done and saved in {out}"
+            )
 
 
 def steps_of(epochs: float, examples: int, rows: int) -> int:

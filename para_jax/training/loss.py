@@ -11,6 +11,7 @@ import optax
 from para_jax.adapters.rows import Rows
 from para_jax.backbones.decoder import Backbone
 from para_jax.backbones.options import Remat
+from para_jax.backbones.packed import Segments
 from para_jax.data.batches import Batch
 
 if TYPE_CHECKING:
@@ -21,36 +22,38 @@ if TYPE_CHECKING:
 LOGITS = 2**26
 
 
-def loss_of(
-    backbone: Backbone, rows: Rows, part: Batch, count_gn: Float[Array, "g n"], remat: Remat = "none"
-) -> Float[Array, "g n"]:
-    """Each tenant's loss in one micro-batch, with its response tokens in all micro-batches and groups given.
+def loss_of(backbone: Backbone, rows: Rows, batch: Batch, remat: Remat = "none") -> Float[Array, "g n"]:
+    """Each place's part of its tenant's loss: of this micro-batch, over the targets of the whole step.
 
-    `part` is a `Batch.micro_batch`. Padding reaches attention only, and only response tokens reach the head: with a
-    vocabulary of 4096 and short answers it would cost more than the layers.
+    Only response tokens reach the head: with a vocabulary of 4096 and short answers it would cost more than the layers.
     """
-    nll_gk = target_nll(backbone, rows, part, remat)
+    return sums_of(backbone, rows, batch, remat) / jnp.maximum(batch.count, 1).astype(jnp.float32)
+
+
+def sums_of(backbone: Backbone, rows: Rows, batch: Batch, remat: Remat = "none") -> Float[Array, "g n"]:
+    """The sum of the negative log-likelihoods of each place's targets."""
+    nll_gk = target_nll(backbone, rows, batch, remat)
     # Each tenant's tokens are one row of this sum: the order is fixed, and one tenant's NaN stays its own.
-    own_gnk = part.target_tenant[:, None] == jnp.arange(count_gn.shape[1])[None, :, None]
-    total_gn = jnp.sum(jnp.where(own_gnk, nll_gk[:, None], 0), axis=2)
-    return total_gn / jnp.maximum(count_gn, 1).astype(jnp.float32)
+    own_gnk = batch.target_tenant[:, None] == jnp.arange(batch.count.shape[1])[None, :, None]
+    return jnp.sum(jnp.where(own_gnk, nll_gk[:, None], 0), axis=2)
 
 
-def target_nll(backbone: Backbone, rows: Rows, part: Batch, remat: Remat = "none") -> Float[Array, "g k"]:
-    """The negative log-likelihood of each of `part`'s targets; where `target_tenant` is none, it means nothing.
+def target_nll(backbone: Backbone, rows: Rows, batch: Batch, remat: Remat = "none") -> Float[Array, "g k"]:
+    """The negative log-likelihood of each of a batch's targets; where `target_tenant` is none, it means nothing.
 
     Of a long list the logits of some `LOGITS` are in memory at once; the backward pass computes them again.
     """
-    b, t = part.tokens.shape
-    g, k = part.target_place.shape
-    column = jnp.arange(t)[None]
-    mask_bt, prompt_mask_bt = column < part.length[:, None], column < part.prompt_length[:, None]
+    b, t = batch.tokens.shape
+    g, k = batch.target_place.shape
+    segments = Segments.of(batch.length, t)
+    prompt_bt = segments.position_bt < segments.each(jnp.asarray(batch.prompt_length))
     hidden, _, _ = backbone.forward(
-        jnp.asarray(part.tokens), mask_bt, prompt_mask_bt, rows, remat=remat, flat=part.line
+        jnp.asarray(batch.tokens), segments.mask_bt, prompt_bt, rows, remat=remat, segments=segments
     )
     of_group = hidden.reshape(g, b // g * t, -1)
-    hidden_gkd = of_group[0][part.target_place] if g == 1 else jax.vmap(lambda x, i: x[i])(of_group, part.target_place)
-    token_gk, head = jnp.asarray(part.target_token), backbone.whole_head()
+    place_gk = jnp.asarray(batch.target_place)
+    hidden_gkd = of_group[0][place_gk] if g == 1 else jax.vmap(lambda x, i: x[i])(of_group, place_gk)
+    token_gk, head = jnp.asarray(batch.target_token), backbone.whole_head()
 
     def nll(hidden_gkd: Array, token_gk: Array) -> Array:
         return optax.softmax_cross_entropy_with_integer_labels(backbone.logits(hidden_gkd, head), token_gk)

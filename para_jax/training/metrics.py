@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ class MetricsFile:
         os.replace(fresh, path)
         self._file = path.open("a")
 
-    def write(self, line: dict[str, Any]) -> None:
+    def write(self, line: Mapping[str, Any]) -> None:
         self._file.write(json.dumps(_finite(line)) + "\n")
         self._file.flush()
 
@@ -37,7 +38,7 @@ class MetricsFile:
 
 
 def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {key: _finite(x) for key, x in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
@@ -97,6 +98,14 @@ def duration(seconds: float) -> str:
     if seconds < 3600:
         return f"{seconds // 60}m{seconds % 60:02d}s"
     return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+
+
+def can_draw(show: Callable[[str], None]) -> bool:
+    """Whether there is matplotlib to draw with; says so if not. A run does not fail at its end for a picture."""
+    if importlib.util.find_spec("matplotlib") is not None:
+        return True
+    show("no picture was drawn, because matplotlib is not installed: pip install matplotlib")
+    return False
 
 
 def plot_losses(lines: Sequence[dict[str, Any]], path: Path, title: str) -> None:

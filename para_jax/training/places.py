@@ -1,32 +1,32 @@
 """Whose rows a step holds, and where they lie on a mesh.
 
-A step has a fixed number of places, each with the same number of rows of one tenant. If there are fewer places than
-tenants, those who are furthest behind have their turn; a tenant that is done leaves, and when half of the places are
-empty a step has half as many. A tenant's own steps, rows and schedule are the same whenever its turns come.
+A step has a fixed number of places, each for one tenant. If there are fewer places than tenants, those who are furthest
+behind have their turn; a tenant that is done leaves its place empty. A tenant's own steps, rows and schedule are the
+same whenever its turns come.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
 from para_jax.adapters.bank import AdapterBank
-from para_jax.data.batches import OF_MICRO_BATCHES, Batch, pad
+from para_jax.data.batches import Batch, make_batch
 from para_jax.data.examples import Example
 from para_jax.data.order import order
+from para_jax.data.packing import Shape, Sizes, micro_batches
 from para_jax.distributed import placed
 from para_jax.errors import ParaJaxError
-from para_jax.sharding import row_shards
+from para_jax.sharding import row_sharding, row_shards
 from para_jax.training.optimizer import Settings
-from para_jax.training.step import Slots, moved, slots_of
+from para_jax.training.state import Slots, moved, slots_of
 
-# Fills a place that has no tenant: one token, and nothing to learn.
-NOTHING = Example.of((0,), ())
+Homes = Sequence[Sequence[str | None]]
 
 
 @dataclass(frozen=True)
@@ -36,48 +36,33 @@ class Layout:
     Attributes:
       mesh: None for one device.
       rows: of each tenant in a step.
-      micro_batches: in how many parts, one after the other.
       groups: of rows in a micro-batch: as many as there are devices with rows.
       shards: into how many parts the tenants are spread: `groups`, or one if adapters are whole on every device and
-        each tenant's rows are split over all groups.
+        all tenants' rows are dealt over all groups.
     """
 
     mesh: Mesh | None
     rows: int
-    micro_batches: int
     groups: int
     shards: int
 
     @classmethod
-    def of(
-        cls, mesh: Mesh | None, tenants: int, rows: int, micro_batches: int = 1, spread: bool | None = None
-    ) -> Layout:
+    def of(cls, mesh: Mesh | None, tenants: int, rows: int, spread: bool | None = None) -> Layout:
         """The layout for so many tenants; by default they are spread if that leaves few places empty.
 
-        Raises ParaJaxError for rows that cannot be divided so.
+        Raises ParaJaxError for no rows, or for tenants that are to be spread where there is one group.
 
-        >>> Layout.of(None, tenants=3, rows=16, micro_batches=2).groups
+        >>> Layout.of(None, tenants=3, rows=16).groups
         1
         """
-        if rows < 1 or micro_batches < 1 or rows % micro_batches:
-            raise ParaJaxError(f"{rows} rows cannot be split into {micro_batches} equal micro-batches")
-        groups, share = row_shards(mesh), rows // micro_batches
+        if rows < 1:
+            raise ParaJaxError(f"a step needs at least one row of each tenant, not {rows}")
+        groups = row_shards(mesh)
         if spread and groups == 1:
             raise ParaJaxError("tenants are spread over the data and fsdp axes of a mesh, and there are none")
         if spread is None:
-            spread = tenants % groups == 0 or tenants >= 8 * groups or (share % groups > 0 and tenants >= groups)
-        if not spread and share % groups:
-            more = groups * micro_batches
-            raise ParaJaxError(
-                f"a tenant's {share} rows of a micro-batch do not divide by the mesh's data x fsdp = {groups}; choose "
-                f"{-(-rows // more) * more} rows, or a mesh with more of tensor"
-            )
-        return cls(mesh, rows, micro_batches, groups, groups if spread and groups > 1 else 1)
-
-    @property
-    def repeats(self) -> int:
-        """A place's rows in a micro-batch of its group."""
-        return self.rows // self.micro_batches // (1 if self.shards > 1 else self.groups)
+            spread = tenants % groups == 0 or tenants >= 8 * groups
+        return cls(mesh, rows, groups, groups if spread and groups > 1 else 1)
 
     def divided(self, bank: AdapterBank) -> AdapterBank:
         """The bank with its tenants dealt out to the shards, as many to each as can be, and free slots between them.
@@ -96,52 +81,43 @@ class Layout:
             groups.append(replace(group, names=names, stack=moved(group.stack, group.names, names)))
         return replace(bank, groups=tuple(groups))
 
-    def parts(self, homes: Sequence[Sequence[Sequence[Example]]]) -> list[list[list[Example]]]:
-        """The rows of each home's tenants as `data.batches.pad` takes them: by micro-batch, group and tenant."""
-        own, each = self.repeats, 1 if self.shards > 1 else self.groups
-        return [
-            [
-                list(rows[(a * each + g) * own : (a * each + g + 1) * own])
-                for home in homes
-                for g in range(each)
-                for rows in home
-            ]
-            for a in range(self.micro_batches)
-        ]
+    def step_rows(
+        self, homes: Homes, examples: Mapping[str, Sequence[Example]], seed: int, taken: Mapping[str, int]
+    ) -> dict[str, list[Example]]:
+        """The rows of the step that these tenants take after those they have taken.
 
-    def batch(self, parts: Sequence[Sequence[Sequence[Example]]]) -> Batch:
-        """Padded, and on the devices."""
-        batch = pad(parts, self.groups)
-        if self.mesh is None:
-            return batch
-        rows, groups = (NamedSharding(self.mesh, P(*lead, ("data", "fsdp"))) for lead in ((None,), ()))
-        divided = {name: placed(getattr(batch, name), rows) for name in OF_MICRO_BATCHES}
-        return replace(batch, **divided, target_count=placed(batch.target_count, groups))
-
-    def step_batch(
-        self,
-        homes: Sequence[Sequence[str | None]],
-        examples: Mapping[str, Sequence[Example]],
-        seed: int,
-        taken: Mapping[str, int],
-    ) -> tuple[Batch, int]:
-        """The batch of a step in which these tenants take the step after those they have taken, and its tokens.
-
-        A tenant's rows depend on `seed`, its name and its steps only (`data.order`).
+        They depend on `seed`, the tenant's name and its steps only (`data.order`).
         """
 
-        def of(name: str | None) -> list[Example]:
-            if name is None:
-                return [NOTHING] * self.rows
+        def of(name: str) -> list[Example]:
             own, places = examples[name], range(taken[name] * self.rows, (taken[name] + 1) * self.rows)
             return [own[i] for i in order(seed, name, own, places)]
 
-        parts = self.parts([[of(name) for name in home] for home in homes])
-        tokens = sum(len(e) for part in parts for some in part for e in some if e is not NOTHING)
-        return self.batch(parts), tokens
+        return {name: of(name) for home in homes for name in home if name is not None}
 
-    def slots(self, bank: AdapterBank, homes: Sequence[Sequence[str | None]]) -> Slots:
-        """Where a step's tenants stand in each group of the bank (`training.step.train_step`)."""
+    def batches(
+        self, homes: Homes, rows: Mapping[str, Sequence[Example]], shapes: Sequence[Shape]
+    ) -> Iterator[tuple[int, Batch]]:
+        """The micro-batches of these tenants' rows, on the devices, each with the number of its shape."""
+        n = len(homes[0])
+        of_place = [list(rows[name]) if name is not None else [] for home in homes for name in home]
+        sizes = [Sizes([e.ids.size for e in some], [int(np.sum(e.targets >= 0)) for e in some]) for some in of_place]
+        count = np.array([sum(own.targets) for own in sizes], np.int32).reshape(self.shards, n)
+        count = np.broadcast_to(count, (self.groups, n))
+        home_of = [place // n for place in range(len(of_place))] if self.shards > 1 else None
+        for at, dealt in micro_batches(sizes, shapes, self.groups, home_of):
+            repeats = shapes[at].rows if n == 1 else 1
+            yield at, self.on_devices(make_batch(shapes[at], dealt, of_place, count, repeats))
+
+    def on_devices(self, batch: Batch) -> Batch:
+        """Each group's rows on its own device."""
+        if self.mesh is None:
+            return batch
+        where = row_sharding(self.mesh, self.groups)
+        return jax.tree.map(lambda x: placed(x, where), batch)
+
+    def slots(self, bank: AdapterBank, homes: Homes) -> Slots:
+        """Where a step's tenants stand in each group of the bank (`training.step.accumulate`)."""
         if self.shards == 1:
             return slots_of(bank, [name or "" for name in homes[0]], self.groups)
         found = []
@@ -189,16 +165,12 @@ class Schedule:
             [name for name in home if name not in resting and taken[name] < self.settings[name].steps]
             for home in self.homes
         ]
-        wanted = max(map(len, waiting))
-        if not wanted:
+        if not any(waiting):
             return None
-        places = self.places
-        while wanted <= places // 2:
-            places //= 2
         chosen: list[list[str | None]] = []
         for home in waiting:
-            behind = sorted(home, key=share)[:places]
-            chosen.append([*sorted(behind, key=home.index), *[None] * (places - len(behind))])
+            behind = sorted(home, key=share)[: self.places]
+            chosen.append([*sorted(behind, key=home.index), *[None] * (self.places - len(behind))])
         return chosen
 
     def left(self, taken: Mapping[str, int], resting: Collection[str]) -> int:
@@ -210,8 +182,8 @@ class Schedule:
         return max((max(max(of), -(-sum(of) // self.places)) for of in rest if of), default=0)
 
 
-def in_order(homes: Sequence[Sequence[str | None]], values: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """What `train_step` reports, by key and tenant."""
+def in_order(homes: Homes, values: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """What `training.step.update` reports, by key and tenant."""
     names = [name for home in homes for name in home]
     return {
         key: {name: float(x) for name, x in zip(names, of, strict=True) if name is not None}

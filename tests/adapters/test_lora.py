@@ -17,10 +17,11 @@ from para_jax.adapters.bank import AdapterBank
 from para_jax.adapters.method import Prompt, config_from_dict
 from para_jax.adjustment import Adjustment
 from para_jax.data.examples import Example
+from para_jax.data.packing import Shape
 from para_jax.training.optimizer import Settings
 from para_jax.training.places import Layout
-from para_jax.training.step import TrainState, slots_of, stack_settings, train_step
-from tests.helpers import SMALL, random_adapter, random_backbone
+from para_jax.training.state import Sums, TrainState, stack_settings
+from tests.helpers import SMALL, random_adapter, random_backbone, take_step
 
 D = SMALL.hidden_size
 PROMPT = Prompt(jnp.zeros((2, D)), jnp.zeros((2, D)), jnp.ones(2, bool))
@@ -144,12 +145,12 @@ def tune(configs: dict[str, LoraConfig], steps: int = 3, seed: int = 0):
     bank = AdapterBank.stack({n: random_adapter(c, SMALL, len(n), 0.1) for n, c in configs.items()}, SMALL)
     settings = Settings(steps=steps, lr=1e-2, weight_decay=0.1)
     state, rules = TrainState.create(bank), stack_settings(bank, dict.fromkeys(configs, settings))
-    history = []
-    layout = Layout.of(None, len(configs), rows=2)
+    history, homes, sums = [], [list(configs)], Sums.create(bank, 1, len(configs))
+    layout, shapes = Layout.of(None, len(configs), rows=2), [Shape(2, 20, 2, 20)]
     for step in range(steps):
-        batch, _ = layout.step_batch([list(configs)], {n: rows_of(n) for n in configs}, 3, dict.fromkeys(configs, step))
-        state, report = train_step(backbone, state, rules, batch, slots_of(bank, tuple(configs)), seed=seed)
-        history.append(dict(zip(configs, report["loss"].tolist(), strict=True)))
+        rows = layout.step_rows(homes, {n: rows_of(n) for n in configs}, 3, dict.fromkeys(configs, step))
+        state, sums, report = take_step(backbone, state, sums, rules, layout, shapes, homes, rows, seed)
+        history.append(report["loss"])
     return bank, state.bank, history
 
 

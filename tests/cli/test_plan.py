@@ -33,18 +33,21 @@ def test_it_fits(tmp_path, capsys) -> None:
     made = json.loads(out.read_text())
     assert made["fits"] and made["model"] == "tiny-books" and made["method"] == "para"
     assert made["plan"]["mesh"] == "fsdp=2" and made["devices"] == 2 and made["estimated"]
-    (step,) = made["plan"]["programs"]
-    assert step["name"] == "train_step" and step["peak"] > step["arguments"] > 0
-    assert step["collectives"]["all-gather"]["bytes"] > 0
+    micro_batch, update = made["plan"]["programs"]
+    assert micro_batch["name"] == "micro_batch" and micro_batch["peak"] > micro_batch["arguments"] > 0
+    assert micro_batch["collectives"]["all-gather"]["bytes"] > 0
+    assert update["name"] == "update" and made["plan"]["step"]["micro_batches"] == 1
     printed = capsys.readouterr()
     for words in (
-        "tuning 2 x 4 rows of 64 in 1 parts, remat layers, bfloat16, fsdp=2: fits gpu:h100x2",
+        "tuning 2 x 4 rows of 64 tokens in a micro-batch of 2 x 128 tokens a device, remat layers",
+        "bfloat16, fsdp=2: fits gpu:h100x2",
         "Compiled for CPUs: arguments are exact",
-        "train_step: all-gather",
+        "micro_batch: all-gather",
+        "A step takes ",
         "989 TFLOP/s x 0.6",
     ):
         assert words in printed.out
-    assert "compiling for fsdp=2: 4 rows" in printed.err
+    assert "compiling for fsdp=2: 4 rows in a micro-batch of 2 x 128" in printed.err
     assert main([*arguments, "--length", "64"]) == 1
     assert f"{out} exists; choose another --json or pass --overwrite" in capsys.readouterr().err
 
@@ -81,6 +84,7 @@ def test_it_does_not_fit(tmp_path, capsys) -> None:
             "--new-tokens is of --mode decode; --mode train has no use",
         ),
         (["--topology", "gpu:h100x1", "--mode", "decode", "--remat", "none"], "--remat is of --mode train"),
+        (["--topology", "gpu:h100x1", "--micro-batch-tokens", "0"], "micro_batch_tokens must be at least 1, not 0"),
         (["--topology", "gpu:h100x1", "--mode", "decode", "--new-tokens", "900"], "exceed the backbone's context of"),
         (["--topology", "gpu:h100x1", "--length", "100000"], "exceed the backbone's context of"),
     ],

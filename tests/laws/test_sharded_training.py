@@ -18,12 +18,16 @@ from para_jax import AdapterBank, Backbone, LoraConfig
 from para_jax.adapters.method import MethodConfig
 from para_jax.convert.checkpoint import save_backbone
 from para_jax.data.examples import Example
+from para_jax.data.packing import Shape
 from para_jax.errors import ParaJaxError
 from para_jax.sharding import auto_mesh, make_mesh
 from para_jax.training.optimizer import Settings
-from para_jax.training.places import Layout, Schedule, in_order
-from para_jax.training.step import TrainState, stack_settings, train_step
-from tests.helpers import FAMILY_METHODS, METHODS, SMALL, family_backbone, random_adapter, random_backbone
+from para_jax.training.places import Layout, Schedule
+from para_jax.training.programs import Parts
+from para_jax.training.state import Sums, TrainState, stack_settings
+from para_jax.training.step import update
+from tests.compilations import compilations
+from tests.helpers import FAMILY_METHODS, METHODS, SMALL, family_backbone, random_adapter, random_backbone, take_step
 
 pytestmark = pytest.mark.usefixtures("few_programs")
 
@@ -32,12 +36,14 @@ MESHES = ["data=8", "fsdp=8", "fsdp=4,tensor=2", "data=2,fsdp=2,tensor=2"]
 DROPPED = LoraConfig(r=2, target_modules=("q_proj", "down_proj"), lora_dropout=0.5)
 
 
+SHAPES = (Shape(rows=2, length=24, segments=4, targets=48),)
+
+
 def rows_of(tenant: int, step: int, count: int, vocabulary: int) -> list[Example]:
-    """Rows that are as long in each step, so that all steps are one program."""
-    lengths, tokens = np.random.default_rng(tenant), np.random.default_rng((tenant, step))
+    rng = np.random.default_rng((tenant, step))
 
     def ids(low: int, high: int) -> tuple[int, ...]:
-        return tuple(int(i) for i in tokens.integers(1, vocabulary, lengths.integers(low, high)))
+        return tuple(int(i) for i in rng.integers(1, vocabulary, rng.integers(low, high)))
 
     return [Example.of(ids(2, 12), (*ids(1, 6), 0)) for _ in range(count)]
 
@@ -46,25 +52,25 @@ def bank_of(configs: dict, shape) -> AdapterBank:
     return AdapterBank.stack({n: random_adapter(c, shape, i, 0.1) for i, (n, c) in enumerate(configs.items())}, shape)
 
 
-def tune(backbone: Backbone, configs: dict, micro_batches: int = 1, spread: bool | None = None):
-    """Two steps; the losses and gradient norms, and the adapters afterwards."""
+def tune(backbone: Backbone, configs: dict, shapes=SHAPES, spread: bool | None = None):
+    """Two steps; the losses and gradient norms, the adapters afterwards, and what the programs were given."""
     bank = bank_of(configs, backbone.config)
-    layout = Layout.of(backbone.mesh, len(configs), ROWS, micro_batches, spread)
+    layout = Layout.of(backbone.mesh, len(configs), ROWS, spread)
     bank = layout.divided(bank)
     settings = dict.fromkeys(configs, Settings(steps=9, lr=1e-2))
     schedule, rules = Schedule(bank, settings, layout), stack_settings(bank, settings)
     state = TrainState.create(bank, layout.mesh, layout.shards)
+    sums = Sums.create(bank, layout.groups, schedule.places, layout.mesh)
     said = []
     for step in range(STEPS):
         homes = schedule.turn(dict.fromkeys(configs, step), ())
         assert homes is not None
         of = {n: rows_of(i, step, ROWS, backbone.config.vocab_size) for i, n in enumerate(configs)}
-        empty = [Example.of((0,), ())] * ROWS
-        batch = layout.batch(layout.parts([[of.get(n or "", empty) for n in home] for home in homes]))
-        slots = layout.slots(bank, homes)
-        state, values = train_step(backbone, state, rules, batch, slots, shards=layout.shards, seed=5)
-        said.append(in_order(homes, jax.device_get(values)))
-    return said, state.bank, (layout, state, rules, batch, slots)
+        state, sums, values = take_step(backbone, state, sums, rules, layout, shapes, homes, of, seed=5)
+        said.append(values)
+    slots = layout.slots(bank, homes)
+    parts = Parts(backbone, layout, state, rules, sums, slots, schedule.places, shapes, False, "none", 5)
+    return said, state.bank, parts
 
 
 def on_mesh(backbone: Backbone, mesh: Mesh, folder) -> Backbone:
@@ -101,7 +107,7 @@ def test_every_method_on_every_mesh(mesh: str, family: str, method: str, tmp_pat
     theirs = tune(backbone, configs)
     there = on_mesh(backbone, make_mesh(mesh), tmp_path / "a")
     ours = tune(there, configs, spread=False)
-    assert ours[2][0].shards == 1
+    assert ours[2].layout.shards == 1
     same(ours, theirs, configs)
 
 
@@ -116,7 +122,7 @@ def test_tenants_that_are_spread(mesh: str, count: int, tmp_path) -> None:
     there = on_mesh(backbone, make_mesh(mesh), tmp_path / "a")
     ours = tune(there, configs, spread=True)
     same(ours, theirs, configs)
-    layout, state, *_ = ours[2]
+    layout, state = ours[2].layout, ours[2].state
     assert layout.shards == layout.groups > 1
     for x in jax.tree.leaves((state.bank, state.moments)):
         assert x.addressable_shards[0].data.shape[0] == x.shape[0] // layout.shards
@@ -128,7 +134,7 @@ def test_tenants_are_dealt_out_evenly() -> None:
     """Also where every one has a method of its own, and so a group of one."""
     configs = {f"t{i}": c for i, c in enumerate([*METHODS.values(), DROPPED, METHODS["para"], METHODS["para"]])}
     mesh = make_mesh("fsdp=4,tensor=2")
-    layout = Layout.of(mesh, len(configs), rows=3)
+    layout = Layout.of(mesh, len(configs), rows=3, spread=True)
     bank = layout.divided(bank_of(configs, SMALL))
     schedule = Schedule(bank, dict.fromkeys(configs, Settings()), layout)
     assert sorted(map(len, schedule.homes)) == [2, 2, 2, 3] and schedule.places == 3
@@ -145,7 +151,7 @@ def test_a_state_goes_to_another_mesh() -> None:
     states = []
     for text, shards in (("fsdp=4,tensor=2", 4), ("data=2,tensor=4", 2), (None, 1)):
         mesh = None if text is None else make_mesh(text)
-        layout = Layout(mesh, 4, 1, shards, shards)
+        layout = Layout(mesh, 4, shards, shards)
         states.append((layout, TrainState.create(layout.divided(bank_of(configs, SMALL)), mesh, shards)))
     (_, first), *others = states
     taken = tuple(
@@ -171,8 +177,9 @@ def test_micro_batches_on_a_mesh(tmp_path) -> None:
     configs = {"acme": DROPPED, "globex": DROPPED}
     theirs = tune(backbone, configs)
     there = on_mesh(backbone, make_mesh("fsdp=2,data=2,tensor=2"), tmp_path / "a")
-    same(tune(there, configs, micro_batches=2), theirs, configs)
-    same(tune(backbone, configs, micro_batches=4), theirs, configs)
+    two = (Shape(1, 18, 2, 24), Shape(1, 32, 3, 32))
+    same(tune(there, configs, shapes=two), theirs, configs)
+    same(tune(backbone, configs, shapes=two), theirs, configs)
 
 
 COLLECTIVE = re.compile(r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)\(")
@@ -191,21 +198,24 @@ def collectives(text: str, inside: str) -> Counter:
 def test_what_a_layer_moves(family: str, method: MethodConfig, tmp_path) -> None:
     """Per layer and pass: its four weights are gathered over fsdp, and two sums go over tensor. Nothing else."""
     there = on_mesh(family_backbone(family, stacked=True), make_mesh("fsdp=4,tensor=2"), tmp_path / "a")
-    layout, state, rules, batch, slots = tune(there, {f"t{i}": method for i in range(8)}, spread=True)[2]
-    lowered = train_step.lower(there, state, rules, batch, slots, shards=layout.shards, seed=5)
-    text = lowered.compile().as_text()
+    parts = tune(there, {f"t{i}": method for i in range(8)}, spread=True)[2]
+    text = parts.calls()["micro-batch 0"]().lower().compile().as_text()
     blocks, layers = there.blocks, there.config.num_hidden_layers
     # Each weight of one layer, and of it what a device has over tensor.
     weights = [("all-gather", w.size // layers // 2) for w in (blocks.qkv, blocks.out, blocks.gate_up, blocks.down)]
-    # A device's hidden states, and the slopes of its tokens' chances of each expert.
-    hidden, chances = batch.line.tokens * 32, batch.line.tokens * 4 * (family == "mixtral")
+    # A device's hidden states, and the gradients of its tokens' router probabilities.
+    tokens = SHAPES[0].tokens
+    hidden, chances = tokens * 32, tokens * 4 * (family == "mixtral")
     forward, backward = collectives(text, "/jvp()/while/body/"), collectives(text, "/transpose(jvp())/while/body/")
     assert forward == Counter([*weights, ("all-reduce", hidden), ("all-reduce", hidden)])
     assert backward == Counter([*weights, ("all-reduce", hidden), ("all-reduce", hidden + chances)])
-    # Of what is gathered elsewhere, tokens' embeddings and a device's part of the head are as large as a weight.
+    # Of what is gathered elsewhere, a device's part of the head is as large as a weight. A token's embedding comes in
+    # parts, one from each device that has some of its features.
     rest, least = collectives(text, "") - forward - backward, min(size for _, size in weights)
-    assert {of: n for of, n in rest.items() if of[0] == "all-gather" and of[1] >= least} == {
-        ("all-gather", hidden): 1,
+    assert {
+        of: n for of, n in rest.items() if of[0].startswith("all-") and of[0] != "all-reduce" and of[1] >= least
+    } == {
+        ("all-to-all", hidden): 1,
         ("all-gather", there.whole_head().size // 2): 1,
     }
 
@@ -213,49 +223,52 @@ def test_what_a_layer_moves(family: str, method: MethodConfig, tmp_path) -> None
 def test_the_programs_of_a_mesh_stay(tmp_path) -> None:
     """Law 4, and donation: the state comes back where it was, so that the next step is the same program."""
     there = on_mesh(random_backbone(stacked=True), make_mesh("fsdp=4,tensor=2"), tmp_path / "a")
-    layout, state, rules, batch, slots = tune(there, {"a": METHODS["para"], "b": METHODS["lora"]})[2]
-    before = train_step._cache_size()
-    old = jax.tree.leaves(state)
-    after, _ = train_step(there, state, rules, batch, slots, shards=layout.shards, seed=5)
-    assert train_step._cache_size() == before
+    parts = tune(there, {"a": METHODS["para"], "b": METHODS["lora"]})[2]
+    old = jax.tree.leaves((parts.state, parts.sums))
+    with compilations() as compiled:
+        homes, shards, mesh = [["a", "b"]], parts.layout.shards, parts.layout.mesh
+        of = {n: rows_of(i, 7, ROWS, there.config.vocab_size) for i, n in enumerate("ab")}
+        given = parts.state, parts.sums, parts.rules, parts.layout, SHAPES
+        state, sums, _ = take_step(there, *given, homes, of, seed=5)
+    assert not compiled and update._cache_size() and shards == 1 and mesh is not None
     assert all(x.is_deleted() for x in old)
-    assert [x.sharding for x in old] == [x.sharding for x in jax.tree.leaves(after)]
+    assert [x.sharding for x in old] == [x.sharding for x in jax.tree.leaves((state, sums))]
     assert not any(x.is_deleted() for x in jax.tree.leaves(there))
 
 
 def test_the_bytes_of_a_device(tmp_path) -> None:
-    """The backbone's part, which has no gradient and no moments, and 12 bytes for each of the tenants' parameters."""
+    """The backbone's part, which has no gradient and no moments, and 16 bytes for each of the tenants' parameters."""
     backbone = random_backbone(stacked=True, vocab_size=64, hidden_size=128, intermediate_size=256)
     there = on_mesh(backbone, make_mesh("fsdp=4,tensor=2"), tmp_path / "a")
     configs = {f"t{i}": METHODS["para"] for i in range(8)}
-    layout, state, rules, batch, slots = tune(there, configs, spread=True)[2]
-    compiled = train_step.lower(there, state, rules, batch, slots, shards=layout.shards, seed=5).compile()
-    used = compiled.memory_analysis()
+    parts = tune(there, configs, spread=True)[2]
+    calls = parts.calls()
+    pass_, end = (calls[name]().lower().compile().memory_analysis() for name in ("micro-batch 0", "update"))
 
     def on_first(tree) -> int:
         return sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
 
-    frozen, trained = on_first(there), on_first((state.bank, state.moments))
+    frozen, trained, summed = on_first(there), on_first((parts.state.bank, parts.state.moments)), on_first(parts.sums)
     whole = sum(x.nbytes for x in jax.tree.leaves(backbone))
     assert frozen < whole / 8 * 1.05, "but for its norms, split over all eight devices"
     parameters = METHODS["para"].size(backbone.config)
-    per_device = 8 // layout.shards
+    per_device = 8 // parts.layout.shards
     assert trained == per_device * (12 * parameters + 4), "weights and two moments, and a count"
-    small = on_first((state.step, state.taken, state.failed_at, batch))
-    given = frozen + trained + small
-    assert given <= used.argument_size_in_bytes <= given + 4000, "and the settings and slots"
-    assert used.alias_size_in_bytes >= trained, "the state is donated: it is written where it was read"
-    assert used.output_size_in_bytes < trained + small + 4000, "nothing of the backbone comes out"
+    assert summed == per_device * (4 * parameters + 4), "gradients and losses"
+    small = on_first((parts.state.step, parts.state.taken, parts.state.failed_at, parts.empty(SHAPES[0])))
+    given = frozen + on_first(parts.state.bank) + summed + small
+    assert pass_.argument_size_in_bytes <= given + 4000, "and the settings and slots"
+    assert end.argument_size_in_bytes <= trained + summed + small + 4000
+    assert pass_.alias_size_in_bytes >= summed and end.alias_size_in_bytes >= trained + summed, "they are donated"
+    assert end.output_size_in_bytes < trained + summed + small + 4000, "nothing of the backbone comes out"
 
 
-def test_rows_that_do_not_divide() -> None:
-    with pytest.raises(
-        ParaJaxError, match=r"a tenant's 6 rows .* do not divide by the mesh's data x fsdp = 8; choose 8"
-    ):
-        Layout.of(make_mesh("fsdp=8"), tenants=3, rows=6)
-    with pytest.raises(ParaJaxError, match="cannot be split into 3 equal"):
-        Layout.of(None, tenants=3, rows=16, micro_batches=3)
+def test_rows_need_not_divide() -> None:
+    """Packed rows are dealt over the devices, whatever their number."""
+    assert Layout.of(make_mesh("fsdp=8"), tenants=3, rows=6).shards == 1
     assert Layout.of(make_mesh("fsdp=8"), tenants=16, rows=6).shards == 8
+    with pytest.raises(ParaJaxError, match="at least one row of each tenant, not 0"):
+        Layout.of(None, tenants=3, rows=0)
 
 
 def test_the_mesh_that_is_chosen() -> None:

@@ -7,10 +7,11 @@ import pytest
 from para_jax.adapters.bank import AdapterBank
 from para_jax.adapters.para import ParaConfig
 from para_jax.data.examples import Example
+from para_jax.data.packing import Shape
 from para_jax.training.optimizer import Settings
 from para_jax.training.places import Layout
-from para_jax.training.step import TrainState, slots_of, stack_settings, train_step
-from tests.helpers import METHODS, random_adapter, random_backbone
+from para_jax.training.state import Sums, TrainState, stack_settings
+from tests.helpers import METHODS, random_adapter, random_backbone, take_step
 
 NAMES = ("acme", "globex", "initech", "hooli", "umbrella")
 SETTINGS = {
@@ -35,23 +36,31 @@ def examples(name: str, vocabulary: int) -> list[Example]:
     def ids(low, high):
         return tuple(int(i) for i in rng.integers(1, vocabulary, rng.integers(low, high)))
 
-    # As many as a step takes: every step has the same rows in another order, and so one program.
-    return [Example.of(ids(2, 12), (*ids(1, 6), 0)) for _ in range(4)]
+    return [Example.of(ids(2, 12), (*ids(1, 6), 0)) for _ in range(9)]
 
 
-def tune(backbone, names, steps=6, micro_batches=1, poison=None):
+# Rows of up to four sequences.
+PACKED = (Shape(rows=3, length=40, segments=4, targets=60),)
+SHAPES = {
+    "a row for each sequence": (Shape(3, 20, 1, 30),),
+    "two lengths": (Shape(2, 10, 2, 16), Shape(3, 24, 3, 60)),
+    "two numbers of rows": (Shape(1, 32, 3, 24), Shape(4, 32, 3, 60)),
+}
+
+
+def tune(backbone, names, steps=6, shapes=PACKED, poison=None):
     adapters = {n: random_adapter(CONFIGS[n], backbone.config, NAMES.index(n), 0.1) for n in names}
     if poison:
         adapters[poison] = jax.tree.map(lambda x: x * np.float32("nan"), adapters[poison])
     bank = AdapterBank.stack(adapters, backbone.config)
-    state, rules = TrainState.create(bank), stack_settings(bank, SETTINGS)
+    state, rules, sums = TrainState.create(bank), stack_settings(bank, SETTINGS), Sums.create(bank, 1, len(names))
     data = {n: examples(n, backbone.config.vocab_size) for n in names}
-    layout = Layout.of(None, len(names), rows=4, micro_batches=micro_batches)
+    layout = Layout.of(None, len(names), rows=4)
     history = []
     for step in range(steps):
-        batch, _ = layout.step_batch([names], data, 3, dict.fromkeys(names, step))
-        state, report = train_step(backbone, state, rules, batch, slots_of(bank, names))
-        history.append({key: dict(zip(names, np.asarray(x), strict=True)) for key, x in report.items()})
+        rows = layout.step_rows([names], data, 3, dict.fromkeys(names, step))
+        state, sums, said = take_step(backbone, state, sums, rules, layout, shapes, [names], rows)
+        history.append(said)
     return state.bank, history
 
 
@@ -83,7 +92,7 @@ def test_alone_or_together(backbone, together, name):
 
 
 @pytest.mark.parametrize("broken", ["acme", "hooli", "umbrella"])
-def test_bit_for_bit_at_one_batch_shape(backbone, together, broken):
+def test_bit_for_bit_at_one_plan(backbone, together, broken):
     """The others' weights turn to NaN; this tenant's numbers stay the same to the last bit."""
     bank, history = together
     poisoned, poisoned_history = tune(backbone, NAMES, poison=broken)
@@ -110,11 +119,15 @@ def test_a_tenant_that_is_done_rests(backbone, together):
     assert any((leaves(after_three, "acme")[k] != x).any() for k, x in leaves(together[0], "acme").items())
 
 
-def test_accumulation_is_the_same_step(backbone, together):
-    """Micro-batches change how the gradient is computed, not what it is: weighted by tokens, not by part."""
+@pytest.mark.parametrize("shapes", SHAPES)
+def test_packing_changes_nothing(backbone, together, shapes):
+    """Sequences of one row do not see each other, and micro-batches change how a gradient is computed, not what it is.
+
+    Against the same rows one by one, in rows of two lengths, and in micro-batches of two sizes.
+    """
     _, history = together
-    names = ("initech", "hooli")
-    _, parts = tune(backbone, names, micro_batches=2)
+    names = NAMES[2:]
+    _, parts = tune(backbone, names, shapes=SHAPES[shapes])
     for a, b in zip(history, parts, strict=True):
         for key in ("loss", "grad_norm"):
             for name in names:

@@ -13,7 +13,7 @@ from para_jax import ParaJaxError
 from para_jax.adapters.bank import AdapterBank
 from para_jax.adapters.para import ParaConfig
 from para_jax.training.checkpoints import Checkpoints
-from para_jax.training.step import TrainState
+from para_jax.training.state import TrainState
 from tests.helpers import SMALL, random_adapter
 
 FULL_DISK = """

@@ -13,14 +13,15 @@ from para_jax import Backbone
 from para_jax.adapters.bank import AdapterBank
 from para_jax.adapters.para import ParaConfig
 from para_jax.backbones.config import Experts
-from para_jax.data.batches import pad
+from para_jax.data.batches import make_batch
 from para_jax.data.examples import Example
+from para_jax.data.packing import Row, Shape
 from para_jax.errors import ParaJaxError
 from para_jax.training import loss as losses
-from para_jax.training import optimizer, step
-from para_jax.training.memory import explained
+from para_jax.training import optimizer, state, step
 from para_jax.training.optimizer import Settings
 from para_jax.training.places import Layout
+from para_jax.training.programs import Parts, explained
 from tests.helpers import SMALL, random_adapter, random_backbone
 
 ROWS = [
@@ -29,9 +30,13 @@ ROWS = [
 ]
 
 
+# Both rows of a tenant in one, and a row that is empty.
+BATCH = make_batch(Shape(3, 16, 2, 12), [[Row(0, [0, 1]), Row(1, [0, 1])]], ROWS, np.array([[5, 5]], np.int32))
+
+
 def loss(backbone, bank, batch, tenants, remat="none"):
-    rows = bank.rows(tenants, repeats=batch.length.shape[1] // len(tenants))
-    (loss_n,) = losses.loss_of(backbone, rows, batch.micro_batch(0), batch.target_count, remat=remat)
+    rows = bank.rows([tenants[i] if i < len(tenants) else None for i in batch.place[0]])
+    (loss_n,) = losses.loss_of(backbone, rows, batch, remat=remat)
     return jnp.sum(loss_n), loss_n
 
 
@@ -45,7 +50,7 @@ def test_loss_is_transformers_on_response_tokens(tmp_path):
     model.save_pretrained(tmp_path / "model")
     backbone = Backbone.from_pretrained(tmp_path / "model", dtype="float32")
     bank = AdapterBank.create({"a": ParaConfig(r=2), "b": ParaConfig(r=2)}, backbone.config)
-    _, ours = jax.jit(lambda bank: loss(backbone, bank, pad([ROWS]), ("a", "b")))(bank)
+    _, ours = jax.jit(lambda bank: loss(backbone, bank, BATCH, ("a", "b")))(bank)
     for i, rows in enumerate(ROWS):
         total, count = 0.0, 0
         for e in rows:
@@ -63,7 +68,7 @@ def test_gradient_is_the_slope():
     bank = AdapterBank.stack(
         {n: random_adapter(config, backbone.config, i, 0.1) for i, n in enumerate("ab")}, backbone.config
     )
-    batch = pad([ROWS])
+    batch = BATCH
     f = jax.jit(lambda bank: loss(backbone, bank, batch, ("a", "b"))[0])
     gradient = jax.grad(f)(bank)
     direction = jax.tree.map(lambda g: g / optax_norm(gradient), gradient)
@@ -83,7 +88,7 @@ def test_remat_and_stacking_change_nothing():
         {n: random_adapter(ParaConfig(r=3), backbone.config, i, 0.1) for i, n in enumerate("ab")},
         backbone.config,
     )
-    batch = pad([ROWS])
+    batch = BATCH
     gradients = [
         jax.jit(jax.grad(lambda bank, b=b, r=r: loss(b, bank, batch, ("a", "b"), r)[0]))(bank)
         for b, r in ((backbone, "none"), (backbone, "layers"), (backbone, "products"), (stacked, "layers"))
@@ -120,8 +125,8 @@ def test_bfloat16_backbone_trains_float32_adapters():
         {n: random_adapter(ParaConfig(r=3), backbone.config, i, 0.1) for i, n in enumerate("ab")},
         backbone.config,
     )
-    gradient = jax.jit(jax.grad(lambda bank: loss(backbone, bank, pad([ROWS]), ("a", "b"))[0]))(bank)
-    exact = jax.jit(jax.grad(lambda bank: loss(random_backbone(), bank, pad([ROWS]), ("a", "b"))[0]))(bank)
+    gradient = jax.jit(jax.grad(lambda bank: loss(backbone, bank, BATCH, ("a", "b"))[0]))(bank)
+    exact = jax.jit(jax.grad(lambda bank: loss(random_backbone(), bank, BATCH, ("a", "b"))[0]))(bank)
     for x, y in zip(jax.tree.leaves(gradient), jax.tree.leaves(exact), strict=True):
         assert x.dtype == jnp.float32
         assert float(jnp.vdot(x, y) / (jnp.linalg.norm(x) * jnp.linalg.norm(y))) > 0.95
@@ -133,7 +138,7 @@ def test_logits_in_parts_change_nothing(monkeypatch):
     bank = AdapterBank.stack(
         {n: random_adapter(ParaConfig(r=3), backbone.config, i, 0.1) for i, n in enumerate("ab")}, backbone.config
     )
-    batch = pad([ROWS])
+    batch = BATCH
     found = []
     for most in (losses.LOGITS, 4 * backbone.config.vocab_size, 1):
         monkeypatch.setattr(losses, "LOGITS", most)
@@ -143,16 +148,19 @@ def test_logits_in_parts_change_nothing(monkeypatch):
             np.testing.assert_allclose(x, y, rtol=2e-4, atol=1e-5)
 
 
+def memory(backbone, shape, remat="none") -> int:
+    """The temporary bytes of a micro-batch."""
+    bank = AdapterBank.create({"a": ParaConfig(r=2)}, backbone.config)
+    layout, sums = Layout.of(None, 1, 16), state.Sums.create(bank, 1, 1)
+    given = state.TrainState.create(bank), state.stack_settings(bank, {"a": Settings()}), sums
+    parts = Parts(backbone, layout, *given, layout.slots(bank, [["a"]]), 1, [shape], False, remat, 0)
+    return parts.calls()["micro-batch 0"]().lower().compile().memory_analysis().temp_size_in_bytes
+
+
 def test_a_large_vocabulary_does_not_dominate():
     """2048 targets of 131,072 tokens are a gigabyte of logits; a step never holds more than a quarter of it, twice."""
     backbone = jax.eval_shape(lambda: random_backbone(vocab_size=131_072))
-    bank = AdapterBank.create({"a": ParaConfig(r=2)}, backbone.config)
-    batch = pad([[[Example.of((1,), (2,) * 127)] * 16]])
-    assert batch.target_place.shape == (1, 1, 2048)
-    rules = step.stack_settings(bank, {"a": Settings()})
-    lowered = step.train_step.lower(backbone, step.TrainState.create(bank), rules, batch, step.slots_of(bank, ["a"]))
-    temporary = lowered.compile().memory_analysis().temp_size_in_bytes
-    assert temporary < 2 * 4 * losses.LOGITS + 100e6 < 4 * 2048 * 131_072
+    assert memory(backbone, Shape(16, 128, 1, 2048)) < 2 * 4 * losses.LOGITS + 100e6 < 4 * 2048 * 131_072
 
 
 @pytest.mark.parametrize("quantize", [None, "int8"])
@@ -161,21 +169,31 @@ def test_weights_are_kept_as_they_are_stored(experts, quantize):
     """The backward pass finds no second copy of all layers' weights, in the form that their products read."""
     config = dataclasses.replace(SMALL, hidden_size=256, intermediate_size=1024, num_hidden_layers=8, experts=experts)
     backbone = jax.eval_shape(lambda: Backbone(config, jax.random.key(0), "float32", True, quantize))
-    bank = AdapterBank.create({"a": ParaConfig(r=2)}, config)
-    rules = step.stack_settings(bank, {"a": Settings()})
-    given = step.TrainState.create(bank), rules, pad([[ROWS[0][:1]]]), step.slots_of(bank, ["a"])
-    temporary = step.train_step.lower(backbone, *given).compile().memory_analysis().temp_size_in_bytes
-    assert temporary < 0.4 * sum(4 * x.size for x in jax.tree.leaves(backbone.blocks))
+    assert memory(backbone, Shape(1, 16, 1, 16)) < 0.4 * sum(4 * x.size for x in jax.tree.leaves(backbone.blocks))
+
+
+def test_gradients_of_one_place_are_summed_and_no_others():
+    """Whatever the number of entries, in a fixed order, and a NaN stays in its place."""
+    place = np.array([[0, 0, 0, 1, 3, 3, 3, 3], [1, 2, 2, 2, 2, 2, 4, 4]], np.int32)
+    x = np.random.default_rng(0).standard_normal((16, 3)).astype(np.float32)
+    x[3] = np.nan
+    where, sums = jax.jit(step.by_place, static_argnums=2)(jnp.asarray(x), jnp.asarray(place), 4)
+    for g in range(2):
+        for n in range(4):
+            own = x.reshape(2, 8, 3)[g][place[g] == n]
+            (found,) = np.nonzero(where[g] == n)
+            assert len(found) == bool(len(own))
+            for i in found:
+                np.testing.assert_allclose(sums.reshape(2, 8, 3)[g, i], own.sum(0), rtol=1e-6)
+        assert len(set(where[g].tolist())) == 8
 
 
 def test_out_of_memory_says_what_to_try():
-    layout = Layout.of(None, tenants=3, rows=8, micro_batches=2)
-    with (
-        pytest.raises(
-            ParaJaxError, match=r"\(17592186044416 bytes were asked for\); try --remat layers.*--micro-batches 4"
-        ),
-        explained(random_backbone(), layout, [["a", "b", None]], "none"),
-    ):
+    bank = AdapterBank.create({"a": ParaConfig(r=2), "b": ParaConfig(r=2)}, SMALL)
+    given = Layout.of(None, 2, 8), state.TrainState.create(bank), (), state.Sums.create(bank, 1, 2), ()
+    parts = Parts(random_backbone(), *given, 2, [Shape(4, 64, 2, 64)], False, "none", 0)
+    words = r"a step does not .* \(17592186044416 bytes were asked for\); try --remat layers.*--micro-batch-tokens 128"
+    with pytest.raises(ParaJaxError, match=words), explained(parts, "a step"):
         jnp.zeros((2**42,), jnp.float32).block_until_ready()
-    with pytest.raises(ZeroDivisionError), explained(random_backbone(), layout, [["a"]], "none"):
+    with pytest.raises(ZeroDivisionError), explained(parts, "a step"):
         _ = 1 / 0

@@ -1,0 +1,222 @@
+"""The shapes of a run's micro-batches, planned before its first step from the lengths of its rows.
+
+A step runs micro-batches of one shape, on a CPU of one or two, as often as its rows need, and then one update. So a run
+compiles few programs, which are known when it begins, whatever its rows are. Candidates are tried on a sample of the
+run's own steps, packed as they will be, and the cheapest is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from para_jax.backbones.config import BackboneConfig
+from para_jax.data.examples import Example, Examples
+from para_jax.data.order import Mixture, order
+from para_jax.data.packing import Shape, Sizes, micro_batches, pack_step
+from para_jax.errors import ParaJaxError
+from para_jax.training.optimizer import Settings
+from para_jax.training.places import Layout, Schedule
+
+# What a row holds in all, in parts of the longest sequence, with one shape; and the shorter of two.
+LENGTHS = (1, 1.25, 1.5, 1.75, 2, 2.5, 3, 4, 5, 6, 8, 12, 16)
+SHORTER = (1 / 12, 1 / 8, 1 / 6, 1 / 5, 1 / 4, 1 / 3, 2 / 5, 1 / 2, 2 / 3, 4 / 5)
+FREE = 2**30  # no limit
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a device likes.
+
+    Attributes:
+      shapes: how many shapes of micro-batches a run has at most.
+      multiple: of what a row's length is a multiple.
+      tokens: of a micro-batch of a group, at most, unless one sequence is longer.
+      overhead: what a micro-batch costs besides its tokens, in tokens.
+      compiling: what one more shape costs to compile, in tokens.
+      attention: the length of a row at which attention costs as much as all matmuls.
+    """
+
+    shapes: int
+    multiple: int
+    tokens: int
+    overhead: int
+    compiling: float
+    attention: float
+
+    @classmethod
+    def of(cls, config: BackboneConfig, tokens: int | None = None, backend: str | None = None) -> Device:
+        """For this backbone, on the device that JAX runs on; `tokens` is the user's limit.
+
+        A CPU compiles a second shape in seconds and computes short rows slowly in long ones; an accelerator reads all
+        weights for every micro-batch, and its attention kernels skip what no query sees.
+        """
+        cpu = (backend or jax.default_backend()) == "cpu"
+        heads, hd = config.num_attention_heads, config.head_dim
+        linear = 2 * sum(site.inputs * site.outputs for site in config.sites.values())
+        # Some 4 seconds for one layer, at 60 GFLOP/s.
+        compiling = 4 * 60e9 / (2 * linear * config.num_hidden_layers)
+        attention = linear / (4 * heads * hd + 40 * heads) if cpu else linear / (2 * heads * hd)
+        if tokens is not None and tokens < 1:
+            raise ParaJaxError(f"micro_batch_tokens must be at least 1, not {tokens}")
+        if cpu:
+            return cls(2, 16, tokens or 1024, 96, compiling, attention)
+        return cls(1, 128, tokens or 8192, 128, 0, attention)
+
+    def cost(self, rows: np.ndarray | int, length: int) -> np.ndarray | float:
+        """Of a micro-batch, in tokens."""
+        return self.overhead + rows * length * (1 + length / self.attention)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The shapes of a run, by length and rows, and what was seen of them on the sample.
+
+    Attributes:
+      shapes: the shapes.
+      padding: the share of token slots that hold no token.
+      pairs: query-key pairs that are computed, over those that are needed.
+    """
+
+    shapes: tuple[Shape, ...]
+    padding: float
+    pairs: float
+
+    def __str__(self) -> str:
+        words = " and ".join(f"{shape.rows} x {shape.length}" for shape in self.shapes)
+        return f"micro-batches of {words} tokens, {100 * self.padding:.0f} % of them padding"
+
+
+# Of the run's steps so many are looked at, with so many tenants' rows in all.
+STEPS, TENANTS = 48, 128
+
+
+def plan_run(
+    examples: Mapping[str, Sequence[Example]],
+    dev: Mapping[str, Sequence[Example]],
+    settings: Mapping[str, Settings],
+    layout: Layout,
+    schedule: Schedule,
+    seed: int,
+    device: Device,
+) -> Plan:
+    """The plan of a run: from its rows' lengths, its tenants and places, and its mesh; the same for the same run."""
+    home = max(schedule.homes, key=len)
+    every = max(1, -(-len(home) // TENANTS))
+    names = home[::every][: schedule.places]
+    count = max(1, min(STEPS, TENANTS // len(names)))
+
+    def of(name: str, turn: int) -> Sizes:
+        own, step = everything[name], turn * settings[name].steps // count
+        taken = order(seed, name, examples[name], range(step * layout.rows, (step + 1) * layout.rows))
+        return Sizes(own[0][taken].tolist(), own[1][taken].tolist())
+
+    everything = {name: (own.lengths, own.target_counts) for name, own in _measured(examples).items()}
+    steps = [[of(name, turn) for name in names] for turn in range(count)]
+    rest = [(own.lengths, own.target_counts) for own in _measured(dev).values()]
+    longest, targets = (max(int(x.max()) for x in of) for of in zip(*everything.values(), *rest, strict=True))
+    run = schedule.left(dict.fromkeys(examples, 0), ())
+    return plan(steps, layout.groups, layout.shards > 1, longest, targets, device, run)
+
+
+def _measured(examples: Mapping[str, Sequence[Example]]) -> dict[str, Examples | Mixture]:
+    return {n: own if isinstance(own, Mixture) else Examples.of(own) for n, own in examples.items()}
+
+
+def plan(
+    steps: Sequence[Sequence[Sizes]],
+    groups: int,
+    spread: bool,
+    longest: int,
+    targets: int,
+    device: Device,
+    run: int = 1000,
+) -> Plan:
+    """The cheapest shapes for steps like these.
+
+    Args:
+      steps: of each step of a sample, each tenant's rows; with `spread` those of the tenants of one group.
+      groups: over how many groups a step's rows are dealt.
+      longest, targets: the most tokens, and the most targets, that any row of the run has.
+      run: steps of the run, in which a second shape has to gain what it takes to compile.
+    """
+    shared, second = 1 if spread else groups, device.compiling * len(steps) / run
+    best: tuple[float, list[Shape]] | None = None
+    for lengths in _candidates(steps, longest, device):
+        free = [Shape(1, length, FREE, FREE) for length in lengths]
+        packed = [pack_step(step, free) for step in steps]
+        cost, shapes = second * (len(lengths) - 1), []
+        for at, length in enumerate(lengths):
+            counts = np.array([-(-len(rows[at]) // shared) for rows in packed])
+            if not counts.any():
+                counts[:] = 1
+            own, rows = _rows(counts, length, device, second if device.shapes > len(lengths) else None)
+            cost += own
+            segments = max((len(row.items) for step in packed for row in step[at]), default=1)
+            shapes += [Shape(r, length, segments, FREE) for r in rows]
+        if best is None or cost < best[0]:
+            best = cost, shapes
+    assert best is not None
+    return _with_targets(steps, best[1], shared, targets, device.multiple)
+
+
+def _candidates(steps: Sequence[Sequence[Sizes]], longest: int, device: Device) -> Iterator[tuple[int, ...]]:
+    """The lengths of rows to try: one, or two."""
+
+    def rounded(length: float) -> int:
+        return -(-int(np.ceil(length)) // device.multiple) * device.multiple
+
+    least = rounded(longest)
+    most = max(least, device.tokens)
+    yield from ((n,) for n in dict.fromkeys(rounded(least * part) for part in LENGTHS) if n <= most)
+    if device.shapes == 1:
+        return
+    sample = np.array([n for step in steps for own in step for n in own.tokens])
+    for short in dict.fromkeys(rounded(least * part) for part in SHORTER):
+        if short < least and np.mean(sample <= short) > 0.3:
+            yield from ((short, n) for n in dict.fromkeys((least, rounded(1.5 * least))) if n <= most)
+
+
+def _rows(counts: np.ndarray, length: int, device: Device, second: float | None) -> tuple[float, list[int]]:
+    """The cost of steps with so many rows of a length, and the rows of the shapes that make it least.
+
+    They are one, or two where `second` says what another one costs.
+    """
+    most = max(1, min(device.tokens // length, int(counts.max())))
+    each = np.arange(1, most + 1)
+    single = np.sum(-(-counts[:, None] // each), axis=0) * device.cost(each, length)
+    at = int(np.argmin(single))
+    best: tuple[float, list[int]] = float(single[at]), [at + 1]
+    for small in range(1, most if second is not None else 1):
+        large = each[small:]
+        assert second is not None
+        times = np.maximum(0, -(-(counts[:, None] - small) // large))
+        rest = counts[:, None] > times * large
+        both = np.sum(times, 0) * device.cost(large, length) + np.sum(rest, 0) * device.cost(small, length)
+        at = int(np.argmin(both))
+        if both[at] + second < best[0]:
+            best = float(both[at] + second), [small, int(large[at])]
+    return best
+
+
+def _with_targets(
+    steps: Sequence[Sequence[Sizes]], shapes: list[Shape], shared: int, targets: int, multiple: int
+) -> Plan:
+    """The shapes with room for the targets of the sample's micro-batches, and for any one row's."""
+    most, slots, tokens, computed, needed = [targets] * len(shapes), 0, 0, 0, 0
+    for step in steps:
+        for at, dealt in micro_batches(step, shapes, shared):
+            most[at] = max(most[at], *(sum(row.targets for row in rows) for rows in dealt))
+            slots += shared * shapes[at].tokens
+            computed += shared * shapes[at].tokens * shapes[at].length
+        tokens += sum(sum(own.tokens) for own in step)
+        needed += sum(n * (n + 1) // 2 for own in step for n in own.tokens)
+    room = [-(-n // multiple) * multiple for n in most]
+    return Plan(
+        tuple(shape._replace(targets=n) for shape, n in zip(shapes, room, strict=True)),
+        1 - tokens / max(slots, 1),
+        computed / max(needed, 1),
+    )
