@@ -10,6 +10,7 @@ from para_jax.backbones.config import BackboneConfig
 from para_jax.backbones.linear import QUANTIZED
 from para_jax.backbones.options import Remat
 from para_jax.errors import ParaJaxError, unknown
+from para_jax.training.shapes import Device
 
 MODES = ("train", "decode")
 
@@ -23,7 +24,8 @@ class Job:
       rows: of each tenant in a tuning step; of all tenants together while decoding.
       length: tokens of a row while tuning, of which the latter half is the response; of a prompt while decoding.
       new_tokens: that each row has room for while decoding.
-      micro_batches, remat: how a tuning step saves memory (`Backbone.forward`).
+      micro_batch_tokens: the most token slots of a tuning step's micro-batch on a device, as `finetune` has it.
+      remat: what a tuning step computes again instead of keeping it (`Backbone.forward`).
       quantize, dtype: of the backbone's weights.
 
     Raises ParaJaxError for sizes that the programs would refuse.
@@ -36,7 +38,7 @@ class Job:
     rows: int = 16
     length: int = 2048
     new_tokens: int = 256
-    micro_batches: int = 1
+    micro_batch_tokens: int | None = None
     remat: Remat = "layers"
     quantize: Literal["int8", "int4"] | None = None
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -49,19 +51,22 @@ class Job:
         if self.quantize is not None and self.quantize not in QUANTIZED:
             raise unknown("quantize", self.quantize, QUANTIZED)
         least = {"tenants": 1, "rows": 1, "length": 2 if self.mode == "train" else 1, "new_tokens": 1}
-        for name, size in {**least, "micro_batches": 1}.items():
+        for name, size in least.items():
             if getattr(self, name) < size:
                 raise ParaJaxError(f"{name} must be at least {size}, not {getattr(self, name)}")
         context = self.config.max_position_embeddings
         tokens = self.length + (self.new_tokens if self.mode == "decode" else 0)
         if tokens > context:
             raise ParaJaxError(f"rows of {tokens} tokens exceed the backbone's context of {context}; make them shorter")
-        if self.mode == "train" and self.rows % self.micro_batches:
-            raise ParaJaxError(f"{self.rows} rows cannot be split into {self.micro_batches} equal micro-batches")
+        self.device("tpu")  # refuses a limit below one token
+
+    def device(self, kind: Literal["tpu", "gpu"]) -> Device:
+        """What shapes of micro-batches are planned for."""
+        return Device.of(self.config, self.micro_batch_tokens, kind)
 
     @property
     def passes(self) -> int:
-        """How often a step goes through the weights for a micro-batch: forward, backward, and once more for remat."""
+        """How often a micro-batch goes through the weights: forward, backward, and once more for remat."""
         return 3 if self.remat == "layers" else 2
 
     @property

@@ -10,7 +10,7 @@ from para_jax.planning.chips import Chip, Topology
 from para_jax.planning.compiling import Program
 from para_jax.planning.hlo import total
 from para_jax.planning.job import Job
-from para_jax.planning.programs import backbone_shapes, check, compile_job
+from para_jax.planning.programs import backbone_shapes, check, compile_job, step_of
 from para_jax.planning.roofline import assumptions, estimate
 from para_jax.planning.search import Candidate, candidate, candidates, remedies
 from para_jax.planning.topology import devices as devices_of
@@ -105,30 +105,49 @@ def _ways(
 def described(one: Candidate, chip: Chip, show: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
     """A candidate compiled, unless its weights alone are too large, and what there is to say of it."""
     job = one.job
+    step = _step(one) if job.mode == "train" else None
     settings = {
         "mesh": one.name,
         "rows": job.rows,
-        "micro_batches": job.micro_batches,
         "remat": job.remat,
         "quantize": job.quantize,
+        "step": step,
     }
     if one.weights > chip.hbm:
         return {**settings, "fits": False, "peak": one.weights, "weights": one.weights, "programs": []}
-    parts = f" in {job.micro_batches} parts" if job.micro_batches > 1 else ""
+    parts = f" in {micro_batches(step)}" if step else ""
     show(f"compiling for {one.name}: {job.rows} rows{parts}{', ' + job.quantize if job.quantize else ''}")
     programs = compile_job(job, one.mesh)
     backbone = backbone_shapes(job, one.mesh)
     shown = [_program(job, program, chip, backbone, one.mesh.size) for program in programs]
     fits = all(program.fits(chip.hbm) for program in programs)
+    times = {program["name"]: program["time"] for program in shown}
+    # Of decoding it is what a step gives, the last of the programs.
+    rate = times["decode"]["tokens_per_second"] if fits and not step else None
+    if step and all(times.values()):
+        step["seconds"] = step["micro_batches"] * times["micro_batch"]["seconds"] + times["update"]["seconds"]
+        rate = job.tenants * job.rows * job.length / step["seconds"] if fits else None
     return {
         **settings,
         "fits": fits,
         "peak": max(program.peak + program.held for program in programs),
         "weights": one.weights,
-        # Of decoding it is what a step gives, the last of the programs.
-        "tokens_per_second": shown[-1]["time"]["tokens_per_second"] if fits else None,
+        "tokens_per_second": rate,
         "programs": shown,
     }
+
+
+def _step(one: Candidate) -> dict[str, Any]:
+    """How a tuning step is divided; its seconds are known when its programs are compiled."""
+    step = step_of(one.job, one.mesh)
+    shape = step.shape._asdict()
+    return {"micro_batches": step.micro_batches, "groups": step.groups, **shape, "seconds": None}
+
+
+def micro_batches(step: dict[str, Any]) -> str:
+    """The micro-batches of a step."""
+    count, of = step["micro_batches"], f"{step['rows']} x {step['length']} tokens a device"
+    return f"a micro-batch of {of}" if count == 1 else f"{count} micro-batches of {of}"
 
 
 def _program(job: Job, program: Program, chip: Chip, backbone: Any, devices: int) -> dict[str, Any]:

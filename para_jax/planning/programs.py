@@ -5,39 +5,42 @@ All that knows how those programs are called, and how the library places what go
 
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import lru_cache, partial
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from para_jax.adapters.adapter import abstract_layers, named_leaves
+from para_jax.adapters.adapter import abstract_layers
 from para_jax.adapters.bank import AdapterBank, Group
 from para_jax.backbones.config import BackboneConfig
 from para_jax.backbones.decoder import Backbone
-from para_jax.data.batches import OF_MICRO_BATCHES, pad
+from para_jax.backbones.options import Attention
+from para_jax.convert import checkpoint
+from para_jax.data.batches import Batch
 from para_jax.data.examples import Example
+from para_jax.data.packing import Shape, Sizes, micro_batches
 from para_jax.decoding import loop
 from para_jax.decoding.generate import EOS_SLOTS
 from para_jax.decoding.sampling import Sampler
 from para_jax.errors import ParaJaxError
 from para_jax.planning.compiling import Program, compiled, shard_bytes
 from para_jax.planning.job import Job
-from para_jax.sharding import check_mesh, row_sharding, row_shards, spec
+from para_jax.sharding import check_mesh, row_sharding, row_shards
 from para_jax.training.optimizer import Settings
-from para_jax.training.places import NOTHING, Layout, Schedule
-from para_jax.training.step import TrainState, shardings, stack_settings, train_step
+from para_jax.training.places import Layout, Schedule
+from para_jax.training.programs import Parts
+from para_jax.training.shapes import TENANTS, Device, plan
+from para_jax.training.state import Sums, TrainState, shardings, stack_settings, sums_sharding
 
 
 def check(job: Job, mesh: Mesh) -> None:
     """Raises ParaJaxError if the mesh does not fit the backbone or the rows."""
     check_mesh(job.config, mesh)
-    if job.mode == "train":
-        _layout(job, mesh)
-    elif job.rows % row_shards(mesh):
+    if job.mode == "decode" and job.rows % row_shards(mesh):
         raise ParaJaxError(
             f"{job.rows} rows cannot be spread over data x fsdp = {row_shards(mesh)} devices; choose a multiple, or a "
             "mesh with more of tensor"
@@ -51,20 +54,16 @@ def own_mesh(mesh: Mesh) -> Mesh | None:
 
 def backbone_shapes(job: Job, mesh: Mesh) -> Backbone:
     """The backbone's shapes with the placements that loading gives them; layers stacked, as on accelerators."""
+    return _backbone(job.config, job.dtype, job.quantize, mesh)
+
+
+@lru_cache(maxsize=64)
+def _backbone(config: BackboneConfig, dtype: Any, quantize: Any, mesh: Mesh) -> Backbone:
     # CPUs stand for GPUs, and do not have their kernel.
-    kernel = "splash" if mesh.devices.flat[0].platform == "tpu" else "plain"
-    tree = _backbone(job.config, job.dtype, job.quantize, kernel, own_mesh(mesh))
-    leaves = [
-        jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec(name, x.shape, mesh)))
-        for name, x in named_leaves(tree).items()
-    ]
-    return jax.tree.unflatten(jax.tree.structure(tree), leaves)
-
-
-@lru_cache(maxsize=16)
-def _backbone(config: BackboneConfig, dtype: Any, quantize: Any, kernel: Any, mesh: Mesh | None) -> Backbone:
-    make = partial(Backbone, config, dtype=dtype, stacked=True, quantize=quantize, attention=kernel, mesh=mesh)
-    return jax.eval_shape(make, jax.random.key(0))
+    kernel: Attention = "splash" if mesh.devices.flat[0].platform == "tpu" else "plain"
+    found = checkpoint.backbone_shapes(config, dtype, True, quantize, kernel, own_mesh(mesh))
+    # One device has no mesh, and has to be named all the same: it is not the one that is here.
+    return found if mesh.size > 1 else _placed(found, NamedSharding(mesh, P()))
 
 
 def bank_shapes(job: Job) -> AdapterBank:
@@ -81,7 +80,7 @@ def _placed(tree: Any, where: Any) -> Any:
 
 
 def compile_job(job: Job, mesh: Mesh) -> list[Program]:
-    """The tuning step; or prefill, and the loop of decoding if prefill fits.
+    """The two programs of a tuning step; or prefill, and the loop of decoding if prefill fits.
 
     Raises ParaJaxError if the mesh does not fit the backbone or the rows.
     """
@@ -89,35 +88,88 @@ def compile_job(job: Job, mesh: Mesh) -> list[Program]:
     return _training(job, mesh) if job.mode == "train" else _decoding(job, mesh)
 
 
-def _layout(job: Job, mesh: Mesh) -> Layout:
-    return Layout.of(own_mesh(mesh), job.tenants, job.rows, job.micro_batches)
+class _OfShapes(Layout):
+    """A layout that places shapes: no array can be on a device that is not here."""
+
+    def on_devices(self, batch: Batch) -> Batch:
+        return batch if self.mesh is None else _placed(batch, row_sharding(self.mesh, self.groups))
+
+
+def _full(job: Job) -> Example:
+    return Example.of((0,) * (job.length - job.length // 2), (0,) * (job.length // 2))
+
+
+@dataclass(frozen=True)
+class Step:
+    """How a tuning step is divided.
+
+    Attributes:
+      shape: of its micro-batches.
+      groups: of rows in each: as many as there are devices with rows.
+      micro_batches: how many there are.
+    """
+
+    shape: Shape
+    groups: int
+    micro_batches: int
+
+    @property
+    def slots(self) -> int:
+        """Token slots of the step, on all devices."""
+        return self.micro_batches * self.groups * self.shape.tokens
+
+
+def step_of(job: Job, mesh: Mesh) -> Step:
+    """The tuning step as `training.shapes` plans it when every row is full and all tenants have their turn."""
+    layout, full = _OfShapes.of(own_mesh(mesh), job.tenants, job.rows), _full(job)
+    sizes = Sizes((full.ids.size,) * job.rows, (int(full.response_ids.size),) * job.rows)
+    kind: Literal["tpu", "gpu"] = "tpu" if mesh.devices.flat[0].platform == "tpu" else "gpu"
+    return _step(sizes, -(-job.tenants // layout.shards), layout.groups, layout.shards > 1, job.device(kind))
+
+
+@lru_cache(maxsize=256)
+def _step(sizes: Sizes, places: int, groups: int, spread: bool, device: Device) -> Step:
+    seen = [sizes] * len(range(0, places, -(-places // TENANTS)))
+    (shape,) = plan([seen], groups, spread, max(sizes.tokens), max(sizes.targets), device).shapes
+    found = micro_batches([sizes] * places, [shape], 1 if spread else groups)
+    return Step(shape, groups, sum(1 for _ in found))
 
 
 def _training(job: Job, mesh: Mesh) -> list[Program]:
-    given, options = training_arguments(job, mesh)
-    traced = train_step.trace(*given, **options)
-    return [compiled("train_step", traced, given, mesh)[0]]
+    """A micro-batch, while the moments wait for the update, and the update, while the backbone waits for the next."""
+    parts = training_parts(job, mesh)
+    calls, state = parts.calls(), parts.state
+    programs = {
+        "micro_batch": ("micro-batch 0", (state.moments, state.failed_at, state.step)),
+        "update": ("update", parts.backbone),
+    }
+    return [
+        compiled(name, calls[call](), calls[call].args, mesh, held=shard_bytes(held))[0]
+        for name, (call, held) in programs.items()
+    ]
 
 
-def training_arguments(job: Job, mesh: Mesh) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What `training.loop` calls `train_step` with when all tenants have their turn and every row is full."""
-    layout, settings = _layout(job, mesh), dict.fromkeys(job.names, Settings())
+def training_parts(job: Job, mesh: Mesh) -> Parts:
+    """What `training.loop` compiles a run's programs for, with shapes in place of arrays."""
+    layout, settings = _OfShapes.of(own_mesh(mesh), job.tenants, job.rows), dict.fromkeys(job.names, Settings())
     bank = jax.eval_shape(layout.divided, bank_shapes(job))
-    rules = stack_settings(bank, settings)
-    state = jax.eval_shape(TrainState.create, bank)
-    state = _placed(state, shardings(state, mesh, layout.shards))
-    homes = Schedule(bank, settings, layout).turn(dict.fromkeys(job.names, 0), ())
+    schedule, state = Schedule(bank, settings, layout), TrainState.shapes(bank)
+    sums = Sums.shapes(bank, layout.groups, schedule.places)
+    homes = schedule.turn(dict.fromkeys(job.names, 0), ())
     assert homes is not None
-    response = job.length // 2
-    full = Example.of((0,) * (job.length - response), (0,) * response)
-    rows = [[[NOTHING if name is None else full] * job.rows for name in home] for home in homes]
-    batch = pad(layout.parts(rows), layout.groups)
-    # As `Layout.batch` places it.
-    by_row, by_group = NamedSharding(mesh, P(None, ("data", "fsdp"))), NamedSharding(mesh, P(("data", "fsdp")))
-    divided = {name: _placed(getattr(batch, name), by_row) for name in OF_MICRO_BATCHES}
-    batch = replace(batch, **divided, target_count=_placed(batch.target_count, by_group))
-    given = (backbone_shapes(job, mesh), state, rules, batch, layout.slots(bank, homes))
-    return given, {"shards": layout.shards, "remat": job.remat, "seed": 0}
+    return Parts(
+        backbone=backbone_shapes(job, mesh),
+        layout=layout,
+        state=_placed(state, shardings(state, mesh, layout.shards)),
+        rules=stack_settings(bank, settings),
+        sums=_placed(sums, sums_sharding(sums, mesh)),
+        slots=layout.slots(bank, homes),
+        places=schedule.places,
+        shapes=[step_of(job, mesh).shape],
+        dev=False,
+        remat=job.remat,
+        seed=0,
+    )
 
 
 def _decoding(job: Job, mesh: Mesh) -> list[Program]:

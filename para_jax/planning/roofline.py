@@ -25,8 +25,9 @@ def assumptions(chip: Chip) -> dict[str, Any]:
         "words": [
             "a program takes as long as the longer of its products and its memory traffic, and its collectives run "
             "after them",
-            "memory traffic is the weights, once for each pass of each micro-batch, and while decoding all columns of "
-            "the cache; activations are left out",
+            "memory traffic of a tuning step is the weights, once for each pass of each micro-batch, the sums of "
+            "gradients, which each micro-batch reads and writes, and in the update all that training changes; while "
+            "decoding it is the weights and all columns of the cache; activations are left out",
             "attention counts as if every token saw the whole row",
             "collectives are rings along one axis of a slice that closes; what a device sends is divided by its link "
             "rate",
@@ -37,20 +38,23 @@ def assumptions(chip: Chip) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Time:
-    """Seconds that one run of a program takes: a tuning step, a prefill, or one new token for every row."""
+    """Seconds that one run of a program takes: a micro-batch, an update, a prefill, or one new token for every row.
+
+    `tokens` is None for the parts of a tuning step, of which only the step counts its tokens.
+    """
 
     compute: float
     memory: float
     collectives: float
-    tokens: int
+    tokens: int | None
 
     @property
     def seconds(self) -> float:
         return max(self.compute, self.memory) + self.collectives
 
     @property
-    def tokens_per_second(self) -> float:
-        return self.tokens / self.seconds
+    def tokens_per_second(self) -> float | None:
+        return None if self.tokens is None else self.tokens / self.seconds
 
     @property
     def bound(self) -> str:
@@ -60,14 +64,15 @@ class Time:
 
 def estimate(job: Job, program: Program, chip: Chip, backbone: Any, devices: int) -> Time:
     """The time of one of a job's programs, of which `backbone` is the shapes with their placements."""
-    weights, passes, tokens = read_bytes(backbone), 1, job.rows * job.length
-    if program.name == "train_step":
-        # Forward and backward, and forward once more where nothing was kept.
-        passes, tokens = job.micro_batches * job.passes, tokens * job.tenants
-    read = weights * passes
-    if program.name == "decode":
-        tokens = job.rows
-        read += program.aliased  # keys, values and Adjustments, which come back in their place
+    weights = read_bytes(backbone)
+    read, tokens = {
+        # Forward and backward, and forward once more where nothing was kept; the sums come and go.
+        "micro_batch": (weights * job.passes + 2 * program.aliased, None),
+        "update": (program.arguments + program.aliased + program.outputs, None),
+        "prefill": (weights, job.rows * job.length),
+        # Keys, values and Adjustments come back in their place.
+        "decode": (weights + program.aliased, job.rows),
+    }[program.name]
     sent = sum(one.count * one.sent for one in program.collectives)
     return Time(
         compute=program.flops / devices / (chip.flops * EFFICIENCY["flops"]),

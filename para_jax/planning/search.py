@@ -12,7 +12,7 @@ from para_jax.errors import ParaJaxError
 from para_jax.planning.chips import Chip
 from para_jax.planning.compiling import shard_bytes
 from para_jax.planning.job import Job
-from para_jax.planning.programs import backbone_shapes, check
+from para_jax.planning.programs import backbone_shapes, check, step_of
 from para_jax.planning.roofline import EFFICIENCY, read_bytes
 from para_jax.sharding import make_mesh
 
@@ -81,14 +81,16 @@ def candidate(job: Job, mesh: Mesh, chip: Chip) -> Candidate:
     backbone = backbone_shapes(job, mesh)
     c, read = job.config, read_bytes(backbone)
     training = job.mode == "train"
-    tokens = job.rows * (job.tenants * job.length if training else 1)
-    passes = job.passes if training else 1
-    turns = passes * (job.micro_batches if training else 1)
+    tokens = slots = job.rows * (job.tenants * job.length if training else 1)
+    passes = turns = job.passes if training else 1
+    if training:  # groups without rows, and slots without tokens, are computed too
+        step = step_of(job, mesh)
+        slots, turns = step.slots, passes * step.micro_batches
     fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
-    compute = 2 * passes * tokens * c.size / mesh.size / (chip.flops * EFFICIENCY["flops"])
+    compute = 2 * passes * slots * c.size / mesh.size / (chip.flops * EFFICIENCY["flops"])
     memory = turns * read / (chip.hbm_rate * EFFICIENCY["hbm"])
     # Weights are gathered over fsdp; over tensor, two sums of the activations a layer.
-    own_tokens = passes * tokens / (mesh.shape["data"] * fsdp)
+    own_tokens = passes * slots / (mesh.shape["data"] * fsdp)
     sums = 2 * 2 * c.num_hidden_layers * own_tokens * c.hidden_size * 2 * (tensor - 1) / tensor
     sent = turns * read * (fsdp - 1) / fsdp + sums
     guess = max(compute, memory) + sent / (chip.link_rate * EFFICIENCY["links"])
@@ -97,7 +99,7 @@ def candidate(job: Job, mesh: Mesh, chip: Chip) -> Candidate:
 
 def remedies(job: Job, mesh: Mesh, devices: Sequence[Any], chip: Chip) -> Iterator[tuple[str, Candidate]]:
     """Changes that take less memory, what costs least first: those that change no result, then those that do."""
-    for text, changed in _changes(job):
+    for text, changed in _changes(job, mesh):
         try:
             check(changed, mesh)
         except ParaJaxError:
@@ -110,13 +112,14 @@ def remedies(job: Job, mesh: Mesh, devices: Sequence[Any], chip: Chip) -> Iterat
             return
 
 
-def _changes(job: Job) -> Iterator[tuple[str, Job]]:
+def _changes(job: Job, mesh: Mesh) -> Iterator[tuple[str, Job]]:
     if job.mode == "train":
         if job.remat != "layers":
             yield "--remat layers", replace(job, remat="layers")
-        parts = [n for n in range(job.micro_batches + 1, job.rows + 1) if job.rows % n == 0]
-        for n in dict.fromkeys([*parts[:1], *parts[-1:]]):
-            yield f"--micro-batches {n}", replace(job, micro_batches=n)
+        shape = step_of(job, mesh).shape
+        if shape.rows > 1:  # half of it, and the least that there is
+            for n in dict.fromkeys([shape.tokens // 2, shape.length]):
+                yield f"--micro-batch-tokens {n}", replace(job, micro_batch_tokens=n)
     elif job.rows > 1:
         yield f"--rows {job.rows // 2}", replace(job, rows=job.rows // 2)
     if job.quantize is None:

@@ -14,7 +14,8 @@ from para_jax.planning import process
 from para_jax.planning.chips import CHIPS, Topology
 from para_jax.planning.job import Job
 from para_jax.planning.process import plan_aside
-from para_jax.planning.search import candidates, mesh_name
+from para_jax.planning.programs import step_of
+from para_jax.planning.search import candidates, mesh_name, remedies
 from para_jax.sharding import make_mesh
 from tests.helpers import SMALL
 
@@ -58,13 +59,24 @@ def job(model: dict[str, Any], mode: str, **fields: Any) -> Job:
 
 def test_llama_2_7b_is_tuned_on_one_v5e_chip() -> None:
     """In bfloat16, 8 rows of 2048 tokens a step, one at a time, recomputing layers: no need for few bits."""
-    made = plan_aside([job(LLAMA_2_7B, "train", rows=8, micro_batches=8)], "v5e:1x1")
+    made = plan_aside([job(LLAMA_2_7B, "train", rows=8, micro_batch_tokens=2048)], "v5e:1x1")
     assert made["fits"]
-    (step,) = made["plan"]["programs"]
-    # 6.74e9 weights of two bytes, and 8.9M adapter weights with two moments of four; batches are small.
-    assert abs(step["arguments"] - (2 * 6_738_415_616 + 12 * 8_945_664)) < 1e6
-    assert 14.5e9 < step["peak"] < 15.5e9 < made["hbm"]
-    assert step["collectives"] == {} and step["time"]["bound"] == "compute"
+    micro_batch, update = made["plan"]["programs"]
+    weights, adapters = 2 * 6_738_415_616, 4 * 8_945_664
+    # Weights of two bytes, and adapters and the sums of their gradients of four; batches are small. Two moments wait.
+    assert abs(micro_batch["arguments"] - (weights + 2 * adapters)) < 1e6
+    assert abs(micro_batch["held"] - 2 * adapters) < 1e3
+    assert 14.5e9 < micro_batch["peak"] + micro_batch["held"] < 15.5e9 < made["hbm"]
+    assert abs(micro_batch["aliased"] - adapters) < 1e3 and micro_batch["outputs"] < 1e4, "sums grow in place"
+    # The update needs no weights, which wait; state and sums are changed in place.
+    assert update["held"] == weights and abs(update["arguments"] - 4 * adapters) < 1e6
+    assert update["arguments"] - update["aliased"] < 1e4 and update["temporaries"] < 4 * adapters
+    assert micro_batch["collectives"] == update["collectives"] == {}
+    assert micro_batch["time"]["bound"] == "compute" and update["time"]["bound"] == "memory"
+    step = made["plan"]["step"]
+    assert (step["micro_batches"], step["rows"], step["length"]) == (8, 1, 2048)
+    assert step["seconds"] == 8 * micro_batch["time"]["seconds"] + update["time"]["seconds"]
+    assert made["plan"]["tokens_per_second"] == 8 * 2048 / step["seconds"]
 
 
 def test_llama_3_8b_decodes_in_int8_on_one_v5e_chip() -> None:
@@ -84,10 +96,9 @@ def test_llama_3_70b_is_tuned_on_16_v5e_chips() -> None:
     """In bfloat16 on v5e:4x4, a quarter of the v5e:8x8 that one might think of: 16 rows of 2048 tokens a step."""
     made = plan_aside([job(LLAMA_3_70B, "train", rows=16)], "v5e:4x4", "fsdp=16")
     assert made["fits"]
-    (step,) = made["plan"]["programs"]
-    assert 14e9 < step["peak"] < 15.5e9
+    assert 14e9 < made["plan"]["peak"] < 15.5e9
     # Weights are gathered for forward, again, and backward, and nothing but weights is.
-    sent = sum(of["bytes"] for of in step["collectives"].values())
+    sent = sum(of["bytes"] for of in made["plan"]["programs"][0]["collectives"].values())
     assert sent < 3 * 2 * 70.6e9
 
 
@@ -107,10 +118,9 @@ def test_mixtral_is_tuned_on_16_v5e_chips() -> None:
     """Each chip has its rows' tokens and no others, and half of every expert, gathered a layer at a time."""
     made = plan_aside([job(MIXTRAL, "train", rows=16)], "v5e:4x4", "fsdp=8,tensor=2")
     assert made["fits"]
-    (step,) = made["plan"]["programs"]
-    assert step["peak"] < 11.5e9
+    assert made["plan"]["peak"] < 11.5e9
     # Half of the weights forward, and once more for the layer that is made again and goes backward.
-    assert step["collectives"]["all-gather"]["bytes"] < 2 * 46.7e9
+    assert made["plan"]["programs"][0]["collectives"]["all-gather"]["bytes"] < 2 * 46.7e9
 
 
 def test_mixtral_decodes_in_int8_on_8_v5e_chips() -> None:
@@ -129,11 +139,23 @@ def test_meshes_of_a_search() -> None:
     devices = jax.devices()
     found = candidates([Job(SMALL, PARA, rows=4, length=16)], devices, CHIPS["v5e"])
     names = [one.name for one in found]
-    # 2 key/value heads allow no more than two parts, and 4 rows no more than four groups.
-    assert set(names) == {"data=4,tensor=2", "data=2,fsdp=2,tensor=2", "fsdp=4,tensor=2"}
+    # 2 key/value heads allow no more than two parts.
+    of_four = {"data=4,tensor=2", "data=2,fsdp=2,tensor=2", "fsdp=4,tensor=2"}
+    assert set(names) == {*of_four, "data=8", "data=4,fsdp=2", "data=2,fsdp=4", "fsdp=8"}
     assert [one.guess for one in found] == sorted(one.guess for one in found)
-    with pytest.raises(ParaJaxError, match=r"no mesh of 8 devices does for this; data=8: .* choose 8 rows"):
-        candidates([Job(SMALL, PARA, rows=1, length=16)], devices, CHIPS["v5e"])
+    # Rows that cannot be spread are a mesh's reason, while decoding.
+    with pytest.raises(ParaJaxError, match=r"no mesh of 8 devices does for this; data=8: 1 rows cannot be spread"):
+        candidates([Job(SMALL, PARA, "decode", rows=1, length=16, new_tokens=16)], devices, CHIPS["v5e"])
+
+
+def test_devices_without_rows_count() -> None:
+    """A full row on each of four devices, and none on four more: these cost what the others do."""
+    job = Job(SMALL, PARA, rows=4, length=128)
+    cost = {name: step_of(job, make_mesh(name, jax.devices())) for name in ("data=8", "data=4,tensor=2")}
+    assert {name: (step.micro_batches, step.slots) for name, step in cost.items()} == {
+        "data=8": (1, 8 * 128),
+        "data=4,tensor=2": (1, 4 * 128),
+    }
 
 
 def eight(hbm: int) -> Topology:
@@ -169,6 +191,17 @@ def test_weights_that_are_too_large_are_not_compiled() -> None:
     assert not made["fits"] and made["remedies"] == [] and lines == []
     best = min([made["plan"], *made["others"]], key=lambda one: one["weights"])
     assert made["plan"] is best and best["programs"] == [] and best["peak"] == best["weights"] > 1000
+
+
+def test_smaller_micro_batches() -> None:
+    """What a step that does not fit is offered: half of the micro-batch, and the smallest."""
+    big = Job(SMALL, PARA, rows=8, length=128, dtype="float32")
+    mesh = make_mesh({}, jax.devices()[:1])
+    offered = dict(remedies(big, mesh, jax.devices()[:1], CHIPS["v5e"]))
+    assert {text: step_of(one.job, mesh).micro_batches for text, one in offered.items() if "micro" in text} == {
+        "--micro-batch-tokens 512": 2,
+        "--micro-batch-tokens 128": 8,
+    }
 
 
 def test_mesh_names() -> None:

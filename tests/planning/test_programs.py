@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -11,6 +13,7 @@ import pytest
 
 from para_jax import AdapterBank, Backbone, ParaConfig, ParaJaxError
 from para_jax.data.examples import Example
+from para_jax.data.packing import Shape
 from para_jax.decoding import generate as generating
 from para_jax.planning import programs
 from para_jax.planning.flops import flops
@@ -18,6 +21,7 @@ from para_jax.planning.job import Job
 from para_jax.sharding import make_mesh
 from para_jax.training import loop as training
 from para_jax.training.optimizer import Settings
+from para_jax.training.places import Schedule
 from tests.helpers import SMALL
 
 PARA = ParaConfig(r=3)
@@ -55,13 +59,18 @@ def backbone_on(mesh: Any) -> Backbone:
 
 @pytest.mark.parametrize("tenants", [2, 3, 8])
 @pytest.mark.parametrize("sizes", ["data=1", "data=2,fsdp=2,tensor=2", "fsdp=4"])
-def test_the_step_is_called_as_the_loop_calls_it(sizes: str, tenants: int, tmp_path, monkeypatch) -> None:
+def test_a_steps_programs_are_those_of_the_loop(sizes: str, tenants: int, tmp_path, monkeypatch) -> None:
     """Tenants whole on every device, and spread; on one device and on meshes."""
     count = int(np.prod([int(part.partition("=")[2]) for part in sizes.split(",")]))
     mesh = make_mesh(sizes, jax.devices()[:count])
-    job = Job(SMALL, PARA, tenants=tenants, rows=8, length=32, micro_batches=2, remat="products", dtype="float32")
-    row = Example.of((1,) * 16, (1,) * 16)
-    monkeypatch.setattr(training, "train_step", caught)
+    job = Job(
+        SMALL, PARA, tenants=tenants, rows=5, length=100, micro_batch_tokens=256, remat="products", dtype="float32"
+    )
+    row = Example.of((1,) * 50, (1,) * 50)
+    monkeypatch.setattr(training, "Programs", caught)
+    # This machine's CPU stands for a GPU, and has other shapes.
+    of_gpus = SimpleNamespace(of=partial(training.Device.of, backend="gpu"))
+    monkeypatch.setattr(training, "Device", of_gpus)
     examples, settings = dict.fromkeys(job.names, [row] * 8), dict.fromkeys(job.names, Settings())
     bank = AdapterBank.create(dict.fromkeys(job.names, PARA), SMALL)
     with pytest.raises(Called) as stopped:
@@ -71,16 +80,30 @@ def test_the_step_is_called_as_the_loop_calls_it(sizes: str, tenants: int, tmp_p
             examples,
             settings,
             tmp_path / "run",
-            rows=8,
-            micro_batches=2,
+            rows=5,
+            micro_batch_tokens=256,
             remat="products",
             show=lambda line: None,
         )
-    (_, *theirs), their_options = stopped.value.args
-    (_, *ours), options = programs.training_arguments(job, mesh)
-    assert options == their_options
-    for mine, real in zip(ours, theirs, strict=True):
-        assert shapes(mine) == shapes(real)
+    ((theirs,), _) = stopped.value.args
+    ours = programs.training_parts(job, mesh)
+    homes = homes_of(theirs)
+    batches = list(theirs.layout.batches(homes, dict.fromkeys(job.names, [row] * 5), theirs.shapes))
+    assert programs.step_of(job, mesh).micro_batches == len(batches)
+    assert ours.calls().keys() == theirs.calls().keys()
+    for name in ("micro-batch 0", "update"):
+        mine, real = ours.calls()[name], theirs.calls()[name]
+        assert mine.func == real.func and mine.keywords == real.keywords
+        for argument, their_argument in zip(mine.args, real.args, strict=True):
+            if not isinstance(argument, Backbone):  # this one is not placed as one that is loaded
+                assert shapes(argument) == shapes(their_argument)
+
+
+def homes_of(parts: Any) -> Any:
+    """The tenants of the first step."""
+    names = [name for group in parts.state.bank.groups for name in group.names if name is not None]
+    bank, settings = parts.state.bank, dict.fromkeys(names, Settings())
+    return Schedule(bank, settings, parts.layout).turn(dict.fromkeys(names, 0), ())
 
 
 def test_decoding_is_called_as_generate_calls_it(tiny, monkeypatch) -> None:
@@ -113,17 +136,25 @@ def test_bytes_of_arguments() -> None:
     """On each of 8 devices, float32: what is split eight ways, over fsdp, over tensor, and what is whole."""
     mesh = make_mesh("data=2,fsdp=2,tensor=2", jax.devices())
     config = replace(SMALL, tie_word_embeddings=False, vocab_size=64)
-    (program,) = programs.compile_job(Job(config, PARA, tenants=3, rows=4, length=32, dtype="float32"), mesh)
+    job = Job(config, PARA, tenants=3, rows=8, length=128, micro_batch_tokens=512, dtype="float32")
+    micro_batch, update = programs.compile_job(job, mesh)
     d, f, layers, v, kv, q = 32, 48, 2, 64, 2 * 8, 4 * 8
     weights = (2 * v * d + layers * (d * (q + 2 * kv) + q * d + 3 * d * f)) // 4  # over fsdp and tensor
     norms = (2 * layers + 1) * d
     adapters = 3 * layers * (d * 3 + 3 * (q + kv + f))  # 3 tenants of r = 3, down and up, whole on every device
+    sums = adapters  # of the device's own rows
+    # A device has two rows of each tenant, three at once: tokens, three numbers of each sequence, the tenant's place.
+    rows = 3 * (128 + 3 + 1)
+    targets = 3 * 256  # a place, a token and a tenant of each
+    assert programs.step_of(job, mesh) == programs.Step(Shape(3, 128, 1, 256), 4, 2)
+    fixed = micro_batch.arguments - 4 * (weights + norms + adapters + sums + rows + targets)
+    assert 0 <= fixed < 512, "counts, settings, steps, slots"
+    assert 4 * sums <= micro_batch.aliased < 4 * sums + 64 and micro_batch.outputs < 64, "sums grow in place"
+    assert 4 * 2 * adapters <= micro_batch.held < 4 * 2 * adapters + 64, "moments wait for the update"
     state = 3 * adapters  # and their two moments
-    rows = 3 * 4 // 4 * (32 + 2)  # tokens, length, prompt length of a device's own rows
-    fixed = program.arguments - 4 * (weights + norms + state + rows)
-    # The 16 targets of each of the group's 3 rows (a place, a token and a tenant), and counts, settings, steps, slots.
-    assert 4 * 3 * 3 * 16 <= fixed < 4 * 3 * 3 * 16 + 512
-    assert program.aliased >= 4 * state and program.outputs < 1024, "the state is updated in place"
+    assert 0 <= update.arguments - 4 * (state + sums) < 512
+    assert update.aliased >= 4 * (state + sums) and update.outputs < 256, "all is changed in place"
+    assert update.held == 4 * (weights + norms)
 
 
 def test_flops() -> None:
@@ -131,13 +162,14 @@ def test_flops() -> None:
     mesh = make_mesh({}, jax.devices()[:1])
     counts = {}
     for remat in ("none", "products", "layers"):
-        job = Job(SMALL, PARA, rows=2, length=64, remat=remat, dtype="float32")
-        given, options = programs.training_arguments(job, mesh)
-        counts[remat] = flops(programs.train_step.trace(*given, **options).jaxpr)
-    tokens, d, f, layers, v = 2 * 64, 32, 48, 2, 61
+        job = Job(SMALL, PARA, rows=2, length=128, remat=remat, dtype="float32")
+        parts = programs.training_parts(job, mesh)
+        counts[remat] = flops(parts.calls()["micro-batch 0"]().jaxpr)
+    assert parts.shapes == [Shape(2, 128, 1, 128)]
+    tokens, d, f, layers, v = 2 * 128, 32, 48, 2, 61
     weights = layers * (d * (32 + 2 * 16) + 32 * d + 3 * d * f)
     head = 2 * 2 * (tokens // 2) * d * v  # of the responses, forward and backward
-    scores = layers * 2 * 2 * tokens * 64 * 32  # both products of attention
+    scores = layers * 2 * 2 * tokens * 128 * 32  # both products of attention
     plain = 2 * 2 * tokens * weights + head + 3 * scores
     assert plain <= counts["none"] < 1.2 * plain, "and PARA's own products"
     # What attention makes is not made again for its own sake, and down_proj's output is needed by nobody.
@@ -149,7 +181,6 @@ def test_flops() -> None:
 def test_sizes_that_do_not_fit() -> None:
     mesh = make_mesh("fsdp=4", jax.devices()[:4])
     for job, message in (
-        (Job(SMALL, PARA, rows=3, length=8), r"3 rows of a micro-batch do not divide .* = 4; choose 4 rows"),
         (Job(SMALL, PARA, "decode", rows=3, length=8, new_tokens=8), "3 rows cannot be spread over data x fsdp = 4"),
         (Job(replace(SMALL, hidden_size=30), PARA, rows=4, length=8), "fsdp=4 does not divide the backbone's 30"),
     ):
@@ -165,7 +196,7 @@ def test_jobs_that_are_refused() -> None:
         ({"rows": 0}, "rows must be at least 1, not 0"),
         ({"length": 1}, "length must be at least 2, not 1"),
         ({"length": 4096}, "rows of 4096 tokens exceed the backbone's context of 128"),
-        ({"rows": 4, "micro_batches": 3}, "4 rows cannot be split into 3 equal micro-batches"),
+        ({"micro_batch_tokens": 0}, "micro_batch_tokens must be at least 1, not 0"),
     ):
         with pytest.raises(ParaJaxError, match=message):
             Job(SMALL, PARA, **{"length": 16, **fields})
