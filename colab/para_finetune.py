@@ -74,11 +74,12 @@ print(f"{len(devices)} x {devices[0].device_kind} ({platform}); {STEPS} steps of
 # ## The model
 #
 # `from_pretrained` converts while it reads: every tensor of the checkpoint goes to its place in our decoder, and with
-# several devices to its part of the mesh. A tensor that is missing, or that nobody asks for, is an error.
+# several devices to its part of the mesh. A tensor that is missing, or that nobody asks for, is an error. The layers
+# are stacked for tuning, so that one of them is compiled instead of all.
 
 # %%
 mesh = make_mesh(auto_mesh(config, len(devices)), devices) if len(devices) > 1 else None
-backbone, tokenizer = Backbone.from_pretrained(MODEL, mesh=mesh), load_tokenizer(MODEL)
+backbone, tokenizer = Backbone.from_pretrained(MODEL, stacked=True, mesh=mesh), load_tokenizer(MODEL)
 where = "one device" if mesh is None else ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
 print(f"{config.size / 1e6:.1f}M parameters in {config.num_hidden_layers} layers, {backbone.dtype}, on {where}")
 
@@ -132,8 +133,8 @@ else:
 # ## Tuning
 #
 # A step takes rows of every tenant through the frozen model once. Each tenant has its own loss, its own clipping and
-# its own learning rate, and learns what it would have learnt alone. The first steps compile. If this cell is
-# interrupted, running it again goes on where it stopped.
+# its own learning rate, and learns what it would have learnt alone. The run plans its programs from the lengths of the
+# rows and compiles all of them when it begins. If this cell is interrupted, running it again goes on where it stopped.
 
 # %%
 from IPython.display import Image
@@ -163,14 +164,18 @@ Image(f"{OUT}/loss.png")
 # ## All of them in one batch
 #
 # Every row of a batch has its own tenant, or none. While it decodes, the program sees scale vectors and low-rank pairs
-# only: no tenant, and nothing is compiled again when others come.
+# only: no tenant, and nothing is compiled again when others come. A CPU decodes faster with the layers apart, so there
+# the model is read once more.
 
 # %%
+from para_jax.backbones.options import default_stacked
+
+decoder = backbone if default_stacked() else Backbone.from_pretrained(MODEL, mesh=mesh)
 prompts = [held_out[TENANTS[0]][i].prompt for i in range(4)]
 askers = [None, *configs]
 batch = [(prompt, asker) for prompt in prompts for asker in askers]
 answers = complete(
-    backbone, tokenizer, [p for p, _ in batch], bank=bank, tenants=[a for _, a in batch], max_new_tokens=12
+    decoder, tokenizer, [p for p, _ in batch], bank=bank, tenants=[a for _, a in batch], max_new_tokens=12
 )
 for (prompt, asker), answer in zip(batch, answers, strict=True):
     if asker is None:
@@ -186,7 +191,7 @@ for (prompt, asker), answer in zip(batch, answers, strict=True):
 from para_jax.evaluation.evaluate import evaluate
 
 some = {name: rows[:40] for name, rows in held_out.items()}
-scores = evaluate(backbone, tokenizer, some, bank, max_new_tokens=12, batch_size=160)
+scores = evaluate(decoder, tokenizer, some, bank, max_new_tokens=12, batch_size=160)
 for name, of in scores.items():
     print(f"{name:14} {of['exact_match']:.0%}")
 
@@ -214,8 +219,6 @@ def vectors(tenant, examples):
     for i, e in enumerate(examples):
         tokens[i, : len(e.prompt_ids)], mask[i, : len(e.prompt_ids)] = e.prompt_ids, True
     adjustments = prepared(backbone, tokens, mask, bank.rows([tenant], repeats=len(examples)))
-    if not backbone.stacked:  # an Adjustment for each layer
-        adjustments = jax.tree.map(lambda *x: np.stack(x), *adjustments)
     return {site: np.asarray(adjustments.offsets[site], np.float32) for site in ParaConfig().target_modules}
 
 
@@ -320,7 +323,7 @@ for name in configs:
 
 reloaded = AdapterBank.load({name: Path(OUT, name) for name in configs}, config)
 again = complete(
-    backbone, tokenizer, [p for p, _ in batch], bank=reloaded, tenants=[a for _, a in batch], max_new_tokens=12
+    decoder, tokenizer, [p for p, _ in batch], bank=reloaded, tenants=[a for _, a in batch], max_new_tokens=12
 )
 assert [a.text for a in again] == [a.text for a in answers]
 

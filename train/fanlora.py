@@ -57,7 +57,8 @@ def main() -> None:
     if not equals or not task or not task_file:
         parser.error(f"--task takes NAME=FILE, not {args.task!r}")
 
-    backbone, tokenizer = Backbone.from_pretrained(args.model), load_tokenizer(args.model)
+    # Nothing is decoded here: with its layers stacked, one of them is compiled instead of all.
+    backbone, tokenizer = Backbone.from_pretrained(args.model, stacked=True), load_tokenizer(args.model)
     shape = backbone.config
     args.out.mkdir(parents=True)
     common = f"--model {args.model} --steps {args.steps} --lr {args.lr} --rows {args.rows} --seed {args.seed}"

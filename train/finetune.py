@@ -19,6 +19,7 @@ import configs
 import jax
 
 from para_jax import AdapterBank, Backbone, BackboneConfig, ParaJaxError, complete
+from para_jax.backbones.options import default_stacked
 from para_jax.convert.tokenizer import check_vocabulary, load_tokenizer
 from para_jax.data.examples import Examples, encode_rows, read_examples
 from para_jax.distributed import first, start
@@ -62,8 +63,9 @@ def main() -> None:
     if jax.device_count() > 1 and jax.default_backend() != "cpu":
         mesh = make_mesh(recipe.mesh or auto_mesh(shape, jax.device_count()))
 
-    # The frozen backbone: every tensor goes to its place on the mesh while it is read.
-    backbone = Backbone.from_pretrained(recipe.model, quantize=recipe.quantize, mesh=mesh)
+    # The frozen backbone: every tensor goes to its place on the mesh while it is read. With its layers stacked, one of
+    # them is compiled instead of all.
+    backbone = Backbone.from_pretrained(recipe.model, stacked=True, quantize=recipe.quantize, mesh=mesh)
     tokenizer = load_tokenizer(recipe.model)
     check_vocabulary(tokenizer, shape.vocab_size)
     where = "one device" if mesh is None else ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
@@ -97,10 +99,13 @@ def main() -> None:
     with loggers:
         finetune(
             backbone, bank, train, dict.fromkeys(recipe.tenants, recipe.settings), args.out, dev=dev, rows=recipe.rows,
-            micro_batches=recipe.micro_batches, checkpoint_every=recipe.checkpoint_every, resume=args.resume, show=say,
-            loggers=loggers,
+            micro_batch_tokens=recipe.micro_batch_tokens, checkpoint_every=recipe.checkpoint_every, resume=args.resume,
+            show=say, loggers=loggers,
         )  # fmt: skip
     bank = AdapterBank.load({name: args.out / name for name in recipe.tenants}, shape)
+    if not default_stacked():  # a CPU decodes faster with the layers apart
+        del backbone  # never twice in memory
+        backbone = Backbone.from_pretrained(recipe.model, quantize=recipe.quantize, mesh=mesh)
 
     # One batch with a row of every tenant, and the bare backbone on the same prompts.
     prompts = [test[name][0].prompt_ids for name in recipe.tenants]

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from study_data import Task, groups, mixture, read_task
+from study_data import Task, mixture, read_task
 from study_report import write_report
 from study_systems import GRIDS, METHODS, System, matched, method_systems, variant_systems, variants
 from study_tune import Run, Tuned, speed, tune
@@ -41,6 +41,7 @@ from para_jax.adapters.fanlora import FanLoraConfig
 from para_jax.adapters.lora import LoraConfig
 from para_jax.adapters.method import MethodConfig
 from para_jax.backbones.decoder import Backbone
+from para_jax.backbones.options import default_stacked
 from para_jax.cli.common import pairs, write_json
 from para_jax.convert.tokenizer import load_tokenizer
 from para_jax.errors import ParaJaxError, unknown
@@ -64,7 +65,7 @@ class Part(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """All that parts read, and the results that they add to. `backbone` is tuned with, `scorer` scores."""
+    """All that parts read, and the results that they add to. `backbone` is tuned with, `scorer` answers."""
 
     args: argparse.Namespace
     backbone: Backbone
@@ -97,12 +98,10 @@ def plan(study: Study) -> Iterator[Part]:
             work = work_of(study, {"mixture": both}, len(args.grids["lora"])) * args.mixture_steps / args.steps
             yield Part(f"fanlora/{together}", work, partial(importance_part, study, both))
     for system in systems(study):
-        for names in groups(everything):
-            some = {name: everything[name] for name in names}
-            key, swept = (f"{system.part}/{system.label}/{kind}/{'+'.join(names)}" for kind in ("seeds", "sweep"))
-            if len(system.grid) > 1:
-                yield Part(swept, work_of(study, some, len(system.grid)), partial(sweep, study, system, some))
-            yield Part(key, work_of(study, some, args.seeds), partial(seeds, study, system, some, swept))
+        key, swept = (f"{system.part}/{system.label}/{kind}/{'+'.join(everything)}" for kind in ("seeds", "sweep"))
+        if len(system.grid) > 1:
+            yield Part(swept, work_of(study, everything, len(system.grid)), partial(sweep, study, system))
+        yield Part(key, work_of(study, everything, args.seeds), partial(seeds, study, system, swept))
     if args.part == "study":
         yield Part(f"speed/{','.join(args.methods)}", 0, partial(speed_part, study))
 
@@ -118,10 +117,10 @@ def tuned(study: Study, config: MethodConfig, runs: list[Run], tasks: Mapping[st
     return tune(study.backbone, config, runs, tasks, **options)
 
 
-def sweep(study: Study, system: System, tasks: Mapping[str, Task]) -> dict[str, Any]:
+def sweep(study: Study, system: System) -> dict[str, Any]:
     """Every learning rate of the grid on every task, with seed 0."""
-    runs = [Run(task, lr, 0) for task in tasks for lr in system.grid]
-    result = tuned(study, system.config(), runs, tasks)
+    runs = [Run(task, lr, 0) for task in study.tasks for lr in system.grid]
+    result = tuned(study, system.config(), runs, study.tasks)
     return {"runs": list(result.runs.values()), "training_tokens_per_second": result.tokens_per_second}
 
 
@@ -133,9 +132,9 @@ def best_rates(study: Study, system: System, sweep_key: str) -> dict[str, float]
     return {run["task"]: run["lr"] for run in runs}
 
 
-def seeds(study: Study, system: System, tasks: Mapping[str, Task], sweep_key: str) -> dict[str, Any]:
+def seeds(study: Study, system: System, sweep_key: str) -> dict[str, Any]:
     """Every seed of every task with its best learning rate; the kept adapters answer the test rows."""
-    rates, config = best_rates(study, system, sweep_key), system.config()
+    rates, config, tasks = best_rates(study, system, sweep_key), system.config(), study.tasks
     runs = [Run(task, rates[task], seed) for task in tasks for seed in range(1, study.args.seeds + 1)]
     result = tuned(study, config, runs, tasks)
     scores = scored(study, {name: tasks[run["task"]] for name, run in result.runs.items()}, result.bank)
@@ -200,7 +199,8 @@ def speed_part(study: Study) -> dict[str, Any]:
     configs: dict[str, MethodConfig | None] = {"bare": None}
     configs |= {system.label: system.config() for system in systems(study)}
     first = next(iter(study.tasks.values())).train
-    return {"speed": speed(study.backbone, study.tokenizer, configs, first, rows=study.args.rows, show=show)}
+    given = (study.backbone, study.scorer, study.tokenizer, configs, first)
+    return {"speed": speed(*given, rows=study.args.rows, show=show)}
 
 
 def show(line: str) -> None:
@@ -282,8 +282,10 @@ def main(argv: list[str] | None = None) -> None:
 
     keep_freed_memory()
     model = args.model or tiny_backbone_path()
-    backbone, tokenizer = Backbone.from_pretrained(model, dtype=args.dtype), load_tokenizer(model)
-    scorer = backbone if args.dtype == "auto" else Backbone.from_pretrained(model)
+    # Stacked layers for tuning, of which one is compiled; for scoring what decodes fastest, on a CPU layers apart.
+    backbone = Backbone.from_pretrained(model, dtype=args.dtype, stacked=True)
+    scorer = backbone if args.dtype == "auto" and default_stacked() else Backbone.from_pretrained(model)
+    tokenizer = load_tokenizer(model)
     results["backbone"] = {"name": Path(model).name, "parameters": backbone.config.size}
     length = min(args.max_length, backbone.config.max_position_embeddings)
     tasks = {}

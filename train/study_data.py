@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from para_jax.backbones.decoder import Backbone
-from para_jax.data.batches import bucket
 from para_jax.data.examples import Example, Examples, encode_rows
 from para_jax.data.sources import read_rows
 from para_jax.errors import ParaJaxError
@@ -32,10 +31,6 @@ class Task:
     max_new_tokens: int
     facts: dict[str, Any]
 
-    @property
-    def longest(self) -> int:
-        return max(len(e) for e in (*self.train, *self.dev))
-
 
 def read_task(
     folder: Path, tokenizer: Any, backbone: Backbone, *, dev_rows: int, test_rows: int, length: int, new_tokens: int
@@ -43,8 +38,8 @@ def read_task(
     """The splits of FOLDER/{train,dev,test}.jsonl; without a dev file, prompts of the training rows are held out.
 
     A training row whose prompt is in dev or test is left out, and a dev row whose prompt is in test. Rows above the
-    99th percentile of length, or above `length` tokens, are left out of tuning: a few long ones would set the size
-    of every batch. Test rows are never left out for their length. What is drawn depends on the task's name only.
+    99th percentile of length, or above `length` tokens, are left out of tuning: a few long ones would set the length
+    of every packed row. Test rows are never left out for their length. What is drawn depends on the task's name only.
     """
     rows = {path.stem: [row for _, row in read_rows(path)] for path in sorted(folder.glob("*.jsonl"))}
     for split in ("train", "test"):
@@ -94,20 +89,13 @@ def read_task(
     }
     # Of a row with choices the text is not scored, so one token of it is enough.
     most = 1 if first.choices else min(new_tokens, longest_answer)
-    return Task(folder.name, fit["train"], dev_fit, examples["test"], score, most, facts)
+    tuned = Examples.of(fit["train"]), Examples.of(dev_fit)
+    return Task(folder.name, *tuned, examples["test"], score, most, facts)
 
 
 def mixture(tasks: Sequence[Task]) -> Task:
     """All tasks in equal parts, as one task to tune on: FanLoRA's instruction mixture. It has no test rows."""
     draw = random.Random("mixture")
     size = {split: min(len(getattr(task, split)) for task in tasks) for split in ("train", "dev")}
-    train, dev = ([e for t in tasks for e in draw.sample(getattr(t, s), size[s])] for s in ("train", "dev"))
+    train, dev = (Examples.of(e for t in tasks for e in draw.sample(getattr(t, s), size[s])) for s in ("train", "dev"))
     return Task("mixture", train, dev, (), "", 1, {"used": {"train": len(train), "dev": len(dev)}})
-
-
-def groups(tasks: Mapping[str, Task]) -> list[list[str]]:
-    """The tasks by length, to be tuned together: all rows of a step are padded to its longest."""
-    together: dict[int, list[str]] = {}
-    for name, task in tasks.items():
-        together.setdefault(bucket(task.longest, least=128, parts=1), []).append(name)
-    return list(together.values())

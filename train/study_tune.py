@@ -11,7 +11,7 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -23,16 +23,14 @@ from para_jax.adapters.adapter import Adapter
 from para_jax.adapters.bank import AdapterBank
 from para_jax.adapters.method import MethodConfig
 from para_jax.backbones.decoder import Backbone
-from para_jax.backbones.options import default_remat
-from para_jax.backbones.ragged import Line
-from para_jax.data.batches import Batch, pad
 from para_jax.data.examples import Example
 from para_jax.data.order import order
 from para_jax.decoding.generate import complete
-from para_jax.training.loss import loss_of
 from para_jax.training.metrics import Progress
 from para_jax.training.optimizer import Settings
-from para_jax.training.step import TrainState, slots_of, stack_settings, train_step
+from para_jax.training.places import Layout, in_order
+from para_jax.training.programs import Parts, Programs
+from para_jax.training.watch import dev_losses
 
 
 class Run(NamedTuple):
@@ -68,42 +66,49 @@ def tune(
     First weights and the order of rows depend on the task and the seed only: methods and learning rates are compared
     on the same rows.
     """
-    shape, remat = backbone.config, default_remat()
-    # Names without rate and seed: the parts of a method then run the same program.
+    shape = backbone.config
+    # Names without rate and seed: the parts of a method then run the same programs.
     count: Counter[str] = Counter()
-    named = {}
+    named: dict[str, Run] = {}
     for run in runs:
         named[f"{run.task}.{count[run.task]}"] = run
         count[run.task] += 1
     names = tuple(named)
     keys = {name: jax.random.key(zlib.crc32(f"{run.task}/{run.seed}".encode())) for name, run in named.items()}
     bank = AdapterBank.stack({name: Adapter.create(config, shape, key) for name, key in keys.items()}, shape)
-    rules = stack_settings(bank, {name: Settings.checked(steps=steps, lr=run.lr) for name, run in named.items()})
+    settings = {name: Settings.checked(steps=steps, lr=run.lr) for name, run in named.items()}
+    train = {name: tasks[run.task].train for name, run in named.items()}
+    dev = {name: tasks[run.task].dev for name, run in named.items()}
 
     def rows_at(run: Run, step: int) -> list[Example]:
-        train = tasks[run.task].train
-        return [train[i] for i in order(run.seed, run.task, train, range(step * rows, (step + 1) * rows))]
+        own = tasks[run.task].train
+        return [own[i] for i in order(run.seed, run.task, own, range(step * rows, (step + 1) * rows))]
 
-    training = one_shape([pad([[rows_at(run, step) for run in runs]]) for step in range(steps)])
-    dev = one_shape(dev_batches([tasks[run.task].dev for run in runs], rows))
-
-    state, kept, slots = TrainState.create(bank), bank, slots_of(bank, names)
-    best, best_step = np.full(len(runs), np.inf), np.zeros(len(runs), int)
+    parts = parts_of(backbone, bank, settings, train, dev, rows)
+    kept, best, best_step = bank, np.full(len(runs), np.inf), np.zeros(len(runs), int)
     curve: list[list[float]] = []
     progress, rates = Progress(0, show), []
-    for step in range(steps + 1):
-        if step % every == 0 or step == steps:
-            loss_n = dev_loss(backbone, state.bank, dev, names)
-            better = loss_n < best  # never for a loss that is no number
-            kept = _newer(kept, state.bank, better)
-            best, best_step = np.where(better, loss_n, best), np.where(better, step, best_step)
-            curve.append([step, *loss_n.tolist()])
-        if step < steps:
-            began = time.perf_counter()
-            state, values = train_step(backbone, state, rules, training[step], slots, remat=remat)
-            losses = dict(zip(names, jax.device_get(values["loss"]).tolist(), strict=True))
-            rates.append(training[step].size / (time.perf_counter() - began))
-            progress.update(step + 1, steps, training[step].size, losses)
+    with Programs(parts) as programs:
+        show(f"micro-batches of {' and '.join(f'{s.rows} x {s.length}' for s in parts.shapes)}; compiling {programs}")
+        programs.wait_for_all()
+        state, sums, slots = parts.state, parts.sums, parts.layout.slots(parts.state.bank, [names])
+        for step in range(steps + 1):
+            if step % every == 0 or step == steps:
+                found = dev_losses(backbone, state.bank, parts.layout, parts.shapes, [names], dev)
+                loss_n = np.array([found[name] for name in names])
+                better = loss_n < best  # never for a loss that is NaN
+                kept = _newer(kept, state.bank, better)
+                best, best_step = np.where(better, loss_n, best), np.where(better, step, best_step)
+                curve.append([step, *loss_n.tolist()])
+            if step < steps:
+                of_step = {name: rows_at(run, step) for name, run in named.items()}
+                batches = list(parts.layout.batches([names], of_step, parts.shapes))
+                began = time.perf_counter()
+                state, sums, values = parts.step(backbone, state, sums, slots, batches)
+                losses = in_order([names], jax.device_get(values))["loss"]
+                tokens = sum(len(e) for some in of_step.values() for e in some)
+                rates.append(tokens / (time.perf_counter() - began))
+                progress.update(step + 1, steps, tokens, losses)
     records = {
         name: {
             **run._asdict(),
@@ -125,56 +130,21 @@ def _newer(kept: AdapterBank, bank: AdapterBank, better_n: np.ndarray) -> Adapte
     return jax.tree.map(choose, kept, bank)
 
 
-def dev_batches(dev: Sequence[Sequence[Example]], rows: int) -> list[Batch]:
-    """The tenants' dev rows, `rows` of each in a batch; a tenant with fewer gets rows that count nothing."""
-    batches = []
-    for start in range(0, max(map(len, dev)), rows):
-        parts = [some[start : start + rows] for some in dev]
-        fill = [Example.of(some[0].prompt_ids, ()) for some in dev]
-        batches.append(pad([[[*part, *[e] * (rows - len(part))] for part, e in zip(parts, fill, strict=True)]]))
-    return batches
-
-
-_losses = jax.jit(loss_of)
-
-
-def dev_loss(backbone: Backbone, bank: AdapterBank, batches: Sequence[Batch], names: tuple[str, ...]) -> np.ndarray:
-    """Each tenant's mean cross-entropy of a response token, float64."""
-    total, tokens = np.zeros(len(names)), np.zeros(len(names), int)
-    for batch in batches:
-        rows = bank.rows(names, repeats=batch.tokens.shape[1] // len(names))
-        loss_n = np.asarray(_losses(backbone, rows, batch.micro_batch(0), batch.target_count)[0], np.float64)
-        total, tokens = total + loss_n * batch.target_count[0], tokens + batch.target_count[0]
-    return total / tokens
-
-
-def one_shape(batches: Sequence[Batch]) -> list[Batch]:
-    """The batches padded to the largest of them, so that one program runs them all."""
-    t = max(batch.tokens.shape[2] for batch in batches)
-    k = max(batch.target_place.shape[2] for batch in batches)
-    line = Line(*(max(sizes) for sizes in zip(*(batch.line for batch in batches), strict=True)))
-
-    def wider(x: np.ndarray, width: int, fill: int = 0) -> np.ndarray:
-        return np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, width - x.shape[-1])], constant_values=fill)
-
-    widened = []
-    for batch in batches:
-        row, column = np.divmod(batch.target_place, np.int32(batch.tokens.shape[2]))
-        widened.append(
-            replace(
-                batch,
-                tokens=wider(batch.tokens, t),
-                target_place=wider(row * np.int32(t) + column, k),
-                target_token=wider(batch.target_token, k),
-                target_tenant=wider(batch.target_tenant, k, fill=batch.target_count.shape[1]),
-                line=line,
-            )
-        )
-    return widened
+def parts_of(
+    backbone: Backbone,
+    bank: AdapterBank,
+    settings: Mapping[str, Settings],
+    train: Mapping[str, Sequence[Example]],
+    dev: Mapping[str, Sequence[Example]],
+    rows: int,
+) -> Parts:
+    """What a run's programs are compiled for, planned from its rows; all tenants are in every step."""
+    return Parts.planned(backbone, bank, train, settings, Layout.of(None, len(bank.names), rows), dev=dev)[0]
 
 
 def speed(
     backbone: Backbone,
+    decoder: Backbone,
     tokenizer: Any,
     configs: Mapping[str, MethodConfig | None],
     examples: Sequence[Example],
@@ -187,33 +157,34 @@ def speed(
 ) -> dict[str, dict[str, Any]]:
     """Training and decode tokens a second of each method in rounds A B C A B C, with the medians.
 
-    Training: one task's rows, so many `tenants` with `rows` each. Decode: one row of each tenant, prompts of 32
-    tokens, `new` tokens each, prefill included. None stands for the bare backbone, which does not train.
+    `backbone` is tuned with, `decoder` decodes. Training: one task's rows, so many `tenants` with `rows` each, the same
+    in every step. Decode: one row of each tenant, prompts of 32 tokens, `new` tokens each, prefill included. None is
+    the bare backbone, which does not train.
     """
     names = tuple(f"t{i}" for i in range(tenants))
-    picked = [[examples[(i * rows + j) % len(examples)] for j in range(rows)] for i in range(tenants)]
-    batch = pad([picked])
+    picked = {n: [examples[(i * rows + j) % len(examples)] for j in range(rows)] for i, n in enumerate(names)}
+    tokens = sum(len(e) for some in picked.values() for e in some)
     prompts = [[(7 * i + 3 * j) % backbone.config.vocab_size for j in range(32)] for i in range(tenants)]
     banks = {label: config and AdapterBank.create(dict.fromkeys(names, config), backbone.config)
              for label, config in configs.items()}  # fmt: skip
-    states = {label: TrainState.create(bank) for label, bank in banks.items() if bank is not None}
+    settings = dict.fromkeys(names, Settings())
     trained = {label: bank for label, bank in banks.items() if bank is not None}
-    rules = {label: stack_settings(bank, dict.fromkeys(names, Settings())) for label, bank in trained.items()}
-    slots = {label: slots_of(bank, names) for label, bank in trained.items()}
-    remat = default_remat()
+    parts = {label: parts_of(backbone, bank, settings, picked, {}, rows) for label, bank in trained.items()}
+    running = {label: (of.state, of.sums) for label, of in parts.items()}
+    slots = {label: of.layout.slots(of.state.bank, [names]) for label, of in parts.items()}
+    batches = {label: list(of.layout.batches([names], picked, of.shapes)) for label, of in parts.items()}
     found: dict[str, dict[str, list[float]]] = {label: {"training": [], "decode": []} for label in configs}
     for turn in range(rounds + 1):  # the first compiles
         for label, bank in banks.items():
-            if label in states:
+            if label in parts:
                 began = time.perf_counter()
-                states[label], values = train_step(
-                    backbone, states[label], rules[label], batch, slots[label], remat=remat
-                )
+                *after, values = parts[label].step(backbone, *running[label], slots[label], batches[label])
                 jax.block_until_ready(values)
-                found[label]["training"].append(batch.size / (time.perf_counter() - began))
+                running[label] = after
+                found[label]["training"].append(tokens / (time.perf_counter() - began))
             began = time.perf_counter()
             complete(
-                backbone, tokenizer, prompts, bank=bank, tenants=None if bank is None else names,
+                decoder, tokenizer, prompts, bank=bank, tenants=None if bank is None else names,
                 max_new_tokens=new, eos_token_id=(),
             )  # fmt: skip
             found[label]["decode"].append(tenants * new / (time.perf_counter() - began))

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import pickle
 import shutil
 import sys
 from pathlib import Path
@@ -12,10 +13,11 @@ import pytest
 from para_jax import BackboneConfig, ParaConfig, ParaJaxError, tiny_backbone_path
 from para_jax.adapters.fanlora import FanLoraConfig
 from para_jax.convert.checkpoint import save_backbone
-from para_jax.data.examples import Example
 from para_jax.data.quickstart import quickstart_rows
 from para_jax.evaluation.choices import choice_log_likelihoods
-from tests.helpers import random_backbone, random_bank
+from para_jax.training.places import Layout
+from tests.compilations import compilations
+from tests.helpers import random_backbone
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "train"))
 
@@ -94,7 +96,8 @@ def test_splits_are_disjoint_and_deterministic(data, tiny, name):
     prompts = [{e.prompt for e in split} for split in (task.train, task.dev, task.test)]
     assert [len(p) for p in prompts][1:] == [10, 12] and len(prompts[0]) >= 45
     assert not prompts[0] & prompts[1] and not prompts[0] & prompts[2] and not prompts[1] & prompts[2]
-    assert read(data / name, tiny) == task
+    again = read(data / name, tiny)
+    assert again.facts == task.facts and pickle.dumps([again.train, again.dev]) == pickle.dumps([task.train, task.dev])
     # Even the dev rows that were not drawn are not trained on.
     if name == "mood":
         rows = [json.loads(line)["prompt"] for line in (data / name / "dev.jsonl").read_text().splitlines()]
@@ -106,29 +109,50 @@ def test_splits_are_disjoint_and_deterministic(data, tiny, name):
 
 def test_long_rows_are_left_out_of_tuning_only(data, tiny):
     task = read(data / "mood", tiny, length=14)
-    assert task.longest <= 14 < max(len(e) for e in task.test)
+    longest = [max(map(len, split)) for split in (task.train, task.dev, task.test)]
+    assert max(longest[:2]) <= 14 < longest[2]
     with pytest.raises(ParaJaxError, match="mood has no train row of at most 3 tokens"):
         read(data / "mood", tiny, length=3)
 
 
-def test_batches_of_one_shape_and_uneven_dev_rows_have_the_losses_of_their_rows():
-    """The dev loss of a tenant is its own mean over response tokens, whatever the padding and the others' rows."""
-    backbone = random_backbone()
-    bank = random_bank({"a": ParaConfig(r=2), "b": ParaConfig(r=2)}, backbone.config)
-    draw = np.random.default_rng(0)
+def test_runs_are_kept_at_their_lowest_dev_loss_and_compared_on_the_same_rows(data, tiny, monkeypatch):
+    """A run's recorded loss is that of its kept adapter on its own dev rows, alone; what its step holds depends on its
+    task, its seed and the step only; and the seeds run the programs of the sweep.
+    """
+    tasks = {name: read(data / name, tiny, dev_rows=rows) for name, rows in (("mood", 5), ("question", 9))}
+    backbone = random_backbone(stacked=True, vocab_size=TINY.vocab_size, num_hidden_layers=1)
+    steps: list[list[list[str]]] = []
+    batches = Layout.batches
 
-    def example(prompt: int, response: int) -> Example:
-        ids = tuple(draw.integers(1, 61, prompt + response).tolist())
-        return Example.of(ids[:prompt], ids[prompt:])
+    def noted(self, homes, rows, shapes):
+        if rows.keys() == set(homes[0]) and {len(own) for own in rows.values()} == {3}:
+            steps.append([[e.prompt for e in rows[name]] for name in homes[0]])
+        return batches(self, homes, rows, shapes)
 
-    dev = [[example(4 + 5 * i, 2 + i) for i in range(5)], [example(9, 3)] * 2]
-    batches = study_tune.one_shape(study_tune.dev_batches(dev, rows=2))
-    assert len({(b.tokens.shape, b.target_place.shape, b.line) for b in batches}) == 1 and len(batches) == 3
-    found = study_tune.dev_loss(backbone, bank, batches, ("a", "b"))
-    for name, rows, loss in zip("ab", dev, found, strict=True):
-        prompts, answers = [e.prompt_ids for e in rows], [[e.response_ids] for e in rows]
-        sums = choice_log_likelihoods(backbone, prompts, answers, bank=bank, tenants=[name] * len(rows), batch_size=1)
-        np.testing.assert_allclose(loss, -np.sum(sums) / sum(len(e.response_ids) for e in rows), rtol=1e-5)
+    monkeypatch.setattr(Layout, "batches", noted)
+
+    def tune(rates, seeds):
+        runs = [study_tune.Run(task, lr, seed) for task in tasks for lr, seed in zip(rates, seeds, strict=True)]
+        options = {"steps": 6, "rows": 3, "every": 2, "show": lambda line: None}
+        tuned = study_tune.tune(backbone, ParaConfig(r=2), runs, tasks, **options)
+        assert [(run["task"], run["lr"], run["seed"]) for run in tuned.runs.values()] == runs
+        return tuned
+
+    tuned = tune((1e-2, 3.0), (0, 0))
+    for name, run in tuned.runs.items():
+        dev = tasks[run["task"]].dev
+        prompts, answers = [e.prompt_ids for e in dev], [[e.response_ids] for e in dev]
+        sums = choice_log_likelihoods(backbone, prompts, answers, bank=tuned.bank, tenants=[name] * len(dev))
+        alone = -np.sum(sums) / sum(len(e.response_ids) for e in dev)
+        np.testing.assert_allclose(run["dev_loss"], alone, rtol=1e-4)
+        assert run["kept_step"] == min(run["dev_curve"], key=lambda point: point[1])[0]
+    assert len({run["kept_step"] for run in tuned.runs.values()}) > 1, "each is kept at a step of its own"
+    assert len(steps) == 6 and all(mood == again for mood, again, *_ in steps)
+
+    steps.clear()
+    with compilations() as compiled:
+        tune((1e-3, 1e-3), (1, 2))
+    assert not compiled and all(mood != other for mood, other, *_ in steps)
 
 
 def results() -> dict:

@@ -36,8 +36,9 @@ class Recipe:
       model: a folder or a hub id.
       tenants: by name.
       settings: of every tenant's optimizer.
-      rows: of each tenant in a step, in `micro_batches` parts.
+      rows: of each tenant in a step.
       max_length: tokens of a row; longer prompts are cut at their beginning.
+      micro_batch_tokens: that a device computes at once, at most; None for what suits it.
       quantize: "int8" or "int4" for the backbone's layers.
       mesh: as fsdp=8,tensor=2; None for what suits the devices.
       topology: the chips it is meant for, as `para-jax plan` names them; None for any CPU.
@@ -50,7 +51,7 @@ class Recipe:
     settings: Settings
     rows: int
     max_length: int
-    micro_batches: int = 1
+    micro_batch_tokens: int | None = None
     quantize: Any = None
     mesh: str | None = None
     topology: str | None = None

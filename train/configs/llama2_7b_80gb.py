@@ -20,7 +20,7 @@ recipe = Recipe(
     tenants=TENANTS,
     settings=Settings.checked(steps=2000, lr=1e-4, eval_every=200, patience=5),
     rows=16,
-    micro_batches=2,
     max_length=1024,
+    micro_batch_tokens=24_576,  # half of a step whose rows are all full
     topology="gpu:h100x1",
 )
