@@ -1,4 +1,4 @@
-"""Fine-tuning eight tenants: all in one step with para_jax, against eight peft runs one after the other.
+"""Steps of eight tenants in one fixed shape: all at once with para_jax, against eight peft runs one after the other.
 
     python benchmarks/finetune.py                       (the tiny backbone, then the 32M shape)
     python benchmarks/finetune.py --data A.jsonl B.jsonl ...      (tenants' files instead of drawn rows)
@@ -7,17 +7,19 @@
 The same rows and tokens, the same number of rows of each tenant in a step, float32, two cores, AdamW with a
 gradient norm of at most 1, loss on the response only:
 
-    para              `para_jax.training.step.train_step`: one batch holds every tenant's rows; PARA, r=12
+    para              `accumulate` and `update` of `para_jax.training.step`: every step holds all tenants' rows,
+                      packed into micro-batches of one fixed shape, layers stacked; PARA, r=12
     lora, same size   peft's LoRA on PARA's sites, its r chosen for about as many parameters
     lora, r=8         peft's LoRA as peft does it by default: q_proj and v_proj
     ia3               peft's IA3 as peft does it by default: k_proj, v_proj and down_proj
 
 A peft run is a model with one adapter and a plain loop over batches of that tenant's rows, padded to the
 longest, on transformers' model. Its building and its first step are not timed; ours compiles before and is
-given a step, too. Rows are drawn with mixed lengths, or come from the files; tokens a second count tokens
-that are not padding. Before anything is timed, the losses of fresh adapters, which are the identity, are
-compared: they show that all see the same tokens. Our process keeps the memory it frees, as `para-jax finetune`
-does; peft's does what Python and torch do, or with --keep-memory the same as ours.
+given a step, too. So this is the speed of steps. A run also plans and compiles, and may use two shapes on a CPU.
+Rows are drawn with mixed lengths, or come from the files; tokens a second count tokens that are not padding.
+Before anything is timed, the losses of fresh adapters, which are the identity, are compared: they show that all
+see the same tokens. Our process keeps the memory it frees, as `para-jax finetune` does; peft's does what Python
+and torch do, or with --keep-memory the same as ours.
 
 Goal: on the tiny backbone at least 1.5 times the tokens a second of each; on the 32M shape (8 layers, hidden
 size 512, random weights) it is reported.
@@ -67,7 +69,7 @@ def rows_of_files(paths: list[Path], tenants: int, count: int, longest: int) -> 
     return data
 
 
-def rows_of_step(rows: list[Row], step: int, count: int) -> list[Row]:
+def rows_of_step(rows: list[Any], step: int, count: int) -> list[Any]:
     return [rows[(step * count + i) % len(rows)] for i in range(count)]
 
 
@@ -77,29 +79,27 @@ def para_jax_worker(folder: str, data: list[list[Row]], count: int, remat: bool)
     keep_freed_memory()  # as the command line does
     compilations = common.count_compilations()
     import jax
+    from steps import Steps
 
     from para_jax import AdapterBank, Backbone, ParaConfig
-    from para_jax.data.batches import pad
     from para_jax.data.examples import Example
-    from para_jax.training.optimizer import Settings
-    from para_jax.training.step import TrainState, slots_of, stack_settings, train_step
+    from para_jax.training.places import in_order
 
-    backbone = Backbone.from_pretrained(folder, dtype="float32")
-    names = tuple(f"tenant-{i}" for i in range(len(data)))
-    bank = AdapterBank.create(dict.fromkeys(names, ParaConfig(r=12)), backbone.config)
-    settings = stack_settings(bank, dict.fromkeys(names, Settings(steps=10**6, lr=1e-3)))
-    state, slots = [TrainState.create(bank)], slots_of(bank, names)
+    backbone = Backbone.from_pretrained(folder, dtype="float32", stacked=True)
+    examples = {f"tenant-{i}": [Example.of(p, r) for p, r in rows] for i, rows in enumerate(data)}
+    bank = AdapterBank.create(dict.fromkeys(examples, ParaConfig(r=12)), backbone.config)
+    steps = Steps(backbone, bank, examples, count, "layers" if remat else "none")
 
     def one(step: int) -> tuple[list[float], int]:
-        """A step as the training loop takes it: the batch is made here, and losses are fetched."""
-        rows = [[Example.of(tuple(p), tuple(r)) for p, r in rows_of_step(t, step, count)] for t in data]
-        batch = pad([rows])
-        state[0], values = train_step(backbone, state[0], settings, batch, slots, remat="layers" if remat else "none")
-        return jax.device_get(values["loss"]).tolist(), batch.size
+        """A step as the training loop takes it: the micro-batches are made here, and losses are fetched."""
+        rows = {name: rows_of_step(own, step, count) for name, own in examples.items()}
+        values = jax.device_get(steps.take(steps.batches(rows)))
+        losses = in_order(steps.homes, values)["loss"]
+        return [losses[name] for name in examples], sum(len(e) for own in rows.values() for e in own)
 
-    def run(first: int, steps: int) -> tuple[float, int]:
+    def run(first: int, number: int) -> tuple[float, int]:
         one(first)
-        seconds, sizes = common.timed(lambda: [one(first + 1 + i)[1] for i in range(steps)])
+        seconds, sizes = common.timed(lambda: [one(first + 1 + i)[1] for i in range(number)])
         return seconds, sum(sizes)
 
     def facts() -> dict[str, Any]:
@@ -109,6 +109,7 @@ def para_jax_worker(folder: str, data: list[list[Row]], count: int, remat: bool)
             "parameters": ParaConfig(r=12).size(backbone.config),
             "backbone": backbone.config.size,
             "dtype": str(backbone.dtype),
+            "micro_batch": steps.shape,
         }
 
     return {"run": run, "losses": lambda: one(0)[0], "facts": facts, "compilations": compilations}
@@ -237,7 +238,8 @@ def measure(args: argparse.Namespace, folder: str, vocabulary: int) -> dict[str,
     }
     common.print_table(
         f"{facts['backbone'] / 1e6:.1f}M parameters, {facts['dtype']}; {args.tenants} tenants, {args.rows} "
-        f"rows each in a step, {args.steps} steps; {args.rounds} rounds: median (min..max)",
+        f"rows each in a step, {args.steps} steps in one fixed shape ({facts['micro_batch']} tokens); "
+        f"{args.rounds} rounds: median (min..max)",
         ("", "r", "parameters each", "s a step of all", "tokens/s", "para / this"),
         [
             (name, s["r"] or "-", f"{s['parameters']:,}", common.shown(s["step_seconds"]),

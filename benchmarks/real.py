@@ -11,8 +11,7 @@ with the same optimizer and schedule, and have the default number of threads.
 
     one      one tenant, 8 rows a step: the first task
     eight    eight tenants, 8 rows of each a step: one run of ours, and eight peft runs one after the other
-    chat     one tenant, 8 chats of 2 to 12 turns a step, LoRA r=8 on both sides. peft passes over a chat once. Where
-             our command counts each assistant turn as a row, its steps have as many turns as 8 chats have on average
+    chat     one tenant, 8 chats of 2 to 12 turns a step, LoRA r=8 on both sides, which pass over a chat once
 
     cold       `para-jax finetune` with an empty PARA_JAX_COMPILE_CACHE, a folder for compiled programs; PARA, r=12
     cached     the same command again, with what the run before left in that folder

@@ -93,7 +93,10 @@ def preparing(model: str) -> dict[str, Any]:
         limit = min(longest, config.max_position_embeddings)
         lengths = [len(row.ids) for row in peft_loop.read(path, theirs)]
         _write(Path(path), [row for row, length in zip(rows, lengths, strict=True) if length <= limit])
-        kept, ours = peft_loop.read(path, theirs), read_examples(path, load_tokenizer(model), config.eos_token_ids)
+        kept, tokenizer = peft_loop.read(path, theirs), load_tokenizer(model)
+        ours = read_examples(
+            path, tokenizer, config.eos_token_ids, one_pass=True
+        )  # as LoRA, which has the chats, reads
         check(ours, kept)
         lengths = [len(row.ids) for row in kept]
         return {
@@ -146,8 +149,5 @@ def check(ours: Sequence[Any], theirs: Sequence[peft_loop.Row]) -> None:
 
 def learnt(example: Any) -> tuple[list[int], dict[int, int]]:
     """The ids of one of our examples, and by place those that it learns."""
-    if hasattr(example, "targets"):  # what is to come behind each place, or -1
-        ids, targets = [int(x) for x in example.ids], [int(x) for x in example.targets]
-        return [*ids, targets[-1]], {i + 1: target for i, target in enumerate(targets) if target >= 0}
-    start, ids = len(example.prompt_ids), [*example.prompt_ids, *example.response_ids]
-    return ids, dict(enumerate(example.response_ids, start))
+    ids, targets = [int(x) for x in example.ids], [int(x) for x in example.targets]
+    return [*ids, targets[-1]], {i + 1: target for i, target in enumerate(targets) if target >= 0}
