@@ -124,25 +124,26 @@ def test_the_identity_is_free() -> None:
 # Dropout
 
 
-def keys(*seeds: int) -> jax.Array:
-    return jnp.stack([jax.random.key(seed) for seed in seeds])
+def keys(tokens: int, *seeds: int) -> jax.Array:
+    """(rows, tokens) a key for each token; of a row they depend on its seed alone."""
+    return jnp.stack([jax.random.split(jax.random.key(seed), tokens) for seed in seeds])
 
 
 def test_dropout_drops_its_share_and_keeps_the_mean() -> None:
     x = jnp.ones((2, 50, 200), jnp.float32)
-    dropped = np.asarray(Dropout(keys(1, 2), jnp.array([0.25, 0.5]))("q_proj", x))
+    dropped = np.asarray(Dropout(keys(50, 1, 2), jnp.array([0.25, 0.5]))("q_proj", x))
     for row, rate in zip(dropped, (0.25, 0.5), strict=True):
         assert np.all(np.isclose(row, 0) | np.isclose(row, 1 / (1 - rate)))
         assert np.mean(row == 0) == pytest.approx(rate, abs=0.02)
         assert np.mean(row) == pytest.approx(1, abs=0.03)
 
 
-def test_dropout_depends_on_the_rows_own_key_and_the_site() -> None:
+def test_dropout_depends_on_the_tokens_own_key_and_the_site() -> None:
     x = jnp.ones((2, 4, 20), jnp.float32)
     half = jnp.array([0.5, 0.5])
 
     def masks(site: str, *seeds: int) -> np.ndarray:
-        return np.asarray(Dropout(keys(*seeds), half)(site, x))
+        return np.asarray(Dropout(keys(4, *seeds), half)(site, x))
 
     first = masks("q_proj", 1, 2)
     assert np.array_equal(first, masks("q_proj", 1, 2))
@@ -153,12 +154,12 @@ def test_dropout_depends_on_the_rows_own_key_and_the_site() -> None:
 
 def test_a_rate_of_zero_is_no_dropout() -> None:
     x = jnp.asarray(X[:2])
-    assert np.array_equal(Dropout(keys(1, 2), jnp.zeros(2))("q_proj", x), x)
+    assert np.array_equal(Dropout(keys(T, 1, 2), jnp.zeros(2))("q_proj", x), x)
 
 
 def test_dropout_is_of_the_pairs_inputs_only() -> None:
     x, y, pair = jnp.asarray(X), jnp.asarray(Y), pair_of(B)
-    dropout = Dropout(keys(*range(B)), jnp.full(B, 0.5))
+    dropout = Dropout(keys(T, *range(B)), jnp.full(B, 0.5))
     offsets = {"q_proj": draw(B, OUTPUTS)}
     ours = Adjustment(offsets, pairs={"q_proj": pair}, dropout=dropout).apply("q_proj", x, y)
     expected = Adjustment(offsets).apply("q_proj", x, y) + pair(dropout("q_proj", x))

@@ -13,6 +13,8 @@ from inspect import Parameter, signature, unwrap
 from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
+from para_jax.errors import ParaJaxError
+
 # What `config_from_hf` reads, of one family or another.
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 READ = {
@@ -69,10 +71,19 @@ def sort_keys(fields: Mapping[str, Any], made: Any, own: Collection[str], others
       made: transformers' class of the family.
       own: the keys that are understood of this family and are not in `READ`.
       others: the keys that are understood of other families.
+
+    Raises ParaJaxError where two names of one option disagree.
     """
     from transformers import GenerationConfig
 
-    understood = READ & {*_defaults(made), *made.attribute_map, *SPELLINGS} | {*own, *ONLY}
+    two = made.attribute_map  # two names of one option; transformers writes the second
+    for first, second in two.items():
+        if first in fields and second in fields and fields[first] != fields[second]:
+            raise ParaJaxError(
+                f"config.json has {first}={fields[first]!r} and {second}={fields[second]!r}, which are two names of one "
+                "option; take out the wrong one"
+            )
+    understood = READ & {*_defaults(made), *two, *two.values(), *SPELLINGS} | {*own, *ONLY}
     # Old checkpoints say here how to generate.
     known = understood | NEUTRAL | set(GenerationConfig().to_dict())
     matters = READ | OF_MODELS | set(others)

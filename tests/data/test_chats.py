@@ -14,7 +14,7 @@ from para_jax import IA3Config, LoraConfig, ParaConfig, ParaJaxError
 from para_jax.adapters.method import MethodConfig
 from para_jax.cli import main
 from para_jax.convert.tokenizer import with_chat_template
-from para_jax.data.batches import pad
+from para_jax.data.batches import one_row_each
 from para_jax.data.buffers import Example, Examples
 from para_jax.data.chats import in_one_pass
 from para_jax.data.examples import encode_rows, read_examples
@@ -99,10 +99,9 @@ def test_the_loss_is_that_of_the_turns_apart(tiny: Any, config: MethodConfig, te
     bank = random_bank({"acme": config}, backbone.config, scale=0.1)
 
     def nll(examples: Examples) -> np.ndarray:
-        batch = pad([[list(examples)]])
+        batch = one_row_each(list(examples))
         rows = bank.rows(["acme"], repeats=len(examples))
-        of = jax.jit(target_nll)(backbone, rows, batch.micro_batch(0))
-        return np.asarray(of)[0][batch.target_tenant[0, 0] == 0]
+        return np.asarray(jax.jit(target_nll)(backbone, rows, batch))[0]
 
     apart, one = map(nll, both(tokenizer, TEMPLATES[template]))
     alike = np.allclose(one, apart, rtol=1e-4, atol=1e-4)
