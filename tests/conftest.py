@@ -18,6 +18,9 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 import jax
 import pytest
 
+# Most of the tests' time is LLVM's: programs of this process are compiled with little optimization, and those of the
+# command lines that tests start as users have them. --optimize compiles all as users have them.
+jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_num_cpu_devices", 8)  # for meshes; all else runs on the first
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -25,10 +28,16 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--parity-examples", type=int, default=3, help="random configs of each family in tests/parity")
+    parser.addoption("--optimize", action="store_true", help="compile all programs as users have them: slower")
     parser.addoption("--kills", type=int, default=5, help="how often tests/laws/test_resumed.py kills a run")
     parser.addoption("--every-mesh", action="store_true", help="all of tests/laws/test_sharded_training.py")
     parser.addoption("--kills-json", help="a file for what it saw")
     parser.addoption("--parity-table", help="Markdown file for the worst errors of tests/parity/test_families.py")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("optimize"):
+        jax.config.update("jax_disable_most_optimizations", False)
 
 
 def pytest_unconfigure() -> None:
@@ -51,6 +60,15 @@ def _programs():
     suite's programs at once, the compiler crashes."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def optimized():
+    """Programs as users have them, for modules that look at what a compiler makes."""
+    was = jax.config.jax_disable_most_optimizations
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", was)
 
 
 @pytest.fixture

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from para_jax import IA3Config, LoraConfig, ParaConfig
@@ -55,24 +54,32 @@ METHODS: dict[str, MethodConfig] = {
 }
 
 
-# Backbones and adapters are never changed, so that tests share them. One program makes one: its many small ones would
-# take seconds to compile.
+# Backbones and adapters are never changed, so that tests share them. NumPy draws them: a program that did would take
+# seconds to compile.
 @cache
 def random_backbone(seed: int = 0, stacked: bool = False, **overrides) -> Backbone:
     """A small backbone whose weights are large enough for its logits to differ a lot from token to token."""
-    config = dataclasses.replace(SMALL, **overrides)
-
-    def louder(path, x):
-        return x if "norm" in jax.tree_util.keystr(path) else 10 * x
-
-    return _made(config, seed, stacked, louder)
+    return _drawn(dataclasses.replace(SMALL, **overrides), seed, stacked, spread=0.0)
 
 
-def _made(config: BackboneConfig, seed: int, stacked: bool, louder: Callable[..., Any]) -> Backbone:
-    def make(key):
-        return jax.tree_util.tree_map_with_path(louder, Backbone(config, key, "float32", stacked))
+def _drawn(config: BackboneConfig, seed: int, stacked: bool, spread: float) -> Backbone:
+    """Weights from N(0, 0.2), norms and biases `spread` around their fresh values; the same with layers stacked."""
+    shapes = jax.eval_shape(lambda: Backbone(config, jax.random.key(0), "float32", stacked))
 
-    return jax.jit(make)(jax.random.key(seed))
+    def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        normal = np.random.default_rng([seed, zlib.crc32(name.encode())]).standard_normal(shape, np.float32)
+        if "norm" in name:
+            return np.float32(1.0 - config.norm_offset) + np.float32(spread) * normal
+        return np.float32(spread if "bias" in name else 0.2) * normal
+
+    def whole(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        first, _, rest = name.partition(".")
+        if stacked and first == "blocks":
+            return np.stack([draw(f"blocks.{i}.{rest}", shape[1:]) for i in range(config.num_hidden_layers)])
+        return draw(name, shape)
+
+    leaves = [jax.device_put(whole(name, x.shape)) for name, x in named_leaves(shapes).items()]
+    return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
 
 
 # What a family has beyond Llama's options, at settings that differ from layer to layer where it can.
@@ -113,14 +120,7 @@ def family_fields(family: str) -> dict[str, Any]:
 @cache
 def family_backbone(family: str, seed: int = 0, stacked: bool = False) -> Backbone:
     """A small backbone of this family, with all weights random and large enough for logits to differ."""
-
-    def louder(path, x):
-        name = jax.tree_util.keystr(path)
-        if "norm" in name or "bias" in name:
-            return x + 0.2 * np.random.default_rng(zlib.crc32(name.encode())).standard_normal(x.shape, np.float32)
-        return 10 * x
-
-    return _made(BackboneConfig.from_hf(family_fields(family)), seed, stacked, louder)
+    return _drawn(BackboneConfig.from_hf(family_fields(family)), seed, stacked, spread=0.2)
 
 
 @cache
@@ -143,7 +143,7 @@ def random_adapter(config: MethodConfig, shape: BackboneConfig, seed: int, scale
             rank_axis = 1 if half == "down" else 2
             inside = np.arange(x.shape[rank_axis])[None] < ranks[:, None]
             one = np.where(np.expand_dims(inside, 3 - rank_axis), one, 0)
-        drawn.append(jnp.asarray(one, jnp.float32))
+        drawn.append(jax.device_put(one.astype(np.float32)))
     return Adapter(config, jax.tree.unflatten(jax.tree.structure(layers), drawn))
 
 

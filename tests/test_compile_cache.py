@@ -74,6 +74,7 @@ def test_the_command_compiles_nothing_at_its_second_start(tmp_path: Path) -> Non
     assert hits >= compiled and not misses and not said
 
 
+@pytest.mark.slow
 def test_the_command_goes_on_without_a_folder(tmp_path: Path) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("")
@@ -84,6 +85,7 @@ def test_the_command_goes_on_without_a_folder(tmp_path: Path) -> None:
     assert said.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_damaged_program_is_compiled_again_and_kept(tmp_path: Path) -> None:
     _, compiled, said = counts(start(COMPUTE, tmp_path))
     assert compiled and not said
@@ -95,6 +97,7 @@ def test_a_damaged_program_is_compiled_again_and_kept(tmp_path: Path) -> None:
     assert counts(start(COMPUTE, tmp_path)) == (compiled, 0, "")
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_folder(tmp_path: Path) -> None:
     both = [start(COMPUTE, tmp_path) for _ in range(2)]
     for process in both:
@@ -111,6 +114,7 @@ def test_a_folder_that_goes_away_costs_one_line(tmp_path: Path) -> None:
     assert said.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_the_library_changes_no_setting() -> None:
     code = (
         f"names = {SETTINGS}\nbefore = [getattr(jax.config, n) for n in names]\n"

@@ -163,6 +163,7 @@ def closure(names: tuple[str, ...]) -> set[str]:
     return seen
 
 
+@pytest.mark.slow
 def test_core_runs_without_anything_else(tmp_path: Path) -> None:
     """In an interpreter that finds nothing but the core's requirements and theirs, whatever else is installed."""
     output = run(CORE_ALONE, " ".join(closure(CORE_REQUIREMENTS)), str(tmp_path))

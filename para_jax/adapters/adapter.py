@@ -53,7 +53,10 @@ class Adapter:
 @partial(jax.jit, static_argnums=(0, 1))
 def _fresh(config: MethodConfig, shape: BackboneShape, key: Array) -> Any:
     keys = jax.random.split(key, shape.num_hidden_layers)
-    return jax.vmap(lambda k, i: config.layer(shape, nnx.Rngs(k), i))(keys, jnp.arange(shape.num_hidden_layers))
+    # One layer after the other: random bits of many keys at once take seconds to compile.
+    return jax.lax.map(
+        lambda of: config.layer(shape, nnx.Rngs(of[0]), of[1]), (keys, jnp.arange(shape.num_hidden_layers))
+    )
 
 
 @lru_cache(maxsize=64)

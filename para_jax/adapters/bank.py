@@ -85,7 +85,7 @@ class AdapterBank:
         groups = []
         for config in dict.fromkeys(adapter.config for adapter in adapters.values()):
             members = {name: a.layers for name, a in adapters.items() if a.config == config}
-            stack = jax.tree.map(lambda *x: jnp.asarray(np.stack(x)), *members.values())
+            stack = jax.tree.map(lambda *x: jax.device_put(np.stack(x)), *members.values())
             group = Group(config, tuple(members), stack)
             groups.append(group.grown(capacity) if capacity > len(members) else group)
         return cls(shape, tuple(groups))
@@ -176,7 +176,7 @@ class AdapterBank:
             for turn in range(max(map(len, of_rows), default=0)):
                 nothing = (len(group.names), 0.0)
                 taken = [row[turn] if turn < len(row) else nothing for row in of_rows]
-                strengths.append(jnp.asarray(np.array([s for _, s in taken], np.float32)))
+                strengths.append(jax.device_put(np.array([s for _, s in taken], np.float32)))
                 slots = np.array([slot for slot, _ in taken], np.int32)
                 layers.append(_gather(group.stack, slots) if mesh is None else _gather_apart(group.stack, slots, mesh))
                 rates.append(getattr(group.config, "lora_dropout", 0.0))

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from para_jax.adapters import peft
@@ -125,7 +124,7 @@ def load_adapter(folder: str | Path, shape: BackboneShape) -> Adapter:
     if problems:
         raise ParaJaxError(f"{folder / WEIGHTS}: {'; '.join(problems)}")
     abstract = abstract_layers(config, shape)
-    leaves = [jnp.asarray(tensors[name]) for name in named_leaves(abstract)]
+    leaves = [jax.device_put(tensors[name]) for name in named_leaves(abstract)]
     return Adapter(config, jax.tree.unflatten(jax.tree.structure(abstract), leaves), template)
 
 

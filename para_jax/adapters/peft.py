@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from para_jax.adapters.adapter import Adapter, abstract_layers, named_leaves
@@ -173,7 +172,9 @@ def from_peft(
     for name, place in table.items():
         part = leaves[place.leaf][place.part]  # a view: what is written to it is written to the leaf
         part[...] = tensors[name].reshape(part.shape)
-    return Adapter(config, jax.tree.unflatten(jax.tree.structure(abstract), [jnp.asarray(x) for x in leaves.values()]))
+    return Adapter(
+        config, jax.tree.unflatten(jax.tree.structure(abstract), [jax.device_put(x) for x in leaves.values()])
+    )
 
 
 def _kept(metadata: Mapping[str, str], config: LoraConfig | IA3Config, shape: BackboneShape) -> Any:

@@ -80,8 +80,8 @@ def sort_keys(fields: Mapping[str, Any], made: Any, own: Collection[str], others
     for first, second in two.items():
         if first in fields and second in fields and fields[first] != fields[second]:
             raise ParaJaxError(
-                f"config.json has {first}={fields[first]!r} and {second}={fields[second]!r}, which are two names of one "
-                "option; take out the wrong one"
+                f"config.json has {first}={fields[first]!r} and {second}={fields[second]!r}, which are two names of "
+                "one option; take out the wrong one"
             )
     understood = READ & {*_defaults(made), *two, *two.values(), *SPELLINGS} | {*own, *ONLY}
     # Old checkpoints say here how to generate.

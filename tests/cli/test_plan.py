@@ -13,6 +13,7 @@ from para_jax.cli import main
 from tests.planning.test_plan import LLAMA_3_8B
 
 
+@pytest.mark.slow
 def test_it_fits(tmp_path, capsys) -> None:
     """The tiny backbone, compiled for CPUs that stand for GPUs."""
     out = tmp_path / "plan.json"
@@ -72,9 +73,14 @@ def test_it_does_not_fit(tmp_path, capsys) -> None:
     ("arguments", "message"),
     [
         (["--topology", "v5x:2x2"], "unknown chip 'v5x'; did you mean"),
-        (["--topology", "v5e:3x3"], "v5e:3x3 is no slice that there is"),
-        (["--topology", "gpu:h100x2", "--mesh", "fsdp=4"], "a mesh of fsdp=4 has 4 devices; there are 2"),
-        (["--topology", "gpu:h100x2", "--mesh", "pipe=2"], "unknown mesh axis 'pipe'"),
+        pytest.param(
+            ["--topology", "gpu:h100x2", "--mesh", "fsdp=4"],
+            "a mesh of fsdp=4 has 4 devices; there are 2",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ["--topology", "gpu:h100x2", "--mesh", "pipe=2"], "unknown mesh axis 'pipe'", marks=pytest.mark.slow
+        ),
         (["--topology", "gpu:h100x1", "--method", "loar"], "unknown method 'loar'; did you mean 'lora'?"),
         (["--topology", "gpu:h100x1", "--option", "target_modules=q_porj"], "unknown entry of target_modules 'q_porj'"),
         (["--topology", "gpu:h100x1", "--rows", "4,many"], "--rows takes a number, or several with commas"),
@@ -93,6 +99,19 @@ def test_mistakes(arguments: list[str], message: str, capsys) -> None:
     assert main(["plan", *arguments]) == 1
     said = capsys.readouterr().err
     assert said.startswith("para-jax plan: ") and message in said and "Traceback" not in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("topology", "mesh", "message"),
+    [
+        ("v5e:3x3", "", "v5e:3x3 is no slice that there is"),
+        ("gpu:h100x2", "fsdp=4", "a mesh of fsdp=4 has 4 devices; there are 2"),
+        ("gpu:h100x2", "pipe=2", "unknown mesh axis 'pipe'"),
+    ],
+)
+def test_mistakes_that_show_with_the_devices(topology: str, mesh: str, message: str, capsys) -> None:
+    test_mistakes(["--topology", topology, *(["--mesh", mesh] if mesh else [])], message, capsys)
 
 
 @pytest.mark.slow

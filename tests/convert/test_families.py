@@ -225,7 +225,7 @@ MATTERS: list[tuple[str, dict[str, Any], str]] = [
     ("Mistral 7B v0.3", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
     # transformers' base class reads these.
     ("Qwen3 8B", {"per_layer_config": {"3": {"sliding_window": 8}}}, "per_layer_config="),
-    ("Qwen3 30B-A3B", {"num_experts": 4, "num_local_experts": 8}, "num_experts=4 and num_local_experts=8, which are two"),
+    ("Qwen3 30B-A3B", {"num_experts": 4, "num_local_experts": 8}, "num_local_experts=8, which are two"),
     ("Qwen3 8B", {"text_config": {"hidden_size": 8}}, "text_config="),
     ("Mistral 7B v0.3", {"original_max_position_embeddings": 8}, "original_max_position_embeddings=8"),
     # What is in settings of RoPE is read, wherever they stand.

@@ -138,6 +138,7 @@ def test_other_file_formats_are_refused(data_dir: Path, tmp_path: Path) -> None:
     assert "was prepared as tfrecord, but only array_record is read" in mistake("tfds:trec", tmp_path)
 
 
+@pytest.mark.slow
 def test_without_a_network_the_error_says_what_to_do(tmp_path: Path) -> None:
     """In a process whose way to the network is closed; one with no such data set prepared."""
     code = (

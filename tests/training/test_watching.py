@@ -60,6 +60,7 @@ def scalars(folder):
     return {name: [(e.step, e.value) for e in events.Scalars(name)] for name in events.Tags()["scalars"]}
 
 
+@pytest.mark.slow
 def test_tensorboard_shows_the_metrics(backbone, tmp_path):
     with Loggers(["tensorboard"], tmp_path / "out") as loggers:
         run(backbone, tmp_path / "out", loggers)
@@ -111,6 +112,7 @@ def leveldb_log(file):
             record = b""
 
 
+@pytest.mark.slow
 def test_weights_and_biases(backbone, tmp_path, monkeypatch):
     from wandb.proto import wandb_internal_pb2 as records
 
