@@ -1,7 +1,5 @@
 """`python -m para_jax` is `para-jax`."""
 
-import sys
+from para_jax.cli import command
 
-from para_jax.cli import main
-
-sys.exit(main())
+command()

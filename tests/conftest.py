@@ -14,13 +14,13 @@ PROGRAMS = tempfile.mkdtemp(prefix="para-jax-tests-")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = PROGRAMS
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+# Nor is much optimized, here and in the processes that tests start: LLVM's passes are half of all compiling.
+QUICK = "JAX_DISABLE_MOST_OPTIMIZATIONS"
+os.environ[QUICK] = "1"
 
 import jax
 import pytest
 
-# Most of the tests' time is LLVM's: programs of this process are compiled with little optimization, and those of the
-# command lines that tests start as users have them. --optimize compiles all as users have them.
-jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_num_cpu_devices", 8)  # for meshes; all else runs on the first
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -29,7 +29,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--parity-examples", type=int, default=3, help="random configs of each family in tests/parity")
     parser.addoption("--optimize", action="store_true", help="compile all programs as users have them: slower")
-    parser.addoption("--kills", type=int, default=5, help="how often tests/laws/test_resumed.py kills a run")
+    parser.addoption("--kills", type=int, default=3, help="how often tests/laws/test_resumed.py kills a run")
     parser.addoption("--every-mesh", action="store_true", help="all of tests/laws/test_sharded_training.py")
     parser.addoption("--kills-json", help="a file for what it saw")
     parser.addoption("--parity-table", help="Markdown file for the worst errors of tests/parity/test_families.py")
@@ -37,7 +37,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("optimize"):
-        jax.config.update("jax_disable_most_optimizations", False)
+        optimize(True)
 
 
 def pytest_unconfigure() -> None:
@@ -62,13 +62,18 @@ def _programs():
     jax.clear_caches()
 
 
+def optimize(all_of_it: bool) -> None:
+    """Whether programs of this process, and of those it starts, are compiled as users have them."""
+    jax.config.update(QUICK.lower(), not all_of_it)
+    os.environ[QUICK] = "0" if all_of_it else "1"
+
+
 @pytest.fixture(scope="module")
-def optimized():
-    """Programs as users have them, for modules that look at what a compiler makes."""
-    was = jax.config.jax_disable_most_optimizations
-    jax.config.update("jax_disable_most_optimizations", False)
+def optimized(request: pytest.FixtureRequest):
+    """For modules that look at what a compiler makes, or that run a program longer than it takes to compile."""
+    optimize(True)
     yield
-    jax.config.update("jax_disable_most_optimizations", was)
+    optimize(request.config.getoption("optimize"))
 
 
 @pytest.fixture

@@ -78,8 +78,12 @@ class Segments:
         prompt_bt: Bool[Array, "b t"],
     ) -> Float[Array, "b t features"]:
         """`Adjustment.apply` where offsets are (b, s, features): every token takes those of its sequence."""
+
+        def of_tokens(x_bsf: Array) -> Array:
+            return x_bsf[:, 0] if self.count == 1 else _of_tokens(x_bsf, self.segment_bt)
+
         offsets, later = (
-            {k: _of_tokens(v, self.segment_bt) for k, v in scales.items() if k == site}
+            {k: of_tokens(v) for k, v in scales.items() if k == site}
             for scales in (adjustment.offsets, adjustment.later)
         )
         return replace(adjustment, offsets=offsets, later=later).apply(site, x, y, prompt_bt)

@@ -47,8 +47,8 @@ def describe(
     """All that a run's result depends on, as JSON."""
     tenants = {
         name: {
-            "method": bank[name].config.method,
-            **dataclasses.asdict(bank[name].config),
+            "method": bank.find(name)[0].config.method,
+            **dataclasses.asdict(bank.find(name)[0].config),
             **dataclasses.asdict(settings[name]),
             "examples": len(examples[name]),
             "data_sha256": fingerprint(examples[name]),

@@ -78,7 +78,8 @@ class Layout:
                 source[(dealt + turn) % self.shards * own + turn // self.shards] = slot
             dealt += len(slots)
             names = tuple(None if i is None else group.names[i] for i in source)
-            groups.append(replace(group, names=names, stack=moved(group.stack, group.names, names)))
+            stack = group.stack if names == group.names else moved(group.stack, group.names, names)
+            groups.append(replace(group, names=names, stack=stack))
         return replace(bank, groups=tuple(groups))
 
     def step_rows(

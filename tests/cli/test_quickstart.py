@@ -6,6 +6,8 @@ import pytest
 
 from para_jax.cli import main
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 
 @pytest.mark.slow
 def test_quickstart(tmp_path, capsys):

@@ -13,6 +13,7 @@ from nbclient import NotebookClient
 
 COLAB = Path(__file__).parents[2] / "colab"
 PAIR = runpy.run_path(str(COLAB / "pair.py"))
+pytestmark = pytest.mark.usefixtures("optimized")
 NOTEBOOKS = [path.stem for path in PAIR["sources"]()]
 
 

@@ -33,15 +33,18 @@ class Model(NamedTuple):
     mask: np.ndarray
 
 
-@jax.jit
-def stepwise(backbone: Backbone, tokens: jax.Array, mask: jax.Array, rows: Rows) -> jax.Array:
+prefill, decode = jax.jit(Backbone.prefill, static_argnums=4), jax.jit(Backbone.decode)
+
+
+def stepwise(backbone: Backbone, tokens: np.ndarray, mask: np.ndarray, rows: Rows) -> np.ndarray:
     """Logits of prefill and of single steps: (b, 1 + STEPS, v)."""
-    last, state = Backbone.prefill(backbone, tokens[:, :PROMPT], mask, rows, PROMPT + STEPS)
+    where = partial(jax.device_put, device=None if backbone.mesh is None else row_sharding(backbone.mesh, B))
+    last, state = prefill(backbone, where(tokens[:, :PROMPT]), where(mask), rows, PROMPT + STEPS)
     logits = [last]
     for i in range(STEPS):
-        last, state = backbone.decode(tokens[:, PROMPT + i], state)
+        last, state = decode(backbone, where(tokens[:, PROMPT + i]), state)
         logits.append(last)
-    return jnp.stack(logits, axis=1)
+    return np.stack([np.asarray(x) for x in logits], axis=1)
 
 
 @jax.jit
@@ -68,17 +71,17 @@ def test_fresh_adapters_are_the_identity(model: Model) -> None:
     first, second = (fresh.rows(rows) for rows in ([*names, None, None, None, None], [None] * 4 + names))
     tokens = np.concatenate([model.tokens[:4]] * 2)
     mask = np.concatenate([model.mask[:4]] * 2)
-    one, other = (np.asarray(stepwise(model.backbone, tokens, mask, rows)) for rows in (first, second))
+    one, other = (stepwise(model.backbone, tokens, mask, rows) for rows in (first, second))
     assert np.array_equal(one, other)
     assert np.array_equal(one[:4], one[4:])
-    bare = np.asarray(stepwise(model.backbone, tokens, mask, Rows()))
+    bare = stepwise(model.backbone, tokens, mask, Rows())
     assert np.abs(one - bare).max() < 1e-5 * np.abs(bare).max()
 
 
 def test_prepared_once(model: Model) -> None:
     """Prefill and single steps, flush right, equal one pass over the whole rows, flush left."""
     rows = model.bank.rows(TENANTS)
-    ours = np.asarray(stepwise(model.backbone, model.tokens, model.mask, rows))
+    ours = stepwise(model.backbone, model.tokens, model.mask, rows)
     tokens = np.zeros_like(model.tokens)
     for row, length in enumerate(LENGTHS[:, 0]):
         tokens[row, : length + STEPS] = model.tokens[row, PROMPT - length :]
@@ -86,7 +89,7 @@ def test_prepared_once(model: Model) -> None:
     logits = np.asarray(whole(model.backbone, tokens, column < LENGTHS + STEPS, column < LENGTHS, rows))
     expected = np.take_along_axis(logits, (LENGTHS - 1 + np.arange(STEPS + 1)[None])[..., None], axis=1)
     assert np.abs(ours - expected).max() < 1e-5 * np.abs(expected).max()
-    bare = np.asarray(stepwise(model.backbone, model.tokens, model.mask, Rows()))
+    bare = stepwise(model.backbone, model.tokens, model.mask, Rows())
     different = np.abs(ours - bare).max(axis=(1, 2)) > 0.01
     assert different.tolist() == [tenant is not None for tenant in TENANTS]
 
@@ -96,7 +99,7 @@ def test_neighbours_do_not_change_a_row(model: Model) -> None:
     for seed, others in enumerate((TENANTS, [TENANTS[0], *TENANTS[:0:-1]])):
         tokens, mask = batch(seed + 10), np.roll(model.mask, seed, axis=0)
         tokens[0], mask[0] = model.tokens[0], model.mask[0]
-        outputs.append(np.asarray(stepwise(model.backbone, tokens, mask, model.bank.rows(others))))
+        outputs.append(stepwise(model.backbone, tokens, mask, model.bank.rows(others)))
     assert np.array_equal(outputs[0][0], outputs[1][0])
     assert not np.array_equal(outputs[0][1], outputs[1][1])
 
@@ -124,11 +127,10 @@ def check_sharded(backbone: Backbone, mesh_text: str, folder: str, tenants: list
     split = [x for x in jax.tree.leaves(sharded) if x.addressable_shards[0].data.size < x.size]
     if mesh.shape["fsdp"] * mesh.shape["tensor"] > 1:
         assert sum(x.size for x in split) > 0.9 * sum(x.size for x in jax.tree.leaves(sharded))
-    rows = row_sharding(mesh, B)
-    there = partial(jax.device_put, device=rows)
-    ours = stepwise(sharded, there(tokens), there(mask), jax.tree.map(there, bank.rows(tenants)))
-    theirs = np.asarray(stepwise(backbone, tokens, mask, bank.rows(tenants)))
-    assert np.abs(np.asarray(ours) - theirs).max() < 2e-5 * np.abs(theirs).max()
+    there = partial(jax.device_put, device=row_sharding(mesh, B))
+    ours = stepwise(sharded, tokens, mask, jax.tree.map(there, bank.rows(tenants)))
+    theirs = stepwise(backbone, tokens, mask, bank.rows(tenants))
+    assert np.abs(ours - theirs).max() < 2e-5 * np.abs(theirs).max()
 
 
 def test_sharded_is_unsharded(model: Model, tmp_path) -> None:
