@@ -49,8 +49,8 @@ def parser() -> argparse.ArgumentParser:
 def command() -> NoReturn:
     """The process of `para-jax`: runs `main`, and leaves the garbage collector little to do.
 
-    Imports make some 300,000 objects that stay. Looking through them again and again takes a second of a start, and once
-    more a second of the end.
+    Imports make some 300,000 objects that stay. To look through them again and again takes a second of a start, and
+    another one of the end.
     """
     gc.set_threshold(100_000)
     code = main()

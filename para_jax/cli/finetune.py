@@ -108,7 +108,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--remat",
         choices=("none", "layers", "products"),
         help="what the backward pass computes again, for less memory: nothing, whole layers, or all of them but their "
-        "products (default: layers on accelerators, none on a CPU)",
+        "products (default: layers on accelerators, products on a CPU)",
     )
     tuning.add_argument("--checkpoint-every", type=int, default=500, metavar="N", help="steps (default: 500)")
     tuning.add_argument("--keep-checkpoints", type=int, default=2, metavar="N", help="the newest (default: 2)")

@@ -84,7 +84,7 @@ def finetune(
         to rounding, with the same rows.
       overwrite: replace an existing `out`.
       remat: what the backward pass computes again instead of keeping it (`Backbone.forward`); by default "layers" on
-        accelerators and "none" on a CPU.
+        accelerators and "products" on a CPU.
       chat_templates: those to keep with tenants' adapters; `examples` are encoded with them already.
       show: takes a line of progress.
       loggers: take each line of metrics.jsonl, in the first process.

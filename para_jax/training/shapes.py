@@ -59,7 +59,8 @@ class Device:
         linear = 2 * sum(site.inputs * site.outputs for site in config.sites.values())
         # Some 5 seconds for one layer, at 150 GFLOP/s.
         compiling = 5 * 150e9 / (2 * linear * config.num_hidden_layers)
-        attention = linear / (4 * heads * hd + 40 * heads) if cpu else linear / (2 * heads * hd)
+        # A CPU passes some ten times over the scores.
+        attention = linear / (4 * heads * hd + 400 * heads) if cpu else linear / (2 * heads * hd)
         if tokens is not None and tokens < 1:
             raise ParaJaxError(f"micro_batch_tokens must be at least 1, not {tokens}")
         if cpu:
