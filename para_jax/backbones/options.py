@@ -25,7 +25,7 @@ def compute_dtype(dtype: Dtype) -> jnp.dtype:
 
 
 def default_remat() -> Remat:
-    """Accelerators have less memory than time; a CPU writes all that "none" keeps no faster than it computes it again."""
+    """Accelerators have less memory than time. A CPU computes most again as fast as it would write and read it."""
     return "products" if jax.default_backend() == "cpu" else "layers"
 
 
