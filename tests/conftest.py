@@ -62,6 +62,13 @@ def _programs():
     jax.clear_caches()
 
 
+@pytest.fixture
+def few_programs():
+    """The same after each test, for modules whose programs are many or large."""
+    yield
+    jax.clear_caches()
+
+
 def optimize(all_of_it: bool) -> None:
     """Whether programs of this process, and of those it starts, are compiled as users have them."""
     jax.config.update(QUICK.lower(), not all_of_it)
@@ -74,13 +81,6 @@ def optimized(request: pytest.FixtureRequest):
     optimize(True)
     yield
     optimize(request.config.getoption("optimize"))
-
-
-@pytest.fixture
-def few_programs():
-    """The same after each test, for modules whose programs are many or large."""
-    yield
-    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
