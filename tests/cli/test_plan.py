@@ -73,14 +73,6 @@ def test_it_does_not_fit(tmp_path, capsys) -> None:
     ("arguments", "message"),
     [
         (["--topology", "v5x:2x2"], "unknown chip 'v5x'; did you mean"),
-        pytest.param(
-            ["--topology", "gpu:h100x2", "--mesh", "fsdp=4"],
-            "a mesh of fsdp=4 has 4 devices; there are 2",
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(
-            ["--topology", "gpu:h100x2", "--mesh", "pipe=2"], "unknown mesh axis 'pipe'", marks=pytest.mark.slow
-        ),
         (["--topology", "gpu:h100x1", "--method", "loar"], "unknown method 'loar'; did you mean 'lora'?"),
         (["--topology", "gpu:h100x1", "--option", "target_modules=q_porj"], "unknown entry of target_modules 'q_porj'"),
         (["--topology", "gpu:h100x1", "--rows", "4,many"], "--rows takes a number, or several with commas"),
