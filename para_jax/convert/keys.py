@@ -78,7 +78,7 @@ def sort_keys(fields: Mapping[str, Any], made: Any, own: Collection[str], others
 
     two = made.attribute_map  # two names of one option; transformers writes the second
     for first, second in two.items():
-        if first in fields and second in fields and fields[first] != fields[second]:
+        if fields.get(first) is not None and fields.get(second) not in (None, fields[first]):
             raise ParaJaxError(
                 f"config.json has {first}={fields[first]!r} and {second}={fields[second]!r}, which are two names of "
                 "one option; take out the wrong one"
