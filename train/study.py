@@ -49,7 +49,7 @@ from para_jax.evaluation.evaluate import evaluate
 from para_jax.importance.scores import importance
 from para_jax.importance.select import keep_number, plot_importance
 from para_jax.memory import keep_freed_memory
-from para_jax.training.metrics import duration
+from para_jax.progress import duration
 
 TASKS = ("sst2", "trec", "subj", "copa", "e2e", "scan")
 ABLATION_TASKS = ("trec", "subj")

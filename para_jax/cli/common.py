@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from para_jax.convert.checkpoint import Loading
 
 T = TypeVar("T")
+Source = str | list[tuple[str, dict[str, Any]]]  # what `read_rows` takes, or what it gives
 
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
@@ -88,8 +89,15 @@ def add_tenants(parser: argparse.ArgumentParser, more: str = "") -> None:
         "--tenant",
         metavar="NAME=SOURCE",
         action="append",
-        required=True,
+        default=[],
         help=f"a tenant and its rows: {FORMS}{more}; repeat",
+    )
+    parser.add_argument(
+        "--tenant-from",
+        metavar="SOURCE",
+        action="append",
+        default=[],
+        help='rows of several tenants, each with its tenant\'s name under "tenant"; repeat',
     )
     add_sources(parser, "[NAME=]", "; repeat", action="append", default=[])
 
@@ -191,11 +199,33 @@ def check_new(path: str | None, overwrite: bool) -> None:
         raise ParaJaxError(f"{path} exists; choose another --json or pass --overwrite")
 
 
+def tenant_sources(args: argparse.Namespace, option: str = "tenant") -> dict[str, Source]:
+    """Each tenant's source, or its rows where these come from a source of several tenants.
+
+    `option` is tenant, for --tenant and --tenant-from, or dev. Raises ParaJaxError for a tenant that has two.
+    """
+    from para_jax.data.rows import by_tenant
+    from para_jax.data.sources import read_rows
+
+    found: dict[str, Source] = dict(pairs(getattr(args, option), f"--{option}"))
+    general = [value for value in args.template if "=" not in value]
+    for source in getattr(args, f"{option}_from"):
+        for name, rows in by_tenant(read_rows(source, general[-1] if general else None, args.data_dir)).items():
+            if name in found:
+                raise ParaJaxError(f"{rows[0][0]}: tenant {name!r} has rows from elsewhere already; give it one source")
+            found[name] = rows
+    return found
+
+
 def row_length(asked: int | None, config: BackboneConfig) -> int:
-    """The most tokens of a row: as many as --max-length says, and the backbone's context holds."""
+    """The most tokens of a row: what --max-length says, else the backbone's context."""
     if asked is not None and asked < 2:
         raise ParaJaxError(f"--max-length must be at least 2, a prompt's token and a response's, not {asked}")
-    return min(asked or config.max_position_embeddings, config.max_position_embeddings)
+    if asked is not None and asked > config.max_position_embeddings:
+        raise ParaJaxError(
+            f"--max-length {asked} is beyond the backbone's context of {config.max_position_embeddings} tokens"
+        )
+    return asked or config.max_position_embeddings
 
 
 def pairs(values: Sequence[str], option: str) -> dict[str, str]:

@@ -45,7 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    sources = common.pairs(args.tenant, "--tenant")
+    sources = common.tenant_sources(args)
+    if not sources:
+        raise ParaJaxError("give each tenant's rows: --tenant NAME=SOURCE, or --tenant-from SOURCE for several")
     for option in ("json", "predictions"):
         path = getattr(args, option)
         if path and Path(path).exists() and not args.overwrite:
@@ -57,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
 
     from para_jax.convert.tokenizer import with_chat_template
     from para_jax.data.examples import encode_rows
+    from para_jax.data.rows import of_tenant
     from para_jax.data.sources import read_rows
     from para_jax.evaluation.evaluate import evaluate
     from para_jax.training.metrics import duration
@@ -66,14 +69,17 @@ def run(args: argparse.Namespace) -> int:
     bank = common.load_bank(args.adapters, list(sources), config)
     examples = {}
     for name, source in sources.items():
-        rows = read_rows(source, templates.get(name), args.data_dir)
+        rows = source if not isinstance(source, str) else read_rows(source, templates.get(name), args.data_dir)
+        of_tenant(rows, name)
         if name in args.choose:
             answers = sorted({row["response"] for _, row in rows if isinstance(row.get("response"), str)})
             if len(answers) > MOST_CHOICES:
-                raise ParaJaxError(f"{source} has {len(answers)} different responses, too many for --choose")
+                raise ParaJaxError(f"tenant {name!r} has {len(answers)} different responses, too many for --choose")
             rows = [(place, {"choices": answers, **row}) for place, row in rows]
         own = with_chat_template(tokenizer, common.kept_template(args.adapters, [name]))
-        examples[name] = encode_rows(rows[: args.limit], own, config.eos_token_ids, keep_texts=True)
+        examples[name] = encode_rows(
+            rows[: args.limit], own, config.eos_token_ids, keep_texts=True, allow_special_tokens=True
+        )
 
     began = shown = time.monotonic()
 

@@ -134,6 +134,7 @@ def by_importance(scores_s: Any, kept: tuple[str, ...], sites: list[str]) -> lis
 def held_out(args: argparse.Namespace, tokenizer: Any, shape: Any) -> list[Example]:
     """The rows to score on, as many of each source."""
     from para_jax.data.examples import encode_rows
+    from para_jax.data.rows import of_tenant
     from para_jax.data.sources import read_rows
 
     if args.rows < 1:
@@ -141,7 +142,7 @@ def held_out(args: argparse.Namespace, tokenizer: Any, shape: Any) -> list[Examp
     length = common.row_length(args.max_length, shape)
     examples: list[Example] = []
     for source in args.data:
-        rows = read_rows(source, args.template, args.data_dir)
+        rows = of_tenant(read_rows(source, args.template, args.data_dir), None)
         some = random.Random(args.seed).sample(rows, min(args.rows, len(rows)))
         examples += encode_rows(some, tokenizer, shape.eos_token_ids, length, truncate=args.truncate, one_pass=True)
     return examples

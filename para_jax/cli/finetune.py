@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -75,6 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--epochs", "[NAME=]N", "how often the rows are seen, instead of --steps"),
         ("--weight", "[NAME=]W", "how often a tenant has its turn, with --tenants-per-step (default: 1)"),
         ("--dev", "NAME=SOURCE", "rows to choose the best adapter by, which are not learnt from"),
+        ("--dev-from", "SOURCE", "such rows of several tenants, as --tenant-from"),
         ("--eval-every", "[NAME=]N", "a tenant's steps between looks at its dev rows (default: at its end)"),
         ("--patience", "[NAME=]N", "looks without a better one after which a tenant stops (default: it does not)"),
     ):
@@ -105,6 +106,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     tuning.add_argument("--truncate", action="store_true", help="cut prompts that are too long at their beginning")
     tuning.add_argument(
+        "--allow-special-tokens",
+        action="store_true",
+        help="learn responses that have an end-of-text token inside their text, instead of refusing them",
+    )
+    tuning.add_argument(
         "--remat",
         choices=("none", "layers", "products"),
         help="what the backward pass computes again, for less memory: nothing, whole layers, or all of them but their "
@@ -133,12 +139,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    sources = common.pairs(args.tenant, "--tenant")
+    sources = common.tenant_sources(args)
+    if not sources:
+        raise ParaJaxError("give each tenant's rows: --tenant NAME=SOURCE, or --tenant-from SOURCE for several")
     names = list(sources)
 
     from para_jax.adapters.bank import AdapterBank
     from para_jax.convert.tokenizer import with_chat_template
-    from para_jax.data.examples import read_examples
+    from para_jax.data.examples import encode_rows, read_examples
     from para_jax.data.order import read_mixture
     from para_jax.distributed import shared
     from para_jax.training.loggers import Loggers
@@ -163,7 +171,7 @@ def run(args: argparse.Namespace) -> int:
     for name in [n for n in epochs if n in values["steps"]]:
         raise ParaJaxError(f"{name} has both --steps and --epochs; give one of them")
     settings = {n: Settings.checked(**{k: v[n] for k, v in values.items() if n in v}) for n in names}
-    dev_sources = common.pairs(args.dev, "--dev")
+    dev_sources = common.tenant_sources(args, "dev")
     for name in dev_sources:
         if name not in names:
             raise unknown("tenant in --dev", name, names)
@@ -179,17 +187,18 @@ def run(args: argparse.Namespace) -> int:
     # Raises for a target that is none, before the data is read.
     sizes = {n: f"{config.method} {config.size(backbone.config):,}" for n, config in configs.items()}
     length = common.row_length(args.max_length, backbone.config)
-    eos = backbone.config.eos_token_ids
 
-    def how(name: str) -> dict[str, Any]:
-        spoken = with_chat_template(tokenizer, templates.get(name))
-        limits = {"eos_token_ids": eos, "max_length": length, "truncate": args.truncate}
-        chats = {"one_pass": not configs[name].reads_prompt}
-        return {"tokenizer": spoken, "template": prompts.get(name), "data_dir": args.data_dir, **limits, **chats}
+    def read(name: str, source: common.Source, reader: Callable[..., Any]) -> Any:
+        given = with_chat_template(tokenizer, templates.get(name)), backbone.config.eos_token_ids, length
+        how = {"truncate": args.truncate, "allow_special_tokens": args.allow_special_tokens, "show": show}
+        how["one_pass"] = not configs[name].reads_prompt
+        if not isinstance(source, str):
+            return encode_rows(source, *given, **how, total=len(source))
+        return reader(source, *given, **how, tenant=name, template=prompts.get(name), data_dir=args.data_dir)
 
     # Of several processes each reads some tenants' rows.
-    examples = shared({name: partial(read_mixture, source, **how(name)) for name, source in sources.items()})
-    dev = shared({name: partial(read_examples, source, **how(name)) for name, source in dev_sources.items()})
+    examples = shared({name: partial(read, name, source, read_mixture) for name, source in sources.items()})
+    dev = shared({name: partial(read, name, source, read_examples) for name, source in dev_sources.items()})
     for name, often in epochs.items():
         settings[name] = replace(settings[name], steps=steps_of(often, len(examples[name]), args.rows))
     rows = sum(map(len, examples.values()))
@@ -229,7 +238,10 @@ def template_file(path: str) -> str:
     """The text of a chat template. Raises ParaJaxError if there is no such file."""
     if not Path(path).is_file():
         raise ParaJaxError(f"--chat-template: {path} is no file")
-    return Path(path).read_text(encoding="utf-8")
+    try:
+        return Path(path).read_bytes().decode()  # bytes: line ends count in a template
+    except UnicodeDecodeError as error:
+        raise ParaJaxError(f"--chat-template: {path} is not UTF-8: {error}; save it as UTF-8") from None
 
 
 def method_configs(names: Sequence[str], chosen: Sequence[str], given: Sequence[str]) -> dict[str, Any]:

@@ -43,8 +43,9 @@ def run(args: argparse.Namespace) -> int:
     from para_jax.data.quickstart import quickstart_rows
     from para_jax.decoding.generate import complete
     from para_jax.evaluation.evaluate import evaluate
+    from para_jax.progress import duration
     from para_jax.training.loop import finetune
-    from para_jax.training.metrics import can_draw, duration
+    from para_jax.training.metrics import can_draw
     from para_jax.training.optimizer import Settings
 
     began = time.monotonic()

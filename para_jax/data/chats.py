@@ -7,64 +7,68 @@ chat predicts all turns' tokens from the same tokens before them.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 
 from para_jax.data.buffers import Example
+from para_jax.data.messages import Chat, texts_of
 from para_jax.errors import ParaJaxError
 
 
-def chat_pairs(messages: Any, tokenizer: Any, need_response: bool) -> Iterator[tuple[str, str]]:
-    """Each assistant turn and the prompt before it, as the chat template writes them.
+def question(chat: Chat) -> str:
+    """The whole chat as a prompt for what comes next. Raises ParaJaxError if it ends in the assistant's turn."""
+    if not chat.messages or chat.messages[-1]["role"] == "assistant":
+        raise ParaJaxError("the last message has to be the user's")
+    prompt = chat.text(answer_next=True)
+    chat.check_written(len(chat.messages), answer_next=True)
+    return prompt
 
-    Without `need_response` it is one pair: the whole chat as the prompt, and nothing. Raises ParaJaxError for messages
-    that are none, and for a template that changes a turn when the next one follows.
+
+def learnt_turns(chat: Chat) -> Iterator[tuple[str, str, list[str]]]:
+    """Each turn that is learnt: the prompt before it, what the template writes of it, and the row's own texts in it.
+
+    Raises ParaJaxError if there is none, for what the template leaves out, and for a template that writes a turn in a
+    way that cannot be told from its prompt.
     """
-    if not getattr(tokenizer, "chat_template", None):
-        raise ParaJaxError("the tokenizer has no chat template; give prompt and response instead of messages")
-    if not isinstance(messages, list) or not all(
-        isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages
-    ):
-        raise ParaJaxError('"messages" is a list of {"role", "content"} objects')
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    if need_response and not turns:
-        raise ParaJaxError("no message has the role assistant; there is nothing to learn")
-    if not need_response:
-        if not messages or messages[-1]["role"] == "assistant":
-            raise ParaJaxError("the last message has to be the user's")
-        yield tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True), ""
-        return
+    turns = [i for i, weight in enumerate(chat.weights) if weight]
+    if not turns:
+        none = "no message has the role assistant"
+        why = "every turn of the assistant has the weight 0" if _speaks(chat) else none
+        raise ParaJaxError(f"{why}; there is nothing to learn")
     for i in turns:
-        prompt = tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template(messages[: i + 1], tokenize=False)
+        said = texts_of({key: x for key, x in chat.messages[i].items() if key not in ("role", "tool_call_id")})
+        if not any(text.strip() for text in said):
+            raise ParaJaxError(f"message {i + 1}: the response is empty; there is nothing to learn from it")
+        if not i:
+            raise ParaJaxError("message 1 is the assistant's, with no prompt before it; put a message in front of it")
+        prompt, whole = chat.text(i, answer_next=True), chat.text(i + 1)
         if not whole.startswith(prompt):
-            raise ParaJaxError("the chat template changes earlier turns, so its prompts cannot be told from responses")
-        end = _generated_end(messages[: i + 1], tokenizer)
-        yield prompt, whole[len(prompt) : end]
+            raise ParaJaxError(_why_apart(chat, i, prompt, whole))
+        end = chat.generated_end(i + 1)
+        if end is not None and end <= len(prompt):
+            raise ParaJaxError(
+                "the chat template has {% generation %} and marks nothing of an assistant's turn with it"
+            )
+        yield prompt, whole[len(prompt) : end], said
+    chat.check_written(turns[-1] + 1)
 
 
-def _generated_end(messages: list[Any], tokenizer: Any) -> int | None:
-    """Where the last turn ends that the template marks with {% generation %}; None for a template without such marks.
+def _speaks(chat: Chat) -> bool:
+    return any(message["role"] == "assistant" for message in chat.messages)
 
-    What follows, such as the line break behind a turn, is the template's and not the assistant's to say.
-    """
-    # A tokenizer may have several templates by name.
-    if not re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template()):
-        return None
-    encoded = tokenizer.apply_chat_template(
-        messages,
-        tokenize=True,
-        return_dict=True,
-        return_assistant_tokens_mask=True,
-        tokenizer_kwargs={"return_offsets_mapping": True},
+
+def _why_apart(chat: Chat, i: int, prompt: str, whole: str) -> str:
+    """Why a chat's text up to a turn does not begin with the turn's prompt."""
+    before = chat.text(i)
+    if not (prompt.startswith(before) and whole.startswith(before)):
+        return "the chat template changes earlier turns, so its prompts cannot be told from responses"
+    begins = prompt[len(before) :]
+    return (
+        f"message {i + 1}: the chat template begins every answer with {begins!r} and writes this one as "
+        f"{whole[len(before) :][: len(begins) + 20]!r}; write the turn so that it begins that way (reasoning goes into "
+        '"reasoning_content", where the template reads it), or give another template (--chat-template)'
     )
-    ends = [end for (_, end), own in zip(encoded["offset_mapping"], encoded["assistant_masks"], strict=True) if own]
-    if not ends:
-        raise ParaJaxError("the chat template has {% generation %} and marks nothing of an assistant's turn with it")
-    return ends[-1]
 
 
 def in_one_pass(turns: Sequence[Example]) -> Example | None:

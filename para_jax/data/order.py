@@ -72,15 +72,15 @@ def sources_of(examples: Sequence[Example]) -> tuple[Sequence[Example], ...]:
     return examples.sources if isinstance(examples, Mixture) else (examples,)
 
 
-def read_mixture(text: str, **options: Any) -> Sequence[Example]:
-    """The examples of SOURCE, or of WEIGHT*SOURCE+WEIGHT*SOURCE as a Mixture; the options are of `read_examples`.
+def read_mixture(text: str, *given: Any, **options: Any) -> Sequence[Example]:
+    """The examples of SOURCE, or of WEIGHT*SOURCE+WEIGHT*SOURCE as a Mixture; all else is as for `read_examples`.
 
     Raises ParaJaxError as `read_examples` and `sources.mixture` do, and for a mixture if grain is not installed.
     """
     weights, sources = zip(*mixture(text), strict=True)
     if len(sources) > 1 and find_spec("grain") is None:
         raise ParaJaxError(f"{text} is a mixture, which grain orders: pip install 'para-jax[data]'")
-    examples = tuple(read_examples(source, **options) for source in sources)
+    examples = tuple(read_examples(source, *given, **options) for source in sources)
     return examples[0] if len(examples) == 1 else Mixture(examples, weights)
 
 

@@ -1,18 +1,22 @@
 """A tenant's rows, wherever they are: a JSONL file, TensorFlow Datasets, or a folder of Hugging Face's `datasets`.
 
-  FILE.jsonl                    one JSON object a line
+  FILE.jsonl                    one JSON object a line; also FILE.jsonl.gz
   tfds:NAME[/CONFIG][:SPLIT]    tfds:squad, tfds:super_glue/boolq:train[:90%]
   hf:FOLDER[:SPLIT]             a folder of save_to_disk, or of json, parquet, arrow or csv files
 
-A row is {"prompt", "response"}, {"prompt", "completion"} or {"messages": [...]}, and may have `references` (answers
-that are as good) and `choices` (answers to choose from). Rows of other columns become such rows by a template.
+A row is {"prompt", "response"}, {"prompt", "completion"} or {"messages": [...]}, and may have `system` (a text that
+becomes a system message), `tools`, `references` (answers that are as good), `choices` (answers to choose from) and
+`tenant` (whose row it is). Rows of other columns become such rows by a template.
 """
 
 from __future__ import annotations
 
+import codecs
+import gzip
 import json
 import logging
 import re
+import zlib
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -21,7 +25,7 @@ from para_jax.data.table import Table, raise_problems
 from para_jax.data.templates import EXAMPLE, Template, shipped
 from para_jax.errors import ParaJaxError
 
-KEYS = ("prompt", "response", "completion", "messages", "references", "choices", "tenant", "system")
+KEYS = ("prompt", "response", "completion", "messages", "system", "tools", "references", "choices", "tenant")
 FORMS = "FILE.jsonl, tfds:NAME[/CONFIG][:SPLIT] or hf:FOLDER[:SPLIT]"
 
 Rows = list[tuple[str, dict[str, Any]]]
@@ -65,6 +69,8 @@ def read_rows(source: str | Path, template: Template | str | None = None, data_d
     template = template or _template(table, str(source))
     rows = _labelled(table, str(source))
     if template is None:
+        if unused := [key for key in table.columns if key not in KEYS]:
+            logging.getLogger(__name__).warning("%s: the columns %s are not read", source, ", ".join(unused))
         return [(place, {key: row[key] for key in KEYS if row.get(key) is not None}) for place, row in rows]
     template.check(table.columns)
     made, problems = [], []
@@ -84,13 +90,22 @@ def read_jsonl(path: str | Path) -> Rows:
         raise ParaJaxError(f"{path} is no file; rows come from {FORMS}")
     rows, problems = [], []
     # Not splitlines: JSON strings may hold line separators of Unicode.
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(_content(path).split(b"\n"), 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line.decode(), object_pairs_hook=_object)
+        except UnicodeDecodeError as error:
+            problems.append(f"{path}:{number} is not UTF-8: {error}; save the file as UTF-8")
+            continue
         except json.JSONDecodeError as error:
             problems.append(f"{path}:{number} is not JSON: {error}")
+            continue
+        except ParaJaxError as error:
+            problems.append(f"{path}:{number}: {error}")
+            continue
+        except (ValueError, RecursionError):  # Python's limits: 4,300 digits, 1,000 brackets
+            problems.append(f"{path}:{number} has a number of too many digits, or too many brackets in each other")
             continue
         if not isinstance(row, dict):
             problems.append(f"{path}:{number} is a {type(row).__name__}, not an object with a prompt")
@@ -100,6 +115,28 @@ def read_jsonl(path: str | Path) -> Rows:
     if not rows:
         raise ParaJaxError(f"{path} has no rows")
     return rows
+
+
+def _content(path: Path) -> bytes:
+    """The bytes of a file, uncompressed, without a byte order mark. Raises ParaJaxError for UTF-16 and damaged gzip."""
+    content = path.read_bytes()
+    if content.startswith(b"\x1f\x8b"):
+        try:
+            content = gzip.decompress(content)
+        except (OSError, EOFError, zlib.error) as error:
+            raise ParaJaxError(f"{path} is damaged: {error}") from error
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content[:4]:
+        raise ParaJaxError(f"{path} is UTF-16 or UTF-32, not UTF-8; save it as UTF-8")
+    return content.removeprefix(codecs.BOM_UTF8)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises ParaJaxError for a key that is there twice, of which json would drop the first."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ParaJaxError(f"the key {next(key for key in found if keys.count(key) > 1)!r} is there twice")
+    return found
 
 
 def mixture(text: str) -> list[tuple[float, str]]:

@@ -26,8 +26,8 @@ from para_jax.backbones.decoder import Backbone
 from para_jax.data.batches import Batch, one_row_each
 from para_jax.data.examples import Example
 from para_jax.errors import ParaJaxError, unknown
+from para_jax.progress import duration
 from para_jax.training.loss import target_nll
-from para_jax.training.metrics import duration
 
 if TYPE_CHECKING:
     from jax import Array

@@ -19,7 +19,8 @@ from para_jax.backbones.decoder import Backbone
 from para_jax.backbones.options import Remat
 from para_jax.convert.checkpoint import Loading
 from para_jax.data.batches import Batch
-from para_jax.data.examples import Example, check_ids, check_lengths
+from para_jax.data.examples import Example, check_ids
+from para_jax.data.lengths import check_lengths
 from para_jax.distributed import Flag, barrier, first, told, whole
 from para_jax.errors import ParaJaxError
 from para_jax.training.ahead import Ahead

@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from para_jax.progress import duration
+
 
 class MetricsFile:
     """A JSONL file with a line for each step: {"step", "tokens", "loss": {tenant: value}, "grad_norm", "lr"}.
@@ -84,20 +86,6 @@ class Progress:
         shown = "  ".join(f"{name} {loss:.3f}" for name, loss in (worst[:6] if len(worst) > 6 else losses.items()))
         more = f"  and {len(worst) - 6} lower" if len(worst) > 6 else ""
         self.show(f"step {step}/{total}  {rate}  {left}  loss: {shown}{more}")
-
-
-def duration(seconds: float) -> str:
-    """A time a person reads.
-
-    >>> duration(7), duration(75), duration(4000)
-    ('7s', '1m15s', '1h06m')
-    """
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds}s"
-    if seconds < 3600:
-        return f"{seconds // 60}m{seconds % 60:02d}s"
-    return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
 
 
 def can_draw(show: Callable[[str], None]) -> bool:

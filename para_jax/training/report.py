@@ -16,8 +16,9 @@ import jax
 from para_jax.adapters.bank import AdapterBank
 from para_jax.adapters.method import MethodConfig
 from para_jax.backbones.decoder import Backbone
+from para_jax.progress import duration
 from para_jax.training.folder import PLOT, REPORT, REPORT_PAGE
-from para_jax.training.metrics import Progress, duration
+from para_jax.training.metrics import Progress
 from para_jax.training.optimizer import Settings
 
 if TYPE_CHECKING:

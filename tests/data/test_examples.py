@@ -98,29 +98,6 @@ def test_line_separators_inside_a_text_do_not_end_a_row(tmp_path, tokenizer):
     assert e.prompt == "a\u2028b\x85c"
 
 
-@pytest.mark.parametrize(
-    ("row", "says"),
-    [
-        ("{", "rows.jsonl:2 is not JSON"),
-        ("[1]", "rows.jsonl:2 is a list"),
-        ({"prompt": " ", "response": "x"}, "rows.jsonl:2: the prompt is empty"),
-        ({"prompt": "x", "response": ""}, "rows.jsonl:2: the response is empty"),
-        ({"prompt": "x"}, 'give one of "response" and "completion"'),
-        ({"prompt": "x", "response": "y", "completion": "z"}, 'give one of "response" and "completion"'),
-        ({"prompt": "x", "response": 3}, "'response' is a int, not a text"),
-        ({"response": "x"}, 'no text under "prompt"'),
-        ({"prompt": "x", "respones": "y"}, "did you mean 'response'?"),
-        ({"messages": [{"role": "user", "content": "x"}]}, "no message has the role assistant"),
-        ({"messages": "x"}, '"messages" is a list of'),
-    ],
-)
-def test_a_bad_row_is_named(tmp_path, tokenizer, row, says):
-    path = write(tmp_path, {"prompt": "fine", "response": "fine"}, row)
-    with pytest.raises(ParaJaxError) as error:
-        read_examples(path, tokenizer, EOS)
-    assert says in str(error.value)
-
-
 def test_all_bad_rows_are_counted(tmp_path, tokenizer):
     with pytest.raises(ParaJaxError, match="and 3 more"):
         read_examples(write(tmp_path, *["{"] * 8), tokenizer, EOS)
