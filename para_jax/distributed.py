@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from jax.sharding import Sharding
 
 T = TypeVar("T")
+PIECES = (2**26, 2**22, 2**16, 2**12)  # bytes of the messages between processes
 
 
 def start(address: str | None = None, processes: int | None = None, process: int | None = None) -> None:
@@ -75,20 +76,27 @@ def barrier(name: str) -> None:
 
 
 def told(text: bytes) -> bytes:
-    """What the first process says, of up to 4000 bytes."""
-    if _alone():
-        return text
-    from jax.experimental import multihost_utils
+    """What the first process says, in every process, whatever its size."""
+    return text if _alone() else _broadcast(text, 0)
 
-    room = np.zeros(4000, np.uint8)
-    room[: len(text)] = np.frombuffer(text[:4000], np.uint8)
-    return bytes(np.asarray(multihost_utils.broadcast_one_to_all(room))).rstrip(b"\0")
+
+def by_first(act: Callable[[], None]) -> None:
+    """Lets the first process do something, and raises in every process the ParaJaxError that it raises there."""
+    problem = b""
+    if first():
+        try:
+            act()
+        except (ParaJaxError, OSError, ValueError) as error:
+            problem = (str(error) or type(error).__name__).encode("utf-8", "backslashreplace")
+    if message := told(problem).decode():
+        raise ParaJaxError(message)
 
 
 def shared(makers: Mapping[str, Callable[[], T]]) -> dict[str, T]:
     """What each of these makes, under its name, made by one of the processes and known to all.
 
-    What is made has to be plain data, for it is pickled on its way. Raises ParaJaxError in every process if one does.
+    What is made has to be plain data, for it is pickled on its way. Each process sends what it made to all others, at
+    its own size. Raises ParaJaxError in every process if one does.
     """
     if _alone():
         return {name: make() for name, make in makers.items()}
@@ -98,23 +106,48 @@ def shared(makers: Mapping[str, Callable[[], T]]) -> dict[str, T]:
     except ParaJaxError as error:
         problem = str(error)
     found: dict[str, T] = {}
-    for text in _told_by_each(pickle.dumps((problem, made))):
-        problem, made = pickle.loads(text)
+    own = pickle.dumps((problem, made))
+    for source in range(jax.process_count()):
+        problem, made = pickle.loads(_broadcast(own, source))
         if problem:
             raise ParaJaxError(problem)
         found |= made
     return {name: found[name] for name in makers}
 
 
-def _told_by_each(text: bytes) -> list[bytes]:
-    """What every process says, in their order."""
+def _broadcast(text: bytes, source: int) -> bytes:
+    """What the process `source` says; all have to call it."""
     from jax.experimental import multihost_utils
 
-    sizes = np.asarray(multihost_utils.process_allgather(np.uint32(len(text))))
-    room = np.zeros(int(sizes.max()), np.uint8)
-    room[: len(text)] = np.frombuffer(text, np.uint8)
-    said = np.asarray(multihost_utils.process_allgather(room))
-    return [bytes(row[:size]) for row, size in zip(said, sizes, strict=True)]
+    speaks = jax.process_index() == source
+
+    def sent(part: bytes, size: int) -> bytes:
+        room = np.zeros(size, np.uint8)
+        if speaks:
+            room[: len(part)] = np.frombuffer(part, np.uint8)
+        return np.asarray(multihost_utils.broadcast_one_to_all(room, is_source=speaks)).tobytes()
+
+    left = int.from_bytes(sent(len(text).to_bytes(8, "little"), 8), "little")
+    parts, at = [], 0
+    for size, count in _pieces(left):
+        for _ in range(count):
+            parts.append(sent(text[at : at + size], size)[: left - at])
+            at += size
+    return b"".join(parts)
+
+
+def _pieces(size: int) -> list[tuple[int, int]]:
+    """Messages of which sizes, and how many of each, hold so many bytes: a few sizes, for each is a program.
+
+    >>> _pieces(5), _pieces(70_000)
+    ([(4096, 1)], [(65536, 1), (4096, 2)])
+    """
+    found = []
+    for piece in PIECES[:-1]:
+        if size >= piece:
+            found.append((piece, size // piece))
+            size %= piece
+    return [*found, (PIECES[-1], -(-size // PIECES[-1]))] if size else found
 
 
 def placed(x: np.ndarray, sharding: Sharding | None) -> Any:

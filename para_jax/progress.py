@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 
-SHOWN_EVERY = 5  # seconds
+EVERY = 5.0  # seconds
 
 
 def duration(seconds: float) -> str:
@@ -22,23 +23,36 @@ def duration(seconds: float) -> str:
     return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
 
 
-class RowProgress:
-    """Says every few seconds how many rows are done.
+class Pace:
+    """Says every five seconds how far long work is, how fast it goes and how long it will take.
 
-    >>> progress = RowProgress("rows are read", print, every=0)
-    >>> progress(2, 4)  # doctest: +ELLIPSIS
-    2 of 4 rows are read, ... rows/s, 0s left
+    Args:
+      what: is counted, such as "rows".
+      show: takes a line; by default it goes to stderr.
     """
 
-    def __init__(self, what: str, show: Callable[[str], None], every: float = SHOWN_EVERY) -> None:
-        self.what, self.show, self.every = what, show, every
-        self.began = self.shown = time.monotonic()
+    def __init__(self, what: str, show: Callable[[str], None] | None = None) -> None:
+        self.what, self.show, self.shown = what, show or _to_stderr, time.monotonic()
+        self.first: tuple[int, float] | None = None
 
     def __call__(self, done: int, total: int | None) -> None:
-        """So many rows are done, of so many, if that is known."""
+        """After `done` of `total`, if that is known.
+
+        What the first batch takes says little: it waits for the model and compiles.
+        """
         now = time.monotonic()
-        if now - self.shown < self.every or not done:
+        if self.first is None:
+            self.first = done, now
+        if now - self.shown < EVERY:
             return
-        self.shown, rate = now, done / max(now - self.began, 1e-9)
-        of, left = (f" of {total:,}", f", {duration((total - done) / rate)} left") if total else ("", "")
-        self.show(f"{done:,}{of} {self.what}, {rate:,.0f} rows/s{left}")
+        self.shown, line = now, f"{done}{f'/{total}' if total else ''} {self.what}"
+        since, began = self.first
+        if done > since:
+            rate = (done - since) / (now - began)
+            left = f"  {duration((total - done) / rate)} left" if total and done < total else ""
+            line += f"  {rate:.3g} a second{left}"
+        self.show(line)
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

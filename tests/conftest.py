@@ -1,6 +1,7 @@
 """Settings of every test: nothing is promoted silently, warnings are errors (pyproject.toml), no network."""
 
 import os
+import resource
 import shutil
 import tempfile
 from pathlib import Path
@@ -67,6 +68,15 @@ def few_programs():
     """The same after each test, for modules whose programs are many or large."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture
+def full_disk():
+    """No file of this process gets larger than 1000 bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def optimize(all_of_it: bool) -> None:

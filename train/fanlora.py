@@ -26,6 +26,7 @@ from para_jax.adapters.adapter import Adapter
 from para_jax.convert.tokenizer import load_tokenizer
 from para_jax.data.examples import encode_rows, read_examples
 from para_jax.data.sources import read_rows
+from para_jax.files import write_json
 from para_jax.importance.scores import importance
 from para_jax.importance.select import keep_number, keep_within, plot_importance
 from para_jax.training.loop import finetune
@@ -95,7 +96,7 @@ def main() -> None:
     config = FanLoraConfig.of(kept, shape, r=r, lora_alpha=r)
     config.save(setting / "fanlora.json")
     record = {"score": args.score, "sites": list(shape.linear_sites), "scores": scores.tolist(), "kept": kept}
-    (setting / "scores.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_json(setting / "scores.json", record)
     plot_importance(scores, kept, shape, setting / "importance.png", f"{args.score} score; framed: kept")
     for layer, sites in enumerate(kept):
         print(f"layer {layer}: {', '.join(sites)}")

@@ -10,8 +10,6 @@ options and no config is `para-jax finetune`, `para-jax evaluate` and `para-jax 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +22,7 @@ from para_jax.convert.tokenizer import check_vocabulary, load_tokenizer
 from para_jax.data.examples import Examples, encode_rows, read_examples
 from para_jax.distributed import first, start
 from para_jax.evaluation.evaluate import evaluate
+from para_jax.files import write_json
 from para_jax.memory import keep_freed_memory
 from para_jax.sharding import auto_mesh, make_mesh
 from para_jax.training.loggers import Loggers
@@ -124,9 +123,7 @@ def main() -> None:
     for name, of in scores.items():
         say(f"{name}: " + ", ".join(f"{key} {x:.3f}" for key, x in of.items() if isinstance(x, float)))
     if first():
-        fresh = args.out / ".scores.json-new"
-        fresh.write_text(json.dumps(scores, indent=1) + "\n")
-        os.replace(fresh, args.out / "scores.json")
+        write_json(args.out / "scores.json", scores)
     say(f"adapters, report.html and scores.json are in {args.out}")
 
 

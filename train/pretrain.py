@@ -25,6 +25,7 @@ from para_jax.backbones.config import BackboneConfig
 from para_jax.backbones.decoder import Backbone
 from para_jax.convert.checkpoint import save_backbone
 from para_jax.convert.tokenizer import load_tokenizer
+from para_jax.files import write_json
 
 END, PAD = "<|endoftext|>", "<|pad|>"
 CHAT = (
@@ -188,7 +189,7 @@ def main() -> None:
         "arguments": {k: v for k, v in vars(args).items() if k not in ("books", "out", "init", "overwrite")},
         "history": history,
     }
-    (args.out / "pretraining.json").write_text(json.dumps(report, indent=1) + "\n")
+    write_json(args.out / "pretraining.json", report)
     print(json.dumps({k: v for k, v in report.items() if k != "history"}, indent=1))
 
 

@@ -42,10 +42,11 @@ from para_jax.adapters.lora import LoraConfig
 from para_jax.adapters.method import MethodConfig
 from para_jax.backbones.decoder import Backbone
 from para_jax.backbones.options import default_stacked
-from para_jax.cli.common import pairs, write_json
+from para_jax.cli.common import pairs
 from para_jax.convert.tokenizer import load_tokenizer
 from para_jax.errors import ParaJaxError, unknown
 from para_jax.evaluation.evaluate import evaluate
+from para_jax.files import write_json
 from para_jax.importance.scores import importance
 from para_jax.importance.select import keep_number, plot_importance
 from para_jax.memory import keep_freed_memory

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from para_jax.cli.common import write_text
+from para_jax.files import write_text
 from para_jax.training.metrics import save_figure
 
 Results = Mapping[str, Any]

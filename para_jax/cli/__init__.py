@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import gc
+import io
 import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from typing import NoReturn
 
 from para_jax import __version__
-from para_jax.cli import convert, evaluate, fanlora, finetune, generate, methods, plan, quickstart
+from para_jax.cli import convert, evaluate, fanlora, faults, finetune, generate, methods, plan, quickstart
+from para_jax.cli.faults import in_one_line
+from para_jax.cli.options import Parser, check_texts
 from para_jax.compile_cache import quiet_loading
+from para_jax.errors import ParaJaxError
+
+STOPPED = 130  # the exit code of Ctrl-C
+STDOUT = "stdout could not be written: "
 
 VERBS = {
     "quickstart": quickstart,
@@ -25,9 +35,9 @@ VERBS = {
 }
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The parser of every verb and option."""
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog="para-jax",
         description="Prompt-Aware Representation Adjustment (PARA): tune one frozen language model for many tenants "
         "at once and decode them all in one batch.",
@@ -53,8 +63,17 @@ def command() -> NoReturn:
     another one of the end.
     """
     gc.set_threshold(100_000)
+    # A model may write what a terminal's encoding does not have.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    threading.excepthook = _of_thread
     code = main()
     gc.freeze()
+    if code == STOPPED:
+        # Whoever presses Ctrl-C again does not wait for threads that compile, and sees no traceback of them.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        os._exit(code)
     sys.exit(code)
 
 
@@ -63,21 +82,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     One of several processes that does not succeed ends here and now; the others are not to wait for it.
     """
-    args = parser().parse_args(argv)
+    try:
+        args = parser().parse_args(argv)
+    except ParaJaxError as error:
+        print(error, file=sys.stderr)
+        return 1
     quiet_loading()
     # transformers would say that torch is missing, which nothing here needs.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    try:
-        code = _run(args)
-    except Exception as error:
-        if not _of_several():
-            raise
-        print(
-            f"para-jax {args.verb}: stopped by {type(error).__name__}: {str(error).partition(chr(10))[0]}; if another "
-            "process stopped before this one, its own output says why",
-            file=sys.stderr,
-        )
-        code = 1
+    code = _flushed(args.verb, _run(args))
     if code and _of_several():
         from para_jax.distributed import leave
 
@@ -94,19 +107,45 @@ def _of_several() -> bool:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from para_jax.errors import ParaJaxError
-
     try:
+        check_texts(args)
         return VERBS[args.verb].run(args) or 0
     except ParaJaxError as error:
-        print(f"para-jax {args.verb}: {error}", file=sys.stderr)
-        return 1
+        _say(args.verb, str(error))
     except BrokenPipeError:
-        return 1
+        pass
     except OSError as error:
-        print(f"para-jax {args.verb}: {error}", file=sys.stderr)
-        return 1
+        where = "" if error.filename is None else f"{error.filename}: "
+        # Whoever writes a file names it, so this is what is printed.
+        full = error.filename is None and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+        _say(args.verb, f"{STDOUT if full else where}{error.strerror or in_one_line(error)}")
     except KeyboardInterrupt as stop:
-        print(f"para-jax {args.verb}: {stop or 'stopped'}", file=sys.stderr)
+        _say(args.verb, str(stop) or "stopped")
         # A machine that is taken away is no failure: whoever started the run starts it again.
-        return 0 if getattr(stop, "preempted", False) else 130
+        return 0 if getattr(stop, "preempted", False) else STOPPED
+    except Exception as error:
+        _say(args.verb, faults.said(args.verb, error, _of_several()))
+    return 1
+
+
+def _say(verb: str, message: str) -> None:
+    print(f"para-jax {verb}: {message}", file=sys.stderr)
+
+
+def _flushed(verb: str, code: int) -> int:
+    """The exit code, when all of stdout is written. Python would say that it cannot be, at its end, in a traceback."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):
+            _say(verb, f"{STDOUT}{error.strerror}")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return code or 1
+    return code
+
+
+def _of_thread(given: threading.ExceptHookArgs) -> None:
+    """What went wrong in a thread that nobody waits for."""
+    error = given.exc_value
+    if error is not None:
+        _say("thread", in_one_line(error) if isinstance(error, OSError) else faults.said("thread", error))

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from para_jax.checks import Whole
+from para_jax.cli.options import COUNT, within
 from para_jax.data.sources import FORMS
 from para_jax.errors import ParaJaxError, unknown
 
@@ -74,8 +76,10 @@ def _add_processes(parser: argparse.ArgumentParser) -> None:
         metavar="HOST:PORT",
         help="this is one of several processes: where the first one is, or auto on Cloud TPU, SLURM and Kubernetes",
     )
-    parser.add_argument("--processes", type=int, metavar="N", help="with --coordinator: how many there are")
-    parser.add_argument("--process", type=int, metavar="I", help="with --coordinator: which this is, from 0")
+    parser.add_argument("--processes", type=within(COUNT), metavar="N", help="with --coordinator: how many there are")
+    parser.add_argument(
+        "--process", type=within(Whole(0)), metavar="I", help="with --coordinator: which this is, from 0"
+    )
 
 
 def add_adapters(parser: argparse.ArgumentParser) -> None:
@@ -156,6 +160,12 @@ def start_processes(args: argparse.Namespace) -> None:
     auto = args.coordinator == "auto"
     if not auto and (args.processes is None or args.process is None):
         raise ParaJaxError("--coordinator HOST:PORT needs --processes N and --process I; or pass --coordinator auto")
+    if not auto and not re.fullmatch(r".+:\d{1,5}", args.coordinator):
+        raise ParaJaxError(f"--coordinator must be HOST:PORT or auto, not {args.coordinator!r}")
+    if args.process is not None and args.processes is not None and args.process >= args.processes:
+        raise ParaJaxError(
+            f"--process must be from 0 to {args.processes - 1} of {args.processes} processes, not {args.process}"
+        )
     start(None if auto else args.coordinator, args.processes, args.process)
     if not first():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (until the process ends)
@@ -193,16 +203,11 @@ def load_config(model: str | None) -> BackboneConfig:
     return BackboneConfig.from_pretrained(path)
 
 
-def check_new(path: str | None, overwrite: bool) -> None:
-    """Raises ParaJaxError if the file for --json exists and is not to be replaced."""
-    if path and Path(path).exists() and not overwrite:
-        raise ParaJaxError(f"{path} exists; choose another --json or pass --overwrite")
-
-
 def tenant_sources(args: argparse.Namespace, option: str = "tenant") -> dict[str, Source]:
     """Each tenant's source, or its rows where these come from a source of several tenants.
 
-    `option` is tenant, for --tenant and --tenant-from, or dev. Raises ParaJaxError for a tenant that has two.
+    `option` is tenant, for --tenant and --tenant-from, or dev. Raises ParaJaxError for a tenant that has two
+    sources, and if there is no tenant.
     """
     from para_jax.data.rows import by_tenant
     from para_jax.data.sources import read_rows
@@ -214,18 +219,20 @@ def tenant_sources(args: argparse.Namespace, option: str = "tenant") -> dict[str
             if name in found:
                 raise ParaJaxError(f"{rows[0][0]}: tenant {name!r} has rows from elsewhere already; give it one source")
             found[name] = rows
+    if not found and option == "tenant":
+        raise ParaJaxError("give each tenant's rows: --tenant NAME=SOURCE, or --tenant-from SOURCE for several")
     return found
 
 
 def row_length(asked: int | None, config: BackboneConfig) -> int:
-    """The most tokens of a row: what --max-length says, else the backbone's context."""
-    if asked is not None and asked < 2:
-        raise ParaJaxError(f"--max-length must be at least 2, a prompt's token and a response's, not {asked}")
-    if asked is not None and asked > config.max_position_embeddings:
-        raise ParaJaxError(
-            f"--max-length {asked} is beyond the backbone's context of {config.max_position_embeddings} tokens"
-        )
-    return asked or config.max_position_embeddings
+    """The most tokens of a row: as many as --max-length says, or else as the backbone's context holds.
+
+    Raises ParaJaxError for more than the context holds.
+    """
+    context = config.max_position_embeddings
+    if asked is not None and asked > context:
+        raise ParaJaxError(f"--max-length must be at most {context}, the backbone's context, not {asked}")
+    return asked or context
 
 
 def pairs(values: Sequence[str], option: str) -> dict[str, str]:
@@ -248,8 +255,10 @@ def pairs(values: Sequence[str], option: str) -> dict[str, str]:
 def per_tenant(values: Sequence[str], option: str, names: Sequence[str], kind: Callable[[str], T]) -> dict[str, T]:
     """VALUE for all tenants, or NAME=VALUE for one; the more particular wins.
 
-    >>> per_tenant(["100", "acme=300"], "--steps", ["acme", "globex"], int)
+    >>> per_tenant(["100", "acme=300"], "--steps", ["acme", "globex"], Whole(1).parse)
     {'acme': 300, 'globex': 100}
+
+    Raises ParaJaxError for an unknown tenant, and for what `kind` raises ValueError for, which says what it has to be.
     """
     general: dict[str, T] = {}
     particular: dict[str, T] = {}
@@ -261,8 +270,8 @@ def per_tenant(values: Sequence[str], option: str, names: Sequence[str], kind: C
             (particular if equals else general).update(dict.fromkeys([name] if equals else names, kind(rest)))
         except ParaJaxError:
             raise
-        except ValueError:
-            raise ParaJaxError(f"{option} takes {kind.__name__} or NAME={kind.__name__}, not {value!r}") from None
+        except ValueError as error:
+            raise ParaJaxError(f"{option} {error}") from None
     merged = general | particular
     return {name: merged[name] for name in names if name in merged}
 
@@ -299,24 +308,6 @@ def load_bank(folder: str | Path | None, names: Sequence[str], config: BackboneC
     if folder is None or not names:
         return None
     return AdapterBank.load(adapter_folders(folder, names), config)
-
-
-def write_json(path: str | Path, value: Any) -> None:
-    """Writes JSON to a temporary name and renames it."""
-    write_text(path, json.dumps(value, indent=1) + "\n")
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Writes a file whole or not at all; of several processes the first one does."""
-    from para_jax.distributed import first
-
-    if not first():
-        return
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}-new")
-    fresh.write_text(text)
-    os.replace(fresh, path)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -14,6 +14,8 @@ import re
 from pathlib import Path
 
 from para_jax.cli import common
+from para_jax.cli.options import refuse
+from para_jax.cli.outputs import check_folder
 from para_jax.errors import ParaJaxError
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -25,12 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
-        default="auto",
         help="of the weights that are written (default: as they are in the checkpoint's files)",
     )
     parser.add_argument("--out", metavar="DIR", help="folder to write")
     parser.add_argument("--adapter", metavar="DIR", help="an adapter's folder, to merge into the weights")
-    parser.add_argument("--shard-size", default="5GB", metavar="SIZE", help="the most of one file (default: 5GB)")
+    parser.add_argument("--shard-size", metavar="SIZE", help="the most of one file (default: 5GB)")
     parser.add_argument("--check", action="store_true", help="refuse weights that are infinite or no number")
     parser.add_argument("--overwrite", action="store_true", help="replace --out if it is a checkpoint")
 
@@ -38,9 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.out is None and not args.check:
         raise ParaJaxError("give --out DIR, or --check alone to look at the weights")
-    if args.out is not None and Path(args.out).exists() and not args.overwrite:
-        raise ParaJaxError(f"{args.out} exists; choose another --out or pass --overwrite")
-    size = shard_bytes(args.shard_size)
+    if args.out is None:
+        refuse(args, ("adapter", "dtype", "shard_size", "overwrite"), "without --out DIR: nothing is written")
+    else:
+        check_folder(args, "config.json")
+    args.dtype = args.dtype or "auto"
+    size = shard_bytes(args.shard_size or "5GB")
 
     from para_jax import Backbone, load_adapter, merge_adapter, tiny_backbone_path
     from para_jax.compile_cache import set_up

@@ -10,13 +10,14 @@ BLEU where rows have "references", and accuracy by the likelihood of each choice
 from __future__ import annotations
 
 import argparse
-import json
-import sys
-import time
 from pathlib import Path
 
 from para_jax.cli import common
+from para_jax.cli.options import COUNT, within
+from para_jax.cli.outputs import check_data_dir, check_files
+from para_jax.data.sources import Rows
 from para_jax.errors import ParaJaxError, unknown
+from para_jax.files import json_line, write_json, write_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,8 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="[NAME=]N",
         help="of every answer (default: 64); repeat",
     )
-    parser.add_argument("--batch-size", type=int, default=32, help="rows that run together (default: 32)")
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N rows of each tenant")
+    parser.add_argument("--batch-size", type=within(COUNT), default=32, help="rows that run together (default: 32)")
+    parser.add_argument("--limit", type=within(COUNT), metavar="N", help="only the first N rows of each tenant")
     parser.add_argument(
         "--choose",
         metavar="NAME",
@@ -45,24 +46,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    check_files(args, "json", "predictions")
+    check_data_dir(args)
     sources = common.tenant_sources(args)
-    if not sources:
-        raise ParaJaxError("give each tenant's rows: --tenant NAME=SOURCE, or --tenant-from SOURCE for several")
-    for option in ("json", "predictions"):
-        path = getattr(args, option)
-        if path and Path(path).exists() and not args.overwrite:
-            raise ParaJaxError(f"{path} exists; choose another --{option} or pass --overwrite")
     for name in args.choose:
         if name not in sources:
             raise unknown("tenant in --choose", name, sources)
     templates = common.per_tenant(args.template, "--template", list(sources), str)
+    limits = common.per_tenant(["64", *args.max_new_tokens], "--max-new-tokens", list(sources), COUNT.parse)
 
     from para_jax.convert.tokenizer import with_chat_template
     from para_jax.data.examples import encode_rows
     from para_jax.data.rows import of_tenant
     from para_jax.data.sources import read_rows
+    from para_jax.distributed import first
     from para_jax.evaluation.evaluate import evaluate
-    from para_jax.training.metrics import duration
+    from para_jax.progress import Pace
 
     loading, tokenizer = common.begin_model(args)
     config = loading.shapes.config
@@ -72,42 +71,30 @@ def run(args: argparse.Namespace) -> int:
         rows = source if not isinstance(source, str) else read_rows(source, templates.get(name), args.data_dir)
         of_tenant(rows, name)
         if name in args.choose:
-            answers = sorted({row["response"] for _, row in rows if isinstance(row.get("response"), str)})
-            if len(answers) > MOST_CHOICES:
-                raise ParaJaxError(f"tenant {name!r} has {len(answers)} different responses, too many for --choose")
-            rows = [(place, {"choices": answers, **row}) for place, row in rows]
+            rows = with_choices(f"tenant {name!r}", rows)
         own = with_chat_template(tokenizer, common.kept_template(args.adapters, [name]))
         examples[name] = encode_rows(
             rows[: args.limit], own, config.eos_token_ids, keep_texts=True, allow_special_tokens=True
         )
-
-    began = shown = time.monotonic()
-
-    def progress(done: int, total: int) -> None:
-        nonlocal shown
-        now = time.monotonic()
-        if now - shown > 5 and done:
-            shown = now
-            rate = done / (now - began)
-            print(f"{done}/{total}  {rate:.0f} rows/s  {duration((total - done) / rate)} left", file=sys.stderr)
 
     scores = evaluate(
         loading,
         tokenizer,
         examples,
         bank,
-        max_new_tokens=common.per_tenant(["64", *args.max_new_tokens], "--max-new-tokens", list(sources), int),
+        max_new_tokens=limits,
         batch_size=args.batch_size,
-        progress=progress,
+        progress=Pace("rows and choices" if args.choose else "rows"),
     )
     print(score_table(scores))
     answered = {name: s.pop("predictions") for name, s in scores.items()}
+    if not first():
+        return 0
     if args.json:
-        common.write_json(args.json, {"model": Path(config.name).name, "tenants": scores})
+        write_json(args.json, {"model": Path(config.name).name, "tenants": scores})
         print(f"scores in {args.json}")
     if args.predictions:
-        lines = [json.dumps({"tenant": n, **row}, ensure_ascii=False) for n in answered for row in answered[n]]
-        common.write_text(args.predictions, "".join(line + "\n" for line in lines))
+        write_text(args.predictions, "".join(json_line({"tenant": n, **row}) for n in answered for row in answered[n]))
         print(f"predictions in {args.predictions}")
     return 0
 
@@ -120,6 +107,21 @@ COLUMNS = (
     ("choice_accuracy", "by choice"),
     ("majority", "majority"),
 )
+
+
+def with_choices(whose: str, rows: Rows) -> Rows:
+    """The rows, each with all of their responses as its choices if it has none of its own.
+
+    Raises ParaJaxError for too many responses, and where no row would have other choices than before.
+    """
+    answers = sorted({row["response"] for _, row in rows if isinstance(row.get("response"), str)})
+    if len(answers) > MOST_CHOICES:
+        raise ParaJaxError(f"{whose} has {len(answers)} different responses, too many for --choose")
+    if not answers:
+        raise ParaJaxError(f'--choose chooses among the texts under "response", and no row of {whose} has one')
+    if all("choices" in row for _, row in rows):
+        raise ParaJaxError(f"--choose has no effect on {whose}: all rows have choices of their own")
+    return [(place, {"choices": answers, **row}) for place, row in rows]
 
 
 def score_table(scores: dict[str, dict[str, float]]) -> str:

@@ -16,14 +16,20 @@ import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from para_jax.checks import SEED, Number, Whole
 from para_jax.cli import common
+from para_jax.cli.options import COUNT, ROWS, refuse, within
+from para_jax.cli.outputs import check_data_dir, check_folder
 from para_jax.data.sources import FORMS
-from para_jax.errors import ParaJaxError
+from para_jax.errors import ParaJaxError, unknown
+from para_jax.files import write_json
 
 if TYPE_CHECKING:
     from para_jax.data.examples import Example
 
-SETTING, SCORES, PICTURE = "fanlora.json", "scores.json", "importance.png"
+SETTING, SCORES_FILE, PICTURE = "fanlora.json", "scores.json", "importance.png"
+# Options that say which rows a score is computed on, and how.
+OF_ROWS = ("data", "rows", "template", "data_dir", "max_length", "truncate", "batch_size")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,41 +43,58 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"held-out rows to score on: {FORMS}; repeat",
     )
     common.add_sources(parser)
-    parser.add_argument("--rows", type=int, default=64, metavar="N", help="rows drawn from each source (default: 64)")
-    parser.add_argument("--seed", type=int, default=0, help="of the rows, and of the random score")
+    parser.add_argument("--rows", type=within(ROWS), metavar="N", help="rows drawn from each source (default: 64)")
+    parser.add_argument("--seed", type=within(SEED), help="of the rows, and of the random score")
     parser.add_argument("--out", metavar="DIR", required=True, help="folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
 
     scoring = parser.add_argument_group("scoring")
     scoring.add_argument("--score", default="ablation", help="ablation (default), gradient, norm or random")
-    scoring.add_argument("--batch-size", type=int, default=8, help="rows of a forward pass (default: 8)")
+    scoring.add_argument("--batch-size", type=within(COUNT), metavar="N", help="rows of a forward pass (default: 8)")
     scoring.add_argument(
-        "--variants", type=int, default=16, help="ablations in one pass; fewer take less memory (default: 16)"
+        "--variants",
+        type=within(COUNT),
+        metavar="N",
+        help="ablations in one pass; fewer take less memory (default: 16)",
     )
-    scoring.add_argument("--max-length", type=int, help="tokens of a row (default: the backbone's context)")
+    scoring.add_argument(
+        "--max-length", type=within(Whole(2)), metavar="N", help="tokens of a row (default: the backbone's context)"
+    )
     scoring.add_argument("--truncate", action="store_true", help="cut prompts that are too long at their beginning")
 
     setting = parser.add_argument_group("setting")
     size = setting.add_mutually_exclusive_group(required=True)
-    size.add_argument("--keep", type=int, metavar="N", help="modules of each layer")
-    size.add_argument("--budget", type=int, metavar="N", help="parameters in all, spread evenly over the layers")
-    setting.add_argument("--r", type=int, help="rank (default: the adapter's)")
-    setting.add_argument("--lora-alpha", type=float, help="numerator of the scale (default: the adapter's)")
+    size.add_argument("--keep", type=within(COUNT), metavar="N", help="modules of each layer")
+    size.add_argument(
+        "--budget", type=within(COUNT), metavar="N", help="parameters in all, spread evenly over the layers"
+    )
+    setting.add_argument("--r", type=within(COUNT), help="rank (default: the adapter's)")
+    setting.add_argument(
+        "--lora-alpha", type=within(Number(0, above=True)), help="numerator of the scale (default: the adapter's)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     out = Path(args.out)
-    if out.exists() and not args.overwrite:
-        raise ParaJaxError(f"{out} exists; choose another --out or pass --overwrite")
+    check_folder(args, SETTING)
 
     from para_jax.adapters.fanlora import FanLoraConfig
     from para_jax.adapters.files import load_adapter, load_chat_template, new_folder
     from para_jax.convert.tokenizer import with_chat_template
-    from para_jax.importance.scores import NEED_ROWS, check, importance
+    from para_jax.importance.scores import NEED_ROWS, SCORES, check, importance
     from para_jax.importance.select import keep_number, keep_within, plot_importance
 
+    if args.score not in SCORES:
+        raise unknown("score", args.score, SCORES)
     if args.score in NEED_ROWS and not args.data:
         raise ParaJaxError(f"the {args.score} score is computed on held-out rows; give --data SOURCE")
+    if args.score not in NEED_ROWS:
+        refuse(args, OF_ROWS, f"with --score {args.score}, which is computed without rows")
+    if args.score != "ablation":
+        refuse(args, ("variants",), f"with --score {args.score}; it is of ablations")
+    if args.score == "norm":
+        refuse(args, ("seed",), "with --score norm, which draws nothing")
+    check_data_dir(args)
     backbone, tokenizer = common.load_model(args, stacked=True)
     shape = backbone.config
     adapter = load_adapter(args.adapter, shape)
@@ -86,9 +109,9 @@ def run(args: argparse.Namespace) -> int:
         backbone,
         adapter,
         examples,
-        batch_size=args.batch_size,
-        variants=args.variants,
-        seed=args.seed,
+        batch_size=args.batch_size or 8,
+        variants=args.variants or 16,
+        seed=args.seed or 0,
         show=lambda line: print(line, flush=True),
     )
 
@@ -110,7 +133,7 @@ def run(args: argparse.Namespace) -> int:
             "kept": kept,
             "parameters": config.size(shape),
         }
-        common.write_json(partial / SCORES, record)
+        write_json(partial / SCORES_FILE, record)
         plot_importance(scores, kept, shape, partial / PICTURE, f"{args.score} score of each module; framed: kept")
     print(
         common.table(
@@ -137,12 +160,10 @@ def held_out(args: argparse.Namespace, tokenizer: Any, shape: Any) -> list[Examp
     from para_jax.data.rows import of_tenant
     from para_jax.data.sources import read_rows
 
-    if args.rows < 1:
-        raise ParaJaxError(f"--rows must be at least 1, not {args.rows}")
     length = common.row_length(args.max_length, shape)
     examples: list[Example] = []
     for source in args.data:
         rows = of_tenant(read_rows(source, args.template, args.data_dir), None)
-        some = random.Random(args.seed).sample(rows, min(args.rows, len(rows)))
+        some = random.Random(args.seed or 0).sample(rows, min(args.rows or 64, len(rows)))
         examples += encode_rows(some, tokenizer, shape.eos_token_ids, length, truncate=args.truncate, one_pass=True)
     return examples

@@ -24,7 +24,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from para_jax.checks import SEED, Whole
 from para_jax.cli import common
+from para_jax.cli.options import COUNT, ROWS, within
+from para_jax.cli.outputs import check_data_dir, check_folder
+from para_jax.cli.settings import tuning
 from para_jax.errors import ParaJaxError, unknown
 
 # Options that hold modules, which a shell writes with commas.
@@ -55,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="an option of the methods that --method names, or of METHOD alone: pooling=mean, lora.lora_alpha=16, "
         "target_modules=q_proj,v_proj; repeat",
     )
-    method.add_argument("--r", type=int, help="the same as --option r=... (default: the method's)")
+    method.add_argument("--r", type=within(COUNT), help="the same as --option r=... (default: the method's)")
     method.add_argument(
         "--target-modules", nargs="+", metavar="SITE", help="as --option target_modules=... (default: the method's)"
     )
@@ -81,22 +85,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ):
         tuning.add_argument(name, metavar=metavar, action="append", default=[], help=text)
     tuning.add_argument(
-        "--tenants-per-step", type=int, metavar="N", help="the most that have their turn at once (default: all)"
+        "--tenants-per-step",
+        type=within(COUNT),
+        metavar="N",
+        help="the most that have their turn at once (default: all)",
     )
     tuning.add_argument(
         "--spread-tenants",
         action=argparse.BooleanOptionalAction,
         help="on a mesh: each device has tenants of its own, or a share of the rows of all (default: as divides)",
     )
-    tuning.add_argument("--rows", type=int, default=16, help="rows of each tenant in a step (default: 16)")
+    tuning.add_argument("--rows", type=within(ROWS), default=16, help="rows of each tenant in a step (default: 16)")
     tuning.add_argument(
         "--micro-batch-tokens",
-        type=int,
+        type=within(COUNT),
         metavar="N",
         help="the most tokens computed at once on a device, to save memory (default: 1024 on a CPU, else 8192)",
     )
-    tuning.add_argument("--seed", type=int, default=0, help="of the first weights and the order of rows")
-    tuning.add_argument("--max-length", type=int, help="tokens of a row (default: the backbone's context)")
+    tuning.add_argument("--seed", type=within(SEED), default=0, help="of the first weights and the order of rows")
+    tuning.add_argument(
+        "--max-length", type=within(Whole(2)), metavar="N", help="tokens of a row (default: the backbone's context)"
+    )
     tuning.add_argument(
         "--chat-template",
         metavar="[NAME=]FILE.jinja",
@@ -116,8 +125,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what the backward pass computes again, for less memory: nothing, whole layers, or all of them but their "
         "products (default: layers on accelerators, products on a CPU)",
     )
-    tuning.add_argument("--checkpoint-every", type=int, default=500, metavar="N", help="steps (default: 500)")
-    tuning.add_argument("--keep-checkpoints", type=int, default=2, metavar="N", help="the newest (default: 2)")
+    tuning.add_argument("--checkpoint-every", type=within(COUNT), default=500, metavar="N", help="steps (default: 500)")
+    tuning.add_argument(
+        "--keep-checkpoints", type=within(COUNT), default=2, metavar="N", help="the newest (default: 2)"
+    )
 
     watching = parser.add_argument_group("watching")
     watching.add_argument(
@@ -129,7 +140,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     watching.add_argument(
         "--profile",
-        type=int,
+        type=within(COUNT),
         nargs="?",
         const=5,
         default=0,
@@ -139,43 +150,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    sources = common.tenant_sources(args)
-    if not sources:
-        raise ParaJaxError("give each tenant's rows: --tenant NAME=SOURCE, or --tenant-from SOURCE for several")
-    names = list(sources)
-
     from para_jax.adapters.bank import AdapterBank
     from para_jax.convert.tokenizer import with_chat_template
     from para_jax.data.examples import encode_rows, read_examples
     from para_jax.data.order import read_mixture
     from para_jax.distributed import shared
+    from para_jax.training.claim import check_out
+    from para_jax.training.folder import check_name
     from para_jax.training.loggers import Loggers
     from para_jax.training.loop import finetune, steps_of
-    from para_jax.training.optimizer import Settings
+
+    check_out(Path(args.out), args.resume, args.overwrite)
+    check_folder(args)
+    check_data_dir(args)
+    sources, dev_sources = common.tenant_sources(args), common.tenant_sources(args, "dev")
+    names = list(sources)
+    for name in names:
+        check_name(name)
 
     given = [*args.option]
     given += [] if args.r is None else [f"r={args.r}"]
     given += [] if args.target_modules is None else [f"target_modules={','.join(args.target_modules)}"]
     configs = method_configs(names, args.method, given)
-    values: dict[str, dict[str, float]] = {
-        "steps": common.per_tenant(args.steps, "--steps", names, int),
-        "lr": common.per_tenant(args.lr, "--lr", names, float),
-        "warmup_ratio": common.per_tenant(args.warmup_ratio, "--warmup-ratio", names, float),
-        "weight_decay": common.per_tenant(args.weight_decay, "--weight-decay", names, float),
-        "max_grad_norm": common.per_tenant(args.max_grad_norm, "--max-grad-norm", names, float),
-        "weight": common.per_tenant(args.weight, "--weight", names, float),
-        "eval_every": common.per_tenant(args.eval_every, "--eval-every", names, int),
-        "patience": common.per_tenant(args.patience, "--patience", names, int),
-    }
-    epochs = common.per_tenant(args.epochs, "--epochs", names, float)
-    for name in [n for n in epochs if n in values["steps"]]:
-        raise ParaJaxError(f"{name} has both --steps and --epochs; give one of them")
-    settings = {n: Settings.checked(**{k: v[n] for k, v in values.items() if n in v}) for n in names}
-    dev_sources = common.tenant_sources(args, "dev")
-    for name in dev_sources:
-        if name not in names:
-            raise unknown("tenant in --dev", name, names)
-
+    settings, epochs = tuning(args, names, dev_sources)
     templates = common.per_tenant(args.chat_template, "--chat-template", names, template_file)
     prompts = common.per_tenant(args.template, "--template", names, str)
 

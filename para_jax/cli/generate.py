@@ -1,21 +1,36 @@
 """Answer prompts, each as its own tenant, in one batch.
 
 --input holds rows {"tenant": NAME or null, "prompt": TEXT} (or "messages"); --output gets them back in order with
-"text" and "finish_reason" added. A tenant may be names with strengths: {"mail": 0.5} takes half of what the adapter
-changes, {"mail": 0.5, "faq": 0.5} half of each.
+"text" and "finish_reason" added, and with all keys of their own. A tenant may be names with strengths: {"mail": 0.5}
+takes half of what the adapter changes, {"mail": 0.5, "faq": 0.5} half of each.
 
   para-jax generate --adapters runs/first --tenant mail --prompt "Dear customer,"
   para-jax generate --adapters runs/first --input rows.jsonl --output answers.jsonl
+
+Answers are written to OUT.partial as they come, in order, and take the name OUT when all are there. After a kill or a
+full disk the same command with --resume goes on, and ends with the same file.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import difflib
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from para_jax.checks import SEED, UINT32, Number, Whole
 from para_jax.cli import common
+from para_jax.cli.answers import ANSWER, Answers, digest, stamps
+from para_jax.cli.options import COUNT, refuse, within
+from para_jax.cli.outputs import check_files
 from para_jax.errors import ParaJaxError
+
+# Batches whose rows are sorted together, and then written.
+WINDOW = 8
+# How much alike a key that is not known and one that is may be; tenant_id and tenant are 0.80, tennant and tenant 0.92.
+NEAR = 0.84
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,21 +39,66 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--input", metavar="ROWS.jsonl", help="rows to answer")
     parser.add_argument("--output", metavar="OUT.jsonl", help="where the answered rows go")
     parser.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
+    parser.add_argument("--resume", action="store_true", help="go on with the answers in OUT.jsonl.partial, if any")
     parser.add_argument("--tenant", metavar="NAME", help="with --prompt: whose adapter (default: none)")
     parser.add_argument("--prompt", metavar="TEXT", help="one prompt; the answer is printed")
-    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="default: 64")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
-    parser.add_argument("--top-k", type=int, default=0, help="sample among the k likeliest tokens (default: all)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="sample among the likeliest that sum to p")
-    parser.add_argument("--min-p", type=float, default=0.0, help="and are at least p times as likely as the likeliest")
-    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: repeat less")
-    parser.add_argument("--num-beams", type=int, default=1, help="beam search if above 1")
+    parser.add_argument("--max-new-tokens", type=within(COUNT), default=64, metavar="N", help="default: 64")
+    parser.add_argument("--temperature", type=within(Number(0)), default=0.0, help="0, the default, is greedy")
+    share = within(Number(0, 1))
+    parser.add_argument(
+        "--top-k", type=within(Whole(0)), metavar="K", help="sample among the k likeliest tokens (default: all)"
+    )
+    parser.add_argument("--top-p", type=share, metavar="P", help="sample among the likeliest that sum to p")
+    parser.add_argument("--min-p", type=share, metavar="P", help="and are at least p times as likely as the likeliest")
+    parser.add_argument(
+        "--repetition-penalty", type=within(Number(0, above=True)), default=1.0, help="above 1: repeat less"
+    )
+    parser.add_argument("--num-beams", type=within(COUNT), default=1, help="beam search if above 1")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end where this appears; repeat")
-    parser.add_argument("--seed", type=int, default=0, help="of the first row; row i has seed + i")
-    parser.add_argument("--batch-size", type=int, default=32, help="rows decoded together (default: 32)")
+    parser.add_argument("--seed", type=within(SEED), help="of the first row (default: 0); row i has seed + i")
+    parser.add_argument("--batch-size", type=within(COUNT), help="rows decoded together (default: 32)")
 
 
 def run(args: argparse.Namespace) -> int:
+    check(args)
+
+    from para_jax.data.sources import read_jsonl
+    from para_jax.distributed import first
+
+    if args.input is None:
+        placed = [("--prompt", {"prompt": args.prompt, "tenant": args.tenant})]
+    else:
+        placed = read_jsonl(args.input)
+    rows = [row for _, row in placed]
+    names = tenants_of(placed, args.adapters)
+    answers, lines = None, list[str]()
+    if args.output is not None:
+        answers = Answers(args.output, len(rows), WINDOW * (args.batch_size or 32))
+        answers.check(args.resume, args.overwrite)
+        lines = other_keys(placed, args.input)
+        if args.resume and not args.overwrite and answers.output.exists() and not answers.partial.exists():
+            if not answers.finished(rows):
+                raise ParaJaxError(f"{args.output} exists and answers other rows; choose another --output")
+            print(f"{len(rows)} rows were in {args.output} already")
+            return 0
+    loading, tokenizer = common.begin_model(args)
+    if first():
+        print("".join(line + "\n" for line in lines), end="", file=sys.stderr)
+    bank = common.load_bank(args.adapters, names, loading.shapes.config)
+    prompts = prompts_of(placed, args.adapters, tokenizer, loading.shapes.config.eos_token_ids)
+    given = {"bank": bank, "tenants": [row.get("tenant") for row in rows], **decoding(args, len(rows))}
+    if answers is None:
+        from para_jax.decoding.generate import complete
+
+        print(complete(loading, tokenizer, prompts, **given)[0].text)
+        return 0
+    answer(args, answers, rows, names, (loading, tokenizer, prompts), given)
+    print(f"{len(rows)} rows in {args.output}")
+    return 0
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises ParaJaxError for options that do not go together, or would have no effect, before anything is read."""
     if (args.prompt is None) == (args.input is None):
         raise ParaJaxError("give either --prompt TEXT, or --input ROWS.jsonl and --output OUT.jsonl")
     if args.input is not None:
@@ -46,71 +106,143 @@ def run(args: argparse.Namespace) -> int:
             raise ParaJaxError("--input needs --output OUT.jsonl")
         if args.tenant is not None:
             raise ParaJaxError('with --input the tenant is in each row, under "tenant"')
-        if Path(args.output).exists() and not args.overwrite:
-            raise ParaJaxError(f"{args.output} exists; choose another --output or pass --overwrite")
-
-    from para_jax.adapters.rows import strengths_of
-    from para_jax.convert.tokenizer import with_chat_template
-    from para_jax.data.examples import encode_rows
-    from para_jax.data.sources import read_jsonl
-    from para_jax.decoding.generate import complete
-
-    if args.input is not None:
-        placed = read_jsonl(args.input)
     else:
-        placed = [("--prompt", {"prompt": args.prompt, "tenant": args.tenant})]
-    tenants = [row.get("tenant") for _, row in placed]
+        why = "with --prompt, whose one answer is printed; give --input ROWS.jsonl"
+        refuse(args, ("output", "overwrite", "resume", "batch_size"), why)
+        if args.adapters is not None and args.tenant is None:
+            raise ParaJaxError("--adapters has no effect without --tenant NAME, which says whose adapter answers")
+    if args.adapters is not None and not Path(args.adapters).is_dir():
+        raise ParaJaxError(f"--adapters {args.adapters} is no folder; give the --out folder of para-jax finetune")
+    check_files(args, "output", kept=["output"])
+    if args.input is not None and Path(args.input).resolve() in Answers(args.output, 0, 1).beside:
+        raise ParaJaxError(f"--input {args.input} is where answers are kept until --output is whole; rename it")
+    if args.temperature == 0:
+        refuse(args, ("top_k", "top_p", "min_p", "seed"), "where nothing is drawn; give --temperature above 0")
+    elif args.num_beams > 1:
+        raise ParaJaxError("--num-beams searches for the likeliest text, and --temperature draws one; leave out one")
+
+
+def tenants_of(placed: Sequence[tuple[str, dict[str, Any]]], adapters: str | None) -> list[str]:
+    """The names of the tenants of rows. Raises ParaJaxError, with the row's place, for one that is none."""
+    from para_jax.adapters.rows import strengths_of
+
     names: dict[str, None] = {}
-    for (place, _), tenant in zip(placed, tenants, strict=True):
+    for place, row in placed:
+        tenant = row.get("tenant")
         try:
             named = strengths_of(tenant)
         except ParaJaxError as error:
             raise ParaJaxError(f'{place}: "tenant": {error}') from None
-        if named and args.adapters is None:
+        if named and adapters is None:
             raise ParaJaxError(f"{place}: tenant {tenant!r} needs --adapters DIR")
         names |= dict.fromkeys(named)
-    loading, tokenizer = common.begin_model(args)
-    config = loading.shapes.config
-    bank = common.load_bank(args.adapters, list(names), config)
-    # Messages go through the chat template that is kept with the row's adapter.
+    if adapters is not None and not any("tenant" in row for _, row in placed):
+        raise ParaJaxError('--adapters has no effect: no row has a "tenant"; name one in each row, or null for none')
+    return list(names)
+
+
+def other_keys(placed: Sequence[tuple[str, dict[str, Any]]], source: str) -> list[str]:
+    """Lines that say which keys are not read, and which are replaced.
+
+    Raises ParaJaxError for a key that is nearly one that is read.
+    """
+    from para_jax.data.sources import KEYS
+
+    others: set[str] = set()
+    for place, row in placed:
+        for key in sorted(row.keys() - {*KEYS, *ANSWER, *others}):
+            near = difflib.get_close_matches(key.casefold(), KEYS, n=1, cutoff=NEAR)
+            if near:
+                raise ParaJaxError(f"{place}: unknown key {key!r}; did you mean {near[0]!r}? If not, rename it")
+            others.add(key)
+    lines = []
+    if others:
+        lines.append(f"{source}: keys that are not read go to the output as they are: {', '.join(sorted(others))}")
+    replaced = [key for key in ANSWER if any(key in row for _, row in placed)]
+    if replaced:
+        lines.append(f"{source}: the output has new values of {' and '.join(replaced)}, which the rows have already")
+    return lines
+
+
+def prompts_of(
+    placed: Sequence[tuple[str, dict[str, Any]]], adapters: str | None, tokenizer: Any, eos: Sequence[int]
+) -> list[list[int]]:
+    """Every row's prompt in tokens. Messages go through the chat template that is kept with the row's adapter."""
+    from para_jax.adapters.rows import strengths_of
+    from para_jax.convert.tokenizer import with_chat_template
+    from para_jax.data.examples import encode_rows
+    from para_jax.data.sources import KEYS
+
     of_template: dict[str | None, list[int]] = {}
     for i, (place, row) in enumerate(placed):
         try:
-            own = list(strengths_of(tenants[i])) if "messages" in row else []
-            of_template.setdefault(common.kept_template(args.adapters, own), []).append(i)
+            own = list(strengths_of(row.get("tenant"))) if "messages" in row else []
+            of_template.setdefault(common.kept_template(adapters, own), []).append(i)
         except ParaJaxError as error:
             raise ParaJaxError(f"{place}: {error}") from None
     prompts: list[list[int]] = [[] for _ in placed]
     for template, places in of_template.items():
         chosen = with_chat_template(tokenizer, template)
-        rows = [placed[i] for i in places]
-        examples = encode_rows(rows, chosen, config.eos_token_ids, need_response=False)
+        rows = [(placed[i][0], {k: v for k, v in placed[i][1].items() if k in KEYS}) for i in places]
+        examples = encode_rows(rows, chosen, eos, need_response=False)
         for i, example in zip(places, examples, strict=True):
             prompts[i] = example.prompt_ids.tolist()
-    completions = complete(
-        loading,
-        tokenizer,
-        prompts,
-        bank=bank,
-        tenants=tenants,
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        min_p=args.min_p,
-        repetition_penalty=args.repetition_penalty,
-        num_beams=args.num_beams,
-        stop=args.stop,
-        seed=[args.seed + i for i in range(len(placed))],
-        batch_size=args.batch_size,
-    )
-    if args.input is None:
-        print(completions[0].text)
-        return 0
-    lines = [
-        json.dumps({**row, "text": c.text, "finish_reason": c.finish_reason}, ensure_ascii=False)
-        for (_, row), c in zip(placed, completions, strict=True)
-    ]
-    common.write_text(args.output, "".join(line + "\n" for line in lines))
-    print(f"{len(lines)} rows in {args.output}")
-    return 0
+    return prompts
+
+
+def decoding(args: argparse.Namespace, rows: int) -> dict[str, Any]:
+    """The options of `complete` that are options here."""
+    given = {name: getattr(args, name) for name in ("top_k", "top_p", "min_p")}
+    return {
+        **{name: value for name, value in given.items() if value is not None},
+        "max_new_tokens": args.max_new_tokens,
+        "temperature": args.temperature,
+        "repetition_penalty": args.repetition_penalty,
+        "num_beams": args.num_beams,
+        "stop": args.stop,
+        "seed": [((args.seed or 0) + i) % (UINT32 + 1) for i in range(rows)],
+        "batch_size": args.batch_size or 32,
+    }
+
+
+def answer(
+    args: argparse.Namespace,
+    answers: Answers,
+    rows: Sequence[dict[str, Any]],
+    names: Sequence[str],
+    inputs: tuple[Any, Any, list[list[int]]],
+    given: dict[str, Any],
+) -> None:
+    """Answers the rows that are not answered yet, and writes them; of several processes the first one writes."""
+    from para_jax import tiny_backbone_path
+    from para_jax.convert.checkpoint import fetched
+    from para_jax.decoding.generate import Completion, complete
+    from para_jax.distributed import by_first, first, told
+    from para_jax.progress import Pace
+
+    loading, _, prompts = inputs
+    shapes = loading.shapes
+    about = {
+        "rows_sha256": digest(rows),
+        "prompts_sha256": digest(prompts),
+        "model": stamps(fetched(args.model or tiny_backbone_path()), "config.json", "*.safetensors", "*.bin"),
+        "adapters": {name: stamps(Path(args.adapters) / name, "adapter_*") for name in names},
+        "options": {k: v for k, v in given.items() if k not in ("bank", "tenants", "seed")} | {"seed": args.seed or 0},
+        "dtype": str(shapes.dtype),
+        "quantize": args.quantize,
+        "mesh": None if shapes.mesh is None else dict(shapes.mesh.shape),
+    }
+
+    def write(completions: Sequence[Completion]) -> None:
+        if first():
+            some = zip(rows[answers.done :], completions, strict=False)
+            answers.write([{**row, "text": c.text, "finish_reason": c.finish_reason} for row, c in some])
+
+    with answers:
+        by_first(lambda: answers.open(about, args.resume))
+        done = int(told(str(answers.done).encode()))
+        if done:
+            print(f"going on after {done} of {len(rows)} rows", file=sys.stderr)
+        pace = Pace("rows") if first() else None
+        complete(*inputs, **given, window=answers.window, skip=done, on_window=write, progress=pace)
+        by_first(answers.finish)

@@ -17,6 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from para_jax.cli import common
+from para_jax.cli.options import COUNT, within
+from para_jax.cli.outputs import check_files
+from para_jax.files import write_json
 
 if TYPE_CHECKING:
     from para_jax.adapters.method import BackboneShape, MethodConfig
@@ -30,18 +33,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", metavar="DIR", help="a folder or hub id with config.json, or that file (default: the tiny backbone)"
     )
-    parser.add_argument("--rows", type=int, default=8, metavar="N", help="rows that decode together (default: 8)")
+    parser.add_argument(
+        "--rows", type=within(COUNT), default=8, metavar="N", help="rows that decode together (default: 8)"
+    )
     parser.add_argument("--dtype", choices=COMPUTE, default="bfloat16", help="of computation (default: bfloat16)")
     parser.add_argument("--json", metavar="OUT.json", help="write the figures")
     parser.add_argument("--overwrite", action="store_true", help="replace --json if it exists")
 
 
 def run(args: argparse.Namespace) -> int:
-    from para_jax.errors import ParaJaxError
-
-    if args.rows < 1:
-        raise ParaJaxError(f"--rows must be at least 1, not {args.rows}")
-    common.check_new(args.json, args.overwrite)
+    check_files(args, "json")
     shape = common.load_config(args.model)
     weights = step_bytes(shape, args.rows, args.dtype)
     costs = {name: cost(config, shape, args.dtype) for name, config in usual(shape).items()}
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
                 for name, c in costs.items()
             },
         }
-        common.write_json(args.json, figures)
+        write_json(args.json, figures)
         print(f"figures in {args.json}")
     return 0
 
@@ -123,7 +124,7 @@ def step_bytes(shape: BackboneConfig, rows: int, dtype: str) -> int:
     import jax.numpy as jnp
 
     # A tied head is the embedding, all of which is read.
-    embedding = 0 if shape.tie_word_embeddings else shape.vocab_size - rows
+    embedding = 0 if shape.tie_word_embeddings else max(0, shape.vocab_size - rows)
     return jnp.dtype(dtype).itemsize * (shape.size - embedding * shape.hidden_size)
 
 

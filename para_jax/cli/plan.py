@@ -19,7 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from para_jax.cli import common
+from para_jax.cli.options import COUNT, within
+from para_jax.cli.outputs import check_files
 from para_jax.errors import ParaJaxError
+from para_jax.files import write_json
 
 if TYPE_CHECKING:
     from para_jax.planning.job import Job
@@ -44,7 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--option", metavar="KEY=VALUE", action="append", default=[], help="an option of the method; repeat"
     )
-    parser.add_argument("--tenants", type=int, default=1, metavar="N", help="that are tuned or served (default: 1)")
+    parser.add_argument(
+        "--tenants", type=within(COUNT), default=1, metavar="N", help="that are tuned or served (default: 1)"
+    )
     parser.add_argument(
         "--rows",
         metavar="N[,N...]",
@@ -52,14 +57,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--length",
-        type=int,
+        type=within(COUNT),
         metavar="T",
         help="tokens of a row to tune on (default: 2048) or of a prompt (default: 1024)",
     )
-    parser.add_argument("--new-tokens", type=int, metavar="T", help="that a decoded row has room for (default: 256)")
+    parser.add_argument(
+        "--new-tokens", type=within(COUNT), metavar="T", help="that a decoded row has room for (default: 256)"
+    )
     parser.add_argument(
         "--micro-batch-tokens",
-        type=int,
+        type=within(COUNT),
         metavar="N",
         help="the most tokens of a tuning step that a device computes at once (default: as finetune)",
     )
@@ -73,14 +80,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of computation (default: bfloat16)"
     )
     parser.add_argument(
-        "--tries", type=int, default=3, metavar="N", help="meshes that fit, or remedies, to compile (default: 3)"
+        "--tries",
+        type=within(COUNT),
+        default=3,
+        metavar="N",
+        help="meshes that fit, or remedies, to compile (default: 3)",
     )
     parser.add_argument("--json", metavar="OUT.json", help="write the plan")
     parser.add_argument("--overwrite", action="store_true", help="replace --json if it exists")
 
 
 def run(args: argparse.Namespace) -> int:
-    common.check_new(args.json, args.overwrite)
+    check_files(args, "json")
     from para_jax.planning.chips import parse_topology
 
     parse_topology(args.topology)
@@ -98,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
     made = {"fits": made.pop("fits"), **described, **made}
     print("\n".join(report(made)))
     if args.json:
-        common.write_json(args.json, made)
+        write_json(args.json, made)
         print(f"plan in {args.json}")
     return 0 if made["fits"] else 1
 
@@ -108,8 +119,6 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
     from para_jax.cli.finetune import method_configs
     from para_jax.planning.job import Job
 
-    if args.tries < 1:
-        raise ParaJaxError(f"--tries must be at least 1, not {args.tries}")
     for mode, options in ONLY.items():
         for option in options:
             if mode != args.mode and getattr(args, option) is not None:
@@ -123,15 +132,17 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
     length = args.length if args.length is not None else min(2048, context) if training else min(1024, context // 2)
     new_tokens = args.new_tokens if args.new_tokens is not None else min(256, max(1, context - length))
     text = args.rows or ROWS[args.mode]
-    if not all(part.isdigit() for part in text.split(",")):
-        raise ParaJaxError(f"--rows takes a number, or several with commas, not {text!r}")
+    try:
+        every = [COUNT.parse(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ParaJaxError(f"--rows {error}; several have commas between them") from None
     return [
         Job(
             config,
             method,
             mode=args.mode,
             tenants=args.tenants,
-            rows=int(rows),
+            rows=rows,
             length=length,
             new_tokens=new_tokens,
             micro_batch_tokens=args.micro_batch_tokens,
@@ -139,7 +150,7 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
             quantize=args.quantize,
             dtype=args.dtype,
         )
-        for rows in text.split(",")
+        for rows in every
     ]
 
 

@@ -9,7 +9,11 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from para_jax.checks import SEED, Number
 from para_jax.cli import common
+from para_jax.cli.options import COUNT, within
+from para_jax.cli.outputs import check_folder
+from para_jax.files import write_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,9 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder to write (default: ./para-jax-quickstart)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
-    parser.add_argument("--steps", type=int, default=250, help="default: 250")
-    parser.add_argument("--lr", type=float, default=5e-3, help="highest learning rate (default: 5e-3)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=within(COUNT), default=250, help="default: 250")
+    parser.add_argument(
+        "--lr", type=within(Number(0, above=True)), default=5e-3, help="highest learning rate (default: 5e-3)"
+    )
+    parser.add_argument("--seed", type=within(SEED), default=0)
     common.add_compile_cache(parser)
     parser.set_defaults(
         model=None, dtype="auto", quantize=None, mesh="auto", coordinator=None, processes=None, process=None
@@ -44,10 +50,13 @@ def run(args: argparse.Namespace) -> int:
     from para_jax.decoding.generate import complete
     from para_jax.evaluation.evaluate import evaluate
     from para_jax.progress import duration
+    from para_jax.training.claim import check_out
     from para_jax.training.loop import finetune
     from para_jax.training.metrics import can_draw
     from para_jax.training.optimizer import Settings
 
+    check_out(Path(args.out), False, args.overwrite)
+    check_folder(args)
     began = time.monotonic()
     loading, tokenizer = common.begin_model(args, stacked=True)
     backbone = loading.shapes
@@ -130,7 +139,7 @@ def run(args: argparse.Namespace) -> int:
         "exact_match": {n: {"before": before, "after": after} for n, before, after in rows},
         "answers": [{"prompt": p, "tenant": a, "text": c.text} for (p, a), c in zip(batch, answers, strict=True)],
     }
-    common.write_json(Path(args.out, "quickstart.json"), report)
+    write_json(Path(args.out, "quickstart.json"), report)
     drawn = can_draw(print)
     if drawn:
         plot(lines, report, Path(args.out, "quickstart.png"))

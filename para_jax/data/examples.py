@@ -23,7 +23,7 @@ from para_jax.data.table import raise_problems
 from para_jax.data.templates import Template
 from para_jax.data.tokens import encoded, ended
 from para_jax.errors import ParaJaxError
-from para_jax.progress import RowProgress
+from para_jax.progress import Pace
 
 # Letters that are made tokens in one call: one call for each row takes many times as long, and of all rows at once
 # the tokens would be Python's ints at one time.
@@ -153,7 +153,7 @@ def _chunks(
     chunk: list[list[Turn]] = []
     problems: list[str] = []
     letters = 0
-    progress = RowProgress("rows are read", show) if show is not None else None
+    pace = Pace("rows are read", show)
     for done, (place, row) in enumerate(rows):
         try:
             own = [t if choices else t._replace(choices=()) for t in turns(place, row, tokenizer, need_response)]
@@ -164,8 +164,8 @@ def _chunks(
             own = []
         # Turns of one chat begin alike, and only the longest is made tokens as a whole.
         more = max((len(turn.prompt) + len(turn.answer) for turn in own), default=0)
-        if show is not None and progress is not None:
-            progress(done, total)
+        if show is not None:
+            pace(done, total)
             if more > 2 * CHUNK:
                 show(f"{place}: {more:,} letters are made tokens")
         if problems:

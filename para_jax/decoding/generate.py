@@ -15,6 +15,7 @@ from para_jax.adapters.bank import AdapterBank, batch_rows
 from para_jax.adapters.rows import Tenant
 from para_jax.backbones.config import BackboneConfig
 from para_jax.backbones.decoder import Backbone
+from para_jax.checks import Number, Whole
 from para_jax.compiling import Compiling
 from para_jax.convert.checkpoint import Loading
 from para_jax.decoding import beams, loop, requests
@@ -27,6 +28,7 @@ from para_jax.sharding import row_shards
 PerRow = Sequence[float] | float  # One value for all rows, or one for every row.
 # Lists of eos tokens are filled up to a multiple of this, so that most of them fit the same program.
 EOS_SLOTS = 4
+COUNT = Whole(1)
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,9 @@ def complete(
     seed: Sequence[int] | int = 0,
     batch_size: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    window: int | None = None,
+    skip: int = 0,
+    on_window: Callable[[list[Completion]], None] | None = None,
 ) -> list[Completion]:
     """Continues every prompt. Rows that share nothing but a batch do not change each other's texts.
 
@@ -105,10 +110,16 @@ def complete(
       batch_size: the most rows run at once, by default all of them. Rows are sorted into batches by how many new tokens
         they may have and by length, and come back in order. On a mesh it is rounded up to what its data and fsdp axes
         divide.
-      progress: called after each batch with how many rows are done and how many there are.
+      progress: called after each batch with how many rows are done, those that are skipped included, and how many
+        there are.
+      window: batches are made of so many rows that follow each other, instead of all rows.
+      skip: so many rows are left out, a number of whole windows. The others' batches, and so their texts, are the same
+        as without it.
+      on_window: called with the completions of each window, in order, as soon as they are there.
 
-    Raises ParaJaxError for an empty prompt, a prompt and new tokens that exceed the context, a setting out of
-    its range or without a value for every row, an unknown tenant, and beams that are to draw.
+    Returns the completions of the rows that are not skipped. Raises ParaJaxError for a prompt that is empty or no text
+    in UTF-8, a prompt and new tokens that exceed the context, a setting out of its range or without a value for every
+    row, an unknown tenant, and beams that are to draw.
 
     >>> from para_jax import Backbone, complete, tiny_backbone_path
     >>> from transformers import AutoTokenizer
@@ -138,16 +149,15 @@ def complete(
     eos = _eos(config.eos_token_ids if eos_token_id is None else eos_token_id, config.vocab_size)
     stops = stop_strings(tokenizer, stop, config.vocab_size)
     scoring = _scoring(num_beams, length_penalty, early_stopping, draws=sampling.drawn)
-    if batch_size is not None and batch_size < 1:
-        raise ParaJaxError(f"batch_size is {batch_size}; it must be at least 1")
-
-    completions: dict[int, Completion] = {}
     shards = row_shards(shapes.mesh)
-    size = -(-min(batch_size or n, n) // shards) * shards
-    order = np.lexsort((np.array([len(x) for x in ids]), limit_b))
-    batches = [
-        _Batch.of(order[start : start + size], size, ids, limit_b, tenants, config) for start in range(0, n, size)
-    ]
+    size = -(-min(n if batch_size is None else COUNT.check("batch_size", batch_size), n) // shards) * shards
+    window = n if window is None else COUNT.check("window", window)
+    skip = Whole(0, n).check("skip", skip)
+    if skip % window and skip < n:
+        raise ParaJaxError(f"skip must be a number of whole windows, each of {window} rows, not {skip}")
+    order = _order([len(x) for x in ids], limit_b, window, size)
+    batches = [_Batch.of(rows, size, ids, limit_b, tenants, config) for rows in order if rows.min() >= skip]
+    completions: dict[int, Completion] = {}
     table = None if stops is None else stops.table_sv
     with Compiling() as ahead:
         keys: list[Hashable] = [None] * len(batches)
@@ -169,9 +179,19 @@ def complete(
             tokens_bt, count_b, stopped_b = whole(generated, weights.mesh)
             for i, tokens, count, stopped in zip(batch.rows, tokens_bt, count_b, stopped_b, strict=False):
                 completions[int(i)] = _completion(tokenizer, stops, eos, tokens[:count].tolist(), bool(stopped))
+            done = skip + len(completions)
+            if on_window is not None and (done % window == 0 or done == n):
+                on_window([completions[i] for i in range((done - 1) // window * window, done)])
             if progress is not None:
-                progress(len(completions), n)
-    return [completions[i] for i in range(n)]
+                progress(done, n)
+    return [completions[i] for i in range(skip, n)]
+
+
+def _order(lengths: Sequence[int], limit_b: np.ndarray, window: int, size: int) -> list[np.ndarray]:
+    """The rows of each batch: windows come one after the other, and in each the rows are sorted."""
+    order = np.lexsort((np.array(lengths), limit_b, np.arange(len(lengths)) // window))
+    parts = [order[start : start + window] for start in range(0, len(order), window)]
+    return [rows[start : start + size] for rows in parts for start in range(0, len(rows), size)]
 
 
 class _Batch(NamedTuple):
@@ -250,11 +270,8 @@ def _flush_right(ids: list[np.ndarray], most: int) -> loop.Prompts:
 
 
 def _eos(eos_token_id: int | Sequence[int], vocab_size: int) -> tuple[int, ...]:
-    eos = tuple(int(token) for token in np.ravel(eos_token_id))
-    for token in eos:
-        if not 0 <= token < vocab_size:
-            raise ParaJaxError(f"eos_token_id {token} is no token of the backbone's vocabulary of {vocab_size}")
-    return eos
+    token = Whole(0, vocab_size - 1)
+    return tuple(token.check("eos_token_id", x) for x in np.ravel(np.asarray(eos_token_id, object)))
 
 
 def _filled(eos: tuple[int, ...]) -> jax.Array:
@@ -264,10 +281,9 @@ def _filled(eos: tuple[int, ...]) -> jax.Array:
 
 def _scoring(num_beams: int, length_penalty: float, early_stopping: Any, draws: bool) -> beams.Scoring | None:
     """How a beam search ranks; None if there is one beam, which is no search."""
-    if num_beams < 1:
-        raise ParaJaxError(f"num_beams is {num_beams}; it must be at least 1")
-    if not (isinstance(early_stopping, bool) or early_stopping == "never"):
-        raise unknown("early_stopping", str(early_stopping), ("True", "False", "never"))
+    num_beams, penalty = COUNT.check("num_beams", num_beams), Number().check("length_penalty", length_penalty)
+    if not (isinstance(early_stopping, bool) or (isinstance(early_stopping, str) and early_stopping == "never")):
+        raise unknown("early_stopping", early_stopping, ("True", "False", "never"))
     if num_beams == 1:
         return None
     if draws:
@@ -276,7 +292,7 @@ def _scoring(num_beams: int, length_penalty: float, early_stopping: Any, draws: 
             "set num_beams=1 to draw, or temperature=0 to search"
         )
     return beams.Scoring(
-        length_penalty=jax.device_put(np.float32(length_penalty)),
+        length_penalty=jax.device_put(np.float32(penalty)),
         when_full=jax.device_put(np.bool_(early_stopping is True)),
         never=jax.device_put(np.bool_(early_stopping == "never")),
     )

@@ -4,7 +4,7 @@ set."""
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 from para_jax.adapters.bank import AdapterBank
 from para_jax.adapters.rows import Tenant, strengths_of
 from para_jax.backbones.config import BackboneConfig
+from para_jax.checks import check_text
 from para_jax.decoding.sampling import Draws, Filters, Sampler
 from para_jax.errors import ParaJaxError, unknown
 
@@ -21,16 +22,25 @@ from para_jax.errors import ParaJaxError, unknown
 def encode(tokenizer: Any, prompts: Sequence[str | Sequence[int]], vocab_size: int) -> list[np.ndarray]:
     """The token ids of every prompt, int32.
 
-    Raises ParaJaxError for an empty prompt or an id outside the vocabulary.
+    Raises ParaJaxError for a prompt that is empty or no text in UTF-8, and for an id outside the vocabulary.
     """
     if isinstance(prompts, str):
         raise ParaJaxError("prompts is one string; give a list of prompts, [prompt] for a single one")
+    if not isinstance(prompts, Iterable):
+        raise ParaJaxError(f"prompts is {prompts!r}; give a list of strings or of lists of token ids")
     encoded = []
     for row, prompt in enumerate(prompts):
-        tokens = tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
-        if len(prompt) == 0 or len(tokens) == 0:
+        if isinstance(prompt, str):
+            check_text(f"the prompt of row {row}", prompt)
+            tokens = tokenizer(prompt)["input_ids"]
+        else:
+            tokens = prompt if isinstance(prompt, Sized) else ()
+        if len(tokens) == 0 and isinstance(prompt, Sized):
             raise ParaJaxError(f"the prompt of row {row} is empty; give it some text or leave the row out")
-        ids = np.asarray(tokens)
+        try:
+            ids = np.asarray(tokens)
+        except ValueError:  # lists of several lengths
+            ids = np.zeros(())
         if ids.ndim != 1 or ids.dtype.kind not in "iu":
             raise ParaJaxError(f"the prompt of row {row} is neither a string nor a list of token ids")
         if ids.min() < 0 or ids.max() >= vocab_size:
@@ -71,19 +81,21 @@ class Setting:
                 f"{self.name} has {len(values)} values for {rows} rows; give one for each, or one for all"
             )
         values = np.broadcast_to(values, (rows,))
-        broken = np.flatnonzero(~self.valid(values))
+        with np.errstate(over="ignore"):  # what float32 cannot hold is infinite there
+            held = values.astype(self.dtype)
+        broken = np.flatnonzero(~(self.valid(values) & self.valid(held)))
         if len(broken):
             row = broken[0]
             raise ParaJaxError(f"{self.name} of row {row} is {values[row]}; it must be {self.rule}")
-        return values.astype(self.dtype)
+        return held
 
 
-LIMIT = Setting("max_new_tokens", np.int32, lambda x: (x >= 1) & (x < 2**31), "at least 1")
-TEMPERATURE = Setting("temperature", np.float32, lambda x: np.isfinite(x) & (x >= 0), "at least 0")
-TOP_K = Setting("top_k", np.int32, lambda x: (x >= 0) & (x < 2**31), "at least 0 (0 is off)")
+LIMIT = Setting("max_new_tokens", np.int32, lambda x: (x >= 1) & (x < 2**31), "between 1 and 2**31 - 1")
+TEMPERATURE = Setting("temperature", np.float32, lambda x: np.isfinite(x) & (x >= 0), "finite and at least 0")
+TOP_K = Setting("top_k", np.int32, lambda x: (x >= 0) & (x < 2**31), "between 0 and 2**31 - 1 (0 is off)")
 TOP_P = Setting("top_p", np.float32, lambda x: (x >= 0) & (x <= 1), "between 0 and 1 (1 is off)")
 MIN_P = Setting("min_p", np.float32, lambda x: (x >= 0) & (x <= 1), "between 0 and 1 (0 is off)")
-PENALTY = Setting("repetition_penalty", np.float32, lambda x: np.isfinite(x) & (x > 0), "above 0 (1 is off)")
+PENALTY = Setting("repetition_penalty", np.float32, lambda x: np.isfinite(x) & (x > 0), "finite and above 0 (1 is off)")
 SEED = Setting("seed", np.uint32, lambda x: (x >= 0) & (x < 2**32), "between 0 and 2**32 - 1")
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
+from para_jax.checks import check_text
 from para_jax.errors import ParaJaxError
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def stop_strings(tokenizer: Any, stops: Sequence[str], vocab_size: int) -> StopS
       stops: the strings; also a single one.
       vocab_size: the backbone's, which may be larger than the tokenizer's.
 
-    Raises ParaJaxError for an empty stop string or another kind of tokenizer.
+    Raises ParaJaxError for a stop string that is empty or not UTF-8, and for another kind of tokenizer.
 
     >>> from para_jax import tiny_backbone_path
     >>> from transformers import AutoTokenizer
@@ -85,11 +86,15 @@ def stop_strings(tokenizer: Any, stops: Sequence[str], vocab_size: int) -> StopS
     >>> int(state) == MATCHED
     True
     """
+    if not isinstance(stops, Sequence):
+        raise ParaJaxError(f"stop is {stops!r}; give a string or a list of strings")
     stops = (stops,) if isinstance(stops, str) else tuple(stops)
     if not stops:
         return None
     if not all(isinstance(stop, str) and stop for stop in stops):
         raise ParaJaxError(f"stop is {list(stops)!r}; each entry must be a string of at least one character")
+    for stop in stops:
+        check_text("stop", stop)
     # Tokens may be added to a tokenizer later, hence its length in the key.
     return _build(tokenizer, len(tokenizer), tuple(dict.fromkeys(stops)), vocab_size)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from para_jax.adapters.bank import AdapterBank
 from para_jax.backbones.decoder import Backbone
+from para_jax.checks import Whole
 from para_jax.convert.checkpoint import Loading
 from para_jax.data.examples import Example, check_ids
 from para_jax.decoding.generate import Completion, complete
@@ -54,7 +55,7 @@ def evaluate(
     Raises ParaJaxError for a tenant without rows or without an adapter, a row without a response, a response that
     is not among its row's choices, or a prompt that leaves no room in the context.
     """
-    if isinstance(max_new_tokens, int):
+    if not isinstance(max_new_tokens, Mapping):
         max_new_tokens = dict.fromkeys(examples, max_new_tokens)
     config = backbone.shapes.config if isinstance(backbone, Loading) else backbone.config
     _check(examples, bank, config.max_position_embeddings, max_new_tokens)
@@ -108,7 +109,7 @@ def _check(
             raise ParaJaxError(f"max_new_tokens has no value for tenant {tenant!r}; give one for each, or one number")
         if not examples[tenant]:
             problems.append(f"tenant {tenant!r} has no rows to evaluate")
-        room = context - limits[tenant]
+        room = context - Whole(1).check("max_new_tokens", limits[tenant])
         for e in examples[tenant]:
             where = e.place or f"a row of tenant {tenant!r}"
             if not e.prompt:

@@ -23,6 +23,7 @@ from para_jax.adapters.method import Prompt
 from para_jax.adapters.rows import Rows
 from para_jax.adjustment import Adjustment, LowRank
 from para_jax.backbones.decoder import Backbone
+from para_jax.checks import SEED, Whole
 from para_jax.data.batches import Batch, one_row_each
 from para_jax.data.examples import Example
 from para_jax.errors import ParaJaxError, unknown
@@ -94,8 +95,8 @@ def importance(
     """
     if score not in SCORES:
         raise unknown("score", score, SCORES)
-    if batch_size < 1 or variants < 1:
-        raise ParaJaxError(f"batch_size and variants must be at least 1, not {batch_size} and {variants}")
+    batch_size, variants = Whole(1).check("batch_size", batch_size), Whole(1).check("variants", variants)
+    seed = SEED.check("seed", seed)
     check(adapter, backbone)
     if score in NEED_ROWS and not examples:
         raise ParaJaxError(f"the {score} score is computed on held-out rows, and there are none")

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -48,6 +49,10 @@ def plan_aside(
                     show(answer["show"])
                 elif "error" in answer:
                     raise ParaJaxError(answer["error"])
+                elif "fault" in answer:
+                    fault = RuntimeError(answer["fault"])
+                    fault.add_note(answer["traceback"])
+                    raise fault
                 else:
                     return answer["plan"]
         errors.seek(0)
@@ -73,6 +78,8 @@ def serve() -> None:
         made = plan(jobs, topology, request["mesh"], request["tries"], lambda line: answer(show=line))
     except ParaJaxError as error:
         answer(error=str(error))
+    except Exception as error:
+        answer(fault=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
     else:
         answer(plan=made)
 

@@ -1,13 +1,11 @@
-"""The folder of a run: what it is a run of, and that no other run's files are lost."""
+"""The folder of a run: its files, and what it is a run of."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +14,10 @@ import numpy as np
 from para_jax.adapters.bank import AdapterBank
 from para_jax.adapters.files import base_sizes
 from para_jax.backbones.decoder import Backbone
+from para_jax.checks import check_text
 from para_jax.data.examples import Example, Examples
 from para_jax.data.order import Mixture, sources_of
-from para_jax.distributed import first, told, whole
+from para_jax.distributed import whole
 from para_jax.errors import ParaJaxError
 from para_jax.training.optimizer import Settings
 
@@ -26,11 +25,15 @@ RUN, METRICS, PLOT, CHECKPOINTS = "run.json", "metrics.jsonl", "loss.png", "chec
 REPORT, REPORT_PAGE = "report.json", "report.html"
 TENSORBOARD, WANDB, PROFILE = "tensorboard", "wandb", "profile"
 TAKEN = (RUN, METRICS, PLOT, CHECKPOINTS, REPORT, REPORT_PAGE, TENSORBOARD, WANDB, PROFILE)
+LONGEST = 230  # bytes of a tenant's name; file systems have 255 for a folder's
 
 
 def check_name(name: str) -> None:
     """Raises ParaJaxError unless a tenant's name can be a folder's beside the run's own files."""
-    if not name or name != Path(name).name or name.startswith(".") or name in TAKEN:
+    check_text(f"tenant name {name!a}", name)
+    # A folder that is not complete yet has 20 letters more in its name.
+    fits = name == Path(name).name and name.isprintable() and len(name.encode()) <= LONGEST
+    if not name or not fits or name.startswith(".") or name in TAKEN:
         raise ParaJaxError(f"tenant name {name!r} cannot be a folder's name; choose another")
 
 
@@ -85,53 +88,3 @@ def fingerprint(rows: Sequence[Example]) -> str:
         for x in (own.lengths, own.prompt_lengths, own.ids, own.targets):
             digest.update(np.ascontiguousarray(x, "<i4").data)
     return digest.hexdigest()
-
-
-def claim(out: Path, description: dict[str, Any], resume: bool, overwrite: bool) -> None:
-    """Makes the folder of a new run, or sees that the one to resume is this one.
-
-    Of several processes the first one does; all raise what it raises.
-    """
-    problem = b""
-    if first():
-        try:
-            _claim(out, description, resume, overwrite)
-        except (ParaJaxError, OSError, ValueError) as error:
-            problem = str(error).encode()
-    if message := told(problem).decode():
-        raise ParaJaxError(message)
-
-
-def _claim(out: Path, description: dict[str, Any], resume: bool, overwrite: bool) -> None:
-    """Makes the folder of a new run, or sees that the one to resume is this one."""
-    there = out / RUN
-    if out.exists() and resume and there.is_file():
-        before = json.loads(there.read_text())
-        changed = list(_changes(before, description))
-        if changed:
-            raise ParaJaxError(f"{out} holds another run, which cannot be resumed with these: {'; '.join(changed[:5])}")
-        return
-    if out.exists() and any(out.iterdir()):
-        if not overwrite:
-            way = "it holds no run to resume" if resume else "pass --resume to go on with it"
-            raise ParaJaxError(f"{out} exists; {way}, --overwrite to replace it, or choose another folder")
-        if not there.is_file():
-            raise ParaJaxError(
-                f"{out} holds no {RUN}, so it is no run to overwrite; remove it or choose another folder"
-            )
-        aside = out.with_name(f".{out.name}-replaced")
-        shutil.rmtree(aside, ignore_errors=True)
-        os.replace(out, aside)
-        shutil.rmtree(aside)
-    out.mkdir(parents=True, exist_ok=True)
-    fresh = out / f".{RUN}-new"
-    fresh.write_text(json.dumps(description, indent=1) + "\n")
-    os.replace(fresh, there)
-
-
-def _changes(before: Any, now: Any, at: str = "") -> Iterator[str]:
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in {**before, **now}:
-            yield from _changes(before.get(key), now.get(key), f"{at}.{key}" if at else key)
-    elif before != now:
-        yield f"{at} was {str(before)[:40]} and is {str(now)[:40]}"

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from para_jax.errors import ParaJaxError, unknown
+from para_jax.files import RESUME, naming, write_text
 from para_jax.training.folder import PROFILE, TENSORBOARD, WANDB
 
 # Steps in a row that compile nothing before a profile begins: rows of another length are another program.
@@ -100,18 +101,20 @@ class TensorBoard:
     def __call__(self, line: Mapping[str, Any]) -> None:
         from tensorboardX import SummaryWriter
 
-        if self._writer is None:
-            step = line["step"]
-            # A file is named by its second, in which a run may end and be resumed.
-            self._writer = SummaryWriter(str(self._folder), purge_step=step, filename_suffix=f".{step:09}")
-        for name, value in self._scalars(line).items():
-            self._writer.add_scalar(name, value, line["step"])
-        # A run that is killed goes on behind its last checkpoint, and would not write these again.
-        self._writer.flush()
+        with naming(self._folder, RESUME):
+            if self._writer is None:
+                step = line["step"]
+                # A file is named by its second, in which a run may end and be resumed.
+                self._writer = SummaryWriter(str(self._folder), purge_step=step, filename_suffix=f".{step:09}")
+            for name, value in self._scalars(line).items():
+                self._writer.add_scalar(name, value, line["step"])
+            # A run that is killed goes on behind its last checkpoint, and would not write these again.
+            self._writer.flush()
 
     def close(self) -> None:
         if self._writer is not None:
-            self._writer.close()
+            with naming(self._folder, RESUME):
+                self._writer.close()
 
 
 class WeightsAndBiases:
@@ -137,10 +140,7 @@ class WeightsAndBiases:
 
         kept = self._out / WANDB / "id"
         if not kept.is_file():
-            kept.parent.mkdir(exist_ok=True)
-            fresh = kept.with_name(".id-new")
-            fresh.write_text(uuid.uuid4().hex[:12])
-            os.replace(fresh, kept)
+            write_text(kept, uuid.uuid4().hex[:12])
         project = os.environ.get("WANDB_PROJECT", "para-jax")
         try:
             return wandb.init(

@@ -17,6 +17,7 @@ from para_jax.adapters.bank import AdapterBank
 from para_jax.adapters.files import save_adapter
 from para_jax.backbones.decoder import Backbone
 from para_jax.backbones.options import Remat
+from para_jax.checks import SEED, Whole
 from para_jax.convert.checkpoint import Loading
 from para_jax.data.batches import Batch
 from para_jax.data.examples import Example, check_ids
@@ -25,9 +26,10 @@ from para_jax.distributed import Flag, barrier, first, told, whole
 from para_jax.errors import ParaJaxError
 from para_jax.training.ahead import Ahead
 from para_jax.training.checkpoints import Checkpoints
-from para_jax.training.folder import CHECKPOINTS, METRICS, PLOT, check_name, claim, describe
+from para_jax.training.claim import Claim
+from para_jax.training.folder import CHECKPOINTS, METRICS, PLOT, check_name, describe
 from para_jax.training.metrics import MetricsFile, Progress, can_draw, plot_losses, read_metrics
-from para_jax.training.optimizer import Settings
+from para_jax.training.optimizer import POSITIVE, Settings
 from para_jax.training.places import Homes, Layout, Schedule, in_order
 from para_jax.training.programs import Parts, Programs, explained
 from para_jax.training.report import write_report
@@ -97,40 +99,38 @@ def finetune(
     out, names = Path(out), tuple(examples)
     shapes = backbone.shapes if isinstance(backbone, Loading) else backbone
     dev = {name: dev[name] for name in names if dev and dev.get(name)} if set(dev or ()) <= set(names) else dev
+    counts = {"rows": rows, "checkpoint_every": checkpoint_every, "keep": keep}
+    limits = {"tenants_per_step": tenants_per_step, "micro_batch_tokens": micro_batch_tokens}
+    for what, number in (counts | {k: v for k, v in limits.items() if v is not None}).items():
+        Whole(1).check(what, number)
+    SEED.check("seed", seed)
     _check(shapes, bank, examples, dev or {}, settings, tenants_per_step)
-    if resume and overwrite:
-        raise ParaJaxError("resume goes on with a run and overwrite replaces it; give one of them")
-    if checkpoint_every < 1 or keep < 1:
-        raise ParaJaxError(f"checkpoint_every and keep must be at least 1, not {checkpoint_every} and {keep}")
     show = show if first() else lambda line: None
     layout = Layout.of(shapes.mesh, len(names), rows, spread)
     parts, schedule, plan = Parts.planned(
         shapes, bank, examples, settings, layout, dev=dev, tenants_per_step=tenants_per_step,
         device=Device.of(shapes.config, micro_batch_tokens), remat=remat, seed=seed,
     )  # fmt: skip
-    with Programs(parts) as programs:
-        show(f"{plan}; compiling {programs}")
-        weights = backbone.backbone() if isinstance(backbone, Loading) else backbone
-        known = describe(weights, bank, examples, dev or {}, settings, rows, micro_batch_tokens, seed)
-        claim(out, known, resume, overwrite)
-        del bank  # the state has a copy; nobody else may need these
-        given = parts, programs, schedule, examples, dev or {}, settings
-        run = Run(weights, *given, out, checkpoint_every, chat_templates or {}, show)
-        with Checkpoints(out / CHECKPOINTS, keep) as checkpoints, stop_signals() as stop:
-            run.restore(checkpoints)
-            with MetricsFile(out / METRICS, run.done) if first() else nullcontext() as metrics:
-                run.listeners = [] if metrics is None else [metrics.write, *loggers]
-                finished = run.steps(checkpoints, stop)
-    if first():
-        lines = read_metrics(out / METRICS)
-        if can_draw(show):
-            plot_losses(lines, out / PLOT, f"{len(names)} tenants tuned on one backbone")
-        known_of = run.watch.known
-        write_report(out, lines, weights, run.state.bank, settings, known_of, run.taken, run.failed, run.progress)
-    if not finished:
-        raise Interrupted(run.done, preempted=stop.kind == signal.SIGTERM or jax.process_count() > 1)
-    run.complete()
-    barrier("finetune")
+    with Claim(out, resume, overwrite) as claim:
+        with Programs(parts) as programs:
+            show(f"{plan}; compiling {programs}")
+            weights = backbone.backbone() if isinstance(backbone, Loading) else backbone
+            known = describe(weights, bank, examples, dev or {}, settings, rows, micro_batch_tokens, seed)
+            claim.begin(known)
+            del bank  # the state has a copy; nobody else may need these
+            given = parts, programs, schedule, examples, dev or {}, settings
+            run = Run(weights, *given, out, checkpoint_every, chat_templates or {}, show)
+            with Checkpoints(out / CHECKPOINTS, keep) as checkpoints, stop_signals() as stop:
+                run.restore(checkpoints)
+                with MetricsFile(out / METRICS, run.done) if first() else nullcontext() as metrics:
+                    run.listeners = [] if metrics is None else [metrics.write, *loggers]
+                    finished = run.steps(checkpoints, stop, claim.settle)
+        if first():
+            run.write_reports(read_metrics(out / METRICS))
+        if not finished:
+            raise Interrupted(run.done, preempted=stop.kind == signal.SIGTERM or jax.process_count() > 1)
+        run.complete()
+        barrier("finetune")
     return run.state.bank
 
 
@@ -148,6 +148,7 @@ def _check(
         raise ParaJaxError("bank, examples, settings and dev have to name the same tenants")
     for name, own in examples.items():
         check_name(name)
+        settings[name].check()
         if not own:
             raise ParaJaxError(f"tenant {name!r} has no rows to learn from")
         for some in (own, dev.get(name, ())):
@@ -155,8 +156,12 @@ def _check(
             check_lengths(some, backbone.config.max_position_embeddings)
     if not dev and any(s.eval_every or s.patience for s in settings.values()):
         raise ParaJaxError("eval_every and patience are of dev rows, and no tenant has any; give dev rows")
-    if tenants_per_step is None and any(s.weight != 1 for s in settings.values()):
-        raise ParaJaxError("weights say whose turn it is, and every tenant is in every step; set tenants_per_step")
+    every = tenants_per_step is None or tenants_per_step >= len(names)
+    if every and any(s.weight != 1 for s in settings.values()):
+        raise ParaJaxError(
+            "weights say whose turn it is, and every tenant is in every step; set tenants_per_step, to less than the "
+            f"{len(names)} tenants"
+        )
     if jax.process_count() > 1 and backbone.mesh is None:
         raise ParaJaxError("several processes need a mesh over all of their devices; load the backbone with mesh=...")
 
@@ -209,8 +214,11 @@ class Run:
                     self.taken[name], self.failed[name] = int(has), int(at)
         self.show(f"resuming after step {self.done}")
 
-    def steps(self, checkpoints: Checkpoints, stop: Stop) -> bool:
-        """Runs to the end or to a signal, and returns which it was. All is saved then."""
+    def steps(self, checkpoints: Checkpoints, stop: Stop, begun_well: Callable[[], None]) -> bool:
+        """Runs to the end or to a signal, and returns which it was. All is saved then.
+
+        `begun_well` is called after the first step.
+        """
         flag = Flag(self.layout.mesh)
         homes, begun = self._turn(), self.done
         with Ahead(self._batches) as ahead:
@@ -226,6 +234,8 @@ class Run:
                 if due or ended or saving or self.done == begun + 1:
                     # First the metrics: a resumed run begins behind this step and would not write its line.
                     self._report(looks)
+                if self.done == begun + 1:
+                    begun_well()
                 for name in [*better, *(name for name in ended if not self.failed[name])]:
                     self._save(name)
                 if saving:
@@ -312,6 +322,14 @@ class Run:
             shape = self.backbone.config
             save_adapter(adapter, self.out / name, shape, chat_template=template, overwrite=True)
 
+    def write_reports(self, lines: Sequence[dict[str, Any]]) -> None:
+        """Draws the losses of these lines of metrics.jsonl, and writes the report."""
+        if can_draw(self.show):
+            plot_losses(lines, self.out / PLOT, f"{len(self.examples)} tenants tuned on one backbone")
+        known, bank = self.watch.known, self.state.bank
+        settings, taken, failed = self.settings, self.taken, self.failed
+        write_report(self.out, lines, self.backbone, bank, settings, known, taken, failed, self.progress)
+
     def complete(self) -> None:
         """Sees that every tenant's adapter is in its folder.
 
@@ -350,6 +368,5 @@ def steps_of(epochs: float, examples: int, rows: int) -> int:
     >>> steps_of(epochs=3, examples=100, rows=16)
     19
     """
-    if not epochs > 0:
-        raise ParaJaxError(f"epochs must be above 0, not {epochs}")
-    return max(1, math.ceil(epochs * examples / rows))
+    steps = max(1, math.ceil(POSITIVE.check("epochs", epochs) * examples / rows))
+    return Whole(1).check(f"the number of steps of {epochs:g} epochs", steps)

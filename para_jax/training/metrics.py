@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from para_jax.files import RESUME, append, naming, replacing, write_text
 from para_jax.progress import duration
 
 
@@ -23,14 +23,13 @@ class MetricsFile:
     def __init__(self, path: Path, done: int):
         """Keeps the lines of the first `done` steps, which a resumed run goes on from."""
         kept = [line for line in read_metrics(path) if line["step"] <= done] if done and path.exists() else []
-        fresh = path.with_name(f".{path.name}-new")
-        fresh.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(fresh, path)
-        self._file = path.open("a")
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        # Not buffered: what a full disk refuses would be written, and refused, once more at the end.
+        self._file = path.open("ab", buffering=0)
 
     def write(self, line: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(_finite(line)) + "\n")
-        self._file.flush()
+        with naming(self._file.name, RESUME):
+            append(self._file, (json.dumps(_finite(line)) + "\n").encode())
 
     def __enter__(self) -> MetricsFile:
         return self
@@ -130,6 +129,5 @@ def plot_losses(lines: Sequence[dict[str, Any]], path: Path, title: str) -> None
 
 def save_figure(figure: Any, path: Path) -> None:
     """Writes a matplotlib figure as a PNG, whole or not at all."""
-    fresh = path.with_name(f".{path.name}-new")
-    figure.savefig(fresh, dpi=120, format="png")
-    os.replace(fresh, path)
+    with replacing(path) as file:
+        figure.savefig(file, dpi=120, format="png")

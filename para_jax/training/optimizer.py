@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from para_jax.checks import Number, Whole
 from para_jax.errors import ParaJaxError
 
 if TYPE_CHECKING:
@@ -56,18 +57,17 @@ class Settings:
     @classmethod
     def checked(cls, **values: Any) -> Settings:
         """Settings whose values are in range."""
-        settings = cls(**values)
-        if settings.steps < 1:
-            raise ParaJaxError(f"steps must be at least 1, not {settings.steps}")
-        if not settings.lr > 0 or not settings.max_grad_norm > 0:
-            raise ParaJaxError("lr and max_grad_norm must be above 0")
-        if not 0 <= settings.warmup_ratio <= 1 or settings.weight_decay < 0:
-            raise ParaJaxError("warmup_ratio must be between 0 and 1, and weight_decay not below 0")
-        if not settings.weight > 0 or settings.eval_every < 0 or settings.patience < 0:
-            raise ParaJaxError("weight must be above 0, and eval_every and patience not below 0")
-        if settings.patience and not settings.eval_every:
-            raise ParaJaxError("patience counts looks at dev rows; set eval_every, the steps between them")
+        given: dict[str, Any] = {name: RANGES[name].check(name, x) for name, x in values.items() if name in RANGES}
+        settings = cls(**{**values, **given})
+        settings.check()
         return settings
+
+    def check(self) -> None:
+        """Raises ParaJaxError for a value out of range."""
+        for name, kind in RANGES.items():
+            kind.check(name, getattr(self, name))
+        if self.patience and not self.eval_every:
+            raise ParaJaxError("patience counts looks at dev rows; set eval_every, the steps between them")
 
     @classmethod
     def stack(cls, settings: Sequence[Settings]) -> Settings:
@@ -79,6 +79,20 @@ class Settings:
                 for f in fields(cls)
             }
         )
+
+
+POSITIVE, COUNT = Number(0, above=True), Whole(0)
+# What each field of Settings may be.
+RANGES: dict[str, Whole | Number] = {
+    "steps": Whole(1),
+    "lr": POSITIVE,
+    "warmup_ratio": Number(0, 1),
+    "weight_decay": Number(0),
+    "max_grad_norm": POSITIVE,
+    "weight": POSITIVE,
+    "eval_every": COUNT,
+    "patience": COUNT,
+}
 
 
 def learning_rate(settings: Settings, step: Int[Array, ""]) -> Float[Array, ""]:

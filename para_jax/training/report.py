@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -16,6 +15,7 @@ import jax
 from para_jax.adapters.bank import AdapterBank
 from para_jax.adapters.method import MethodConfig
 from para_jax.backbones.decoder import Backbone
+from para_jax.files import write_text
 from para_jax.progress import duration
 from para_jax.training.folder import PLOT, REPORT, REPORT_PAGE
 from para_jax.training.metrics import Progress
@@ -73,8 +73,8 @@ def write_report(
         },
     }
     picture = out / PLOT
-    _write(out / REPORT, json.dumps(report, indent=1) + "\n")
-    _write(out / REPORT_PAGE, page(report, out.name, picture.read_bytes() if picture.is_file() else b""))
+    write_text(out / REPORT, json.dumps(report, indent=1) + "\n")
+    write_text(out / REPORT_PAGE, page(report, out.name, picture.read_bytes() if picture.is_file() else b""))
 
 
 def throughput(progress: Progress) -> dict[str, Any]:
@@ -201,9 +201,3 @@ def _loss(value: float | None) -> str:
 
 def _gib(size: int | None) -> str:
     return "not known" if size is None else f"{size / 2**30:.2f} GiB"
-
-
-def _write(path: Path, text: str) -> None:
-    fresh = path.with_name(f".{path.name}-new")
-    fresh.write_text(text, encoding="utf-8")
-    os.replace(fresh, path)

@@ -21,6 +21,9 @@ class Interrupted(KeyboardInterrupt):
         self.preempted = preempted
 
 
+AT_ONCE = "stopped at once, before the step was saved; --resume goes on from the newest checkpoint"
+
+
 class Stop:
     """Whether a signal came, and which was the first."""
 
@@ -29,7 +32,7 @@ class Stop:
 
 @contextmanager
 def stop_signals() -> Iterator[Stop]:
-    """Notes the first Ctrl-C or SIGTERM; a second one stops at once, as usual."""
+    """Notes the first Ctrl-C or SIGTERM; a second one stops at once: Ctrl-C by raising KeyboardInterrupt."""
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
@@ -37,8 +40,11 @@ def stop_signals() -> Iterator[Stop]:
     before = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
 
     def handle(kind: int, _: Any) -> None:
+        if stop.kind is not None and kind == signal.SIGINT:
+            raise KeyboardInterrupt(AT_ONCE)
         stop.kind = kind if stop.kind is None else stop.kind
-        signal.signal(kind, before[signal.Signals(kind)])
+        if kind != signal.SIGINT:
+            signal.signal(kind, before[signal.Signals(kind)])
 
     for kind in before:
         signal.signal(kind, handle)

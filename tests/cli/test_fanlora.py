@@ -90,17 +90,22 @@ def test_mistakes(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     taken, new = str(folder), str(tmp_path / "new")
     assert "exists; choose another --out or pass --overwrite" in failure(capsys, folder, "--keep", "1", "--out", taken)
     assert "did you mean 'gradient'" in failure(capsys, folder, "--score", "grad", "--keep", "1", "--out", new)
-    assert "--keep must be from 1 to 7" in failure(capsys, folder, "--score", "random", "--keep", "9", "--out", new)
+    assert "--keep must be from 1 to 7" in failure(capsys, folder, "--keep", "9", "--out", new)
     two = ["--adapter", str(folder / "two")]
     assert "no k_proj, o_proj" in failure(capsys, folder, *two, "--keep", "1", "--out", new)
     alone = ["fanlora", "--adapter", str(folder / "all"), "--keep", "1", "--out", new]
     assert main(alone) == 1
     assert "give --data SOURCE" in capsys.readouterr().err
     # A folder that holds something else is not replaced.
-    assert "holds no fanlora.json" in failure(
-        capsys, folder, "--score", "norm", "--keep", "1", "--out", taken, "--overwrite"
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "thesis.txt").write_text("years of work")
+    assert "holds no fanlora.json" in failure(capsys, folder, "--keep", "1", "--out", str(full), "--overwrite")
+    assert f"holds --adapter {folder / 'all'}, which it would replace" in failure(
+        capsys, folder, "--keep", "1", "--out", taken, "--overwrite"
     )
+    useless = "--data has no effect with --score norm, which is computed without rows"
+    assert useless in failure(capsys, folder, "--score", "norm", "--keep", "1", "--out", new)
     assert not Path(new).exists()
     for neither_nor_both in ([], ["--keep", "1", "--budget", "10000"]):
-        with pytest.raises(SystemExit):
-            run(folder, *neither_nor_both, "--out", new)
+        assert "--budget" in failure(capsys, folder, *neither_nor_both, "--out", new)

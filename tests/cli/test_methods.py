@@ -102,7 +102,7 @@ def test_mistakes(tmp_path, capsys) -> None:
     there.write_text("{}")
     for arguments, message in (
         (["--json", str(there)], "exists; choose another --json or pass --overwrite"),
-        (["--rows", "0"], "--rows must be at least 1, not 0"),
+        (["--rows", "0"], "--rows must be a whole number from 1 to 2147483647, not '0'"),
         (["--model", str(there)], "architecture None, which is not supported"),
         (["--model", str(tmp_path)], "is no checkpoint: it has no config.json"),
     ):

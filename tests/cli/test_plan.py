@@ -75,14 +75,20 @@ def test_it_does_not_fit(tmp_path, capsys) -> None:
         (["--topology", "v5x:2x2"], "unknown chip 'v5x'; did you mean"),
         (["--topology", "gpu:h100x1", "--method", "loar"], "unknown method 'loar'; did you mean 'lora'?"),
         (["--topology", "gpu:h100x1", "--option", "target_modules=q_porj"], "unknown entry of target_modules 'q_porj'"),
-        (["--topology", "gpu:h100x1", "--rows", "4,many"], "--rows takes a number, or several with commas"),
-        (["--topology", "gpu:h100x1", "--tries", "0"], "--tries must be at least 1, not 0"),
+        (
+            ["--topology", "gpu:h100x1", "--rows", "4,many"],
+            "--rows must be a whole number from 1 to 2147483647, not 'many'; several have commas",
+        ),
+        (["--topology", "gpu:h100x1", "--tries", "0"], "--tries must be a whole number from 1 to 2147483647, not '0'"),
         (
             ["--topology", "gpu:h100x1", "--new-tokens", "8"],
             "--new-tokens is of --mode decode; --mode train has no use",
         ),
         (["--topology", "gpu:h100x1", "--mode", "decode", "--remat", "none"], "--remat is of --mode train"),
-        (["--topology", "gpu:h100x1", "--micro-batch-tokens", "0"], "micro_batch_tokens must be at least 1, not 0"),
+        (
+            ["--topology", "gpu:h100x1", "--micro-batch-tokens", "0"],
+            "--micro-batch-tokens must be a whole number from 1 to",
+        ),
         (["--topology", "gpu:h100x1", "--mode", "decode", "--new-tokens", "900"], "exceed the backbone's context of"),
         (["--topology", "gpu:h100x1", "--length", "100000"], "exceed the backbone's context of"),
     ],

@@ -91,7 +91,7 @@ def test_mistakes(
 def test_rows_beyond_the_context(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = write(tmp_path / "rows.jsonl", row(None))
     assert main(["finetune", "--tenant", f"a={rows}", "--max-length", "9999", "--out", str(tmp_path / "out")]) == 1
-    assert "--max-length 9999 is beyond the backbone's context of 512 tokens" in capsys.readouterr().err
+    assert "--max-length must be at most 512, the backbone's context, not 9999" in capsys.readouterr().err
 
 
 def test_a_chat_template_that_is_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -218,11 +218,12 @@ def test_a_text_of_too_many_letters_is_no_work(tokenizer: Any) -> None:
 
 
 def test_reading_says_how_far_it_is(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter(range(0, 100, 10))
+    clock = iter(range(0, 600, 6))
     monkeypatch.setattr("para_jax.progress.time", SimpleNamespace(monotonic=lambda: next(clock)))
     shown: list[str] = []
     encode(tokenizer, *[{"prompt": "x", "response": "y"}] * 3, total=3, show=shown.append)
     assert shown == [
-        "1 of 3 rows are read, 0 rows/s, 40s left",
-        "2 of 3 rows are read, 0 rows/s, 15s left",
+        "0/3 rows are read",
+        "1/3 rows are read  0.167 a second  12s left",
+        "2/3 rows are read  0.167 a second  6s left",
     ]

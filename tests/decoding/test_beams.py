@@ -79,7 +79,7 @@ def test_tenants_of_a_mixed_batch_search_as_they_would_alone(backbone, tokenizer
 def test_beams_do_not_draw(backbone, tokenizer):
     with pytest.raises(ParaJaxError, match="temperature"):
         complete(backbone, tokenizer, PROMPTS, num_beams=2, temperature=0.5)
-    with pytest.raises(ParaJaxError, match="num_beams is 0"):
+    with pytest.raises(ParaJaxError, match="num_beams must be a whole number from 1 to 2147483647, not 0"):
         complete(backbone, tokenizer, PROMPTS, num_beams=0)
     with pytest.raises(ParaJaxError, match=r"'often'.*never"):
         complete(backbone, tokenizer, PROMPTS, num_beams=2, early_stopping="often")

@@ -140,6 +140,41 @@ def test_four_processes_of_which_one_is_preempted(alone, tmp_path) -> None:
     same(out, whole, shape)
 
 
+SAYING = """
+import json, sys
+given = json.loads(sys.argv[1])
+from para_jax import ParaJaxError
+from para_jax.distributed import by_first, shared, start, told
+start(f"127.0.0.1:{given['port']}", 2, given["process"])
+text = "aä€" * 30_000
+assert told((text if given["process"] == 0 else "of another").encode()).decode() == text
+assert told(b"") == b""
+made = shared({"a": lambda: b"a" * 5_000_000, "b": lambda: "ä", "c": lambda: list(range(10))})
+assert made == {"a": b"a" * 5_000_000, "b": "ä", "c": list(range(10))}
+def fail():
+    raise ParaJaxError("ä" * 9_000)
+try:
+    by_first(fail)
+except ParaJaxError as error:
+    assert str(error) == "ä" * 9_000
+    print("said")
+"""
+
+
+@pytest.mark.slow
+def test_messages_of_any_size() -> None:
+    port = free_port()
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", SAYING, json.dumps({"port": port, "process": i})],
+            env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"},
+            text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    assert [process.communicate(timeout=150)[0].splitlines()[-1] for process in started] == ["said", "said"]
+
+
 def write_rows(path: Path, count: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps({"prompt": f"say {i}", "response": "yes"}) + "\n" for i in range(count)))

@@ -108,6 +108,22 @@ def test_a_finished_run_resumes_to_itself(tmp_path, uninterrupted):
     assert results(out) == uninterrupted
 
 
+def test_two_runs_do_not_share_a_folder(tmp_path, uninterrupted):
+    """The second one is refused while the first one lives; one that is killed locks nobody out."""
+    out = tmp_path / "out"
+    with subprocess.Popen(command(tmp_path, out), stdout=subprocess.DEVNULL) as process:
+        while not (out / "metrics.jsonl").exists():
+            time.sleep(0.01)
+        process.send_signal(signal.SIGSTOP)  # it lives, and does not get on
+        for more in ("--resume", "--overwrite"):
+            other = subprocess.run(command(tmp_path, out, more), capture_output=True, text=True)
+            assert other.returncode == 1 and f"(process {process.pid} on " in other.stderr, other.stderr
+            assert other.stderr.endswith(f") is writing {out}\n") and other.stderr.count("\n") == 1
+        process.kill()
+    subprocess.run(command(tmp_path, out, "--resume"), check=True, capture_output=True)
+    assert results(out) == uninterrupted
+
+
 def test_other_data_or_settings_are_refused(tmp_path):
     out = tmp_path / "out"
     subprocess.run(command(tmp_path, out, "--steps", "1", "--steps", "acme=1"), check=True, capture_output=True)

@@ -196,7 +196,7 @@ def test_jobs_that_are_refused() -> None:
         ({"rows": 0}, "rows must be at least 1, not 0"),
         ({"length": 1}, "length must be at least 2, not 1"),
         ({"length": 4096}, "rows of 4096 tokens exceed the backbone's context of 128"),
-        ({"micro_batch_tokens": 0}, "micro_batch_tokens must be at least 1, not 0"),
+        ({"micro_batch_tokens": 0}, "micro_batch_tokens must be a whole number from 1 to 2147483647, not 0"),
     ):
         with pytest.raises(ParaJaxError, match=message):
             Job(SMALL, PARA, **{"length": 16, **fields})

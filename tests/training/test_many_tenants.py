@@ -223,12 +223,15 @@ def test_another_model_of_the_same_sizes_is_refused(backbone, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"keep": 0}, "checkpoint_every and keep must be at least 1, not 500 and 0"),
-        ({"checkpoint_every": 0}, "not 0 and 2"),
+        ({"keep": 0}, "keep must be a whole number from 1 to 2147483647, not 0"),
+        ({"checkpoint_every": 0.5}, "checkpoint_every must be a whole number from 1 to 2147483647, not 0.5"),
+        ({"seed": -1}, "seed must be a whole number from 0 to 4294967295, not -1"),
+        ({"rows": True}, "rows must be a whole number from 1 to 2147483647, not True"),
+        ({"settings": {"t0": Settings(lr=float("inf"))}}, "lr must be a finite number above 0, not inf"),
         ({"resume": True, "overwrite": True}, "give one of them"),
         ({"settings": {"t0": Settings(eval_every=2)}}, "no tenant has any; give dev rows"),
         ({"settings": {"t0": Settings(weight=2.0)}}, "set tenants_per_step"),
-        ({"tenants_per_step": 0}, "at most 0 tenants; choose at least 1"),
+        ({"tenants_per_step": 0}, "tenants_per_step must be a whole number from 1 to"),
         ({"spread": True}, "there are none"),
     ],
 )

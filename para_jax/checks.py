@@ -1,0 +1,111 @@
+"""What values may be, in code and in words: numbers of a range, and text that UTF-8 can write."""
+
+from __future__ import annotations
+
+import math
+import struct
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
+
+from para_jax.errors import ParaJaxError
+
+INT32, UINT32 = 2**31 - 1, 2**32 - 1
+
+
+@dataclass(frozen=True)
+class Whole:
+    """Whole numbers from `least` to `most`, both included. By default they fit int32, as counts on a device do.
+
+    >>> Whole(1).check("rows", 16), Whole(1).parse("16")
+    (16, 16)
+    >>> Whole(1, 8).check("rows", True)
+    Traceback (most recent call last):
+    ...
+    para_jax.errors.ParaJaxError: rows must be a whole number from 1 to 8, not True
+    """
+
+    least: int
+    most: int = INT32
+
+    def __str__(self) -> str:
+        return f"a whole number from {self.least} to {self.most}"
+
+    def check(self, name: str, value: Any) -> int:
+        """The value as an int. Raises ParaJaxError, which names it, for any other: a bool and 2.0 too."""
+        if isinstance(value, bool) or not isinstance(value, Integral) or not self.least <= int(value) <= self.most:
+            raise ParaJaxError(f"{name} must be {self}, not {value!r}")
+        return int(value)
+
+    def parse(self, text: str) -> int:
+        """The number that a text stands for. Raises ValueError, which says the range, for any other text."""
+        try:
+            return self.check("", int(text))
+        except ValueError:
+            raise ValueError(f"must be {self}, not {text!r}") from None
+
+
+@dataclass(frozen=True)
+class Number:
+    """Numbers that are finite in float32, from `least` to `most`; without `least` itself, if `above`.
+
+    >>> Number(0, above=True).check("lr", 1e-3), Number(0, 1).parse("0.5")
+    (0.001, 0.5)
+    >>> Number(0, above=True).check("lr", float("nan"))
+    Traceback (most recent call last):
+    ...
+    para_jax.errors.ParaJaxError: lr must be a finite number above 0, not nan
+    """
+
+    least: float = -math.inf
+    most: float = math.inf
+    above: bool = False
+
+    def __str__(self) -> str:
+        if math.isinf(self.least):
+            return "a finite number"
+        if math.isinf(self.most):
+            return f"a finite number {'above' if self.above else 'from'} {self.least:g}"
+        return f"a number {'above' if self.above else 'from'} {self.least:g} {'up ' * self.above}to {self.most:g}"
+
+    def check(self, name: str, value: Any) -> float:
+        """The value as a float. Raises ParaJaxError, which names it, for any other: a bool too."""
+        if isinstance(value, bool) or not isinstance(value, Real) or not self._has(float(value)):
+            raise ParaJaxError(f"{name} must be {self}, not {value!r}")
+        return float(value)
+
+    def _has(self, value: float) -> bool:
+        try:
+            (rounded,) = struct.unpack("f", struct.pack("f", value))
+        except OverflowError:
+            return False
+        inside = value <= self.most and (rounded > self.least if self.above else value >= self.least)
+        return inside and math.isfinite(rounded)
+
+    def parse(self, text: str) -> float:
+        """The number that a text stands for. Raises ValueError, which says the range, for any other text."""
+        try:
+            return self.check("", float(text))
+        except ValueError:
+            raise ValueError(f"must be {self}, not {text!r}") from None
+
+
+SEED = Whole(0, UINT32)
+
+
+def check_text(name: str, text: str) -> None:
+    r"""Raises ParaJaxError for a text that UTF-8 cannot write: one with a lone surrogate.
+
+    A command line has one for each byte that is not UTF-8, and JSON may spell one.
+
+    >>> check_text("--prompt", "caf\udce9")
+    Traceback (most recent call last):
+    ...
+    para_jax.errors.ParaJaxError: --prompt is not UTF-8: it has the byte 0xe9 as character 4
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        what = f"the byte {code - 0xDC00:#x}" if 0xDC80 <= code <= 0xDCFF else f"the lone surrogate U+{code:X}"
+        raise ParaJaxError(f"{name} is not UTF-8: it has {what} as character {error.start + 1}") from None

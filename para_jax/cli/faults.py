@@ -1,0 +1,76 @@
+"""What the command line says when something goes wrong that is not the caller's mistake: one line, and a file."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import sys
+import tempfile
+import traceback
+from importlib.metadata import PackageNotFoundError, version
+
+VARIABLE = "PARA_JAX_TRACEBACK"
+PACKAGES = ("para-jax", "jax", "jaxlib", "flax", "orbax-checkpoint", "safetensors", "numpy", "transformers")
+LONGEST = 300  # letters of an error's own words
+
+
+def said(verb: str, error: BaseException, several: bool = False) -> str:
+    """One line for an error that nobody expected. Its traceback is in the file that the line names.
+
+    With PARA_JAX_TRACEBACK in the environment the traceback is in the line's place. `several` says that this is one of
+    several processes, which may fail because another one has.
+    """
+    if os.environ.get(VARIABLE):
+        return "".join(traceback.format_exception(error))
+    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("para_jax"):
+        return f"the package {error.name.partition('.')[0]} is not installed; install it with pip"
+    what = in_one_line(error)
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in what:
+        return f"out of memory ({what}); take fewer or shorter rows at once, or --quantize int8"
+    place = traceback.extract_tb(error.__traceback__)[-1:]
+    where = f" in {os.path.basename(place[0].filename)}:{place[0].lineno}" if place else ""
+    saved = f"{_saved(verb, error)} to the project's issue tracker"
+    if several:
+        return (
+            f"stopped by {what}{where}; if another process stopped before this one, its own output says why. "
+            f"Otherwise this is a fault of para_jax. {saved}"
+        )
+    return f"this is a fault of para_jax, not yours: {what}{where}. {saved}"
+
+
+def in_one_line(error: BaseException) -> str:
+    """The kind of an error and the first line of what it says.
+
+    >>> in_one_line(KeyError("x")), in_one_line(AssertionError())
+    ("KeyError: 'x'", 'AssertionError')
+    """
+    words = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    short = words if len(words) <= LONGEST else f"{words[:LONGEST]}..."
+    return f"{type(error).__name__}: {short}" if short else type(error).__name__
+
+
+def _saved(verb: str, error: BaseException) -> str:
+    """Writes the traceback, what was run and with which versions to a file, and says what to do with it."""
+    lines = [
+        f"command: {shlex.join(sys.argv)}",
+        f"python {platform.python_version()} on {platform.platform()}",
+        *(f"{name} {_version(name)}" for name in PACKAGES),
+        "",
+        *traceback.format_exception(error),
+    ]
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix=f"para-jax-{verb}-", suffix=".txt", delete=False, encoding="utf-8", errors="backslashreplace"
+        ) as file:
+            file.write("\n".join(lines))
+    except OSError as problem:
+        return f"Its traceback could not be saved ({problem}): please report what it prints with {VARIABLE}=1"
+    return f"Please report it, with the traceback that is in {file.name},"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "is not installed"

@@ -1,0 +1,85 @@
+"""The parser of the command line: mistakes in one line, numbers in their range, and texts that are UTF-8."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, TypeVar
+
+from para_jax.checks import Number, Whole, check_text
+from para_jax.errors import ParaJaxError, unknown
+
+N = TypeVar("N", int, float)
+
+COUNT = Whole(1)
+# More rows of a tenant than a step could hold.
+ROWS = Whole(1, 2**20)
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises ParaJaxError for what it cannot parse, with the name of the command in front."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises it."""
+        message = message.removeprefix("argument ")
+        name, colon, rest = message.partition(": ")
+        if colon and rest.startswith("must be"):
+            message = f"{name} {rest}"
+        if rest.startswith("expected "):
+            message += f"; a value that begins with - is written {name.split('/')[0]}=VALUE"
+        raise ParaJaxError(f"{self.prog}: {message}")
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """As argparse does, but an option that does not exist is an error with the nearest one that does."""
+        found, more = self.parse_known_args(args, namespace)
+        if not more:
+            return found
+        verbs = next(action for action in self._actions if isinstance(action, argparse._SubParsersAction))
+        verb = verbs.choices[found.verb]
+        name = more[0].partition("=")[0]
+        if not name.startswith("-"):
+            raise ParaJaxError(f"{verb.prog}: {more[0]!r} belongs to no option; put a text with spaces in quotes")
+        raise ParaJaxError(f"{verb.prog}: {unknown('option', name, verb._option_string_actions)}")
+
+
+def within(kind: Whole | Number) -> Callable[[str], Any]:
+    """The `type` of an option whose value is a number of this range."""
+
+    def parsed(text: str) -> int | float:
+        try:
+            return kind.parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return parsed
+
+
+def check_texts(args: argparse.Namespace) -> None:
+    """Raises ParaJaxError for an option with an empty value, or one that is not UTF-8."""
+    for name, value in vars(args).items():
+        option = f"--{name.replace('_', '-')}"
+        for text in value if isinstance(value, list) else [value]:
+            if not isinstance(text, str):
+                continue
+            if not text:
+                raise ParaJaxError(f"{option} is empty; give it a value, or leave it out")
+            if "\0" in text:
+                raise ParaJaxError(f"{option} has a zero character, which no name can have")
+            check_text(option, text)
+
+
+def name_of(dest: str) -> str:
+    """An option as it is written.
+
+    >>> name_of("max_new_tokens")
+    '--max-new-tokens'
+    """
+    return "--" + dest.replace("_", "-")
+
+
+def refuse(args: argparse.Namespace, names: Sequence[str], why: str) -> None:
+    """Raises ParaJaxError if one of these options was given: it would have no effect, and `why` says why."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value is not False and value != []:
+            raise ParaJaxError(f"{name_of(name)} has no effect {why}")

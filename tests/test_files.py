@@ -1,0 +1,70 @@
+"""Files that appear whole or not at all, with nothing left beside them, and locks that end with their process."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from para_jax import ParaJaxError
+from para_jax.files import Lock, changes, json_line, open_locked, replacing, write_json, write_text
+
+
+def test_a_file_is_replaced_in_one_step(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "a.json"
+    write_json(path, {"a": "é"})
+    inode = path.stat().st_ino
+    with replacing(path) as file:
+        file.write(b"more")
+        assert path.read_text() == '{\n "a": "\\u00e9"\n}\n'
+    assert path.read_bytes() == b"more" and path.stat().st_ino != inode
+    assert [p.name for p in path.parent.iterdir()] == ["a.json"]
+
+
+def test_a_link_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("a")
+    write_text(tmp_path / "link", "x")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "a").read_text() == "x"
+
+
+def test_a_full_disk_is_named_and_loses_nothing(tmp_path: Path, full_disk: None) -> None:
+    path = tmp_path / "a"
+    with pytest.raises(ParaJaxError, match=f"{path} could not be written: File too large; nothing was written"):
+        write_text(path, "x" * 5000)
+    assert list(tmp_path.iterdir()) == []
+    write_text(path, "kept")
+    with pytest.raises(ParaJaxError, match=f"{path} could not be written: File too large; what was there stays as it"):
+        write_text(path, "x" * 5000)
+    assert path.read_text() == "kept" and list(tmp_path.iterdir()) == [path]
+
+
+def test_an_error_in_the_block_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), replacing(tmp_path / "a"):
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_keeps_others_out_and_ends_with_its_process(tmp_path: Path) -> None:
+    path = tmp_path / ".lock"
+    code = (
+        "import sys, pathlib, para_jax.files as f; lock = f.Lock(pathlib.Path(sys.argv[1]), 'it'); print(1, flush=True)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", f"{code}; sys.stdin.read()", str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout is not None and other.stdout.readline() == b"1\n"
+        with pytest.raises(ParaJaxError, match=rf"another process \(process {other.pid} on .+\) is writing the run"):
+            Lock(path, "the run")
+        with pytest.raises(BlockingIOError):
+            open_locked(path)
+        other.kill()
+    lock = Lock(path, "the run")
+    lock.release()
+    assert not path.exists()
+
+
+def test_lines_and_changes() -> None:
+    assert json_line({"a": "é"}) == '{"a": "é"}\n' and json_line({"a": "é\ud800"}) == '{"a": "\\u00e9\\ud800"}\n'
+    assert list(changes({"a": 1, "b": {"c": 2}}, {"b": {"c": 3}})) == ["a was 1 and is None", "b.c was 2 and is 3"]
