@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 from para_jax.cli import common
+from para_jax.cli.adapters import RowTokenizers, load_bank
 from para_jax.errors import ParaJaxError, unknown
 
 
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
             raise unknown("tenant in --choose", name, sources)
     templates = common.per_tenant(args.template, "--template", list(sources), str)
 
-    from para_jax.convert.tokenizer import with_chat_template
+    from para_jax.convert.adapter_tokenizer import ends
     from para_jax.data.examples import encode_rows
     from para_jax.data.sources import read_rows
     from para_jax.evaluation.evaluate import evaluate
@@ -63,8 +64,9 @@ def run(args: argparse.Namespace) -> int:
 
     loading, tokenizer = common.begin_model(args)
     config = loading.shapes.config
-    bank = common.load_bank(args.adapters, list(sources), config)
-    examples = {}
+    bank = load_bank(args.adapters, list(sources), config, not args.allow_nan)
+    kept = RowTokenizers(tokenizer, args.adapters, config.vocab_size)
+    examples, tokenizers = {}, {}
     for name, source in sources.items():
         rows = read_rows(source, templates.get(name), args.data_dir)
         if name in args.choose:
@@ -72,8 +74,9 @@ def run(args: argparse.Namespace) -> int:
             if len(answers) > MOST_CHOICES:
                 raise ParaJaxError(f"{source} has {len(answers)} different responses, too many for --choose")
             rows = [(place, {"choices": answers, **row}) for place, row in rows]
-        own = with_chat_template(tokenizer, common.kept_template(args.adapters, [name]))
-        examples[name] = encode_rows(rows[: args.limit], own, config.eos_token_ids, keep_texts=True)
+        own = tokenizers[name] = kept.of([name])
+        eos = ends(tokenizer, own, config)
+        examples[name] = encode_rows(rows[: args.limit], own, eos, keep_texts=True)
 
     began = shown = time.monotonic()
 
@@ -90,6 +93,7 @@ def run(args: argparse.Namespace) -> int:
         tokenizer,
         examples,
         bank,
+        tokenizers=tokenizers,
         max_new_tokens=common.per_tenant(["64", *args.max_new_tokens], "--max-new-tokens", list(sources), int),
         batch_size=args.batch_size,
         progress=progress,

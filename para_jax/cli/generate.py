@@ -13,8 +13,10 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from para_jax.cli import common
+from para_jax.cli.adapters import RowTokenizers, load_bank
 from para_jax.errors import ParaJaxError
 
 
@@ -50,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
             raise ParaJaxError(f"{args.output} exists; choose another --output or pass --overwrite")
 
     from para_jax.adapters.rows import strengths_of
-    from para_jax.convert.tokenizer import with_chat_template
+    from para_jax.convert.adapter_tokenizer import ends
     from para_jax.data.examples import encode_rows
     from para_jax.data.sources import read_jsonl
     from para_jax.decoding.generate import complete
@@ -71,25 +73,25 @@ def run(args: argparse.Namespace) -> int:
         names |= dict.fromkeys(named)
     loading, tokenizer = common.begin_model(args)
     config = loading.shapes.config
-    bank = common.load_bank(args.adapters, list(names), config)
-    # Messages go through the chat template that is kept with the row's adapter.
-    of_template: dict[str | None, list[int]] = {}
-    for i, (place, row) in enumerate(placed):
+    bank = load_bank(args.adapters, list(names), config, not args.allow_nan)
+    # Messages go through the chat template that is kept with the row's adapter, and texts through its tokenizer.
+    kept = RowTokenizers(tokenizer, args.adapters, config.vocab_size)
+    tokenizers: list[Any] = []
+    for (place, row), tenant in zip(placed, tenants, strict=True):
         try:
-            own = list(strengths_of(tenants[i])) if "messages" in row else []
-            of_template.setdefault(common.kept_template(args.adapters, own), []).append(i)
+            tokenizers.append(kept.of(list(strengths_of(tenant)), chat="messages" in row))
         except ParaJaxError as error:
             raise ParaJaxError(f"{place}: {error}") from None
     prompts: list[list[int]] = [[] for _ in placed]
-    for template, places in of_template.items():
-        chosen = with_chat_template(tokenizer, template)
+    for spoken in {id(own): own for own in tokenizers}.values():
+        places = [i for i, own in enumerate(tokenizers) if own is spoken]
         rows = [placed[i] for i in places]
-        examples = encode_rows(rows, chosen, config.eos_token_ids, need_response=False)
+        examples = encode_rows(rows, spoken, config.eos_token_ids, need_response=False)
         for i, example in zip(places, examples, strict=True):
             prompts[i] = example.prompt_ids.tolist()
     completions = complete(
         loading,
-        tokenizer,
+        tokenizers,
         prompts,
         bank=bank,
         tenants=tenants,
@@ -101,6 +103,7 @@ def run(args: argparse.Namespace) -> int:
         repetition_penalty=args.repetition_penalty,
         num_beams=args.num_beams,
         stop=args.stop,
+        eos_token_id=[ends(tokenizer, own, config) for own in tokenizers],
         seed=[args.seed + i for i in range(len(placed))],
         batch_size=args.batch_size,
     )

@@ -18,15 +18,44 @@ from para_jax.decoding.sampling import Draws, Filters, Sampler
 from para_jax.errors import ParaJaxError, unknown
 
 
-def encode(tokenizer: Any, prompts: Sequence[str | Sequence[int]], vocab_size: int) -> list[np.ndarray]:
-    """The token ids of every prompt, int32.
+def per_row(tokenizer: Any, rows: int) -> list[Any]:
+    """One tokenizer for all rows or one for each, for every row. Raises ParaJaxError for another number of them."""
+    if not isinstance(tokenizer, list | tuple):
+        return [tokenizer] * rows
+    if len(tokenizer) != rows:
+        raise ParaJaxError(f"{len(tokenizer)} tokenizers for {rows} rows; give one for each, or one for all")
+    return list(tokenizer)
+
+
+def eos_per_row(eos_token_id: Any, rows: int, config: BackboneConfig) -> list[tuple[int, ...]]:
+    """The tokens that end each row: the same for all, or a tuple for each; the backbone's, if None.
+
+    Raises ParaJaxError for a number that is no token.
+    """
+    eos = config.eos_token_ids if eos_token_id is None else eos_token_id
+    apart = isinstance(eos, list | tuple) and any(isinstance(own, list | tuple) for own in eos)
+    if apart and len(eos) != rows:
+        raise ParaJaxError(f"eos_token_id has tuples for {len(eos)} of {rows} rows; give one for each, or ids for all")
+    # As objects: NumPy would take true for 1 beside numbers.
+    each = [tuple(np.ravel(np.asarray(own, object)).tolist()) for own in (eos if apart else [eos])]
+    for token in (token for own in each for token in own):
+        if not isinstance(token, int | np.integer) or isinstance(token, bool):
+            raise ParaJaxError(f"eos_token_id has {token!r}, which is no whole number")
+        if not 0 <= token < config.vocab_size:
+            raise ParaJaxError(f"eos_token_id {token} is no token of the backbone's vocabulary of {config.vocab_size}")
+    each = [tuple(map(int, own)) for own in each]
+    return each if apart else each * rows
+
+
+def encode(tokenizers: Sequence[Any], prompts: Sequence[str | Sequence[int]], vocab_size: int) -> list[np.ndarray]:
+    """The token ids of every prompt, int32, by the tokenizer of its row.
 
     Raises ParaJaxError for an empty prompt or an id outside the vocabulary.
     """
     if isinstance(prompts, str):
         raise ParaJaxError("prompts is one string; give a list of prompts, [prompt] for a single one")
     encoded = []
-    for row, prompt in enumerate(prompts):
+    for row, (tokenizer, prompt) in enumerate(zip(tokenizers, prompts, strict=True)):
         tokens = tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
         if len(prompt) == 0 or len(tokens) == 0:
             raise ParaJaxError(f"the prompt of row {row} is empty; give it some text or leave the row out")
