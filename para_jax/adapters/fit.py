@@ -60,7 +60,7 @@ def check_fits(
 
 
 def _not_gathered(case: Case) -> str | None:
-    flat = [k for k, x in case.names.tensors.items() if not x.size or (".lora_" in k and x.ndim < 2)]
+    flat = [k for k, x in case.names.tensors.items() if not x.size or (re.search(r"\.lora_[AB]\.", k) and x.ndim < 2)]
     return (
         f"{len(flat)} of its tensors are empty or flat, as DeepSpeed ZeRO-3 and FSDP leave them in each process; "
         "gather the weights before they are saved (deepspeed.zero.GatheredParameters), or run zero_to_fp32.py on the "

@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     from para_jax import Backbone, load_adapter, merge_adapter, tiny_backbone_path
     from para_jax.compile_cache import set_up
     from para_jax.convert.adapter_tokenizer import adapter_tokenizer, has_tokenizer
-    from para_jax.convert.checkpoint import fetched, refuse_nonfinite, save_backbone
+    from para_jax.convert.checkpoint import fetched, save_backbone
     from para_jax.convert.tensors import open_tensors
     from para_jax.convert.tokenizer import load_tokenizer
 
@@ -70,8 +70,6 @@ def run(args: argparse.Namespace) -> int:
             spoken = adapter_tokenizer(tokenizer, args.adapter, backbone.config.vocab_size)
             own = None if spoken is tokenizer else spoken
         backbone, template = merge_adapter(backbone, adapter), adapter.chat_template
-        if args.check:
-            refuse_nonfinite(backbone, f"{model} with {args.adapter} merged into it")
     if args.out is not None:
         save_backbone(
             backbone, args.out, dtype=written, like=folder, tokenizer=own, chat_template=template,

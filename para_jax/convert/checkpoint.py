@@ -287,17 +287,6 @@ def _copy_beside(folder: Path, like: str | Path | None, tokenizer: Any, chat_tem
         (folder / TEMPLATE).write_bytes(chat_template.encode())
 
 
-def refuse_nonfinite(backbone: Backbone, whose: str) -> None:
-    """Raises ParaJaxError for the first weights that are NaN or infinite, with their names in a checkpoint."""
-    leaves = named_leaves(backbone)
-    for layer in (None, *range(backbone.config.num_hidden_layers)):
-        for entry in entries(backbone.config, layer):
-            leaf = leaves[entry.name] if layer is None else _of_layer(backbone, leaves, layer, entry.name)
-            if not np.isfinite(np.asarray(leaf).astype(np.float32)).all():
-                names = ", ".join(part.name for part in entry.parts)
-                raise ParaJaxError(f"{whose}: {names} has NaN or infinite values")
-
-
 def _of_layer(backbone: Backbone, leaves: dict[str, Any], layer: int, name: str) -> Any:
     return leaves[f"blocks.{name}"][layer] if backbone.stacked else leaves[f"blocks.{layer}.{name}"]
 

@@ -107,9 +107,12 @@ def test_merged_weights_that_overflow(tiny, tmp_path: Path, capsys: pytest.Captu
     shape = tiny[0].config
     adapter = jax.tree.map(lambda x: x * 0 + 1e30, random_adapter(LoraConfig(r=2), shape, 0))
     save_adapter(adapter, tmp_path / "large", shape)
-    given = ["convert", "--adapter", tmp_path / "large", "--out", tmp_path / "out", "--check"]
-    error = failure(capsys, *given)
-    assert "merged into it: model.layers.0.self_attn.q_proj.weight has NaN or infinite values" in error
+    given = ["convert", "--adapter", tmp_path / "large"]
+    for more in (["--out", tmp_path / "out"], ["--out", tmp_path / "out", "--check"], ["--check"]):
+        error = failure(capsys, *given, *more)
+        assert (
+            "cannot be merged: with it the weight of model.layers.0.self_attn.q_proj is NaN or beyond float32" in error
+        )
     assert not (tmp_path / "out").exists()
 
 

@@ -175,7 +175,7 @@ def test_a_model_that_also_sees(tmp_path: Path, caplog: pytest.LogCaptureFixture
     alone.model.load_state_dict(whole.model.language_model.state_dict())
     alone.save_pretrained(tmp_path / "text")
     backbone = Backbone.from_pretrained(tmp_path / "text", dtype="float32", stacked=True)
-    for i, targets in enumerate((["q_proj", "v_proj"], r".*language_model.*\.1\.(self_attn\.o_proj|mlp\.\w+)")):
+    for i, targets in enumerate((["q_proj", "v_proj"], r".*language_model.*\.1\.(self_attn\.o_proj|mlp\.\w+_proj)")):
         model = peft.get_peft_model(whole, peft.LoraConfig(r=2, target_modules=targets), f"{i}").eval()
         model.set_adapter(f"{i}")
         for name, weight in model.named_parameters():
@@ -327,7 +327,7 @@ CAUSES: list[tuple[str, Callable[[dict[str, Any]], object], str]] = [
     ),
     (
         "more modules",
-        lambda x: x.update({k.replace("q_proj", "k_proj"): y[:16] if "_B" in k else y.clone() for k, y in x.items()}),
+        lambda x: x.update({k.replace("q_proj", "k_proj"): (y[:16] if "_B" in k else y).clone() for k, y in x.items()}),
         "target_modules in its config lacks k_proj, which the file has: add it",
     ),
     (
@@ -381,7 +381,8 @@ def test_adapters_of_several_names_in_one_file(make: Make, backbone: Backbone) -
 
 
 def test_a_pattern_that_fits_nothing(make: Make, backbone: Backbone) -> None:
-    _, folder = make(r=2, target_modules=["q_proj", "v_proj"], rank_pattern={"v_porj": 4})
+    _, folder = make(r=2, target_modules=["q_proj", "v_proj"])
+    edit(folder, lambda x: x.update(rank_pattern={"v_porj": 4}), CONFIG)
     assert (
         "rank_pattern has 'v_porj', which fits no targeted module; did you mean 'v_proj'? They are like "
         "'model.layers.0.self_attn.q_proj'. Take it out, or target what it names"
@@ -400,9 +401,14 @@ def test_other_methods_of_peft(make: Make, backbone: Backbone) -> None:
 # NaN
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("file", [WEIGHTS, TORCH_WEIGHTS])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("value", "file", "dtype"),
+    [
+        (float("nan"), WEIGHTS, torch.float32),
+        (float("inf"), WEIGHTS, torch.bfloat16),
+        (float("-inf"), TORCH_WEIGHTS, torch.float16),
+    ],
+)
 def test_nan_adapters(value: float, file: str, dtype: torch.dtype, make: Make, backbone: Backbone) -> None:
     _, folder = make(r=2, target_modules=["q_proj"])
     tensors = {k: x.to(dtype) for k, x in load_file(folder / WEIGHTS).items()}
