@@ -91,11 +91,19 @@ class AdapterBank:
         return cls(shape, tuple(groups))
 
     @classmethod
-    def load(cls, folders: Mapping[str, str | Path], shape: BackboneShape, capacity: int = 0) -> AdapterBank:
-        """Reads each tenant's folder, as `save_adapter` or `para-jax finetune` wrote it."""
+    def load(
+        cls,
+        folders: Mapping[str, str | Path],
+        shape: BackboneShape,
+        capacity: int = 0,
+        *,
+        check_finite: bool = True,
+    ) -> AdapterBank:
+        """Reads each tenant's folder as `load_adapter` does, which has the same `check_finite` and raises the same."""
         from para_jax.adapters.files import load_adapter
 
-        return cls.stack({name: load_adapter(path, shape) for name, path in folders.items()}, shape, capacity)
+        adapters = {name: load_adapter(path, shape, check_finite=check_finite) for name, path in folders.items()}
+        return cls.stack(adapters, shape, capacity)
 
     @property
     def names(self) -> tuple[str, ...]:

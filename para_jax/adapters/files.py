@@ -1,8 +1,8 @@
 """An adapter as a folder: adapter_config.json and adapter_model.safetensors.
 
 LoRA and (IA)3 have PEFT's form (`para_jax.adapters.peft`). PARA has its own: adapter_config.json holds `peft_type`
-(the method), the method's own hyper-parameters, `base_model_name_or_path`, `base_model` (the sizes that have to
-match) and `para_jax_version`; the weights are float32, a tensor a name, with the layers stacked on the first axis.
+(the method), the method's own hyper-parameters, `base_model_name_or_path`, `base_model` (the sizes that it depends
+on) and `para_jax_version`; the weights are float32, a tensor a name, with the layers stacked on the first axis.
 docs/adapters.md describes both.
 """
 
@@ -15,7 +15,7 @@ import os
 import shutil
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,10 @@ import numpy as np
 from para_jax.adapters import peft
 from para_jax.adapters.adapter import Adapter, abstract_layers, mismatches, named_leaves
 from para_jax.adapters.method import BackboneShape, config_from_dict, methods
+from para_jax.adapters.weights import CONFIG, WEIGHTS, Weights, read_config, read_weights, refuse_nonfinite
 from para_jax.errors import ParaJaxError, unknown
 
-CONFIG, WEIGHTS, TEMPLATE = "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja"
+TEMPLATE, TOKENIZER = "chat_template.jinja", "tokenizer_config.json"
 OURS = ("peft_type", "base_model_name_or_path", "base_model", "para_jax_version")
 
 
@@ -54,6 +55,7 @@ def save_adapter(
     from para_jax import __version__
 
     adapter.check(base)
+    of_adapter: Any = adapter.config
     chat_template = adapter.chat_template if chat_template is None else chat_template
     if isinstance(adapter.config, tuple(peft.CONFIGS.values())):
         config, tensors, metadata = peft.to_peft(adapter, base)
@@ -62,7 +64,7 @@ def save_adapter(
             "peft_type": adapter.config.method.upper(),
             **dataclasses.asdict(adapter.config),
             "base_model_name_or_path": getattr(base, "name", ""),
-            "base_model": base_sizes(base),
+            "base_model": base_sizes(base, of_adapter.target_modules),
             "para_jax_version": __version__,
         }
         tensors, metadata = {k: np.asarray(v) for k, v in adapter.tensors().items()}, {"format": "pt"}
@@ -74,90 +76,104 @@ def save_adapter(
 
 
 def load_chat_template(folder: str | Path) -> str | None:
-    """The chat template that is kept with an adapter, if there is one. Raises ParaJaxError for what is no text."""
+    """The chat template that is kept with an adapter, if there is one.
+
+    It is in chat_template.jinja or, as transformers wrote it before, in tokenizer_config.json; of several the one
+    named default. Raises ParaJaxError for what is no text.
+    """
     path = Path(folder) / TEMPLATE
     try:
-        return path.read_bytes().decode() if path.is_file() else None  # bytes: line ends count in a template
+        if path.is_file():
+            return path.read_bytes().decode()  # bytes: line ends count in a template
+        path = Path(folder) / TOKENIZER
+        kept = json.loads(path.read_text(encoding="utf-8")).get("chat_template") if path.is_file() else None
+        if isinstance(kept, list):
+            kept = {entry["name"]: entry["template"] for entry in kept}
+        kept = kept.get("default") if isinstance(kept, dict) else kept
     except UnicodeDecodeError as error:
         raise ParaJaxError(f"{path} is no text in UTF-8: {error}; save the template again, or remove it") from error
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise ParaJaxError(f"{path} is damaged: {error!r}; save the tokenizer again, or remove it") from error
+    if kept is not None and not isinstance(kept, str):
+        raise ParaJaxError(f"{path}: chat_template is {kept!r}, which is no text; remove it")
+    return kept
 
 
-def load_adapter(folder: str | Path, shape: BackboneShape) -> Adapter:
+def load_adapter(folder: str | Path, shape: BackboneShape, *, check_finite: bool = True) -> Adapter:
     """Reads an adapter for a backbone of this shape: a folder of `save_adapter`, or a LoRA or (IA)3 of PEFT's.
 
-    Raises ParaJaxError if the folder is no adapter, names an unknown method or an option that is not implemented, was
-    made for a backbone of other sizes, or holds a missing, extra or misshapen tensor (all of them are listed).
-    """
-    from safetensors import SafetensorError
+    Weights are float32, whatever the file has. Without `check_finite`, NaN and infinite weights are read as well.
 
-    folder = Path(folder)
-    missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
-    if missing:
-        raise ParaJaxError(f"{folder} is not an adapter: it has no {' and no '.join(missing)}")
-    try:
-        fields = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        tensors, metadata = _read(folder / WEIGHTS)
-    except ParaJaxError:
-        raise
-    except (ValueError, SafetensorError) as error:  # ValueError: no JSON, or no text
-        raise ParaJaxError(f"{folder} is damaged: {error}") from error
-    if not isinstance(fields, dict) or not isinstance(fields.get("peft_type"), str):
-        raise ParaJaxError(f"{folder / CONFIG} has no peft_type, so its method is not known")
+    Raises ParaJaxError if the folder is no adapter, names an unknown method or an option that is not implemented, was
+    made for a backbone of other sizes, holds a missing, extra or misshapen tensor (all of them are listed), or a
+    tensor with NaN or infinite values.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> from para_jax import AdapterBank, BackboneConfig, ParaConfig, save_adapter, tiny_backbone_path
+    >>> shape = BackboneConfig.from_pretrained(tiny_backbone_path())
+    >>> bank = AdapterBank.create({"acme": ParaConfig(r=2)}, shape)
+    >>> with TemporaryDirectory() as folder:
+    ...     save_adapter(bank["acme"], f"{folder}/acme", shape)
+    ...     load_adapter(f"{folder}/acme", shape).config.r
+    2
+    """
+    folder = Path(folder).expanduser()
+    fields = read_config(folder)
     method = fields["peft_type"].lower()
+    if method.upper() not in peft.CONFIGS and method not in methods():
+        merge = f"; or {peft.MERGE}" if method.upper() in peft.MERGEABLE else ""
+        raise ParaJaxError(f"{folder}: {unknown('method', method, methods())}{merge}")
+    weights = read_weights(folder)
     template = load_chat_template(folder)
     if method.upper() in peft.CONFIGS:
-        return dataclasses.replace(peft.from_peft(folder, fields, tensors, metadata, shape), chat_template=template)
-    if method not in methods():
-        raise ParaJaxError(f"{folder}: {unknown('method', method, methods())}")
-    wanted, made_for = base_sizes(shape), fields.get("base_model")
-    if made_for != wanted:
+        adapter = peft.from_peft(folder, fields, weights, shape)
+    else:
+        adapter = _of_ours(folder, method, fields, weights, shape)
+    if check_finite:
+        refuse_nonfinite(weights)
+    return dataclasses.replace(adapter, chat_template=template)
+
+
+def _of_ours(folder: Path, method: str, fields: dict[str, Any], weights: Weights, shape: BackboneShape) -> Adapter:
+    """An adapter in the form that PEFT does not have."""
+    try:
+        config = config_from_dict(method, {k: v for k, v in fields.items() if k not in OURS})
+    except ParaJaxError as error:
+        raise ParaJaxError(f"{folder / CONFIG}: {error}") from error
+    if differences := _differences(fields.get("base_model"), base_sizes(shape, config.target_modules)):
         raise ParaJaxError(
             f"{folder} was made for another backbone ({fields.get('base_model_name_or_path') or 'unnamed'}: "
-            f"{_differences(made_for, wanted)}); load the backbone it was tuned on, or tune it again"
+            f"{differences}); load the backbone it was tuned on, or tune it again"
         )
-    options = {k: v for k, v in fields.items() if k not in OURS}
     try:
-        config = config_from_dict(method, options)
-        problems = mismatches(tensors, config, shape)
+        problems = mismatches(weights.tensors, config, shape)
     except ParaJaxError as error:
         raise ParaJaxError(f"{folder / CONFIG}: {error}") from error
     if problems:
-        raise ParaJaxError(f"{folder / WEIGHTS}: {'; '.join(problems)}")
+        raise ParaJaxError(f"{weights.path}: {'; '.join(problems)}")
     abstract = abstract_layers(config, shape)
-    leaves = [jax.device_put(tensors[name]) for name in named_leaves(abstract)]
-    return Adapter(config, jax.tree.unflatten(jax.tree.structure(abstract), leaves), template)
+    leaves = [jax.device_put(weights.tensors[name]) for name in named_leaves(abstract)]
+    return Adapter(config, jax.tree.unflatten(jax.tree.structure(abstract), leaves))
 
 
-def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """The tensors of a safetensors file, and its metadata.
-
-    Raises ParaJaxError for a tensor that is no float of 16, 32 or 64 bits.
-    """
-    from safetensors import safe_open
-
-    tensors = {}
-    with safe_open(path, framework="numpy") as f:
-        for key in f.keys():  # noqa: SIM118  (no mapping)
-            dtype = f.get_slice(key).get_dtype()
-            if dtype not in ("F16", "BF16", "F32", "F64"):
-                raise ParaJaxError(f"{path}: {key} is {dtype}; adapters are read in float32, float16 and bfloat16")
-            tensors[key] = f.get_tensor(key)
-        return tensors, f.metadata() or {}
-
-
-def base_sizes(shape: BackboneShape) -> dict[str, Any]:
-    """The sizes of a backbone that an adapter depends on."""
+def base_sizes(shape: BackboneShape, sites: Iterable[str] | None = None) -> dict[str, Any]:
+    """The sizes of a backbone that an adapter of these sites depends on; of all sites, if None."""
     return {
         "hidden_size": shape.hidden_size,
         "num_hidden_layers": shape.num_hidden_layers,
-        "sites": {name: [site.inputs, site.outputs] for name, site in shape.sites.items()},
+        "sites": {
+            name: [*shape.sites[name][:2]] for name in (shape.sites if sites is None else sites) if name in shape.sites
+        },
     }
 
 
 def _differences(made_for: Any, wanted: dict[str, Any]) -> str:
+    """Where the sizes that a file records are not those wanted. It may record more sites than its adapter uses."""
     made_for = made_for if isinstance(made_for, dict) else {}
-    keys = [k for k in wanted if made_for.get(k) != wanted[k]]
-    return ", ".join(f"{k} {made_for.get(k)} there and {wanted[k]} here" for k in keys)
+    recorded = made_for.get("sites") if isinstance(made_for.get("sites"), dict) else {}
+    there = {**made_for, "sites": {name: recorded.get(name) for name in wanted["sites"]}}
+    keys = [k for k in wanted if there.get(k) != wanted[k]]
+    return ", ".join(f"{k} {there.get(k)} there and {wanted[k]} here" for k in keys)
 
 
 @contextmanager

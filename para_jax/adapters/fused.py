@@ -143,7 +143,7 @@ def join(config: Config, tensors: Tensors, view: Fused) -> tuple[Config, dict[st
             joined[f"{at}.ia3_l"] = np.ones((outputs, 1), np.float32)
             for site, path in of.items():
                 joined[f"{at}.ia3_l"][rows[site]] = tensors[f"{path}.ia3_l"]
-    return _by_name(config, modules, view), joined
+    return by_name(config, modules, view), joined
 
 
 def split(
@@ -161,9 +161,9 @@ def split(
         if again == config and all(np.array_equal(joined[k] == nothing, x == nothing) for k, x in tensors.items()):
             return kept, cut
     modules = [
-        {site: pair for module, pair in own.items() for site in view.parts[module]} for own in _layers(config, view)
+        {site: pair for module, pair in own.items() for site in view.parts[module]} for own in modules_of(config, view)
     ]
-    config = _by_name(config, modules, view.apart)
+    config = by_name(config, modules, view.apart)
     cut = _cut(config, tensors, view)
     assert cut is not None
     return config, cut
@@ -193,14 +193,14 @@ def _cut(config: Config, tensors: Tensors, view: Fused) -> dict[str, np.ndarray]
     return found
 
 
-def _layers(config: Config, shape: BackboneShape) -> list[dict[str, Module | None]]:
-    """The modules of each layer, for LoRA with rank and scale."""
+def modules_of(config: Config, shape: BackboneShape) -> list[dict[str, Module | None]]:
+    """The modules of each layer, for LoRA with rank and scale, else with None."""
     return [dict(own) if isinstance(own, Mapping) else dict.fromkeys(own) for own in config.modules(shape)]
 
 
 def _joints(config: Config, view: Fused) -> Iterator[Joint]:
     """What a config of sites adapts of the modules of `view`."""
-    for layer, own in enumerate(_layers(config, view.apart)):
+    for layer, own in enumerate(modules_of(config, view.apart)):
         for module, parts in view.parts.items():
             if sites := {site: own[site] for site in parts if site in own}:
                 yield Joint(layer, module, sites)
@@ -214,7 +214,7 @@ def _of_rank(rank: int, pair: Module, rank_stabilised: bool) -> Module:
     return Module(rank, int(alpha) if alpha == int(alpha) else alpha, pair.scale)
 
 
-def _by_name(config: Config, modules: Sequence[Mapping[str, Module | None]], shape: BackboneShape) -> Config:
+def by_name(config: Config, modules: Sequence[Mapping[str, Module | None]], shape: BackboneShape) -> Config:
     """A config like this one of these modules of each layer: their names, or paths where layers differ."""
     sites = [site for site in shape.sites if any(site in own for own in modules)]
     alike = all(len(own) == len(sites) for own in modules)

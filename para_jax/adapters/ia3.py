@@ -72,6 +72,11 @@ class IA3Config:
                     "leave it out here"
                 )
 
+    @property
+    def decays_to(self) -> float:
+        """Vectors of one are the identity; with a projection, what is added to one is zero."""
+        return 0.0 if self.projection else 1.0
+
     def modules(self, shape: BackboneShape) -> tuple[tuple[str, ...], ...]:
         """The targeted sites of each layer. Raises ParaJaxError for a target that matches nothing."""
         return _modules(self, shape)

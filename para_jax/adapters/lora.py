@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 
 from para_jax.adapters.method import BackboneShape, Prompt
-from para_jax.adapters.targets import as_patterns, first_match, module_path, resolve
+from para_jax.adapters.targets import as_patterns, first_match, fits_none, module_path, resolve
 from para_jax.adjustment import Adjustment, LowRank
 from para_jax.errors import ParaJaxError, unknown
 
@@ -67,6 +67,7 @@ class LoraConfig:
 
     method: ClassVar[str] = "lora"
     reads_prompt: ClassVar[bool] = False
+    decays_to: ClassVar[float] = 0.0
 
     r: int = 8
     lora_alpha: float = 8
@@ -160,7 +161,7 @@ def _modules(config: LoraConfig, shape: BackboneShape) -> tuple[Mapping[str, Mod
     for name in ("rank_pattern", "alpha_pattern"):
         for key, _ in getattr(config, name):
             if not any(first_match([(key, 1)], path) for path in paths):
-                raise ParaJaxError(f"{name} has {key!r}, which fits no targeted module; they are like {paths[0]!r}")
+                raise fits_none(name, key, paths, shape)
 
     def module(path: str) -> Module:
         rank, alpha = first_match(config.rank_pattern, path), first_match(config.alpha_pattern, path)

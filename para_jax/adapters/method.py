@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
 
+# Modules of a causal language model that are outside its layers.
+OUTSIDE = ("embed_tokens", "lm_head")
+
+
 class Site(NamedTuple):
     """A projection `y = x W^T` with x (..., inputs) and y (..., outputs), and where it is in a layer.
 
@@ -74,12 +78,16 @@ class MethodConfig(Protocol):
     """The hyper-parameters of a method: a frozen dataclass with PEFT's field names where PEFT has one.
 
     `reads_prompt` says whether `prepare` reads the prompt. Where it does not, an adapter is the same for all prompts,
-    and all turns of a chat are learnt in one pass.
+    and all turns of a chat are learnt in one pass. `decays_to` is what weight decay pulls weights to: with all of them
+    there, the adapter is the identity.
     """
 
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
     method: ClassVar[str]
     reads_prompt: ClassVar[bool]
+
+    @property
+    def decays_to(self) -> float: ...
 
     def layer(self, shape: BackboneShape, rngs: nnx.Rngs, layer: Int[Array, ""]) -> AdapterLayer:
         """Fresh weights of layer number `layer`. Of an array's shape nothing depends on it."""
@@ -116,7 +124,20 @@ def check_targets(target_modules: tuple[str, ...], shape: BackboneShape) -> None
         raise ParaJaxError(f"target_modules is empty; choose among {', '.join(shape.sites)}")
     for target in target_modules:
         if target not in shape.sites:
-            raise unknown("entry of target_modules", target, shape.sites)
+            raise no_site(target, shape)
+
+
+def no_site(
+    entry: str, shape: BackboneShape, option: str = "target_modules", paths: Iterable[str] = ()
+) -> ParaJaxError:
+    """For an entry of a list of modules that names none of the backbone's sites, or of these paths if it is one."""
+    if entry.rpartition(".")[2] in OUTSIDE:
+        return ParaJaxError(
+            f"{option} has {entry}; embeddings and the output layer are the backbone's and not adapted. Take it out; "
+            f"there are {', '.join(shape.sites)}"
+        )
+    known = paths if "." in entry and paths else shape.sites
+    return ParaJaxError(f"{unknown(f'entry of {option}', entry, known)}. Take it out, or name one of these")
 
 
 def methods() -> dict[str, type[Any]]:

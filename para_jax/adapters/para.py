@@ -63,6 +63,7 @@ class ParaConfig:
 
     method: ClassVar[str] = "para"
     reads_prompt: ClassVar[bool] = True
+    decays_to: ClassVar[float] = 0.0
 
     r: int = 12
     target_modules: tuple[str, ...] = ("q_proj", "v_proj", "up_proj")

@@ -9,23 +9,24 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from para_jax.adapters.adapter import Adapter, abstract_layers, named_leaves
-from para_jax.adapters.fused import as_transformers, join, split
+from para_jax.adapters.fit import MERGE, check_fits
+from para_jax.adapters.fused import as_transformers, by_name, join, modules_of, split
 from para_jax.adapters.ia3 import IA3Config, is_input
 from para_jax.adapters.lora import INITIALISATIONS, LoraConfig
-from para_jax.adapters.method import BackboneShape, config_from_dict
+from para_jax.adapters.method import OUTSIDE, BackboneShape, config_from_dict
+from para_jax.adapters.names import At, as_peft
 from para_jax.adapters.targets import ALL_LINEAR, matched, module_path, names_module, peft_path
+from para_jax.adapters.weights import Weights
 from para_jax.errors import ParaJaxError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
 
 CONFIGS: dict[str, type[LoraConfig] | type[IA3Config]] = {"LORA": LoraConfig, "IA3": IA3Config}
 # Where the safetensors file says what was joined of the sites of fused projections; PEFT does not look there.
@@ -35,6 +36,11 @@ APART = "para_jax"
 NEUTRAL = {
     "peft_type", "peft_version", "base_model_name_or_path", "revision", "auto_mapping", "inference_mode",
     "init_ia3_weights", "megatron_core", "qalora_group_size",
+}  # fmt: skip
+# PEFT's other methods whose adapters it can merge into the weights.
+MERGEABLE = {
+    "ADALORA", "BOFT", "FOURIERFT", "GRALORA", "HRA", "LOHA", "LOKR", "LN_TUNING", "MISS", "OFT", "RANDLORA", "SHIRA",
+    "VBLORA", "VERA", "WAVEFT",
 }  # fmt: skip
 # What a merged model could not do either: these look at the tokens.
 AT_RUN_TIME = {"alora_invocation_tokens", "arrow_config"}
@@ -140,13 +146,7 @@ def peft_config(config: LoraConfig | IA3Config, shape: BackboneShape) -> dict[st
     }
 
 
-def from_peft(
-    folder: Path,
-    config_fields: Mapping[str, Any],
-    tensors: Mapping[str, np.ndarray],
-    metadata: Mapping[str, str],
-    shape: BackboneShape,
-) -> Adapter:
+def from_peft(folder: Path, config_fields: Mapping[str, Any], weights: Weights, shape: BackboneShape) -> Adapter:
     """The Adapter of a folder's two files, float32.
 
     Raises ParaJaxError, with the folder and the key, for an option of PEFT that is not implemented, for a target that
@@ -155,26 +155,39 @@ def from_peft(
     made_for = config_fields.get("base_model_name_or_path") or "a base model it does not name"
     view = as_transformers(shape)
     there = view or shape
+    names = as_peft(weights.path, weights.tensors)
     try:
-        config = config_from_peft(config_fields, there)
+        config = _config_at(config_fields, there, names.stem)
         table = places(config, there)
     except ParaJaxError as error:
         raise ParaJaxError(f"{folder} (made for {made_for}): {error}") from error
     except re.error as error:
         raise ParaJaxError(f"{folder}: a pattern in its config is no regular expression: {error}") from error
-    _check(folder, made_for, table, tensors)
+    check_fits(weights.path, names, {name: place.shape for name, place in table.items()}, made_for, there)
+    tensors: Mapping[str, np.ndarray] = names.tensors
     if view is not None:
-        config, tensors = split(config, tensors, view, _kept(metadata, config, shape))
+        config, tensors = split(config, tensors, view, _kept(weights.metadata, config, shape))
         table = places(config, shape)
     abstract = abstract_layers(config, shape)
     fill = np.ones if isinstance(config, IA3Config) else np.zeros
     leaves = {name: fill(x.shape, np.float32) for name, x in named_leaves(abstract).items()}
     for name, place in table.items():
         part = leaves[place.leaf][place.part]  # a view: what is written to it is written to the leaf
-        part[...] = tensors[name].reshape(part.shape)
+        with np.errstate(over="ignore"):  # of float64, which is looked for in the file
+            part[...] = tensors[name].reshape(part.shape)
     return Adapter(
         config, jax.tree.unflatten(jax.tree.structure(abstract), [jax.device_put(x) for x in leaves.values()])
     )
+
+
+def _config_at(config_fields: Mapping[str, Any], shape: BackboneShape, stem: str) -> LoraConfig | IA3Config:
+    """The config of modules of this shape, whose patterns were written for a model with its layers at `stem`."""
+    if stem != "model":
+        at = At(shape, stem)
+        with suppress(ParaJaxError):  # if only the names of tensors were cut, the patterns are the usual ones
+            config = config_from_peft(config_fields, at)
+            return by_name(config, modules_of(config, at), at)
+    return config_from_peft(config_fields, shape)
 
 
 def _kept(metadata: Mapping[str, str], config: LoraConfig | IA3Config, shape: BackboneShape) -> Any:
@@ -204,6 +217,13 @@ def config_from_peft(config_fields: Mapping[str, Any], shape: BackboneShape) -> 
     for key in ("target_modules", *(["feedforward_modules"] if kind is IA3Config else [])):
         if config_fields.get(key) is None:
             problems.append(f"{key} is missing, so that PEFT chooses by the base's architecture; write a list of names")
+    targets = config_fields.get("target_modules")
+    for entry in targets if isinstance(targets, list) else ():
+        if isinstance(entry, str) and entry.rpartition(".")[2] in OUTSIDE:
+            problems.append(
+                f"target_modules has {entry}, which is the backbone's here and not adapted; {MERGE}, or tune again "
+                f"without {entry}"
+            )
     if problems:
         raise ParaJaxError("; ".join(problems))
     options = {k: v for k, v in config_fields.items() if k in known and not (v is None and k in OPTIONAL)}
@@ -252,41 +272,5 @@ def _refused(key: str, value: Any, known: set[str]) -> bool:
 
 
 def _refusal(key: str, value: Any) -> str:
-    out = "" if key in AT_RUN_TIME else "merge the adapter in peft and load the merged model as the backbone, or "
+    out = "" if key in AT_RUN_TIME else f"{MERGE}, or "
     return f"{key}={value!r} is not implemented here; {out}tune again without {key}"
-
-
-def _check(folder: Path, made_for: str, table: Mapping[str, Place], tensors: Mapping[str, Any]) -> None:
-    """Every tensor accounted for, or one error that lists all that is wrong and says what most likely is."""
-    problems = [f"{name} {list(table[name].shape)} is missing" for name in table if name not in tensors]
-    problems += [f"{name} is not expected" for name in tensors if name not in table]
-    other_base = _layers(table) != _layers(tensors)
-    other_rank = other_side = False
-    for name in [name for name in table if name in tensors and tensors[name].shape != table[name].shape]:
-        there, here = tensors[name].shape, table[name].shape
-        problems.append(f"{name} is {list(there)} and should be {list(here)}")
-        rank = {"lora_A": 0, "lora_B": 1}.get(name.split(".")[-2])
-        if rank is not None and len(there) == 2 and there[1 - rank] == here[1 - rank]:
-            other_rank = True
-        elif rank is None and len(there) == 2 and (there[0] == 1) != (here[0] == 1):
-            other_side = True
-        else:
-            other_base = True
-    if not problems:
-        return
-    if other_base:
-        why = f"it was made for another backbone ({made_for}); load the backbone it was tuned on, or tune it again"
-    elif other_rank:
-        why = "r or rank_pattern in its config is not the rank of its tensors; correct it, lora_alpha with it"
-    elif other_side:
-        why = "feedforward_modules in its config is not what its tensors scale; correct it"
-    else:
-        why = "its tensors do not fit its config; save it again"
-    listed = "\n  ".join(problems)
-    raise ParaJaxError(f"{folder}: {why}\n  {listed}")
-
-
-def _layers(names: Iterable[str]) -> int:
-    """How many layers a backbone must have at least for its modules to have these names."""
-    numbers = (re.search(r"\.layers\.(\d+)\.", name) for name in names)
-    return max((int(number[1]) + 1 for number in numbers if number), default=0)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterable
 from typing import TypeVar
 
-from para_jax.adapters.method import BackboneShape, as_targets
-from para_jax.errors import ParaJaxError, unknown
+from para_jax.adapters.method import BackboneShape, as_targets, no_site
+from para_jax.errors import ParaJaxError
 
 ALL_LINEAR = "all-linear"
 T = TypeVar("T")
@@ -15,7 +16,8 @@ T = TypeVar("T")
 
 def module_path(layer: int, site: str, shape: BackboneShape) -> str:
     """The name that transformers gives a projection of a layer: `model.layers.3.self_attn.q_proj`."""
-    return f"model.layers.{layer}.{shape.sites[site].path}"
+    stem = getattr(shape, "stem", "model")
+    return f"{stem}{'.' if stem else ''}layers.{layer}.{shape.sites[site].path}"
 
 
 def peft_path(layer: int, site: str, shape: BackboneShape) -> str:
@@ -104,14 +106,26 @@ def _check(name: str, pattern: str | tuple[str, ...], paths: list[str], shape: B
         except re.error as error:
             raise ParaJaxError(f"{name} {pattern!r} is no regular expression: {error}") from error
         if not found:
+            out = "take it out" if name == "exclude_modules" else "correct it"
             raise ParaJaxError(
                 f"{name} {pattern!r} is a regular expression that no module's whole path fits; they are like "
-                f"{paths[0]!r}. Write a list for names: [{pattern!r}]"
+                f"{paths[0]!r}. Write a list for names: [{pattern!r}], or {out}"
             )
         return
     for entry in pattern:
         if not any(names_module(entry, path) for path in paths):
-            raise unknown(f"entry of {name}", entry, paths if "." in entry else shape.sites)
+            raise no_site(entry, shape, name, paths)
+
+
+def fits_none(option: str, key: str, paths: list[str], shape: BackboneShape) -> ParaJaxError:
+    """For a pattern of `rank_pattern` or `alpha_pattern` that fits none of the targeted modules' paths."""
+    names = list(dict.fromkeys(path.rpartition(".")[2] for path in paths))
+    near = [] if key in shape.sites else difflib.get_close_matches(key, [*names, *paths], n=1, cutoff=0.6)
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    return ParaJaxError(
+        f"{option} has {key!r}, which fits no targeted module{hint} They are like {paths[0]!r}. Take it out, or target "
+        "what it names"
+    )
 
 
 def as_patterns(value: str | Iterable[str], option: str = "target_modules") -> str | tuple[str, ...]:

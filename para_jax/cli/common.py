@@ -17,7 +17,6 @@ from para_jax.data.sources import FORMS
 from para_jax.errors import ParaJaxError, unknown
 
 if TYPE_CHECKING:
-    from para_jax.adapters.bank import AdapterBank
     from para_jax.backbones.config import BackboneConfig
     from para_jax.backbones.decoder import Backbone
     from para_jax.convert.checkpoint import Loading
@@ -83,8 +82,11 @@ def _add_processes(parser: argparse.ArgumentParser) -> None:
 
 
 def add_adapters(parser: argparse.ArgumentParser) -> None:
-    """--adapters."""
+    """--adapters and --allow-nan."""
     parser.add_argument("--adapters", metavar="DIR", help="folder with NAME/ for each tenant (finetune's --out)")
+    parser.add_argument(
+        "--allow-nan", action="store_true", help="take adapters that have NaN or infinite values, to look at them"
+    )
 
 
 def add_tenants(parser: argparse.ArgumentParser, more: str = "") -> None:
@@ -274,40 +276,6 @@ def per_tenant(values: Sequence[str], option: str, names: Sequence[str], kind: C
             raise ParaJaxError(f"{option} {error}") from None
     merged = general | particular
     return {name: merged[name] for name in names if name in merged}
-
-
-def adapter_folders(folder: str | Path, names: Sequence[str] | None = None) -> dict[str, Path]:
-    """The adapters below a folder by name, all or those named. Raises ParaJaxError for a name that is not there."""
-    folder = Path(folder)
-    there = {p.parent.name: p.parent for p in sorted(folder.glob("*/adapter_config.json"))}
-    if not there:
-        raise ParaJaxError(f"{folder} holds no adapters; give the --out folder of para-jax finetune")
-    for name in names or ():
-        if name not in there:
-            raise unknown(f"tenant in {folder}", name, there)
-    return there if names is None else {name: there[name] for name in names}
-
-
-def kept_template(folder: str | Path | None, tenants: Sequence[str]) -> str | None:
-    """The chat template that is kept with these tenants' adapters, if there is one.
-
-    Raises ParaJaxError if they do not have the same.
-    """
-    from para_jax.adapters.files import load_chat_template
-
-    kept = {name: load_chat_template(Path(folder) / name) for name in tenants} if folder is not None else {}
-    if len(set(kept.values())) > 1:
-        raise ParaJaxError(f"{' and '.join(kept)} have different chat templates; give prompts instead of messages")
-    return next(iter(kept.values()), None)
-
-
-def load_bank(folder: str | Path | None, names: Sequence[str], config: BackboneConfig) -> AdapterBank | None:
-    """The bank of the tenants that are named, or None without a folder or a name."""
-    from para_jax import AdapterBank
-
-    if folder is None or not names:
-        return None
-    return AdapterBank.load(adapter_folders(folder, names), config)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="DIR", help="folder to write")
     parser.add_argument("--adapter", metavar="DIR", help="an adapter's folder, to merge into the weights")
     parser.add_argument("--shard-size", metavar="SIZE", help="the most of one file (default: 5GB)")
-    parser.add_argument("--check", action="store_true", help="refuse weights that are infinite or no number")
+    parser.add_argument("--check", action="store_true", help="refuse NaN and infinite weights")
     parser.add_argument("--overwrite", action="store_true", help="replace --out if it is a checkpoint")
 
 
@@ -48,8 +48,10 @@ def run(args: argparse.Namespace) -> int:
 
     from para_jax import Backbone, load_adapter, merge_adapter, tiny_backbone_path
     from para_jax.compile_cache import set_up
+    from para_jax.convert.adapter_tokenizer import adapter_tokenizer, has_tokenizer
     from para_jax.convert.checkpoint import fetched, save_backbone
     from para_jax.convert.tensors import open_tensors
+    from para_jax.convert.tokenizer import load_tokenizer
 
     set_up(args.compile_cache)
     model = args.model or tiny_backbone_path()
@@ -64,14 +66,18 @@ def run(args: argparse.Namespace) -> int:
         model, dtype="bfloat16" if as_it_is else "float32", stacked=False, check_finite=args.check
     )
     print(f"{model}: {backbone.config.size:,} parameters, family {backbone.config.family}")
-    template = None
+    own = template = None
     if args.adapter is not None:
         adapter = load_adapter(args.adapter, backbone.config)
+        if has_tokenizer(args.adapter):
+            tokenizer = load_tokenizer(folder)
+            spoken = adapter_tokenizer(tokenizer, args.adapter, backbone.config.vocab_size)
+            own = None if spoken is tokenizer else spoken
         backbone, template = merge_adapter(backbone, adapter), adapter.chat_template
     if args.out is not None:
         save_backbone(
-            backbone, args.out, dtype=written, like=folder, chat_template=template, shard_size=size,
-            overwrite=args.overwrite,
+            backbone, args.out, dtype=written, like=folder, tokenizer=own, chat_template=template,
+            shard_size=size, overwrite=args.overwrite,
         )  # fmt: skip
         files = sorted(path.name for path in Path(args.out).glob("*.safetensors"))
         more = f" to {files[-1]}" if len(files) > 1 else ""

@@ -13,7 +13,8 @@ import argparse
 from pathlib import Path
 
 from para_jax.cli import common
-from para_jax.cli.options import COUNT, within
+from para_jax.cli.adapters import RowTokenizers, load_bank
+from para_jax.cli.options import COUNT, refuse, within
 from para_jax.cli.outputs import check_data_dir, check_files
 from para_jax.data.sources import Rows
 from para_jax.errors import ParaJaxError, unknown
@@ -48,6 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     check_files(args, "json", "predictions")
     check_data_dir(args)
+    if args.adapters is None:
+        refuse(args, ("allow_nan",), "without --adapters")
     sources = common.tenant_sources(args)
     for name in args.choose:
         if name not in sources:
@@ -55,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     templates = common.per_tenant(args.template, "--template", list(sources), str)
     limits = common.per_tenant(["64", *args.max_new_tokens], "--max-new-tokens", list(sources), COUNT.parse)
 
-    from para_jax.convert.tokenizer import with_chat_template
+    from para_jax.convert.adapter_tokenizer import ends
     from para_jax.data.examples import encode_rows
     from para_jax.data.rows import of_tenant
     from para_jax.data.sources import read_rows
@@ -65,16 +68,17 @@ def run(args: argparse.Namespace) -> int:
 
     loading, tokenizer = common.begin_model(args)
     config = loading.shapes.config
-    bank = common.load_bank(args.adapters, list(sources), config)
-    examples = {}
+    bank = load_bank(args.adapters, list(sources), config, not args.allow_nan)
+    kept = RowTokenizers(tokenizer, args.adapters, config.vocab_size)
+    examples, tokenizers = {}, {}
     for name, source in sources.items():
         rows = source if not isinstance(source, str) else read_rows(source, templates.get(name), args.data_dir)
         of_tenant(rows, name)
         if name in args.choose:
             rows = with_choices(f"tenant {name!r}", rows)
-        own = with_chat_template(tokenizer, common.kept_template(args.adapters, [name]))
+        own = tokenizers[name] = kept.of([name])
         examples[name] = encode_rows(
-            rows[: args.limit], own, config.eos_token_ids, keep_texts=True, allow_special_tokens=True
+            rows[: args.limit], own, ends(tokenizer, own, config), keep_texts=True, allow_special_tokens=True
         )
 
     scores = evaluate(
@@ -82,6 +86,7 @@ def run(args: argparse.Namespace) -> int:
         tokenizer,
         examples,
         bank,
+        tokenizers=tokenizers,
         max_new_tokens=limits,
         batch_size=args.batch_size,
         progress=Pace("rows and choices" if args.choose else "rows"),

@@ -79,8 +79,8 @@ def run(args: argparse.Namespace) -> int:
     check_folder(args, SETTING)
 
     from para_jax.adapters.fanlora import FanLoraConfig
-    from para_jax.adapters.files import load_adapter, load_chat_template, new_folder
-    from para_jax.convert.tokenizer import with_chat_template
+    from para_jax.adapters.files import load_adapter, new_folder
+    from para_jax.convert.adapter_tokenizer import adapter_tokenizer
     from para_jax.importance.scores import NEED_ROWS, SCORES, check, importance
     from para_jax.importance.select import keep_number, keep_within, plot_importance
 
@@ -102,8 +102,7 @@ def run(args: argparse.Namespace) -> int:
     sites = list(shape.linear_sites)
     if args.keep is not None and not 1 <= args.keep <= len(sites):  # before the scoring, which takes a while
         raise ParaJaxError(f"--keep must be from 1 to {len(sites)}, the modules of a layer, not {args.keep}")
-    tokenizer = with_chat_template(tokenizer, load_chat_template(args.adapter))
-    examples = held_out(args, tokenizer, shape)
+    examples = held_out(args, adapter_tokenizer(tokenizer, args.adapter, shape.vocab_size), shape)
     scores = importance(
         args.score,
         backbone,

@@ -22,6 +22,7 @@ from typing import Any
 
 from para_jax.checks import SEED, UINT32, Number, Whole
 from para_jax.cli import common
+from para_jax.cli.adapters import RowTokenizers, load_bank
 from para_jax.cli.answers import ANSWER, Answers, digest, stamps
 from para_jax.cli.options import COUNT, refuse, within
 from para_jax.cli.outputs import check_files
@@ -62,6 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     check(args)
 
+    from para_jax.convert.adapter_tokenizer import ends
     from para_jax.data.sources import read_jsonl
     from para_jax.distributed import first
 
@@ -84,15 +86,18 @@ def run(args: argparse.Namespace) -> int:
     loading, tokenizer = common.begin_model(args)
     if first():
         print("".join(line + "\n" for line in lines), end="", file=sys.stderr)
-    bank = common.load_bank(args.adapters, names, loading.shapes.config)
-    prompts = prompts_of(placed, args.adapters, tokenizer, loading.shapes.config.eos_token_ids)
+    config = loading.shapes.config
+    bank = load_bank(args.adapters, names, config, not args.allow_nan)
+    tokenizers = tokenizers_of(placed, RowTokenizers(tokenizer, args.adapters, config.vocab_size))
+    prompts = prompts_of(placed, tokenizers, config.eos_token_ids)
     given = {"bank": bank, "tenants": [row.get("tenant") for row in rows], **decoding(args, len(rows))}
+    given["eos_token_id"] = [ends(tokenizer, own, config) for own in tokenizers]
     if answers is None:
         from para_jax.decoding.generate import complete
 
-        print(complete(loading, tokenizer, prompts, **given)[0].text)
+        print(complete(loading, tokenizers, prompts, **given)[0].text)
         return 0
-    answer(args, answers, rows, names, (loading, tokenizer, prompts), given)
+    answer(args, answers, rows, names, (loading, tokenizers, prompts), given)
     print(f"{len(rows)} rows in {args.output}")
     return 0
 
@@ -113,6 +118,8 @@ def check(args: argparse.Namespace) -> None:
             raise ParaJaxError("--adapters has no effect without --tenant NAME, which says whose adapter answers")
     if args.adapters is not None and not Path(args.adapters).is_dir():
         raise ParaJaxError(f"--adapters {args.adapters} is no folder; give the --out folder of para-jax finetune")
+    if args.adapters is None:
+        refuse(args, ("allow_nan",), "without --adapters")
     check_files(args, "output", kept=["output"])
     if args.input is not None and Path(args.input).resolve() in Answers(args.output, 0, 1).beside:
         raise ParaJaxError(f"--input {args.input} is where answers are kept until --output is whole; rename it")
@@ -164,27 +171,32 @@ def other_keys(placed: Sequence[tuple[str, dict[str, Any]]], source: str) -> lis
     return lines
 
 
-def prompts_of(
-    placed: Sequence[tuple[str, dict[str, Any]]], adapters: str | None, tokenizer: Any, eos: Sequence[int]
-) -> list[list[int]]:
-    """Every row's prompt in tokens. Messages go through the chat template that is kept with the row's adapter."""
+def tokenizers_of(placed: Sequence[tuple[str, dict[str, Any]]], kept: RowTokenizers) -> list[Any]:
+    """Every row's tokenizer, with the chat template: the one that is kept with its adapters, or the backbone's."""
     from para_jax.adapters.rows import strengths_of
-    from para_jax.convert.tokenizer import with_chat_template
+
+    found = []
+    for place, row in placed:
+        chat = "messages" in row or row.get("system") is not None
+        try:
+            found.append(kept.of(list(strengths_of(row.get("tenant"))), chat))
+        except ParaJaxError as error:
+            raise ParaJaxError(f"{place}: {error}") from None
+    return found
+
+
+def prompts_of(
+    placed: Sequence[tuple[str, dict[str, Any]]], tokenizers: Sequence[Any], eos: Sequence[int]
+) -> list[list[int]]:
+    """Every row's prompt in tokens, by its tokenizer and its chat template."""
     from para_jax.data.examples import encode_rows
     from para_jax.data.sources import KEYS
 
-    of_template: dict[str | None, list[int]] = {}
-    for i, (place, row) in enumerate(placed):
-        try:
-            own = list(strengths_of(row.get("tenant"))) if "messages" in row else []
-            of_template.setdefault(common.kept_template(adapters, own), []).append(i)
-        except ParaJaxError as error:
-            raise ParaJaxError(f"{place}: {error}") from None
     prompts: list[list[int]] = [[] for _ in placed]
-    for template, places in of_template.items():
-        chosen = with_chat_template(tokenizer, template)
+    for spoken in {id(own): own for own in tokenizers}.values():
+        places = [i for i, own in enumerate(tokenizers) if own is spoken]
         rows = [(placed[i][0], {k: v for k, v in placed[i][1].items() if k in KEYS}) for i in places]
-        examples = encode_rows(rows, chosen, eos, need_response=False)
+        examples = encode_rows(rows, spoken, eos, need_response=False)
         for i, example in zip(places, examples, strict=True):
             prompts[i] = example.prompt_ids.tolist()
     return prompts

@@ -33,8 +33,9 @@ FILES = ["*.json", "model*.safetensors", "tokenizer*", "*.jinja"]
 TORCH_FILES = ["*.json", "pytorch_model*.bin", "tokenizer*", "*.jinja"]
 WRITTEN = ("float32", "bfloat16", "float16")
 # What belongs to a checkpoint and says nothing about its weights.
-BESIDE = (GENERATION, "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
-          "chat_template*", "additional_chat_templates", "LICENSE*", "NOTICE*")  # fmt: skip
+BESIDE = (GENERATION, "LICENSE*", "NOTICE*")
+TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*",
+             "additional_chat_templates")  # fmt: skip
 
 
 def fetched(path_or_hub_id: str | Path) -> Path:
@@ -220,6 +221,7 @@ def save_backbone(
     *,
     dtype: str | None = None,
     like: str | Path | None = None,
+    tokenizer: Any = None,
     chat_template: str | None = None,
     shard_size: int = 5_000_000_000,
     overwrite: bool = False,
@@ -229,12 +231,13 @@ def save_backbone(
     Args:
       dtype: what the weights are cast to; their own, if None.
       like: the folder they came from, whose tokenizer and generation config are copied.
+      tokenizer: of transformers, in place of the one in `like`.
       chat_template: the tokenizer's, in place of the one in `like`.
       shard_size: the most bytes of a file, unless one tensor (or all experts of a layer) is larger. A larger model is
         several files with an index; one is in memory at a time.
 
     Raises ParaJaxError if the folder exists and `overwrite` is False or it is no checkpoint, if it cannot be
-    written, if the weights are quantised, or if a weight is too large for float16.
+    written, if the weights are quantised, or if a weight is too large for the dtype.
     """
     from safetensors.numpy import save_file
 
@@ -254,8 +257,8 @@ def save_backbone(
             for layer, entry in some:
                 leaf = leaves[entry.name] if layer is None else _of_layer(backbone, leaves, layer, entry.name)
                 cast = np.asarray(leaf.astype(written))
-                if written == np.float16 and np.isinf(cast).any() and not jnp.isinf(leaf).any():
-                    raise ParaJaxError(f"{entry.parts[0].name} has a weight beyond float16; choose another dtype")
+                if np.isinf(cast).any() and not jnp.isinf(leaf).any():
+                    raise ParaJaxError(f"{entry.parts[0].name} has a weight beyond {written}; choose another dtype")
                 tensors |= entry.tensors(cast)
             contiguous = {key: np.ascontiguousarray(x) for key, x in tensors.items()}
             save_file(contiguous, partial_folder / name, metadata={"format": "pt"})
@@ -268,12 +271,20 @@ def save_backbone(
         left_out = ("torch_dtype", "auto_map")
         fields = {k: v for k, v in hf_fields(config).items() if k not in left_out} | {"dtype": str(written)}
         (partial_folder / CONFIG).write_text(json.dumps(fields, indent=2) + "\n")
-        for pattern in BESIDE if like is not None else ():
-            for path in Path(like or "").glob(pattern):
-                copy = shutil.copytree if path.is_dir() else shutil.copyfile
-                copy(path, partial_folder / path.name)
-        if chat_template is not None:
-            (partial_folder / TEMPLATE).write_bytes(chat_template.encode())
+        _copy_beside(partial_folder, like, tokenizer, chat_template)
+
+
+def _copy_beside(folder: Path, like: str | Path | None, tokenizer: Any, chat_template: str | None) -> None:
+    """What belongs to a checkpoint beside its weights, of another folder or as it is given."""
+    patterns = (*BESIDE, *(TOKENIZER if tokenizer is None else ()))
+    for pattern in patterns if like is not None else ():
+        for path in Path(like or "").glob(pattern):
+            copy = shutil.copytree if path.is_dir() else shutil.copyfile
+            copy(path, folder / path.name)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    if chat_template is not None:
+        (folder / TEMPLATE).write_bytes(chat_template.encode())
 
 
 def _of_layer(backbone: Backbone, leaves: dict[str, Any], layer: int, name: str) -> Any:

@@ -32,8 +32,8 @@ def merge_adapter(backbone: Backbone, adapter: Adapter) -> Backbone:
     the backbone in float32 to merge, and let `save_backbone` cast it. Weights that the adapter does not target are
     shared with the backbone given, which stays as it is; new ones have its placement on devices.
 
-    Raises ParaJaxError for an adapter of another shape, or of PARA, which cannot be merged: its vectors depend on
-    the prompt.
+    Raises ParaJaxError for an adapter of another shape, one that makes a weight NaN or infinite, or one of PARA, which
+    cannot be merged: its vectors depend on the prompt.
 
     >>> import jax.numpy as jnp
     >>> from para_jax import AdapterBank, IA3Config, tiny_backbone_path
@@ -66,7 +66,8 @@ def merge_adapter(backbone: Backbone, adapter: Adapter) -> Backbone:
             merged = []
             for part, x in zip(entry.parts, entry.split(ours.astype(np.float32)), strict=True):
                 at = peft_path(layer, part.site, shape) if part.site in scales else ""
-                merged.append(_merged(at, x, tensors, scales[part.site]) if at else x)
+                with np.errstate(over="ignore", invalid="ignore"):  # which `_finite` looks for
+                    merged.append(_finite(at, x, _merged(at, x, tensors, scales[part.site])) if at else x)
             ours[...] = entry.join(merged)
     placed = [_placed(x, old) for x, old in zip(leaves.values(), jax.tree.leaves(backbone), strict=True)]
     return jax.tree.unflatten(jax.tree.structure(backbone), placed)
@@ -86,6 +87,17 @@ def _merged(at: str, weight: np.ndarray, tensors: Mapping[str, np.ndarray], scal
     if weight.ndim == 1:  # a bias belongs to the output, so that scaling the input leaves it alone
         return weight if vector.shape[0] == 1 else weight * vector[:, 0]
     return weight * vector
+
+
+def _finite(at: str, old: np.ndarray, new: np.ndarray) -> np.ndarray:
+    """The new weight. Raises ParaJaxError if it is the adapter that makes it NaN or infinite."""
+    if not np.isfinite(new).all() and np.isfinite(old).all():
+        raise ParaJaxError(
+            f"the adapter cannot be merged: with it the weight of {at.removeprefix('base_model.model.')} is NaN or "
+            "beyond float32. Its training diverged; take an earlier checkpoint, or tune it again with a lower "
+            "learning rate"
+        )
+    return new
 
 
 def _placed(x: np.ndarray | Array, old: Array) -> Array:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import zipfile
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Protocol
 
 import ml_dtypes  # noqa: F401  (teaches NumPy the name bfloat16)
@@ -13,6 +11,7 @@ import numpy as np
 
 from para_jax.backbones.config import read_json
 from para_jax.errors import ParaJaxError
+from para_jax.torch_files import as_numpy, read_torch
 
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -101,38 +100,15 @@ def _places(path: Path) -> dict[str, tuple[str, int]]:
 
 
 class TorchFiles:
-    """Those of PyTorch's .bin files, read by torch with nothing in them executed (`weights_only`)."""
+    """Those of PyTorch's .bin files."""
 
     def __init__(self, folder: Path, files: list[str]):
-        try:
-            import torch
-        except ImportError as error:
-            raise ParaJaxError(
-                f"{folder} has PyTorch's .bin files, which torch has to read; pip install torch, or get the checkpoint "
-                "as safetensors"
-            ) from error
-
         self._tensors: dict[str, Any] = {}
         for name in files:
-            try:
-                # Mapped: what is not read yet is not in memory. Files of old versions of torch cannot be.
-                mapped = zipfile.is_zipfile(folder / name)
-                self._tensors |= torch.load(folder / name, map_location="cpu", weights_only=True, mmap=mapped)
-            except (RuntimeError, UnpicklingError, EOFError, ValueError, OSError, TypeError) as error:
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                raise ParaJaxError(f"{folder / name} is damaged or holds more than tensors: {reason}") from error
-        for key, x in self._tensors.items():
-            if not isinstance(x, torch.Tensor) or x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-                kind = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
-                raise ParaJaxError(f"{folder}: {key} is {kind}; supported: {', '.join(sorted(DTYPES.values()))}")
+            self._tensors |= read_torch(folder / name, tuple(DTYPES.values()))
         self.shape = {key: tuple(x.shape) for key, x in self._tensors.items()}
         self.dtype = {key: str(x.dtype).removeprefix("torch.") for key, x in self._tensors.items()}
 
     def read(self, key: str) -> np.ndarray:
         """One tensor, as a view of the file."""
-        import torch
-
-        x = self._tensors[key]
-        if x.dtype == torch.bfloat16:  # which NumPy does not know by torch's name
-            return x.contiguous().view(torch.int16).numpy().view("bfloat16")
-        return x.numpy()
+        return as_numpy(self._tensors[key])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from para_jax.checks import check_text
 from para_jax.data.chats import learnt_turns, question
 from para_jax.data.messages import Chat
 from para_jax.data.sources import KEYS, Rows
@@ -56,8 +57,8 @@ def turns(place: str, row: Mapping[str, Any], tokenizer: Any, need_response: boo
             raise ParaJaxError("the prompt is empty; an adapter is prepared from it")
         if need_response and not answer.strip():
             raise ParaJaxError("the response is empty; there is nothing to learn from it")
-        for text in (prompt, answer, *references, *choices):
-            check_text(text)
+        for what, text in (("the prompt", prompt), ("the response", answer)):
+            check_text(what, text)
         spaced = tuple(_spaced(prompt, choice) for choice in choices)
         yield Turn(prompt, answer, chat is not None, said, references, spaced, place)
 
@@ -125,24 +126,8 @@ def texts(row: Mapping[str, Any], key: str) -> tuple[str, ...]:
             raise ParaJaxError(f"{key}[{i}] is a {type(text).__name__}, not a text")
         if not text.strip():
             raise ParaJaxError(f"{key}[{i}] is empty")
+        check_text(f"{key}[{i}]", text)
     return tuple(value)
-
-
-def check_text(text: str) -> None:
-    r"""Raises ParaJaxError for half a character, which JSON can hold and no tokenizer can take.
-
-    >>> check_text("a\ud83d")
-    Traceback (most recent call last):
-    ...
-    para_jax.errors.ParaJaxError: character 2 of 'a\ud83d' is half of one (a lone surrogate); write it whole or take ...
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        part = text[max(0, error.start - 10) : error.start + 1]
-        raise ParaJaxError(
-            f"character {error.start + 1} of {part!r} is half of one (a lone surrogate); write it whole or take it out"
-        ) from None
 
 
 def of_tenant(rows: Rows, tenant: str | None) -> Rows:

@@ -77,7 +77,7 @@ def complete(
     length_penalty: float = 1.0,
     early_stopping: beams.EarlyStopping = False,
     stop: str | Sequence[str] = (),
-    eos_token_id: int | Sequence[int] | None = None,
+    eos_token_id: int | Sequence[int] | Sequence[tuple[int, ...]] | None = None,
     seed: Sequence[int] | int = 0,
     batch_size: int | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -93,7 +93,7 @@ def complete(
     Args:
       backbone: the model; programs take it as it is and do not copy it. While it is still being read (`Loading`), they
         are compiled already.
-      tokenizer: of transformers; stop strings need a fast one.
+      tokenizer: of transformers; stop strings need a fast one. A list has one for every row (`adapter_tokenizer`).
       prompts: strings, or token ids, which are taken as they are.
       bank, tenants: the adapters, and for every row its tenant's name, None for no adapter, or names with strengths:
         {"acme": 0.5} is half of what acme's adapter changes, and the changes of several are added.
@@ -104,7 +104,8 @@ def complete(
       num_beams: above one searches for a likely text with this many beams; then nothing may be drawn.
       length_penalty, early_stopping: how beam search ranks texts, and when it stops to look for better ones.
       stop: strings that end a text, and are no part of it, however they are cut into tokens.
-      eos_token_id: the tokens that end a text, () for none; by default the backbone's.
+      eos_token_id: the tokens that end a text, () for none, or a list of tuples, one for every row; by default the
+        backbone's.
       seed: of the draws, between 0 and 2**32 - 1. They depend on it and the row's own prompt only, so that
         one prompt twice with one seed gives one text twice.
       batch_size: the most rows run at once, by default all of them. Rows are sorted into batches by how many new tokens
@@ -135,6 +136,7 @@ def complete(
     if not ids:
         return []
     n = len(ids)
+    tokenizers = requests.per_row(tokenizer, n)
     limit_b = requests.limits(max_new_tokens, ids, config)
     tenants = requests.tenant_rows(bank, tenants, n)
     sampling = requests.Sampling(
@@ -146,8 +148,8 @@ def complete(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
-    eos = _eos(config.eos_token_ids if eos_token_id is None else eos_token_id, config.vocab_size)
-    stops = stop_strings(tokenizer, stop, config.vocab_size)
+    ends = zip(tokenizers, requests.eos_per_row(eos_token_id, n, config), strict=True)
+    kind_b, kinds = _kinds([_Kind(own, eos) for own, eos in ends], stop, config.vocab_size)
     scoring = _scoring(num_beams, length_penalty, early_stopping, draws=sampling.drawn)
     shards = row_shards(shapes.mesh)
     size = -(-min(n if batch_size is None else COUNT.check("batch_size", batch_size), n) // shards) * shards
@@ -155,30 +157,33 @@ def complete(
     skip = Whole(0, n).check("skip", skip)
     if skip % window and skip < n:
         raise ParaJaxError(f"skip must be a number of whole windows, each of {window} rows, not {skip}")
-    order = _order([len(x) for x in ids], limit_b, window, size)
-    batches = [_Batch.of(rows, size, ids, limit_b, tenants, config) for rows in order if rows.min() >= skip]
+    order = _order([len(x) for x in ids], limit_b, kind_b, window, size)
+    batches = [
+        _Batch.of(kinds[kind_b[rows[0]]], rows, size, ids, limit_b, tenants, config)
+        for rows in order
+        if rows.min() >= skip
+    ]
     completions: dict[int, Completion] = {}
-    table = None if stops is None else stops.table_sv
     with Compiling() as ahead:
         keys: list[Hashable] = [None] * len(batches)
         if isinstance(backbone, Loading) and scoring is None and shapes.mesh is None:
-            keys = [_compile(ahead, shapes, bank, b, sampling.sampler(b.full), b.ending(eos, table)) for b in batches]
+            keys = [_compile(ahead, shapes, bank, b, sampling.sampler(b.full), b.ending()) for b in batches]
         weights = backbone.backbone() if isinstance(backbone, Loading) else backbone
         for batch, key in zip(batches, keys, strict=True):
             adapters, sampler = batch_rows(bank, batch.tenants, size, weights.mesh), sampling.sampler(batch.full)
-            ending = batch.ending(eos, table)
+            ending = batch.ending()
             ahead.wait((key, "prefill"))
             logits, state = loop.prefill(weights, batch.prompts, adapters, batch.length)
             if scoring is None:
                 ahead.wait((key, "run"))
                 generated, _ = loop.run(weights, logits, state, sampler, ending, batch.prompts, batch.room)
             else:
-                keep = max(2, 1 + len(eos)) * num_beams
+                keep = max(2, 1 + len(batch.kind.eos)) * num_beams
                 given = sampler, ending, scoring, batch.prompts, batch.room, num_beams, keep
                 generated = beams.search(weights, logits, state, *given)
             tokens_bt, count_b, stopped_b = whole(generated, weights.mesh)
             for i, tokens, count, stopped in zip(batch.rows, tokens_bt, count_b, stopped_b, strict=False):
-                completions[int(i)] = _completion(tokenizer, stops, eos, tokens[:count].tolist(), bool(stopped))
+                completions[int(i)] = _completion(batch.kind, tokens[:count].tolist(), bool(stopped))
             done = skip + len(completions)
             if on_window is not None and (done % window == 0 or done == n):
                 on_window([completions[i] for i in range((done - 1) // window * window, done)])
@@ -187,16 +192,42 @@ def complete(
     return [completions[i] for i in range(skip, n)]
 
 
-def _order(lengths: Sequence[int], limit_b: np.ndarray, window: int, size: int) -> list[np.ndarray]:
-    """The rows of each batch: windows come one after the other, and in each the rows are sorted."""
-    order = np.lexsort((np.array(lengths), limit_b, np.arange(len(lengths)) // window))
-    parts = [order[start : start + window] for start in range(0, len(order), window)]
+def _order(lengths: Sequence[int], limit_b: np.ndarray, kind_b: np.ndarray, window: int, size: int) -> list[np.ndarray]:
+    """The rows of each batch: windows come one after the other. In each, rows of a kind stand together, sorted."""
+    window_b = np.arange(len(lengths)) // window
+    order = np.lexsort((np.array(lengths), limit_b, kind_b, window_b))
+    borders = np.flatnonzero(np.diff(kind_b[order]) | np.diff(window_b[order])) + 1
+    parts = np.split(order, borders)
     return [rows[start : start + size] for rows in parts for start in range(0, len(rows), size)]
+
+
+class _Kind(NamedTuple):
+    """What some rows have in common: their tokenizer, the tokens that end them, and their stop strings."""
+
+    tokenizer: Any
+    eos: tuple[int, ...]
+    stops: StopStrings | None = None
+
+
+def _kinds(of_rows: list[_Kind], stop: str | Sequence[str], vocab_size: int) -> tuple[np.ndarray, list[_Kind]]:
+    """The number of each row's kind, and the kinds with their stop strings."""
+    numbers: dict[tuple[int, tuple[int, ...]], int] = {}
+    kinds: list[_Kind] = []
+    kind_b = []
+    for kind in of_rows:
+        # Chat templates play no part: copies with other ones share the backend.
+        backend = getattr(kind.tokenizer, "backend_tokenizer", kind.tokenizer)
+        number = numbers.setdefault((id(backend), kind.eos), len(kinds))
+        if number == len(kinds):
+            kinds.append(kind._replace(stops=stop_strings(kind.tokenizer, stop, vocab_size)))
+        kind_b.append(number)
+    return np.array(kind_b, np.int32), kinds
 
 
 class _Batch(NamedTuple):
     """Rows that run together: which they are, filled up to the size of a batch, and the sizes of their program."""
 
+    kind: _Kind
     rows: np.ndarray
     full: np.ndarray
     limit: np.ndarray
@@ -207,6 +238,7 @@ class _Batch(NamedTuple):
     @classmethod
     def of(
         cls,
+        kind: _Kind,
         rows: np.ndarray,
         size: int,
         ids: Sequence[np.ndarray],
@@ -219,14 +251,15 @@ class _Batch(NamedTuple):
         limit = np.where(np.arange(size) < len(rows), limit_b[full], np.int32(0))
         room = loop.bucket(int(limit.max()), config.max_position_embeddings)
         prompts = _flush_right([ids[i] for i in full], config.max_position_embeddings)
-        return cls(rows, full, limit, room, prompts, [tenants[i] for i in full])
+        return cls(kind, rows, full, limit, room, prompts, [tenants[i] for i in full])
 
     @property
     def length(self) -> int:
         return self.prompts.tokens_bt.shape[1] + self.room
 
-    def ending(self, eos: tuple[int, ...], table: Any) -> loop.Ending:
-        return loop.Ending(jax.device_put(self.limit), _filled(eos), table)
+    def ending(self) -> loop.Ending:
+        table = None if self.kind.stops is None else self.kind.stops.table_sv
+        return loop.Ending(jax.device_put(self.limit), _filled(self.kind.eos), table)
 
 
 def _compile(
@@ -250,13 +283,11 @@ def _compile(
     return key
 
 
-def _completion(
-    tokenizer: Any, stops: StopStrings | None, eos: tuple[int, ...], ids: list[int], stopped: bool
-) -> Completion:
-    tokens = ids[:-1] if stopped and ids[-1] in eos else ids
-    text = tokenizer.decode(tokens, skip_special_tokens=True)
-    if stops is not None:
-        text = stops.cut(text, tokens)
+def _completion(kind: _Kind, ids: list[int], stopped: bool) -> Completion:
+    tokens = ids[:-1] if stopped and ids[-1] in kind.eos else ids
+    text = kind.tokenizer.decode(tokens, skip_special_tokens=True)
+    if kind.stops is not None:
+        text = kind.stops.cut(text, tokens)
     return Completion(text, tokens, "stop" if stopped else "length")
 
 
@@ -267,11 +298,6 @@ def _flush_right(ids: list[np.ndarray], most: int) -> loop.Prompts:
     lengths = np.array([len(x) for x in ids])
     mask_bt = np.arange(length) >= length - lengths[:, None]
     return loop.Prompts(jax.device_put(tokens_bt), jax.device_put(mask_bt))
-
-
-def _eos(eos_token_id: int | Sequence[int], vocab_size: int) -> tuple[int, ...]:
-    token = Whole(0, vocab_size - 1)
-    return tuple(token.check("eos_token_id", x) for x in np.ravel(np.asarray(eos_token_id, object)))
 
 
 def _filled(eos: tuple[int, ...]) -> jax.Array:

@@ -14,13 +14,38 @@ import numpy as np
 from para_jax.adapters.bank import AdapterBank
 from para_jax.adapters.rows import Tenant, strengths_of
 from para_jax.backbones.config import BackboneConfig
-from para_jax.checks import check_text
+from para_jax.checks import Whole, check_text
 from para_jax.decoding.sampling import Draws, Filters, Sampler
 from para_jax.errors import ParaJaxError, unknown
 
 
-def encode(tokenizer: Any, prompts: Sequence[str | Sequence[int]], vocab_size: int) -> list[np.ndarray]:
-    """The token ids of every prompt, int32.
+def per_row(tokenizer: Any, rows: int) -> list[Any]:
+    """One tokenizer for all rows or one for each, for every row. Raises ParaJaxError for another number of them."""
+    if not isinstance(tokenizer, list | tuple):
+        return [tokenizer] * rows
+    if len(tokenizer) != rows:
+        raise ParaJaxError(f"{len(tokenizer)} tokenizers for {rows} rows; give one for each, or one for all")
+    return list(tokenizer)
+
+
+def eos_per_row(eos_token_id: Any, rows: int, config: BackboneConfig) -> list[tuple[int, ...]]:
+    """The tokens that end each row: the same for all, or a tuple for each; the backbone's, if None.
+
+    Raises ParaJaxError for a number that is no token.
+    """
+    eos = config.eos_token_ids if eos_token_id is None else eos_token_id
+    apart = isinstance(eos, list | tuple) and any(isinstance(own, list | tuple) for own in eos)
+    if apart and len(eos) != rows:
+        raise ParaJaxError(f"eos_token_id has tuples for {len(eos)} of {rows} rows; give one for each, or ids for all")
+    # As objects: NumPy would take true for 1 beside numbers.
+    each = [tuple(np.ravel(np.asarray(own, object)).tolist()) for own in (eos if apart else [eos])]
+    token = Whole(0, config.vocab_size - 1)
+    each = [tuple(token.check("eos_token_id", x) for x in own) for own in each]
+    return each if apart else each * rows
+
+
+def encode(tokenizers: Any, prompts: Sequence[str | Sequence[int]], vocab_size: int) -> list[np.ndarray]:
+    """The token ids of every prompt, int32, by the tokenizer of its row, or the one of all rows.
 
     Raises ParaJaxError for a prompt that is empty or no text in UTF-8, and for an id outside the vocabulary.
     """
@@ -28,8 +53,8 @@ def encode(tokenizer: Any, prompts: Sequence[str | Sequence[int]], vocab_size: i
         raise ParaJaxError("prompts is one string; give a list of prompts, [prompt] for a single one")
     if not isinstance(prompts, Iterable):
         raise ParaJaxError(f"prompts is {prompts!r}; give a list of strings or of lists of token ids")
-    encoded = []
-    for row, prompt in enumerate(prompts):
+    prompts, encoded = list(prompts), []
+    for row, (tokenizer, prompt) in enumerate(zip(per_row(tokenizers, len(prompts)), prompts, strict=True)):
         if isinstance(prompt, str):
             check_text(f"the prompt of row {row}", prompt)
             tokens = tokenizer(prompt)["input_ids"]

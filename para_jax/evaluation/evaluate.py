@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from statistics import fmean
@@ -10,6 +12,7 @@ from typing import Any
 from para_jax.adapters.bank import AdapterBank
 from para_jax.backbones.decoder import Backbone
 from para_jax.checks import Whole
+from para_jax.convert.adapter_tokenizer import ends
 from para_jax.convert.checkpoint import Loading
 from para_jax.data.examples import Example, check_ids
 from para_jax.decoding.generate import Completion, complete
@@ -26,6 +29,7 @@ def evaluate(
     examples: Mapping[str, Sequence[Example]],
     bank: AdapterBank | None,
     *,
+    tokenizers: Mapping[str, Any] | None = None,
     max_new_tokens: int | Mapping[str, int] = 64,
     batch_size: int = 32,
     progress: Report | None = None,
@@ -37,6 +41,7 @@ def evaluate(
       tokenizer: of transformers.
       examples: each tenant's rows.
       bank: the tenants' adapters; with None, the bare backbone answers all rows.
+      tokenizers: of the tenants that have their own (`adapter_tokenizer`), with which their rows were read.
       max_new_tokens: the most tokens of an answer, for all tenants or for each.
       batch_size: rows, or pairs of a row and a choice, that run together.
       progress: called with how many of these are done and how many there are.
@@ -50,7 +55,7 @@ def evaluate(
         the end-of-text token, is the response.
       majority: the accuracy of giving the most frequent of these rows' responses each time.
       predictions: for each row its prompt, response and prediction, why the prediction ended, and with choices the
-        one chosen and their log-likelihoods.
+        one chosen and their log-likelihoods. Where these are NaN no choice is the likeliest: it is None, and wrong.
 
     Raises ParaJaxError for a tenant without rows or without an adapter, a row without a response, a response that
     is not among its row's choices, or a prompt that leaves no room in the context.
@@ -62,31 +67,34 @@ def evaluate(
     for rows_of_tenant in examples.values():
         check_ids(rows_of_tenant, config.vocab_size)
     rows = [example for tenant in examples for example in examples[tenant]]
-    tenants = [None if bank is None else tenant for tenant in examples for _ in examples[tenant]]
+    names = [tenant for tenant in examples for _ in examples[tenant]]
+    tenants = [None if bank is None else name for name in names]
     choosing = [i for i, row in enumerate(rows) if row.choices]
     total = len(rows) + sum(len(rows[i].choices) for i in choosing)
 
     def report(before: int) -> Report:
         return lambda done, _: None if progress is None else progress(before + done, total)
 
-    limits = [max_new_tokens[tenant] for tenant in examples for _ in examples[tenant]]
+    limits = [max_new_tokens[name] for name in names]
+    own = {tenant: (tokenizers or {}).get(tenant, tokenizer) for tenant in examples}
+    eos = {tenant: ends(tokenizer, own[tenant], config) for tenant in examples}
     completions = complete(
         backbone,
-        tokenizer,
+        [own[name] for name in names],
         [row.prompt_ids.tolist() for row in rows],
         bank=bank,
         tenants=tenants,
         max_new_tokens=limits,
+        eos_token_id=[eos[name] for name in names],
         batch_size=batch_size,
         progress=report(0),
     )
     if isinstance(backbone, Loading):
         backbone = backbone.backbone()
-    end = backbone.config.eos_token_ids[:1]
     likelihoods = choice_log_likelihoods(
         backbone,
         [rows[i].prompt_ids.tolist() for i in choosing],
-        [[(*ids, *end) for ids in rows[i].choice_ids] for i in choosing],
+        [[(*ids, *eos[names[i]][:1]) for ids in rows[i].choice_ids] for i in choosing],
         bank=bank,
         tenants=[tenants[i] for i in choosing],
         batch_size=batch_size,
@@ -94,7 +102,10 @@ def evaluate(
     )
     chosen = dict(zip(choosing, likelihoods, strict=True))
     predictions = (_prediction(row, completions[i], chosen.get(i)) for i, row in enumerate(rows))
-    return {tenant: _scores(list(islice(predictions, len(examples[tenant]))), examples[tenant]) for tenant in examples}
+    return {
+        tenant: _scores(tenant, list(islice(predictions, len(examples[tenant]))), examples[tenant])
+        for tenant in examples
+    }
 
 
 def _check(
@@ -141,11 +152,14 @@ def _prediction(example: Example, completion: Completion, likelihoods: Sequence[
     }
     if likelihoods is None:
         return prediction
-    best = max(range(len(likelihoods)), key=lambda i: likelihoods[i])
-    return {**prediction, "choice": example.choices[best], "log_likelihoods": list(likelihoods)}
+    best = None  # nothing is likelier than NaN, nor less likely
+    if not any(math.isnan(x) for x in likelihoods):
+        best = example.choices[max(range(len(likelihoods)), key=lambda i: likelihoods[i])]
+    finite = [x if math.isfinite(x) else None for x in likelihoods]  # JSON has no NaN
+    return {**prediction, "choice": best, "log_likelihoods": finite}
 
 
-def _scores(predictions: Sequence[dict[str, Any]], examples: Sequence[Example]) -> dict[str, Any]:
+def _scores(tenant: str, predictions: Sequence[dict[str, Any]], examples: Sequence[Example]) -> dict[str, Any]:
     """One tenant's scores, and its predictions."""
     texts = [p["prediction"] for p in predictions]
     pairs = list(zip(texts, examples, strict=True))
@@ -158,7 +172,14 @@ def _scores(predictions: Sequence[dict[str, Any]], examples: Sequence[Example]) 
     referenced = [(text, e.references) for text, e in pairs if e.references]
     if referenced:
         scores["bleu"] = corpus_bleu(*zip(*referenced, strict=True))
-    chosen = [squeezed(p["choice"]) == squeezed(p["response"]) for p in predictions if "choice" in p]
-    if chosen:
-        scores["choice_accuracy"] = fmean(chosen)
+    choices = [(p["choice"], p["response"]) for p in predictions if "choice" in p]
+    if choices:
+        right = [choice is not None and squeezed(choice) == squeezed(response) for choice, response in choices]
+        scores["choice_accuracy"] = fmean(right)
+    if none := sum(choice is None for choice, _ in choices):
+        logging.getLogger(__name__).warning(
+            "%s: NaN likelihoods, by which no choice is the likeliest, in %d of %d rows with choices; they count as "
+            "wrong. The adapter or the backbone has NaN or infinite weights (para-jax convert --check)",
+            tenant, none, len(choices),
+        )  # fmt: skip
     return {**scores, "predictions": list(predictions)}

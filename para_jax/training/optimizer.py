@@ -35,7 +35,8 @@ class Settings:
       lr: the highest learning rate, at the end of the warm-up. Small backbones want 1e-3 to 5e-3; 1e-4 is what the
         papers use at 7B.
       warmup_ratio: the share of the steps in which the rate rises from zero; afterwards it falls to zero linearly.
-      weight_decay: AdamW's decoupled decay.
+      weight_decay: AdamW's decoupled decay, towards the weights with which the adapter is the identity: zero, and one
+        for the vectors of (IA)3.
       max_grad_norm: the tenant's gradient is scaled down to this norm if it is larger.
       weight: how often it has its turn, where a step does not hold all tenants: with as many steps to take, one of
         weight 2 gets on twice as fast as one of weight 1.
@@ -124,16 +125,19 @@ def init(layers: Any) -> Any:
 
 
 def update(
-    settings: Settings, step: Int[Array, ""], layers: Any, moments: Any, gradient: Any
+    settings: Settings, step: Int[Array, ""], layers: Any, moments: Any, gradient: Any, decays_to: float = 0.0
 ) -> tuple[Any, Any, dict[str, Array]]:
     """One tenant's step: its new weights and moments, and what there is to report.
 
-    A tenant whose steps are over stays as it is.
+    Weight decay shrinks the weights' distance from `decays_to`, the method's own (`MethodConfig`). A tenant whose steps
+    are over stays as it is.
     """
     rate = learning_rate(settings, step)
+    # Of the transformations only the decay reads the weights.
+    distance = jax.tree.map(lambda x: x - decays_to, layers) if decays_to else layers
     # optax raises a float to the power of an integer count, which strict promotion refuses.
     with jax.numpy_dtype_promotion("standard"):
-        change, after = _transform(settings, rate).update(gradient, moments, layers)
+        change, after = _transform(settings, rate).update(gradient, moments, distance)
     moved = optax.apply_updates(layers, change)
     norm = optax.tree.norm(gradient)
     active = (step < settings.steps) & jnp.isfinite(norm)

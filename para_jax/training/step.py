@@ -167,7 +167,8 @@ def update(
         stack_n, kept_n, taken_n, failed_n, settings_n = jax.tree.map(lambda x, s=own: _picked(x, s, shards), old)
         # What failed once goes on failing: it rests.
         settings_n = replace(settings_n, steps=jnp.where(failed_n > 0, 0, settings_n.steps))
-        stack_n, kept_n, said = jax.vmap(optimizer.update)(settings_n, taken_n, stack_n, kept_n, own_gradient)
+        update_each = jax.vmap(partial(optimizer.update, decays_to=group.config.decays_to))
+        stack_n, kept_n, said = update_each(settings_n, taken_n, stack_n, kept_n, own_gradient)
         running = taken_n < settings_n.steps
         failed_n = jnp.where(running & ~jnp.isfinite(said["grad_norm"]), state.step + 1, failed_n)
         new = (stack_n, kept_n, taken_n + running.astype(jnp.int32), failed_n)

@@ -245,7 +245,9 @@ def test_load(adapters: dict[str, Adapter], tmp_path: Path) -> None:
         save_adapter(adapter, tmp_path / name, SMALL)
     folders = {name: tmp_path / name for name in adapters}
     assert holds(AdapterBank.load(folders, SMALL, capacity=4), adapters)
-    with pytest.raises(ParaJaxError, match=r"nobody is not an adapter: it has no adapter_config.json"):
+    with pytest.raises(
+        ParaJaxError, match=r"there is no folder .*nobody; give an adapter's folder, which holds adapter_config.json"
+    ):
         AdapterBank.load({**folders, "nobody": tmp_path / "nobody"}, SMALL)
 
 

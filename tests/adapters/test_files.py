@@ -21,10 +21,10 @@ import jax
 import numpy as np
 import pytest
 
-from para_jax import LoraConfig, ParaConfig, ParaJaxError, load_adapter, save_adapter
+from para_jax import AdapterBank, LoraConfig, ParaConfig, ParaJaxError, load_adapter, save_adapter
 from para_jax.adapters.adapter import Adapter
 from para_jax.adapters.files import CONFIG, WEIGHTS
-from para_jax.adapters.method import MethodConfig
+from para_jax.adapters.method import MethodConfig, Site
 from tests.helpers import SMALL, random_adapter
 
 
@@ -61,12 +61,12 @@ def test_no_adapter(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        (CONFIG, b'{"peft_type": "PARA",', "is damaged: Expecting"),
+        (CONFIG, b'{"peft_type": "PARA",', "adapter_config.json is damaged: Expecting"),
         (CONFIG, b"\xff\x00", "is damaged: .*codec"),
         (CONFIG, b"[1]", "has no peft_type"),
         (CONFIG, b'{"peft_type": 3}', "has no peft_type"),
         (CONFIG, b'{"peft_type": "PARA"}', "made for another backbone .unnamed: hidden_size None there and 32 here"),
-        (WEIGHTS, b"", "is damaged: .*header"),
+        (WEIGHTS, b"", "is empty, 0 bytes: the save or the download was cut off; copy the adapter again"),
         (WEIGHTS, b"\x08\x00\x00\x00\x00\x00\x00\x00notjson!", "is damaged: "),
     ],
 )
@@ -103,7 +103,7 @@ def test_truncated(old: Adapter, tmp_path: Path, name: str, kept: float) -> None
     save_adapter(old, tmp_path / "a", SMALL)
     whole = (tmp_path / "a" / name).read_bytes()
     (tmp_path / "a" / name).write_bytes(whole[: int(kept * (len(whole) - 1))])
-    with pytest.raises(ParaJaxError, match=r"a is damaged: "):
+    with pytest.raises(ParaJaxError, match=f"a/{name} is (damaged|empty)"):
         load_adapter(tmp_path / "a", SMALL)
 
 
@@ -111,6 +111,104 @@ def test_adapter_of_another_shape_is_not_written(old: Adapter, tmp_path: Path) -
     with pytest.raises(ParaJaxError, match=r"does not fit .* down is float32\[2, 32, 2\], not float32\[3, 32, 2\]"):
         save_adapter(old, tmp_path / "a", dataclasses.replace(SMALL, num_hidden_layers=3))
     assert list(tmp_path.iterdir()) == []
+
+
+@dataclasses.dataclass(frozen=True)
+class Later:
+    """A backbone's shape with other sites."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    named: tuple[tuple[str, Site], ...]
+
+    @property
+    def sites(self) -> dict[str, Site]:
+        return dict(self.named)
+
+    linear_sites = sites
+
+
+def edited(folder: Path, **fields: Any) -> None:
+    written = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(written | fields))
+
+
+# What an adapter depends on
+
+
+def test_only_the_sites_that_an_adapter_uses_are_recorded(old: Adapter, tmp_path: Path) -> None:
+    """A site that is named later, or has another size, does not make it unreadable."""
+    save_adapter(old, tmp_path / "a", SMALL)
+    recorded = json.loads((tmp_path / "a" / CONFIG).read_text())["base_model"]
+    assert recorded == {
+        "hidden_size": 32, "num_hidden_layers": 2,
+        "sites": {"q_proj": [32, 32], "v_proj": [32, 16], "up_proj": [32, 48]},
+    }  # fmt: skip
+    more = {**SMALL.sites, "router": Site(32, 4, "mlp.router"), "o_proj": Site(8, 8, "self_attn.o_proj")}
+    later = Later(32, 2, tuple(more.items()))
+    assert equal(load_adapter(tmp_path / "a", later), old)
+
+
+def test_files_that_record_all_sites(old: Adapter, tmp_path: Path) -> None:
+    """As they were written before."""
+    save_adapter(old, tmp_path / "a", SMALL)
+    sites = {name: [site.inputs, site.outputs] for name, site in SMALL.sites.items()}
+    edited(tmp_path / "a", base_model={"hidden_size": 32, "num_hidden_layers": 2, "sites": sites})
+    assert equal(load_adapter(tmp_path / "a", SMALL), old)
+    other = dataclasses.replace(SMALL, head_dim=16)
+    with pytest.raises(ParaJaxError, match=r"sites \{'q_proj': \[32, 32\].* there and \{'q_proj': \[32, 64\].* here"):
+        load_adapter(tmp_path / "a", other)
+
+
+@pytest.mark.parametrize("sites", [None, [], {}, {"q_proj": [32, 32]}, {"q_proj": 5, "v_proj": [], "up_proj": {}}])
+def test_sites_that_are_not_recorded(old: Adapter, tmp_path: Path, sites: Any) -> None:
+    save_adapter(old, tmp_path / "a", SMALL)
+    edited(tmp_path / "a", base_model={"hidden_size": 32, "num_hidden_layers": 2, "sites": sites})
+    with pytest.raises(ParaJaxError, match=r"made for another backbone .*: sites .* there and .* here"):
+        load_adapter(tmp_path / "a", SMALL)
+
+
+# NaN
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_nan_is_refused(old: Adapter, tmp_path: Path, value: float) -> None:
+    save_adapter(jax.tree.map(lambda x: x.at[0, 0].set(value), old), tmp_path / "a", SMALL)
+    message = (
+        "a/adapter_model.safetensors: an adapter with NaN or infinite values answers nonsense. Its training diverged, "
+        "or it was saved in a dtype too small for it: take an earlier checkpoint, or tune it again with a lower "
+        "learning rate. To look at it all the same: --allow-nan of generate and evaluate, or check_finite=False\n  "
+        "down has 2 NaN or infinite values of 128\n  up has 96 NaN or infinite values of 384"
+    )
+    with pytest.raises(ParaJaxError) as caught:
+        load_adapter(tmp_path / "a", SMALL)
+    assert str(caught.value).endswith(message)
+    for again in (
+        load_adapter(tmp_path / "a", SMALL, check_finite=False),
+        AdapterBank.load({"a": tmp_path / "a"}, SMALL, check_finite=False)["a"],
+    ):
+        assert not np.isfinite(again.tensors()["down"][0, 0, 0])
+
+
+# Other folders
+
+
+def test_folders_that_are_something_else(old: Adapter, tmp_path: Path) -> None:
+    save_adapter(old, tmp_path / "runs" / "acme", SMALL)
+    save_adapter(old, tmp_path / "runs" / "globex", SMALL)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    runs = tmp_path / "runs"
+    for folder, message in (
+        (runs, f"{runs} is not an adapter but holds adapters: acme, globex; give {runs / 'acme'}, say"),
+        (runs / "acme" / WEIGHTS, f"is a file; an adapter is the folder with {CONFIG}: give {runs / 'acme'}"),
+        (runs / "acne", f"there is no folder {runs / 'acne'}; give an adapter's folder, which holds {CONFIG}"),
+        ("someone/adapter", "For an adapter on the Hugging Face hub: hf download someone/adapter --local-dir DIR"),
+        (tmp_path / "model", "model is not an adapter but a whole model; give it as the backbone"),
+    ):
+        with pytest.raises(ParaJaxError) as caught:
+            load_adapter(folder, SMALL)
+        assert str(caught.value).endswith(message)
 
 
 # A chat template beside the weights
@@ -137,6 +235,34 @@ def test_programs_do_not_see_the_chat_template(old: Adapter) -> None:
     other = dataclasses.replace(old, chat_template=TEMPLATE)
     assert jax.tree.structure(other) == jax.tree.structure(old)
     assert jax.tree.map(lambda x: x, other).chat_template is None
+
+
+@pytest.mark.parametrize(
+    "kept", [TEMPLATE, [{"name": "tool_use", "template": "{{ tools }}"}, {"name": "default", "template": TEMPLATE}]]
+)
+def test_a_chat_template_in_the_tokenizers_config(old: Adapter, tmp_path: Path, kept: Any) -> None:
+    save_adapter(old, tmp_path / "a", SMALL)
+    (tmp_path / "a" / "tokenizer_config.json").write_text(json.dumps({"chat_template": kept}))
+    assert load_adapter(tmp_path / "a", SMALL).chat_template == TEMPLATE
+    (tmp_path / "a" / "chat_template.jinja").write_text("the newer place")
+    assert load_adapter(tmp_path / "a", SMALL).chat_template == "the newer place"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", "tokenizer_config.json is damaged: "),
+        (b"[]", "tokenizer_config.json is damaged: "),
+        (b"\xff", "tokenizer_config.json is no text in UTF-8"),
+        (b'{"chat_template": 5}', r"tokenizer_config.json: chat_template is 5, which is no text; remove it"),
+        (b'{"chat_template": [5]}', "tokenizer_config.json is damaged: "),
+    ],
+)
+def test_a_tokenizers_config_that_is_damaged(old: Adapter, tmp_path: Path, content: bytes, message: str) -> None:
+    save_adapter(old, tmp_path / "a", SMALL)
+    (tmp_path / "a" / "tokenizer_config.json").write_bytes(content)
+    with pytest.raises(ParaJaxError, match=message):
+        load_adapter(tmp_path / "a", SMALL)
 
 
 def test_a_chat_template_that_is_no_text(old: Adapter, tmp_path: Path) -> None:

@@ -327,9 +327,10 @@ def test_a_chat_template_is_kept_with_its_adapter(tmp_path, capsys, monkeypatch)
 
     seen = {}
 
-    def complete(backbone, tokenizer, prompts, **options):
-        seen.update(zip(options["tenants"], map(tokenizer.decode, prompts), strict=True))
-        return original(backbone, tokenizer, prompts, **options)
+    def complete(backbone, tokenizers, prompts, **options):
+        texts = [tokenizer.decode(ids) for tokenizer, ids in zip(tokenizers, prompts, strict=True)]
+        seen.update(zip(options["tenants"], texts, strict=True))
+        return original(backbone, tokenizers, prompts, **options)
 
     original = generate_module.complete
     monkeypatch.setattr(generate_module, "complete", complete)

@@ -75,7 +75,7 @@ BAD_ROWS: dict[str, tuple[Any, str]] = {
     "a response that is a number": ({"prompt": "x", "response": 3}, ": 'response' is a int, not a text"),
     "half a character": (
         b'{"prompt": "x", "response": "a\\ud83d"}',
-        ": character 3 of ' a\\ud83d' is half of one (a lone surrogate); write it whole or take it out",
+        ": the response is not UTF-8: it has the lone surrogate U+D83D as character 3",
     ),
     "an end inside a response": (
         {"prompt": "x", "response": "With <|endoftext|> and nothing after it."},

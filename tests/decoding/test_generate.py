@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,6 +58,27 @@ def test_the_backbones_own_eos_ends_a_row(reference, tokenizer, plain):
     ours = complete(backbone, tokenizer, PROMPTS, **NEW)
     assert [row.tokens for row in ours] == reference.generate(PROMPTS, **NEW, eos_token_id=[eos])
     assert ours[3].finish_reason == "stop" and eos not in ours[3].tokens
+
+
+def test_ends_and_tokenizers_of_each_rows_own(backbone, tokenizer, plain):
+    """Rows that end in other ways, or are written by another tokenizer, say what each says alone."""
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens(["<|mail|>"])
+    eos = [(), (plain[1].tokens[3], 0), (), (plain[3].tokens[4],)]
+    own = [tokenizer, other, other, tokenizer]
+    for more in ({}, {"stop": "e"}, {"num_beams": 2}):
+        options = {**NEW, **more, "batch_size": 2}
+        ours = complete(backbone, own, PROMPTS, **options, eos_token_id=eos)
+        for i, row in enumerate(ours):
+            assert [row] == complete(backbone, own[i], PROMPTS[i : i + 1], **options, eos_token_id=eos[i])
+    for wrong, message in (
+        ({"tokenizer": own[:2]}, "2 tokenizers for 4 rows; give one for each, or one for all"),
+        ({"eos_token_id": eos[:2]}, "eos_token_id has tuples for 2 of 4 rows; give one for each, or ids for all"),
+        ({"eos_token_id": 3.7}, "eos_token_id has 3.7, which is no whole number"),
+        ({"eos_token_id": [(3,), (True,), (), ()]}, "eos_token_id has True, which is no whole number"),
+    ):
+        with pytest.raises(ParaJaxError, match=message):
+            complete(backbone, **{"tokenizer": tokenizer, "prompts": PROMPTS, **NEW, **wrong})
 
 
 def test_limits_of_each_rows_own(backbone, tokenizer, plain):

@@ -1,6 +1,9 @@
+import copy
 import dataclasses
 import json
 
+import jax
+import jax.numpy as jnp
 import pytest
 from sacrebleu.metrics import BLEU
 
@@ -113,6 +116,39 @@ def test_the_likeliest_choice_is_the_one_that_counts(world):
         pytest.approx(row, rel=1e-5) for row in likelihoods
     ]
     assert "choice" not in scores["predictions"][5]
+
+
+def test_nan_chooses_nothing(world, caplog):
+    """Whatever the order of the choices; and what is written is JSON."""
+    backbone, tokenizer, bank, _ = world
+    nan = bank.replace("acme", jax.tree.map(lambda x: x * jnp.nan, bank["acme"]))
+    for choices in (["happy", "sad"], ["sad", "happy"]):
+        examples = encode(world, [{"prompt": "Call me", "response": "sad", "choices": choices}] * 2)
+        both = evaluate(backbone, tokenizer, {"acme": examples, "globex": examples}, nan, **SMALL)
+        scores = both["acme"]
+        assert scores["choice_accuracy"] == 0.0
+        assert [(p["choice"], p["log_likelihoods"]) for p in scores["predictions"]] == [(None, [None, None])] * 2
+        assert "NaN" not in json.dumps(both) and None not in both["globex"]["predictions"][0]["log_likelihoods"]
+        (record,) = [record.getMessage() for record in caplog.records if "NaN" in record.getMessage()]
+        assert record.startswith(
+            "acme: NaN likelihoods, by which no choice is the likeliest, in 2 of 2 rows with choices"
+        )
+        caplog.clear()
+
+
+def test_tenants_with_tokenizers_and_end_tokens_of_their_own(world):
+    """A row ends and is written as by its own tokenizer, whatever the others have."""
+    backbone, tokenizer, bank, answers = world
+    own = copy.deepcopy(tokenizer)
+    first = tokenizer(answers["acme"][0], add_special_tokens=False)["input_ids"]
+    own.eos_token = own.convert_ids_to_tokens(first[1])
+    rows = [{"prompt": p, "response": "x"} for p in PROMPTS]
+    examples = {name: encode(world, rows) for name in ("acme", "globex")}
+    scores = evaluate(backbone, tokenizer, examples, bank, tokenizers={"acme": own}, **SMALL)
+    assert [p["prediction"] for p in scores["globex"]["predictions"]] == answers["globex"]
+    first_row = scores["acme"]["predictions"][0]
+    assert first_row["finish_reason"] == "stop" and answers["acme"][0].startswith(first_row["prediction"])
+    assert len(first_row["prediction"]) < len(answers["acme"][0])
 
 
 def test_what_cannot_be_evaluated_is_named_before_anything_runs(world):

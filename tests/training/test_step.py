@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from para_jax import Backbone
+from para_jax import Backbone, IA3Config, LoraConfig
 from para_jax.adapters.bank import AdapterBank
 from para_jax.adapters.para import ParaConfig
 from para_jax.backbones.config import Experts
@@ -117,6 +117,46 @@ def test_optimizer_is_torchs_adamw():
         np.testing.assert_allclose(report["grad_norm"], norm, rtol=1e-6)
         np.testing.assert_allclose(report["lr"], rate, rtol=1e-6)
         np.testing.assert_allclose(ours, theirs.detach().numpy(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("config", "rest"),
+    [
+        (IA3Config(), 1.0),
+        (IA3Config(projection=3), 0.0),
+        (LoraConfig(r=2), 0.0),
+        (ParaConfig(r=2, bias=True, activation="rational", pooling="attention"), 0.0),
+    ],
+    ids=["ia3", "ia3 with a projection", "lora", "para"],
+)
+def test_weight_decay_goes_to_the_identity(config, rest):
+    """With no gradient, each step takes lr * weight_decay of the way to weights with which the adapter is nothing."""
+    backbone = random_backbone()
+    adapter = random_adapter(config, backbone.config, 0)
+    settings = Settings(steps=10, lr=0.5, warmup_ratio=0.0, weight_decay=0.5)
+    bank = AdapterBank.stack({"a": adapter}, backbone.config)
+    before = [np.asarray(x) for x in jax.tree.leaves(bank)]
+    nothing = jax.tree.map(jnp.zeros_like, adapter.layers)
+    layers, _, _ = optimizer.update(
+        settings, jnp.int32(0), adapter.layers, optimizer.init(adapter.layers), nothing, config.decays_to
+    )
+    for x, old in zip(jax.tree.leaves(layers), before, strict=True):
+        np.testing.assert_allclose(x, rest + 0.75 * (old[0] - rest), rtol=1e-6, atol=1e-7)
+    tokens = jnp.asarray([[5, 6, 7, 8]])
+    at_rest = jax.tree.map(lambda x: jnp.full_like(x, config.decays_to), adapter)
+    bank = AdapterBank.stack({"a": at_rest}, backbone.config)
+    assert np.array_equal(backbone(tokens, bank=bank, tenants=["a"]), backbone(tokens))
+
+
+def test_weight_decay_leaves_a_fresh_adapter_as_it_is():
+    """In a step as a run takes it, without a gradient: vectors of one stay one, in layers that are targeted and not."""
+    bank = AdapterBank.create({"a": IA3Config(("layers.0.self_attn.k_proj",), feedforward_modules=())}, SMALL)
+    begun, settings = state.TrainState.create(bank), Settings(steps=9, lr=0.1, warmup_ratio=0.0, weight_decay=0.5)
+    slots = Layout.of(None, 1, 16).slots(bank, [["a"]])
+    rules, sums = state.stack_settings(bank, {"a": settings}), state.Sums.create(bank, 1, 1)
+    after, _, said = step.update(begun, rules, sums, slots)
+    assert all(np.all(np.asarray(x) == 1) for x in jax.tree.leaves(after.bank)) and int(after.taken[0][0]) == 1
+    np.testing.assert_allclose(said["lr"], 0.1, rtol=1e-6)
 
 
 def test_bfloat16_backbone_trains_float32_adapters():

@@ -1,0 +1,191 @@
+"""Whether the tensors of a PEFT adapter's file are those that its config means here, and if not, what the cause is."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from para_jax.adapters.method import OUTSIDE, BackboneShape
+from para_jax.adapters.names import Names
+from para_jax.errors import ParaJaxError
+
+MERGE = "merge the adapter in peft and load the merged model as the backbone"
+_OUTSIDE = re.compile(rf"(?:.*\.)?({'|'.join(OUTSIDE)})\..*")
+_PARTS = re.compile(r".*\blayers\.\d+\.(?P<path>.+?)\.(?:lora_A\.weight|lora_B\.weight|ia3_l)")
+
+
+class Case(NamedTuple):
+    """What a file has, what it should have, and for whom."""
+
+    names: Names
+    shapes: Mapping[str, tuple[int, ...]]
+    made_for: str
+    backbone: BackboneShape
+
+    @property
+    def extra(self) -> list[str]:
+        return [name for name in self.names.tensors if name not in self.shapes]
+
+    @property
+    def missing(self) -> list[str]:
+        return [name for name in self.shapes if name not in self.names.tensors]
+
+    @property
+    def misshapen(self) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+        """The shapes there and here."""
+        there = {name: x.shape for name, x in self.names.tensors.items()}
+        return {k: (there[k], here) for k, here in self.shapes.items() if k in there and there[k] != here}
+
+
+def check_fits(
+    path: Path, names: Names, shapes: Mapping[str, tuple[int, ...]], made_for: str, backbone: BackboneShape
+) -> None:
+    """Every tensor accounted for, or one error that lists all that is wrong and says what most likely is.
+
+    `shapes` are those that the config means, by PEFT's names. Raises ParaJaxError.
+    """
+    case = Case(names, shapes, made_for, backbone)
+    problems = [f"{name} {list(shapes[name])} is missing" for name in case.missing]
+    problems += [f"{names.in_file[name]} is not expected" for name in case.extra]
+    problems += [
+        f"{names.in_file[name]} is {list(there)} and should be {list(here)}"
+        for name, (there, here) in case.misshapen.items()
+    ]
+    if problems:
+        why = next(filter(None, (cause(case) for cause in CAUSES)))
+        listed = "\n  ".join(problems)
+        raise ParaJaxError(f"{path}: {why}\n  {listed}")
+
+
+def _not_gathered(case: Case) -> str | None:
+    flat = [k for k, x in case.names.tensors.items() if not x.size or (re.search(r"\.lora_[AB]\.", k) and x.ndim < 2)]
+    return (
+        f"{len(flat)} of its tensors are empty or flat, as DeepSpeed ZeRO-3 and FSDP leave them in each process; "
+        "gather the weights before they are saved (deepspeed.zero.GatheredParameters), or run zero_to_fp32.py on the "
+        "checkpoint"
+        if flat
+        else None
+    )
+
+
+def _embeddings(case: Case) -> str | None:
+    found = {k: match[1] for k in case.extra if (match := _OUTSIDE.fullmatch(k))}
+    if not found:
+        return None
+    if adapted := [module for name, module in found.items() if "lora_" in name]:
+        modules = " and ".join(dict.fromkeys(adapted))
+        return f"it adapts {modules}, which is the backbone's here and not adapted; {MERGE}, or tune again without it"
+    modules = " and ".join(dict.fromkeys(found.values()))
+    tokens = case.names.tensors[next(iter(found))].shape[:1]
+    here = getattr(case.backbone, "vocab_size", None)
+    if here is None or tokens == (here,):
+        return (
+            f"it holds the model's {modules}, which all tenants share here. If they were tuned, {MERGE}; if not, save "
+            "the adapter without them: model.save_pretrained(folder, save_embedding_layers=False)"
+        )
+    return (
+        f"it holds the model's {modules} of {tokens[0] if tokens else 0} tokens, and the backbone has {here}: its "
+        "tokenizer got more tokens and the model was resized before it was tuned (resize_token_embeddings). Resize the "
+        f"base model in the same way, {MERGE}"
+    )
+
+
+def _of_dora(case: Case) -> str | None:
+    found = any("lora_magnitude_vector" in name for name in case.extra)
+    return f"it has magnitude vectors, which are DoRA's and not implemented here; {MERGE}" if found else None
+
+
+def _whole_model(case: Case) -> str | None:
+    own = [k for k in case.extra if not re.search(r"\.(lora_\w+|ia3_l)(\.|$)", k) and k.endswith((".weight", ".bias"))]
+    return (
+        f"{len(own)} of its tensors are weights of the model itself, such as {case.names.in_file[own[0]]}: it is not "
+        "an adapter's file but a state dict of the whole model. Save the adapter alone: model.save_pretrained(folder)"
+        if own
+        else None
+    )
+
+
+def _other_method(case: Case) -> str | None:
+    vectors, pairs = (any(part in k for k in case.extra) for part in (".ia3_l", ".lora_"))
+    asked = any(".ia3_l" in k for k in case.shapes)
+    if (vectors and not asked) or (pairs and asked):
+        there, here = ("IA3", "LORA") if vectors else ("LORA", "IA3")
+        return (
+            f"its tensors are those of peft_type {there}, and its config says {here}; take the config that is its own"
+        )
+    return None
+
+
+def _other_backbone(case: Case) -> str | None:
+    other = _layers(case.shapes) != _layers(case.names.tensors)
+    for name, (there, here) in case.misshapen.items():
+        rank = _rank_axis(name)
+        if rank is None:
+            other |= len(there) != 2 or (there[0] == 1) == (here[0] == 1)
+        else:
+            other |= len(there) != 2 or there[1 - rank] != here[1 - rank]
+    return (
+        f"it was made for another backbone ({case.made_for}); load the backbone it was tuned on, or tune it again"
+        if other
+        else None
+    )
+
+
+def _other_size(case: Case) -> str | None:
+    if any(_rank_axis(name) is not None for name in case.misshapen):
+        return "r or rank_pattern in its config is not the rank of its tensors; correct it, lora_alpha with it"
+    if case.misshapen:
+        return "feedforward_modules in its config is not what its tensors scale; correct it"
+    return None
+
+
+def _other_targets(case: Case) -> str | None:
+    """Modules that only the config has, or only the file."""
+    more, fewer = _paths(case.extra) - _paths(case.shapes), _paths(case.shapes) - _paths(case.names.tensors)
+    sites = {site.path: name for name, site in case.backbone.sites.items()}
+    if unknown := sorted(more - set(sites)):
+        return f"it adapts {', '.join(unknown)}, which is no projection of this backbone that is adapted here; {MERGE}"
+    wrong = [f"lacks {sites[path]}, which the file has: add it" for path in sorted(more)]
+    wrong += [f"has {sites[path]}, which the file lacks: take it out" for path in sorted(fewer)]
+    return f"target_modules in its config {' and '.join(wrong)}" if wrong else None
+
+
+def _other_names(case: Case) -> str | None:
+    if len(case.missing) < len(case.shapes) or not case.extra:
+        return None
+    return (
+        f"its tensors have names of another kind of model, such as {case.names.in_file[case.extra[0]]}; those of this "
+        f"backbone are like {case.missing[0]}. Load the backbone it was tuned on ({case.made_for})"
+    )
+
+
+def _a_part(case: Case) -> str:
+    if case.missing:
+        return (
+            f"it has {len(case.shapes) - len(case.missing)} of the {len(case.shapes)} tensors that its config means: "
+            "it was cut off, or is the part of one process; copy the whole adapter"
+        )
+    return "its tensors do not fit its config: take out of target_modules or the file what the other does not have"
+
+
+CAUSES: tuple[Callable[[Case], str | None], ...] = (
+    _not_gathered, _embeddings, _of_dora, _whole_model, _other_method, _other_names, _other_backbone, _other_size,
+    _other_targets, _a_part,
+)  # fmt: skip
+
+
+def _rank_axis(name: str) -> int | None:
+    return {"lora_A": 0, "lora_B": 1}.get(name.split(".")[-2])
+
+
+def _paths(names: Iterable[str]) -> set[str]:
+    """The places in a layer that these tensors belong to."""
+    return {match["path"] for name in names if (match := _PARTS.fullmatch(name))}
+
+
+def _layers(names: Iterable[str]) -> int:
+    """How many layers a backbone must have at least for its modules to have these names."""
+    numbers = (re.search(r"\.layers\.(\d+)\.", name) for name in names)
+    return max((int(number[1]) + 1 for number in numbers if number), default=0)
