@@ -32,7 +32,7 @@ class Pace:
     """
 
     def __init__(self, what: str, show: Callable[[str], None] | None = None) -> None:
-        self.what, self.show, self.shown = what, show or _to_stderr, time.monotonic()
+        self.what, self.show, self.shown = what, show or to_stderr, time.monotonic()
         self.first: tuple[int, float] | None = None
 
     def __call__(self, done: int, total: int | None) -> None:
@@ -54,5 +54,6 @@ class Pace:
         self.show(line)
 
 
-def _to_stderr(line: str) -> None:
+def to_stderr(line: str) -> None:
+    """Prints a line of progress where it is no part of what a command answers."""
     print(line, file=sys.stderr, flush=True)

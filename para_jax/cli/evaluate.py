@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     from para_jax.data.sources import read_rows
     from para_jax.distributed import first
     from para_jax.evaluation.evaluate import evaluate
-    from para_jax.progress import Pace
+    from para_jax.progress import Pace, to_stderr
 
     loading, tokenizer = common.begin_model(args)
     config = loading.shapes.config
@@ -77,9 +77,11 @@ def run(args: argparse.Namespace) -> int:
         if name in args.choose:
             rows = with_choices(f"tenant {name!r}", rows)
         own = tokenizers[name] = kept.of([name])
+        rows = rows[: args.limit]
         examples[name] = encode_rows(
-            rows[: args.limit], own, ends(tokenizer, own, config), keep_texts=True, allow_special_tokens=True
-        )
+            rows, own, ends(tokenizer, own, config), keep_texts=True, allow_special_tokens=True,
+            total=len(rows), show=to_stderr if first() else None,
+        )  # fmt: skip
 
     scores = evaluate(
         loading,

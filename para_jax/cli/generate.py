@@ -191,12 +191,13 @@ def prompts_of(
     """Every row's prompt in tokens, by its tokenizer and its chat template."""
     from para_jax.data.examples import encode_rows
     from para_jax.data.sources import KEYS
+    from para_jax.progress import to_stderr
 
     prompts: list[list[int]] = [[] for _ in placed]
     for spoken in {id(own): own for own in tokenizers}.values():
         places = [i for i, own in enumerate(tokenizers) if own is spoken]
         rows = [(placed[i][0], {k: v for k, v in placed[i][1].items() if k in KEYS}) for i in places]
-        examples = encode_rows(rows, spoken, eos, need_response=False)
+        examples = encode_rows(rows, spoken, eos, need_response=False, total=len(rows), show=to_stderr)
         for i, example in zip(places, examples, strict=True):
             prompts[i] = example.prompt_ids.tolist()
     return prompts

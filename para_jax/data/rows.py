@@ -98,8 +98,8 @@ def _pair(row: Mapping[str, Any], need_response: bool) -> tuple[str, str]:
     """The prompt of a row and what is to follow it."""
     if not isinstance(row.get("prompt"), str):
         raise ParaJaxError('no text under "prompt" (and no "messages")')
-    answers = [key for key in ANSWERS if key in row]
-    if len(answers) == 2 or (need_response and not answers):
+    answers = [key for key in ANSWERS if key in row] if need_response else []
+    if need_response and len(answers) != 1:
         raise ParaJaxError('give one of "response" and "completion"')
     answer = row[answers[0]] if answers else ""
     if not isinstance(answer, str):

@@ -118,7 +118,10 @@ def read_jsonl(path: str | Path) -> Rows:
 
 
 def _content(path: Path) -> bytes:
-    """The bytes of a file, uncompressed, without a byte order mark. Raises ParaJaxError for UTF-16 and damaged gzip."""
+    """The bytes of a file, uncompressed, without a byte order mark.
+
+    Raises ParaJaxError for damaged gzip, for UTF-16 and for a JSON array.
+    """
     content = path.read_bytes()
     if content.startswith(b"\x1f\x8b"):
         try:
@@ -127,7 +130,12 @@ def _content(path: Path) -> bytes:
             raise ParaJaxError(f"{path} is damaged: {error}") from error
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content[:4]:
         raise ParaJaxError(f"{path} is UTF-16 or UTF-32, not UTF-8; save it as UTF-8")
-    return content.removeprefix(codecs.BOM_UTF8)
+    content = content.removeprefix(codecs.BOM_UTF8)
+    if content.lstrip()[:1] == b"[":
+        raise ParaJaxError(
+            f"{path} is a JSON array; write each of its objects on a line of its own, such as jq -c '.[]'"
+        )
+    return content
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -165,6 +165,15 @@ def test_files_as_people_have_them(tmp_path: Path) -> None:
             read_jsonl(tmp_path / "wide.jsonl")
 
 
+def test_a_json_array_is_no_file_of_rows(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([{"prompt": "x", "response": "y"}], indent=1))
+    with pytest.raises(
+        ParaJaxError, match=r"rows.json is a JSON array; write each of its objects on a line of its own"
+    ):
+        read_jsonl(path)
+
+
 def test_rows_of_other_tenants(tmp_path: Path, tokenizer: Any) -> None:
     path = tmp_path / "rows.jsonl"
     names = ("acme", None, "globex")
