@@ -62,7 +62,24 @@ message = st.fixed_dictionaries(
     },
 )
 tools = st.lists(st.just({"type": "function", "function": {"name": "look"}}), max_size=1)
-row = st.one_of(
+# Rows that are mostly in order: else hardly a chat would be.
+word = st.text(min_size=1, max_size=8) | st.sampled_from(["Who sat?", "The cat.", " a", "\n"])
+parts = st.lists(st.fixed_dictionaries({"type": st.just("text"), "text": word}), min_size=1, max_size=3)
+asked = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "user", "system", "tool"]), "content": word | parts}, optional={"name": word}
+)
+said = st.fixed_dictionaries(
+    {"role": st.just("assistant"), "content": word},
+    optional={"weight": st.sampled_from([0, 1, None]), "reasoning_content": word, "extra": st.none()},
+)
+pair = st.one_of(st.tuples(asked, said), st.tuples(asked, asked, said), st.tuples(asked, said, said))
+chat = st.lists(pair, min_size=1, max_size=3).map(lambda some: [m for own in some for m in own])
+ordered = st.one_of(
+    st.fixed_dictionaries({"messages": chat}, optional={"system": word}),
+    st.fixed_dictionaries({"prompt": word, "response": word}, optional={"system": word, "references": st.lists(word)}),
+    st.fixed_dictionaries({"prompt": word, "completion": word}, optional={"tenant": word}),
+)
+row = ordered | st.one_of(
     st.fixed_dictionaries({"messages": st.lists(message, max_size=4)}, optional={"tools": tools, "system": text}),
     st.fixed_dictionaries(
         {"prompt": text | st.integers()},
@@ -113,7 +130,7 @@ def _joined(tokenizer: Any, prompt: str, whole: str, ids: list[int]) -> list[int
 
 
 @pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @example(row={"system": "Answer like a pirate.", "prompt": "Who sat?", "response": "The cat."})
 @example(row={"messages": [USER, {**ANSWER, "weight": 0}, USER, ANSWER]})
 @example(row={"messages": [{"role": "user", "content": PARTS}, ANSWER]})
