@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
             raise unknown("tenant in --choose", name, sources)
     templates = common.per_tenant(args.template, "--template", list(sources), str)
 
-    from para_jax.convert.tokenizer import with_chat_template
+    from para_jax.convert.tokenizer import end_tokens, with_chat_template
     from para_jax.data.examples import encode_rows
     from para_jax.data.sources import read_rows
     from para_jax.evaluation.evaluate import evaluate
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
                 raise ParaJaxError(f"{source} has {len(answers)} different responses, too many for --choose")
             rows = [(place, {"choices": answers, **row}) for place, row in rows]
         own = with_chat_template(tokenizer, common.kept_template(args.adapters, [name]))
-        examples[name] = encode_rows(rows[: args.limit], own, config.eos_token_ids, keep_texts=True)
+        examples[name] = encode_rows(rows[: args.limit], own, end_tokens(config, tokenizer), keep_texts=True)
 
     began = shown = time.monotonic()
 

@@ -133,15 +133,17 @@ def by_importance(scores_s: Any, kept: tuple[str, ...], sites: list[str]) -> lis
 
 def held_out(args: argparse.Namespace, tokenizer: Any, shape: Any) -> list[Example]:
     """The rows to score on, as many of each source."""
+    from para_jax.convert.tokenizer import end_tokens
     from para_jax.data.examples import encode_rows
     from para_jax.data.sources import read_rows
 
     if args.rows < 1:
         raise ParaJaxError(f"--rows must be at least 1, not {args.rows}")
     length = common.row_length(args.max_length, shape)
+    eos = end_tokens(shape, tokenizer)
     examples: list[Example] = []
     for source in args.data:
         rows = read_rows(source, args.template, args.data_dir)
         some = random.Random(args.seed).sample(rows, min(args.rows, len(rows)))
-        examples += encode_rows(some, tokenizer, shape.eos_token_ids, length, truncate=args.truncate, one_pass=True)
+        examples += encode_rows(some, tokenizer, eos, length, truncate=args.truncate, one_pass=True)
     return examples

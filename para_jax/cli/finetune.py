@@ -137,7 +137,7 @@ def run(args: argparse.Namespace) -> int:
     names = list(sources)
 
     from para_jax.adapters.bank import AdapterBank
-    from para_jax.convert.tokenizer import with_chat_template
+    from para_jax.convert.tokenizer import end_tokens, with_chat_template
     from para_jax.data.examples import read_examples
     from para_jax.data.order import read_mixture
     from para_jax.distributed import shared
@@ -179,7 +179,7 @@ def run(args: argparse.Namespace) -> int:
     # Raises for a target that is none, before the data is read.
     sizes = {n: f"{config.method} {config.size(backbone.config):,}" for n, config in configs.items()}
     length = common.row_length(args.max_length, backbone.config)
-    eos = backbone.config.eos_token_ids
+    eos = end_tokens(backbone.config, tokenizer)
 
     def how(name: str) -> dict[str, Any]:
         spoken = with_chat_template(tokenizer, templates.get(name))

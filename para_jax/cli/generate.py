@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
             raise ParaJaxError(f"{args.output} exists; choose another --output or pass --overwrite")
 
     from para_jax.adapters.rows import strengths_of
-    from para_jax.convert.tokenizer import with_chat_template
+    from para_jax.convert.tokenizer import end_tokens, with_chat_template
     from para_jax.data.examples import encode_rows
     from para_jax.data.sources import read_jsonl
     from para_jax.decoding.generate import complete
@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     for template, places in of_template.items():
         chosen = with_chat_template(tokenizer, template)
         rows = [placed[i] for i in places]
-        examples = encode_rows(rows, chosen, config.eos_token_ids, need_response=False)
+        examples = encode_rows(rows, chosen, end_tokens(config, tokenizer), need_response=False)
         for i, example in zip(places, examples, strict=True):
             prompts[i] = example.prompt_ids.tolist()
     completions = complete(

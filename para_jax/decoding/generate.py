@@ -17,6 +17,7 @@ from para_jax.backbones.config import BackboneConfig
 from para_jax.backbones.decoder import Backbone
 from para_jax.compiling import Compiling
 from para_jax.convert.checkpoint import Loading
+from para_jax.convert.tokenizer import end_tokens
 from para_jax.decoding import beams, loop, requests
 from para_jax.decoding.sampling import Sampler
 from para_jax.decoding.stops import StopStrings, stop_strings
@@ -99,7 +100,7 @@ def complete(
       num_beams: above one searches for a likely text with this many beams; then nothing may be drawn.
       length_penalty, early_stopping: how beam search ranks texts, and when it stops to look for better ones.
       stop: strings that end a text, and are no part of it, however they are cut into tokens.
-      eos_token_id: the tokens that end a text, () for none; by default the backbone's.
+      eos_token_id: the tokens that end a text, () for none; by default the backbone's (`end_tokens`).
       seed: of the draws, between 0 and 2**32 - 1. They depend on it and the row's own prompt only, so that
         one prompt twice with one seed gives one text twice.
       batch_size: the most rows run at once, by default all of them. Rows are sorted into batches by how many new tokens
@@ -135,7 +136,7 @@ def complete(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
-    eos = _eos(config.eos_token_ids if eos_token_id is None else eos_token_id, config.vocab_size)
+    eos = _eos(end_tokens(config, tokenizer) if eos_token_id is None else eos_token_id, config.vocab_size)
     stops = stop_strings(tokenizer, stop, config.vocab_size)
     scoring = _scoring(num_beams, length_penalty, early_stopping, draws=sampling.drawn)
     if batch_size is not None and batch_size < 1:

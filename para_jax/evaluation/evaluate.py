@@ -10,6 +10,7 @@ from typing import Any
 from para_jax.adapters.bank import AdapterBank
 from para_jax.backbones.decoder import Backbone
 from para_jax.convert.checkpoint import Loading
+from para_jax.convert.tokenizer import end_tokens
 from para_jax.data.examples import Example, check_ids
 from para_jax.decoding.generate import Completion, complete
 from para_jax.errors import ParaJaxError, unknown
@@ -81,7 +82,7 @@ def evaluate(
     )
     if isinstance(backbone, Loading):
         backbone = backbone.backbone()
-    end = backbone.config.eos_token_ids[:1]
+    end = end_tokens(config, tokenizer)[:1]
     likelihoods = choice_log_likelihoods(
         backbone,
         [rows[i].prompt_ids.tolist() for i in choosing],

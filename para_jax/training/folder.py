@@ -18,8 +18,9 @@ from para_jax.adapters.files import base_sizes
 from para_jax.backbones.decoder import Backbone
 from para_jax.data.examples import Example, Examples
 from para_jax.data.order import Mixture, sources_of
-from para_jax.distributed import first, told, whole
+from para_jax.distributed import first, told
 from para_jax.errors import ParaJaxError
+from para_jax.training.digest import weights_digest
 from para_jax.training.optimizer import Settings
 
 RUN, METRICS, PLOT, CHECKPOINTS = "run.json", "metrics.jsonl", "loss.png", "checkpoints"
@@ -57,16 +58,13 @@ def describe(
         }
         for name in examples
     }
-    # Enough of the weights to tell a model from another of its sizes, wherever its folder is.
-    some = whole((backbone.norm[...], backbone.embed[...][:8]), backbone.mesh)
-    weights = hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in some)).hexdigest()
     run = {
         "rows": rows,
         "micro_batch_tokens": micro_batch_tokens,
         "seed": seed,
         "dtype": str(backbone.dtype),
         "quantize": backbone.quantize,
-        "weights_sha256": weights,
+        "weights": weights_digest(backbone),
     }
     return json.loads(json.dumps({"tenants": tenants, **run, "base_model": base_sizes(backbone.config)}))
 
@@ -107,6 +105,11 @@ def _claim(out: Path, description: dict[str, Any], resume: bool, overwrite: bool
     there = out / RUN
     if out.exists() and resume and there.is_file():
         before = json.loads(there.read_text())
+        if "weights_sha256" in before:  # a hash of the norm and eight rows of the embedding
+            raise ParaJaxError(
+                f"{out} holds a run of an earlier version of para_jax, which noted only a few of the backbone's "
+                "weights; whether these are the same is not known. Finish it with that version, or pass --overwrite"
+            )
         changed = list(_changes(before, description))
         if changed:
             raise ParaJaxError(f"{out} holds another run, which cannot be resumed with these: {'; '.join(changed[:5])}")
