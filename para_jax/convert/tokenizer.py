@@ -35,7 +35,8 @@ def load_tokenizer(path_or_hub_id: str | Path) -> Any:
     fields = read_json(folder / CONFIG)
     # Read and judged here, so that transformers has no other opinion of it.
     family = config_from_hf(fields, str(path_or_hub_id)).family
-    config = CONFIG_MAPPING[family](tokenizer_class=fields.get("tokenizer_class"), name_or_path=str(folder))
+    made: Any = CONFIG_MAPPING[family]
+    config = made(tokenizer_class=fields.get("tokenizer_class"), name_or_path=str(folder))
     problem = _missing(folder)
     if problem:
         raise ParaJaxError(f"{path_or_hub_id}: {problem}")

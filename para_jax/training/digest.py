@@ -1,8 +1,9 @@
 """A digest of a backbone's weights, which tells a model from any other of its sizes, wherever its folder is.
 
 Every weight counts, bit for bit. Its bits are mixed with its place in its tensor, and these 32-bit integers are summed
-over a layer's tensor, twice with other mixing. Integer sums are the same in any order: on any mesh, with layers stacked
-or apart, for weights that were read or made. Each device sums what it holds, so that no weight is moved.
+over a layer's tensor, once as they are and once with a factor for the place. Integer sums are the same in any order: on
+any mesh, with layers stacked or apart, for weights that were read or made. Each device sums what it holds, so that no
+weight is moved.
 """
 
 from __future__ import annotations
@@ -22,8 +23,6 @@ from para_jax.distributed import whole
 if TYPE_CHECKING:
     from jax import Array
     from jaxtyping import UInt32
-
-SALTS = (0x9E3779B9, 0x3C6EF372)
 
 
 def weights_digest(backbone: Backbone) -> str:
@@ -51,8 +50,9 @@ def _sums(x: Array, stacked: bool) -> UInt32[Array, "l 2"]:
     place = jnp.zeros(bits.shape, jnp.uint32)
     for axis in range(1, bits.ndim):
         place = place * np.uint32(bits.shape[axis]) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-    mixed = (_mixed(bits ^ _mixed(place + np.uint32(salt))) for salt in SALTS)
-    return jnp.stack([jnp.sum(m, axis=tuple(range(1, bits.ndim)), dtype=jnp.uint32) for m in mixed], axis=-1)
+    mixed = _mixed(bits ^ (place * np.uint32(0x9E3779B9)))
+    again = (mixed ^ (mixed >> np.uint32(15))) * (np.uint32(2) * place + np.uint32(1))
+    return jnp.stack([jnp.sum(x, axis=tuple(range(1, bits.ndim)), dtype=jnp.uint32) for x in (mixed, again)], axis=-1)
 
 
 def _bits(x: Array) -> UInt32[Array, "..."]:
