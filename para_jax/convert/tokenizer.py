@@ -16,6 +16,11 @@ from para_jax.errors import ParaJaxError, one_line
 FILES = ["*.json", "tokenizer*", "*.jinja"]
 FAST, SENTENCEPIECE = "tokenizer.json", "tokenizer.model"
 OTHER_FILES = (FAST, "vocab.json", "tekken.json", "*.tiktoken", "tiktoken.model", "spiece.model", "spm.model")
+# What reads tokenizer.model: packages, and the modules that they have.
+READERS = {
+    "sentencepiece": {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"},
+    "tiktoken": {"tiktoken": "tiktoken"},
+}
 FEW = 10  # more than the tokens that a class has without any file
 JSON_FILES = ("tokenizer_config.json", FAST, "special_tokens_map.json", "added_tokens.json", "vocab.json")
 
@@ -55,11 +60,26 @@ def _missing(folder: Path) -> str:
         return ""
     if not (folder / SENTENCEPIECE).is_file():
         return f"it has no tokenizer, neither {FAST} nor {SENTENCEPIECE}; copy the tokenizer's files into its folder"
-    with (folder / SENTENCEPIECE).open("rb") as file:
-        package = "sentencepiece" if file.read(1) == b"\n" else "tiktoken"  # a field of a message, or a line of text
-    if find_spec(package) is None:
-        return f"its tokenizer is {SENTENCEPIECE} alone, which {package} reads; pip install {package}"
+    needed = READERS["sentencepiece" if _is_sentencepiece(folder) else "tiktoken"]
+    missing = [package for package, module in needed.items() if not _installed(module)]
+    if missing:
+        return (
+            f"its tokenizer is {SENTENCEPIECE} alone, which {next(iter(needed))} reads; pip install {' '.join(missing)}"
+        )
     return ""
+
+
+def _is_sentencepiece(folder: Path) -> bool:
+    """Whether tokenizer.model is sentencepiece's, which begins with a field of a message, and not tiktoken's text."""
+    with (folder / SENTENCEPIECE).open("rb") as file:
+        return file.read(1) == b"\n"
+
+
+def _installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package that it is in
+        return False
 
 
 def _vocabulary(folder: Path) -> Any:
@@ -88,6 +108,8 @@ def _damage(folder: Path, error: Exception) -> str:
             Tokenizer.from_file(str(folder / FAST))
         except Exception as damage:  # the only kind it raises
             return f"its tokenizer cannot be read: {FAST} is damaged: {one_line(damage)}"
+    if not (folder / FAST).is_file() and (folder / SENTENCEPIECE).is_file() and _is_sentencepiece(folder):
+        return f"its tokenizer cannot be read: {SENTENCEPIECE} is damaged"
     return f"its tokenizer cannot be read: transformers says {type(error).__name__}: {one_line(error)}"
 
 
