@@ -60,12 +60,10 @@ def _missing(folder: Path) -> str:
         return ""
     if not (folder / SENTENCEPIECE).is_file():
         return f"it has no tokenizer, neither {FAST} nor {SENTENCEPIECE}; copy the tokenizer's files into its folder"
-    needed = READERS["sentencepiece" if _is_sentencepiece(folder) else "tiktoken"]
-    missing = [package for package, module in needed.items() if not _installed(module)]
+    reader = "sentencepiece" if _is_sentencepiece(folder) else "tiktoken"
+    missing = [package for package, module in READERS[reader].items() if not _installed(module)]
     if missing:
-        return (
-            f"its tokenizer is {SENTENCEPIECE} alone, which {next(iter(needed))} reads; pip install {' '.join(missing)}"
-        )
+        return f"its tokenizer is {SENTENCEPIECE} alone, which {reader} reads; pip install {' '.join(missing)}"
     return ""
 
 
@@ -108,7 +106,8 @@ def _damage(folder: Path, error: Exception) -> str:
             Tokenizer.from_file(str(folder / FAST))
         except Exception as damage:  # the only kind it raises
             return f"its tokenizer cannot be read: {FAST} is damaged: {one_line(damage)}"
-    if not (folder / FAST).is_file() and (folder / SENTENCEPIECE).is_file() and _is_sentencepiece(folder):
+    # transformers tries tiktoken where sentencepiece fails.
+    if "tiktoken" in str(error) and (folder / SENTENCEPIECE).is_file() and _is_sentencepiece(folder):
         return f"its tokenizer cannot be read: {SENTENCEPIECE} is damaged"
     return f"its tokenizer cannot be read: transformers says {type(error).__name__}: {one_line(error)}"
 

@@ -197,8 +197,13 @@ def test_a_tokenizer_does_not_depend_on_keys_that_mean_nothing(tmp_path: Path) -
     assert load_tokenizer(folder).decode([0]) == "<|endoftext|>"
 
 
-@pytest.mark.parametrize(("content", "package"), [(b"\n\x0e\n\x05<unk>", "sentencepiece"), (b"IQ== 0\n", "tiktoken")])
-def test_a_tokenizer_model_alone(content: bytes, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("content", "reader", "packages"),
+    [(b"\n\x0e\n\x05<unk>", "sentencepiece", "sentencepiece protobuf"), (b"IQ== 0\n", "tiktoken", "tiktoken")],
+)
+def test_a_tokenizer_model_alone(
+    content: bytes, reader: str, packages: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = checkpoint(tmp_path / "a")
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer.model").write_bytes(content)
@@ -206,7 +211,7 @@ def test_a_tokenizer_model_alone(content: bytes, package: str, tmp_path: Path, m
     with pytest.raises(ParaJaxError) as error:
         load_tokenizer(folder)
     assert str(error.value) == (
-        f"{folder}: its tokenizer is tokenizer.model alone, which {package} reads; pip install {package}"
+        f"{folder}: its tokenizer is tokenizer.model alone, which {reader} reads; pip install {packages}"
     )
 
 
