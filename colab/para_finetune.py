@@ -52,7 +52,7 @@ if importlib.util.find_spec("para_jax") is None:
 import jax
 
 from para_jax import AdapterBank, Backbone, BackboneConfig, LoraConfig, ParaConfig, complete, tiny_backbone_path
-from para_jax.convert.tokenizer import load_tokenizer
+from para_jax.convert.tokenizer import end_tokens, load_tokenizer
 from para_jax.memory import keep_freed_memory
 from para_jax.sharding import auto_mesh, make_mesh
 
@@ -96,7 +96,8 @@ from para_jax.data.quickstart import quickstart_rows
 
 def encoded(rows):
     places = {name: [(f"{name} row {i}", row) for i, row in enumerate(of, 1)] for name, of in rows.items()}
-    return {name: encode_rows(of, tokenizer, config.eos_token_ids, keep_texts=True) for name, of in places.items()}
+    eos = end_tokens(config, tokenizer)
+    return {name: encode_rows(of, tokenizer, eos, keep_texts=True) for name, of in places.items()}
 
 
 train, held_out = (encoded(rows) for rows in quickstart_rows(seed=0, train=1500, held_out=200))

@@ -24,3 +24,15 @@ def unknown(what: str, name: object, known: Iterable[str]) -> ParaJaxError:
     hint = f"; did you mean {near[0]!r}?" if near else "."
     shown = ", ".join(names[:20]) + (f", ... ({len(names)} in all)" if len(names) > 20 else "")
     return ParaJaxError(f"unknown {what} {name!r}{hint} Known: {shown or 'none'}")
+
+
+def one_line(error: BaseException, most: int = 300) -> str:
+    r"""What another library's error says, in one line of at most so many letters.
+
+    >>> one_line(TypeError("Validation error:\n    expected int,  got str"))
+    'Validation error: expected int, got str'
+    >>> one_line(KeyError())
+    'KeyError'
+    """
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= most else f"{text[: most - 3]}..."

@@ -23,7 +23,7 @@ from typing import Any
 
 from para_jax import AdapterBank, Backbone, FanLoraConfig, LoraConfig, tiny_backbone_path
 from para_jax.adapters.adapter import Adapter
-from para_jax.convert.tokenizer import load_tokenizer
+from para_jax.convert.tokenizer import end_tokens, load_tokenizer
 from para_jax.data.examples import encode_rows, read_examples
 from para_jax.data.sources import read_rows
 from para_jax.files import write_json
@@ -61,12 +61,13 @@ def main() -> None:
     # Nothing is decoded here: with its layers stacked, one of them is compiled instead of all.
     backbone, tokenizer = Backbone.from_pretrained(args.model, stacked=True), load_tokenizer(args.model)
     shape = backbone.config
+    eos = end_tokens(shape, tokenizer)
     args.out.mkdir(parents=True)
     common = f"--model {args.model} --steps {args.steps} --lr {args.lr} --rows {args.rows} --seed {args.seed}"
 
     def tuned(name: str, file: Path, config: Any, out: Path) -> Adapter:
         """One tenant, tuned on one file."""
-        examples = read_examples(file, tokenizer, shape.eos_token_ids, shape.max_position_embeddings, one_pass=True)
+        examples = read_examples(file, tokenizer, eos, shape.max_position_embeddings, one_pass=True)
         bank = AdapterBank.create({name: config}, shape, args.seed)
         settings = {name: Settings.checked(steps=args.steps, lr=args.lr)}
         return finetune(backbone, bank, {name: examples}, settings, out, rows=args.rows, seed=args.seed)[name]
@@ -90,7 +91,7 @@ def main() -> None:
     for file in args.held_out:
         rows = list(read_rows(file))
         some = random.Random(args.seed).sample(rows, min(args.score_rows, len(rows)))
-        held_out += encode_rows(some, tokenizer, shape.eos_token_ids, shape.max_position_embeddings, one_pass=True)
+        held_out += encode_rows(some, tokenizer, eos, shape.max_position_embeddings, one_pass=True)
     scores = importance(args.score, backbone, adapter, held_out, seed=args.seed, show=print)
     kept = keep_within(scores, shape, args.budget, r) if args.keep is None else keep_number(scores, shape, args.keep)
     config = FanLoraConfig.of(kept, shape, r=r, lora_alpha=r)

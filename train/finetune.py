@@ -18,7 +18,7 @@ import jax
 
 from para_jax import AdapterBank, Backbone, BackboneConfig, ParaJaxError, complete
 from para_jax.backbones.options import default_stacked
-from para_jax.convert.tokenizer import check_vocabulary, load_tokenizer
+from para_jax.convert.tokenizer import check_vocabulary, end_tokens, load_tokenizer
 from para_jax.data.examples import Examples, encode_rows, read_examples
 from para_jax.distributed import first, start
 from para_jax.evaluation.evaluate import evaluate
@@ -71,7 +71,7 @@ def main() -> None:
     say(f"{recipe.model}: {shape.size / 1e6:,.1f}M parameters in {backbone.dtype} on {where}")
 
     # Every tenant's rows, as tokens.
-    how = {"tokenizer": tokenizer, "eos_token_ids": shape.eos_token_ids, "max_length": recipe.max_length}
+    how = {"tokenizer": tokenizer, "eos_token_ids": end_tokens(shape, tokenizer), "max_length": recipe.max_length}
 
     def examples(source: configs.Source, **options: bool) -> Examples:
         if isinstance(source, str):

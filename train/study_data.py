@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from para_jax.backbones.decoder import Backbone
+from para_jax.convert.tokenizer import end_tokens
 from para_jax.data.examples import Example, Examples, encode_rows
 from para_jax.data.sources import read_rows
 from para_jax.errors import ParaJaxError
@@ -65,7 +66,7 @@ def read_task(
 
     def encode(split: str, some: list[dict[str, Any]]) -> Examples:
         placed = [(f"{folder.name} {split} {i}", {**labels, **row}) for i, row in enumerate(some)]
-        return encode_rows(placed, tokenizer, backbone.config.eos_token_ids, keep_texts=True)
+        return encode_rows(placed, tokenizer, end_tokens(backbone.config, tokenizer), keep_texts=True)
 
     examples = {"train": encode("train", train), "dev": encode("dev", dev), "test": encode("test", test)}
     cut = min(length, int(np.quantile([len(e) for e in examples["train"]], 0.99, method="higher")))

@@ -77,6 +77,8 @@ class BackboneConfig:
     Attributes:
       attention_kinds, kind_of_layer: the kinds there are, and the number of each layer's; empty, if all have the first.
       biases: the projections that have one.
+      eos_token_ids: the end tokens that config.json or generation_config.json names, in order. Where they name none,
+        the tokenizer may have one (`convert.tokenizer.end_tokens`).
       qk_norm: RMS norm of queries and keys, of each head or of all heads together, before positions are told.
       pre_norm, post_norm: whether a layer's two halves have a norm before and behind them.
       norm_offset: added to the weights of norms; 1 where they are stored as their distance from one.
@@ -170,13 +172,21 @@ class BackboneConfig:
 
     @classmethod
     def from_folder(cls, folder: Path, name: str = "") -> BackboneConfig:
-        """From the folder that `checkpoint_folder` found."""
+        """From the folder that `checkpoint_folder` found.
+
+        End tokens are those of generation_config.json, where chat models have their list, or else of config.json. A
+        warning of `logging` says so if config.json has others.
+        """
         config = cls.from_hf(read_json(folder / CONFIG), name)
-        if (folder / GENERATION).is_file():
-            # The chat models' list of stop tokens is often only here.
-            eos = as_token_ids(read_json(folder / GENERATION).get("eos_token_id"))
-            return replace(config, eos_token_ids=eos) if eos else config
-        return config
+        if not (folder / GENERATION).is_file():
+            return config
+        eos = as_token_ids(read_json(folder / GENERATION).get("eos_token_id"), GENERATION)
+        if eos and not set(config.eos_token_ids) <= set(eos):
+            logging.getLogger(__name__).warning(
+                "%s: %s ends texts with %s, %s with %s; %s is used",
+                *(name or folder, GENERATION, list(eos), CONFIG, list(config.eos_token_ids), list(eos)),
+            )
+        return replace(config, eos_token_ids=eos) if eos else config
 
     @classmethod
     def from_hf(cls, fields: Mapping[str, Any], name: str = "") -> BackboneConfig:
@@ -193,20 +203,23 @@ class BackboneConfig:
         return config
 
 
-def as_token_ids(value: int | list[int] | None) -> tuple[int, ...]:
-    """Token ids as config files have them: one, several, or none.
+def as_token_ids(value: Any, file: str) -> tuple[int, ...]:
+    """Token ids as config files have them: one, several, or none. Raises ParaJaxError, with the file, for others.
 
-    >>> as_token_ids(2), as_token_ids([3, 4]), as_token_ids(None)
+    >>> as_token_ids(2, "config.json"), as_token_ids([3, 4], "config.json"), as_token_ids(None, "config.json")
     ((2,), (3, 4), ())
     """
-    return tuple(value) if isinstance(value, list) else () if value is None else (value,)
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
+        raise ParaJaxError(f"{file} has eos_token_id={value!r}, which is no token id and no list of token ids")
+    return tuple(dict.fromkeys(ids))
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises ParaJaxError, with the file's name, for anything else."""
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # no JSON, or no text
+    except (ValueError, RecursionError) as error:  # no JSON, no text, or brackets without end
         raise ParaJaxError(f"{path} is not JSON: {error}") from error
     if not isinstance(fields, dict):
         raise ParaJaxError(f"{path} holds no JSON object")
@@ -221,7 +234,9 @@ def checkpoint_folder(path_or_hub_id: str | Path, patterns: list[str]) -> Path:
     folder = Path(path_or_hub_id).expanduser()
     if folder.is_dir():
         if not (folder / CONFIG).is_file():
-            raise ParaJaxError(f"{folder} is no checkpoint: it has no config.json")
+            adapter = (folder / "adapter_config.json").is_file()
+            way = ", but an adapter's adapter_config.json; give the backbone it was trained on" if adapter else ""
+            raise ParaJaxError(f"{folder} is no checkpoint: it has no config.json{way}")
         return folder
     name = str(path_or_hub_id)
     if folder.exists() or name.count("/") > 1 or name.startswith((".", "~")):

@@ -171,8 +171,8 @@ def start_processes(args: argparse.Namespace) -> None:
     start(None if auto else args.coordinator, args.processes, args.process)
     if not first():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (until the process ends)
-        # All processes read the same config.json; the first one says which keys are ignored.
-        logging.getLogger("para_jax.backbones.config").setLevel(logging.ERROR)
+        # All processes read the same checkpoint; the first one says what is ignored, and what is used instead.
+        logging.getLogger("para_jax").setLevel(logging.ERROR)
 
 
 def chosen_mesh(path: str, args: argparse.Namespace) -> Any:

@@ -155,14 +155,16 @@ def by_importance(scores_s: Any, kept: tuple[str, ...], sites: list[str]) -> lis
 
 def held_out(args: argparse.Namespace, tokenizer: Any, shape: Any) -> list[Example]:
     """The rows to score on, as many of each source."""
+    from para_jax.convert.tokenizer import end_tokens
     from para_jax.data.examples import encode_rows
     from para_jax.data.rows import of_tenant
     from para_jax.data.sources import read_rows
 
     length = common.row_length(args.max_length, shape)
+    eos = end_tokens(shape, tokenizer)
     examples: list[Example] = []
     for source in args.data:
         rows = of_tenant(read_rows(source, args.template, args.data_dir), None)
         some = random.Random(args.seed or 0).sample(rows, min(args.rows or 64, len(rows)))
-        examples += encode_rows(some, tokenizer, shape.eos_token_ids, length, truncate=args.truncate, one_pass=True)
+        examples += encode_rows(some, tokenizer, eos, length, truncate=args.truncate, one_pass=True)
     return examples

@@ -151,7 +151,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from para_jax.adapters.bank import AdapterBank
-    from para_jax.convert.tokenizer import with_chat_template
+    from para_jax.convert.tokenizer import end_tokens, with_chat_template
     from para_jax.data.examples import encode_rows, read_examples
     from para_jax.data.order import read_mixture
     from para_jax.distributed import shared
@@ -184,9 +184,10 @@ def run(args: argparse.Namespace) -> int:
     # Raises for a target that is none, before the data is read.
     sizes = {n: f"{config.method} {config.size(backbone.config):,}" for n, config in configs.items()}
     length = common.row_length(args.max_length, backbone.config)
+    eos = end_tokens(backbone.config, tokenizer)
 
     def read(name: str, source: common.Source, reader: Callable[..., Any]) -> Any:
-        given = with_chat_template(tokenizer, templates.get(name)), backbone.config.eos_token_ids, length
+        given = with_chat_template(tokenizer, templates.get(name)), eos, length
         how = {"truncate": args.truncate, "allow_special_tokens": args.allow_special_tokens, "show": show}
         how["one_pass"] = not configs[name].reads_prompt
         if not isinstance(source, str):

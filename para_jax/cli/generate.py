@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
     config = loading.shapes.config
     bank = load_bank(args.adapters, names, config, not args.allow_nan)
     tokenizers = tokenizers_of(placed, RowTokenizers(tokenizer, args.adapters, config.vocab_size))
-    prompts = prompts_of(placed, tokenizers, config.eos_token_ids)
+    prompts = prompts_of(placed, tokenizers)
     given = {"bank": bank, "tenants": [row.get("tenant") for row in rows], **decoding(args, len(rows))}
     given["eos_token_id"] = [ends(tokenizer, own, config) for own in tokenizers]
     if answers is None:
@@ -185,9 +185,7 @@ def tokenizers_of(placed: Sequence[tuple[str, dict[str, Any]]], kept: RowTokeniz
     return found
 
 
-def prompts_of(
-    placed: Sequence[tuple[str, dict[str, Any]]], tokenizers: Sequence[Any], eos: Sequence[int]
-) -> list[list[int]]:
+def prompts_of(placed: Sequence[tuple[str, dict[str, Any]]], tokenizers: Sequence[Any]) -> list[list[int]]:
     """Every row's prompt in tokens, by its tokenizer and its chat template."""
     from para_jax.data.examples import encode_rows
     from para_jax.data.sources import KEYS
@@ -197,7 +195,7 @@ def prompts_of(
     for spoken in {id(own): own for own in tokenizers}.values():
         places = [i for i, own in enumerate(tokenizers) if own is spoken]
         rows = [(placed[i][0], {k: v for k, v in placed[i][1].items() if k in KEYS}) for i in places]
-        examples = encode_rows(rows, spoken, eos, need_response=False, total=len(rows), show=to_stderr)
+        examples = encode_rows(rows, spoken, (), need_response=False, total=len(rows), show=to_stderr)
         for i, example in zip(places, examples, strict=True):
             prompts[i] = example.prompt_ids.tolist()
     return prompts

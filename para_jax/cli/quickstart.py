@@ -45,6 +45,7 @@ def run(args: argparse.Namespace) -> int:
     from para_jax.adapters.bank import AdapterBank
     from para_jax.adapters.para import ParaConfig
     from para_jax.cli.quickstart_plot import plot
+    from para_jax.convert.tokenizer import end_tokens
     from para_jax.data.examples import encode_rows
     from para_jax.data.quickstart import quickstart_rows
     from para_jax.decoding.generate import complete
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     began = time.monotonic()
     loading, tokenizer = common.begin_model(args, stacked=True)
     backbone = loading.shapes
-    eos = backbone.config.eos_token_ids
+    eos = end_tokens(backbone.config, tokenizer)
     train, held_out = (
         {name: encode_rows(numbered(name, rows), tokenizer, eos, keep_texts=True) for name, rows in part.items()}
         for part in quickstart_rows(args.seed)

@@ -11,7 +11,7 @@ from typing import Any
 
 from para_jax.adapters.files import TOKENIZER, load_chat_template
 from para_jax.backbones.config import BackboneConfig
-from para_jax.convert.tokenizer import with_chat_template
+from para_jax.convert.tokenizer import end_tokens, with_chat_template
 from para_jax.errors import ParaJaxError
 
 # What a tokenizer can be read from, and what else says how it works.
@@ -127,7 +127,7 @@ def ends(tokenizer: Any, own: Any, config: BackboneConfig) -> tuple[int, ...]:
     >>> ends(tokenizer, tokenizer, BackboneConfig.from_pretrained(tiny_backbone_path()))
     (0,)
     """
-    eos = config.eos_token_ids
+    eos = end_tokens(config, tokenizer)
     if own is tokenizer or own.eos_token_id in (None, tokenizer.eos_token_id, *eos):
         return eos
     return (own.eos_token_id, *eos) if own.eos_token_id < config.vocab_size else eos

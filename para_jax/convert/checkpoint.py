@@ -23,9 +23,10 @@ from para_jax.backbones.config import CONFIG, GENERATION, BackboneConfig, checkp
 from para_jax.backbones.decoder import Backbone
 from para_jax.backbones.linear import QUANTIZED, quantized
 from para_jax.backbones.options import Attention, Dtype, Quantize
-from para_jax.convert.families import entries, hf_fields
+from para_jax.convert.families import FAMILIES, entries, hf_fields
+from para_jax.convert.renamed import as_named, check_tensors
 from para_jax.convert.tables import Entry
-from para_jax.convert.tensors import INDEX, TensorFiles, open_tensors
+from para_jax.convert.tensors import INDEX, open_tensors
 from para_jax.errors import ParaJaxError, unknown
 from para_jax.sharding import check_mesh, own_mesh, spec
 
@@ -74,10 +75,12 @@ def _opened(path_or_hub_id: str | Path, mesh: Mesh | None, *options: Any) -> tup
 def _read(folder: Path, shapes: Backbone, check_finite: bool = False) -> Backbone:
     """The weights of a folder, where `shapes` says."""
     config, quantize, compute, stacked = shapes.config, shapes.quantize, shapes.dtype, shapes.stacked
-    files = open_tensors(folder)
     layers = range(config.num_hidden_layers)
     outside, inside = entries(config), [entries(config, layer) for layer in layers]
-    _check(folder, files, config, [*outside, *(entry for layer in inside for entry in layer)])
+    table = [*outside, *(entry for layer in inside for entry in layer)]
+    names = {part.name: part.tensor_shape for entry in table for part in entry.parts}
+    files = as_named(open_tensors(folder), config, FAMILIES[config.family].names, names)
+    check_tensors(folder, files, config, names)
     abstract = named_leaves(shapes)
     where: dict[str, Any] = {name: x.sharding for name, x in abstract.items()}
 
@@ -191,28 +194,6 @@ def _put(stack: jax.Array, x: jax.Array, layer: int, where: NamedSharding | None
     bits, new = (jax.lax.bitcast_convert_type(a, integer) for a in (stack, x))
     bits = jax.lax.dynamic_update_index_in_dim(bits, new, layer, 0)
     return jax.lax.bitcast_convert_type(bits, stack.dtype)
-
-
-def _check(folder: Path, files: TensorFiles, config: BackboneConfig, table: list[Entry]) -> None:
-    """Every tensor accounted for, or one error that lists all that is wrong."""
-    shapes = {part.name: part.tensor_shape for entry in table for part in entry.parts}
-    # Old checkpoints carry the rotary frequencies; tied ones may carry the embedding twice.
-    spare = {name for name in files.shape if name.endswith("rotary_emb.inv_freq")}
-    if config.tie_word_embeddings:
-        spare.add("lm_head.weight")
-    problems = [f"{name} {list(shape)} is missing" for name, shape in shapes.items() if name not in files.shape]
-    problems += [f"{name} is not expected" for name in files.shape if name not in shapes and name not in spare]
-    problems += [
-        f"{name} is {list(files.shape[name])} and should be {list(shape)}"
-        for name, shape in shapes.items()
-        if name in files.shape and files.shape[name] != shape
-    ]
-    twice = not problems and config.tie_word_embeddings and "lm_head.weight" in files.shape
-    if twice and not np.array_equal(files.read("lm_head.weight"), files.read("model.embed_tokens.weight")):
-        problems = ["lm_head.weight is not the embedding, so tie_word_embeddings should be false"]
-    if problems:
-        listed = "\n  ".join(problems)
-        raise ParaJaxError(f"{folder}: the tensors do not fit config.json:\n  {listed}")
 
 
 def save_backbone(

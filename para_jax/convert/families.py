@@ -9,24 +9,17 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from para_jax.backbones.block import ACTIVATIONS
-from para_jax.backbones.config import (
-    ATTENTION_SITES,
-    MLP_SITES,
-    AttentionKind,
-    BackboneConfig,
-    Experts,
-    Rope,
-    as_token_ids,
-)
-from para_jax.backbones.rope import TYPES
-from para_jax.convert.keys import CODE, ONLY, SIZES, Keys, sort_keys
+from para_jax.backbones.config import ATTENTION_SITES, CONFIG, MLP_SITES, BackboneConfig, Experts, as_token_ids
+from para_jax.convert.checks import check_values
+from para_jax.convert.keys import CODE, ONLY, SIZES, Keys, rope_code_reads, sort_keys
+from para_jax.convert.kinds import attention_kinds
 from para_jax.convert.tables import Entry, Names, entries_of
-from para_jax.errors import ParaJaxError, unknown
+from para_jax.errors import ParaJaxError, one_line, unknown
 
 LLAMA_NAMES = Names()
 
@@ -116,38 +109,44 @@ FAMILIES: dict[str, Family] = {
 def config_from_hf(fields: Mapping[str, Any], name: str = "") -> BackboneConfig:
     """What config.json's fields mean here. Raises ParaJaxError for a family or an option that is not supported."""
     model_type = fields.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         more = "; its text part alone is, as gemma3_text" if model_type == "gemma3" else ""
         raise ParaJaxError(
             f"{name or 'this checkpoint'} is of architecture {model_type!r}, which is not supported{more}. "
             f"Supported: {', '.join(FAMILIES)}"
         )
     family = FAMILIES[model_type]
+    # What config.json does not say is no end token of the checkpoint, whatever the class has.
+    eos = as_token_ids(fields.get("eos_token_id"), CONFIG)
     config = _read_by_transformers(model_type, family, fields)
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     if heads % kv_heads:
         raise ParaJaxError(f"config.json has {heads} attention heads that {kv_heads} key/value heads do not divide")
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     act = getattr(config, family.activation)
     if act not in ACTIVATIONS:
-        raise unknown("hidden_act in config.json", act, ACTIVATIONS)
-    kinds = _attention_kinds(config, model_type)
+        raise unknown(f"{family.activation} in config.json", act, ACTIVATIONS)
+    kinds = attention_kinds(config, model_type, head_dim)
     different = tuple(dict.fromkeys(kinds))
     biased = [*(ATTENTION_SITES if getattr(config, "attention_bias", False) else ())]
     biased += MLP_SITES if getattr(config, "mlp_bias", False) else ()
     scalar = getattr(config, "query_pre_attn_scalar", None)
     architecture = family.fields(config) if callable(family.fields) else family.fields
+    experts = architecture.get("experts")
+    if experts is not None and experts.per_token > experts.count:
+        raise ParaJaxError(f"config.json sends a token to {experts.per_token} of {experts.count} experts")
     return BackboneConfig(
         **{
             **{size: getattr(config, size) for size in SIZES},
             "num_key_value_heads": kv_heads,
-            "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
+            "head_dim": head_dim,
             "rms_norm_eps": config.rms_norm_eps,
             "attention_kinds": different,
             "kind_of_layer": () if len(different) == 1 else tuple(different.index(kind) for kind in kinds),
             "tie_word_embeddings": config.tie_word_embeddings,
             "max_position_embeddings": config.max_position_embeddings,
             "bos_token_id": config.bos_token_id,
-            "eos_token_ids": as_token_ids(config.eos_token_id),
+            "eos_token_ids": eos,
             "name": name,
             "family": model_type,
             "hidden_act": act,
@@ -166,24 +165,13 @@ def _read_by_transformers(model_type: str, family: Family, fields: Mapping[str, 
 
     Raises ParaJaxError for what config.json lacks, or has and is not understood; null and false turn an option off.
     """
-    missing = [key for key in SIZES if fields.get(key) is None]
-    if missing:
-        raise ParaJaxError(f"config.json lacks {', '.join(missing)}")
+    check_values(fields)
     for key in ("quantization_config", "compression_config"):
         if fields.get(key):
             raise ParaJaxError(f"config.json has a {key}; only float32, float16 and bfloat16 are read")
-    for key in (*SIZES, "num_key_value_heads", "head_dim"):
-        size = fields.get(key)
-        if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
-            raise ParaJaxError(f"config.json has {key}={size!r}, which is no whole number from 1")
     for key, value in {**ONLY, **family.only}.items():
         if fields.get(key) is not None and fields[key] != value:
             raise ParaJaxError(f"config.json has {key}={fields[key]!r}; only {value!r} is supported")
-    for key in ("layer_types", "no_rope_layers"):
-        each = fields.get(key)
-        if each is not None and (not isinstance(each, list) or len(each) < fields["num_hidden_layers"]):
-            count = len(each) if isinstance(each, list) else repr(each)
-            raise ParaJaxError(f"config.json has {count} {key} for {fields['num_hidden_layers']} layers")
 
     from transformers import CONFIG_MAPPING
 
@@ -199,7 +187,7 @@ def _read_by_transformers(model_type: str, family: Family, fields: Mapping[str, 
             **copy.deepcopy({k: v for k, v in used.items() if not (k == "rope_theta" and v is None)})
         )
     except Exception as error:  # its checks raise errors of many kinds
-        raise ParaJaxError(f"config.json is not understood by transformers: {error}") from error
+        raise ParaJaxError(f"config.json is not understood by transformers: {one_line(error)}") from error
 
 
 def _keys(fields: Mapping[str, Any]) -> Keys:
@@ -219,69 +207,22 @@ def ignored_line(fields: Mapping[str, Any], name: str = "") -> str | None:
     "config.json: keys that transformers' Qwen3ForCausalLM does not read are ignored: unk_token_id"
     """
     ignored = [f"{key} (the code it names is not run)" if key == CODE else key for key in _keys(fields).ignored]
+    ignored += _ignored_of_rope(fields)
     if not ignored:
         return None
     reader = f"transformers' {FAMILIES[fields['model_type']].architecture}"
     return f"{name or 'config.json'}: keys that {reader} does not read are ignored: {', '.join(ignored)}"
 
 
-def _attention_kinds(config: Any, model_type: str) -> list[AttentionKind]:
-    """Each layer's. Windows are of the layers that `layer_types` names, or of all where there is no such option."""
-    layers = config.num_hidden_layers
-    window = config.sliding_window if hasattr(config, "sliding_window") else None
-    types = getattr(config, "layer_types", None)
-    turned = getattr(config, "no_rope_layers", None) or [1] * layers
-    types = types or ["full_attention" if window is None else "sliding_attention"] * layers
-    known = ("full_attention", "sliding_attention")
-    for kind in types:
-        if kind not in known:
-            raise unknown("entry of layer_types in config.json", kind, known)
-    if window is None and "sliding_attention" in types[:layers]:
-        raise ParaJaxError("config.json has sliding_attention in layer_types and no sliding_window for it")
-    each = {kind: _rope(_parameters(config, kind, known), config, model_type) for kind in dict.fromkeys(types[:layers])}
-    return [
-        AttentionKind(window if types[i] == "sliding_attention" else None, each[types[i]] if turned[i] else None)
-        for i in range(layers)
-    ]
-
-
-def _parameters(config: Any, layer_type: str, known: Sequence[str]) -> Mapping[str, Any]:
-    """The rope_parameters of layers of a type, which may be those of all layers."""
-    ropes = {key: value for key, value in config.rope_parameters.items() if value is not None}
-    of_types = [key for key in ropes if key in known]
-    beside = [key for key in ropes if key not in known]
-    if not of_types:
-        return ropes
-    if beside or not isinstance(ropes.get(layer_type), Mapping):
-        raise ParaJaxError(
-            f"rope_parameters in config.json are for {', '.join(of_types)}{' beside ' if beside else ''}"
-            f"{', '.join(beside)}; give one set of them for all layers, or one for each type of layer there is"
-        )
-    return ropes[layer_type]
-
-
-def _rope(parameters: Mapping[str, Any], config: Any, model_type: str) -> Rope:
-    rope = {key: value for key, value in parameters.items() if value is not None and key != "type"}
-    theta, kind, share = (rope.pop(key, None) for key in ("rope_theta", "rope_type", "partial_rotary_factor"))
-    # Gemma 3's class leaves it beside rope_parameters.
-    share = share or getattr(config, "partial_rotary_factor", None) or 1.0
-    if not isinstance(theta, int | float) or theta <= 0:
-        raise ParaJaxError(f"config.json has rope_theta={theta!r}, which is no number above 0")
-    if kind not in TYPES:
-        raise unknown("rope_type in config.json", kind, TYPES)
-    if share != 1 and model_type != "phi3":
-        raise ParaJaxError(f"config.json has partial_rotary_factor={share}, which {model_type} has no code for")
-    if kind == "default":
-        rope.pop("original_max_position_embeddings", None)
-    missing = [key for key in TYPES[kind].needs if key not in rope]
-    extra = [key for key in rope if key not in (*TYPES[kind].needs, *TYPES[kind].may_have)]
-    if missing or extra:
-        raise ParaJaxError(
-            f"RoPE scaling of type {kind!r} in config.json takes {[*TYPES[kind].needs, *TYPES[kind].may_have]}; "
-            f"missing {missing}, not understood {extra}"
-        )
-    options = tuple((key, tuple(value) if isinstance(value, list) else value) for key, value in sorted(rope.items()))
-    return Rope(float(theta), kind, float(share), options)
+def _ignored_of_rope(fields: Mapping[str, Any]) -> Iterator[str]:
+    """The keys within RoPE's settings, for all layers or for a type of them, that no code of RoPE reads."""
+    for at in ("rope_scaling", "rope_parameters"):
+        settings = fields.get(at)
+        for key, value in settings.items() if isinstance(settings, Mapping) else ():
+            inner = value if isinstance(value, Mapping) else {}
+            yield from (f"{at}.{key}.{name}" for name in inner if not rope_code_reads(name))
+            if not inner and value is not None and not rope_code_reads(key):
+                yield f"{at}.{key}"
 
 
 def hf_fields(config: BackboneConfig) -> dict[str, Any]:
@@ -311,6 +252,8 @@ def hf_fields(config: BackboneConfig) -> dict[str, Any]:
     if replace(config_from_hf(fields), name=config.name, eos_token_ids=config.eos_token_ids) != config:
         raise ParaJaxError(problem)
     eos = config.eos_token_ids
+    if not eos and config.hf:  # a key that is not there stays away
+        return fields
     return {**fields, "eos_token_id": None if not eos else eos[0] if len(eos) == 1 else list(eos)}
 
 

@@ -46,6 +46,8 @@ OF_MODELS = {
     "attention_chunk_size", "kv_sharing_modes", "num_kv_shared_layers", "fusion_config", "transformers_weights",
     "alibi", "use_alibi",
 }  # fmt: skip
+# What says nothing but together with an option of `READ`, which is refused where it is not implemented.
+ONLY_WITH_OTHERS = {"max_window_layers"}
 # transformers runs a checkpoint's own code only where it is asked to.
 CODE = "auto_map"
 
@@ -86,7 +88,7 @@ def sort_keys(fields: Mapping[str, Any], made: Any, own: Collection[str], others
     understood = READ & {*_defaults(made), *two, *two.values(), *SPELLINGS} | {*own, *ONLY}
     # Old checkpoints say here how to generate.
     known = understood | NEUTRAL | set(GenerationConfig().to_dict())
-    matters = READ | OF_MODELS | set(others)
+    matters = (READ | OF_MODELS | set(others)) - ONLY_WITH_OTHERS
     used, refused, ignored = {}, {}, []
     for key, value in fields.items():
         if key in understood:
@@ -102,12 +104,29 @@ def sort_keys(fields: Mapping[str, Any], made: Any, own: Collection[str], others
 def _as_without(made: Any, key: str, value: Any) -> bool:
     """Whether a key has its class's default, or turns off (null, false, 0 or empty) what is off without it."""
     default = _defaults(made).get(key)
+    if key == "layer_types" and isinstance(value, list) and all(kind == "full_attention" for kind in value):
+        return True
     return value == default or not (value or default)
 
 
 def reads(made: Any, key: str) -> bool:
     """Whether the code of transformers' class reads a key of config.json."""
     return key in _defaults(made) or hasattr(made, key) or key in made.attribute_map or key in _strings(made)
+
+
+def rope_code_reads(key: str) -> bool:
+    """Whether transformers' code of RoPE reads a key of rope_parameters or rope_scaling, of whatever type."""
+    return key in _rope_strings()
+
+
+@cache
+def _rope_strings() -> frozenset[str]:
+    from transformers import modeling_rope_utils
+
+    functions = [x for x in vars(modeling_rope_utils).values() if isinstance(x, FunctionType)]
+    return frozenset(_constants(f.__code__ for f in functions)) | _strings(
+        modeling_rope_utils.RotaryEmbeddingConfigMixin
+    )
 
 
 @cache

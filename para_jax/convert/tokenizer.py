@@ -1,33 +1,159 @@
-"""The tokenizer of a checkpoint, as transformers gives it."""
+"""The tokenizer of a checkpoint, as transformers gives it, and the tokens that end its texts."""
 
 from __future__ import annotations
 
 import copy
+import logging
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from para_jax.backbones.config import checkpoint_folder
-from para_jax.errors import ParaJaxError
+from para_jax.backbones.config import CONFIG, GENERATION, BackboneConfig, checkpoint_folder, read_json
+from para_jax.convert.families import config_from_hf
+from para_jax.errors import ParaJaxError, one_line
 
 FILES = ["*.json", "tokenizer*", "*.jinja"]
+FAST, SENTENCEPIECE = "tokenizer.json", "tokenizer.model"
+OTHER_FILES = (FAST, "vocab.json", "tekken.json", "*.tiktoken", "tiktoken.model", "spiece.model", "spm.model")
+# What reads tokenizer.model: packages, and the modules that they have.
+READERS = {
+    "sentencepiece": {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"},
+    "tiktoken": {"tiktoken": "tiktoken"},
+}
+FEW = 10  # more than the tokens that a class has without any file
+JSON_FILES = ("tokenizer_config.json", FAST, "special_tokens_map.json", "added_tokens.json", "vocab.json")
 
 
 def load_tokenizer(path_or_hub_id: str | Path) -> Any:
-    """A transformers tokenizer. Raises ParaJaxError if the checkpoint has none.
+    """A transformers tokenizer. Code that comes with the checkpoint is not run.
+
+    Raises ParaJaxError if config.json is not supported, or the checkpoint has no tokenizer or a damaged one.
 
     >>> from para_jax import tiny_backbone_path
     >>> load_tokenizer(tiny_backbone_path()).decode([0])
     '<|endoftext|>'
     """
-    from transformers import AutoTokenizer
+    from transformers import CONFIG_MAPPING, AutoTokenizer
 
     folder = checkpoint_folder(path_or_hub_id, FILES)
+    fields = read_json(folder / CONFIG)
+    # Read and judged here, so that transformers has no other opinion of it.
+    family = config_from_hf(fields, str(path_or_hub_id)).family
+    made: Any = CONFIG_MAPPING[family]
+    config = made(tokenizer_class=fields.get("tokenizer_class"), name_or_path=str(folder))
+    problem = _missing(folder)
+    if problem:
+        raise ParaJaxError(f"{path_or_hub_id}: {problem}")
     try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ParaJaxError(
-            f"{path_or_hub_id} has no tokenizer that can be read: {str(error).splitlines()[0]}"
-        ) from error
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
+    except Exception as error:  # of many kinds, as its files are
+        raise ParaJaxError(f"{path_or_hub_id}: {_damage(folder, error)}") from error
+    if tokenizer.vocab_size < FEW and not _vocabulary(folder):
+        raise ParaJaxError(f"{path_or_hub_id}: its tokenizer cannot be read: {FAST} has no vocabulary")
+    return tokenizer
+
+
+def _missing(folder: Path) -> str:
+    """What a tokenizer lacks so that it can be read; empty, if nothing."""
+    if any(True for pattern in OTHER_FILES for _ in folder.glob(pattern)):
+        return ""
+    if not (folder / SENTENCEPIECE).is_file():
+        return f"it has no tokenizer, neither {FAST} nor {SENTENCEPIECE}; copy the tokenizer's files into its folder"
+    reader = "sentencepiece" if _is_sentencepiece(folder) else "tiktoken"
+    missing = [package for package, module in READERS[reader].items() if not _installed(module)]
+    if missing:
+        return f"its tokenizer is {SENTENCEPIECE} alone, which {reader} reads; pip install {' '.join(missing)}"
+    return ""
+
+
+def _is_sentencepiece(folder: Path) -> bool:
+    """Whether tokenizer.model is sentencepiece's, which begins with a field of a message, and not tiktoken's text."""
+    with (folder / SENTENCEPIECE).open("rb") as file:
+        return file.read(1) == b"\n"
+
+
+def _installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package that it is in
+        return False
+
+
+def _vocabulary(folder: Path) -> Any:
+    """What tokenizer.json has for tokens; classes of transformers make up a few where it has none."""
+    model = read_json(folder / FAST).get("model") if (folder / FAST).is_file() else {"vocab": "of another file"}
+    return model.get("vocab") if isinstance(model, dict) else None
+
+
+def _damage(folder: Path, error: Exception) -> str:
+    """Why a tokenizer could not be read: the first of its files that is damaged, or what transformers says."""
+    from tokenizers import Tokenizer
+
+    if "trust_remote_code" in str(error):
+        way = f"take auto_map out to use {FAST}" if (folder / FAST).is_file() else f"save the tokenizer as {FAST}"
+        return f"its tokenizer is Python code of its own (auto_map in tokenizer_config.json), which is never run; {way}"
+    for name in JSON_FILES:
+        if (folder / name).is_file():
+            try:
+                read_json(folder / name)
+            except ParaJaxError as damage:
+                return f"its tokenizer cannot be read: {damage}"
+    if not _vocabulary(folder):
+        return f"its tokenizer cannot be read: {FAST} has no vocabulary"
+    if (folder / FAST).is_file():
+        try:
+            Tokenizer.from_file(str(folder / FAST))
+        except Exception as damage:  # the only kind it raises
+            return f"its tokenizer cannot be read: {FAST} is damaged: {one_line(damage)}"
+    # transformers tries tiktoken where sentencepiece fails.
+    if "tiktoken" in str(error) and (folder / SENTENCEPIECE).is_file() and _is_sentencepiece(folder):
+        return f"its tokenizer cannot be read: {SENTENCEPIECE} is damaged"
+    return f"its tokenizer cannot be read: transformers says {type(error).__name__}: {one_line(error)}"
+
+
+def end_tokens(config: BackboneConfig, tokenizer: Any) -> tuple[int, ...]:
+    """The ids that end a text; the first is put after responses that have none.
+
+    They are those of generation_config.json, or else of config.json, or else the tokenizer's. A warning of `logging`,
+    one line for a backbone, says so if the files name none or the tokenizer's is another.
+
+    >>> from para_jax import tiny_backbone_path
+    >>> end_tokens(BackboneConfig.from_pretrained(tiny_backbone_path()), load_tokenizer(tiny_backbone_path()))
+    (0,)
+    """
+
+    def shown(token: int) -> str:
+        return f"{token} ({tokenizer.convert_ids_to_tokens(token)!r})" if tokenizer is not None else str(token)
+
+    ids = tuple(token for token in config.eos_token_ids if 0 <= token < config.vocab_size)
+    beyond = [str(token) for token in config.eos_token_ids if token not in ids]
+    own = getattr(tokenizer, "eos_token_id", None)
+    if own is not None and own >= config.vocab_size:
+        beyond.append(shown(own))
+        own = None
+    line = f"end token {', '.join(beyond)} is not in the vocabulary of {config.vocab_size} and is not used; "
+    line = line if beyond else ""
+    if ids and own is not None and own not in ids:
+        line += f"its files end texts with {', '.join(map(shown, ids))}, its tokenizer with {shown(own)}; "
+    elif not ids and own is not None:
+        line += f"neither {GENERATION} nor {CONFIG} names an end token; "
+    elif not ids:
+        line += (
+            f"neither {GENERATION}, {CONFIG} nor the tokenizer names an end token, so responses get none and generated "
+            "texts end at max_new_tokens only"
+        )
+    used = ids or (() if own is None else (own,))
+    if line:
+        last = f"{', '.join(map(shown, used))} {'is' if len(used) == 1 else 'are'} used" if used else ""
+        _say(f"{config.name or 'the backbone'}: {line}{last}")
+    return used
+
+
+@cache
+def _say(line: str) -> None:
+    """A warning, once for each line."""
+    logging.getLogger(__name__).warning("%s", line)
 
 
 def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:

@@ -18,6 +18,7 @@ from para_jax.backbones.decoder import Backbone
 from para_jax.checks import Number, Whole
 from para_jax.compiling import Compiling
 from para_jax.convert.checkpoint import Loading
+from para_jax.convert.tokenizer import end_tokens
 from para_jax.decoding import beams, loop, requests
 from para_jax.decoding.sampling import Sampler
 from para_jax.decoding.stops import StopStrings, stop_strings
@@ -105,7 +106,7 @@ def complete(
       length_penalty, early_stopping: how beam search ranks texts, and when it stops to look for better ones.
       stop: strings that end a text, and are no part of it, however they are cut into tokens.
       eos_token_id: the tokens that end a text, () for none, or a list of tuples, one for every row; by default the
-        backbone's.
+        backbone's (`end_tokens`).
       seed: of the draws, between 0 and 2**32 - 1. They depend on it and the row's own prompt only, so that
         one prompt twice with one seed gives one text twice.
       batch_size: the most rows run at once, by default all of them. Rows are sorted into batches by how many new tokens
@@ -148,7 +149,9 @@ def complete(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
-    ends = zip(tokenizers, requests.eos_per_row(eos_token_id, n, config), strict=True)
+    if eos_token_id is None:
+        eos_token_id = [end_tokens(config, own) for own in tokenizers]
+    ends = zip(tokenizers, requests.eos_per_row(eos_token_id, n, config.vocab_size), strict=True)
     kind_b, kinds = _kinds([_Kind(own, eos) for own, eos in ends], stop, config.vocab_size)
     scoring = _scoring(num_beams, length_penalty, early_stopping, draws=sampling.drawn)
     shards = row_shards(shapes.mesh)

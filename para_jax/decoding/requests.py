@@ -28,18 +28,17 @@ def per_row(tokenizer: Any, rows: int) -> list[Any]:
     return list(tokenizer)
 
 
-def eos_per_row(eos_token_id: Any, rows: int, config: BackboneConfig) -> list[tuple[int, ...]]:
-    """The tokens that end each row: the same for all, or a tuple for each; the backbone's, if None.
+def eos_per_row(eos: Any, rows: int, vocab_size: int) -> list[tuple[int, ...]]:
+    """The tokens that end each row: the same for all, or a tuple for each.
 
     Raises ParaJaxError for a number that is no token.
     """
-    eos = config.eos_token_ids if eos_token_id is None else eos_token_id
     apart = isinstance(eos, list | tuple) and any(isinstance(own, list | tuple) for own in eos)
     if apart and len(eos) != rows:
         raise ParaJaxError(f"eos_token_id has tuples for {len(eos)} of {rows} rows; give one for each, or ids for all")
     # As objects: NumPy would take true for 1 beside numbers.
     each = [tuple(np.ravel(np.asarray(own, object)).tolist()) for own in (eos if apart else [eos])]
-    token = Whole(0, config.vocab_size - 1)
+    token = Whole(0, vocab_size - 1)
     each = [tuple(token.check("eos_token_id", x) for x in own) for own in each]
     return each if apart else each * rows
 

@@ -67,6 +67,12 @@ class Claim:
                 before = json.loads(there.read_text(encoding="utf-8"))
             except ValueError as error:
                 raise ParaJaxError(f"{there} is damaged ({error}), so the run cannot be resumed") from None
+            if "weights_sha256" in before:  # a hash of the norm and eight rows of the embedding
+                raise ParaJaxError(
+                    f"{self.out} holds a run of an earlier version of para_jax, which noted only a few of the "
+                    "backbone's weights; whether these are the same is not known. Finish it with that version, or "
+                    "pass --overwrite"
+                )
             changed = list(changes(before, description))
             if changed:
                 listed = "; ".join(changed[:5])

@@ -17,8 +17,8 @@ from para_jax.backbones.decoder import Backbone
 from para_jax.checks import check_text
 from para_jax.data.examples import Example, Examples
 from para_jax.data.order import Mixture, sources_of
-from para_jax.distributed import whole
 from para_jax.errors import ParaJaxError
+from para_jax.training.digest import weights_digest
 from para_jax.training.optimizer import Settings
 
 RUN, METRICS, PLOT, CHECKPOINTS = "run.json", "metrics.jsonl", "loss.png", "checkpoints"
@@ -60,16 +60,13 @@ def describe(
         }
         for name in examples
     }
-    # Enough of the weights to tell a model from another of its sizes, wherever its folder is.
-    some = whole((backbone.norm[...], backbone.embed[...][:8]), backbone.mesh)
-    weights = hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in some)).hexdigest()
     run = {
         "rows": rows,
         "micro_batch_tokens": micro_batch_tokens,
         "seed": seed,
         "dtype": str(backbone.dtype),
         "quantize": backbone.quantize,
-        "weights_sha256": weights,
+        "weights": weights_digest(backbone),
     }
     return json.loads(json.dumps({"tenants": tenants, **run, "base_model": base_sizes(backbone.config)}))
 

@@ -233,9 +233,9 @@ MATTERS: list[tuple[str, dict[str, Any], str]] = [
     ("Gemma 3 1B", {"rope_parameters": {"rope_theta": 1.0}}, "full_attention, sliding_attention beside rope_theta"),
     ("Gemma 2 9B", {"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "for full_attention; give one set"),
     ("Llama 2 7B", {"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "full_attention beside rope_theta"),
-    ("Llama 2 7B", {"rope_scaling": {"type": "linear", "factor": 2.0, "finetuned": True}}, "understood ['finetuned']"),
+    ("Llama 2 7B", {"rope_scaling": {"type": "linear", "factor": 2.0, "beta_fast": 8}}, "understood ['beta_fast']"),
     ("Llama 2 7B", {"rope_parameters": {"rope_theta": 1e4, "rope_type": None}}, "rope_type in config.json None"),
-    ("Llama 2 7B", {"rope_parameters": {"rope_theta": 1e4, "mrope_section": [1]}}, "not understood ['mrope_section']"),
+    ("Llama 2 7B", {"rope_parameters": {"rope_theta": 1e4, "factor": 8.0}}, "not understood ['factor']"),
 ]  # fmt: skip
 
 

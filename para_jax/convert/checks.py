@@ -1,0 +1,93 @@
+"""The values of config.json that transformers' classes do not check, or only when a model is made or run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from para_jax.convert.keys import SIZES
+from para_jax.errors import ParaJaxError, unknown
+
+WHOLE = (
+    *SIZES, "num_key_value_heads", "head_dim", "max_position_embeddings", "num_local_experts", "num_experts",
+    "num_experts_per_tok", "moe_intermediate_size",
+)  # fmt: skip
+ABOVE_ZERO = ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
+# Those that torch knows and weights may have; what the weights are here is said by their files.
+DTYPES = (
+    "float64", "double", "float32", "float", "float16", "half", "bfloat16", "float8_e4m3fn", "float8_e5m2",
+)  # fmt: skip
+# What a RoPE option has to be, where it is not a number above 0.
+LISTS = ("short_factor", "long_factor")
+FROM_ZERO = ("attention_factor", "mscale", "mscale_all_dim")
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of JSON is a number that is neither NaN nor infinite.
+
+    >>> is_number(2), is_number(2.5), is_number(True), is_number("2"), is_number(float("inf"))
+    (True, True, False, False, False)
+    """
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_whole(value: Any, least: int = 1) -> bool:
+    """Whether a value of JSON is an integer from `least` that a size can be.
+
+    >>> is_whole(1), is_whole(0), is_whole(1.0), is_whole(True)
+    (True, False, False, False)
+    """
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**31
+
+
+def check_values(fields: Mapping[str, Any]) -> None:
+    """Raises ParaJaxError for the first value that no model can have."""
+    missing = [key for key in SIZES if fields.get(key) is None]
+    if missing:
+        raise ParaJaxError(f"config.json lacks {', '.join(missing)}")
+    for key in WHOLE:
+        if fields.get(key) is not None and not is_whole(fields[key]):
+            raise ParaJaxError(f"config.json has {key}={fields[key]!r}, which is no whole number from 1")
+    for key in ABOVE_ZERO:
+        if fields.get(key) is not None and not (is_number(fields[key]) and fields[key] > 0):
+            raise ParaJaxError(f"config.json has {key}={fields[key]!r}, which is no number above 0")
+    eps = fields.get("rms_norm_eps")
+    if isinstance(eps, float) and not (is_number(eps) and eps >= 0):
+        raise ParaJaxError(f"config.json has rms_norm_eps={eps!r}, which is no number from 0")
+    for key in ("dtype", "torch_dtype"):
+        if fields.get(key) is not None and fields[key] not in DTYPES:
+            raise unknown(f"{key} in config.json", fields[key], DTYPES)
+    for key in ("layer_types", "no_rope_layers"):
+        each = fields.get(key)
+        if each is not None and (not isinstance(each, list) or len(each) < fields["num_hidden_layers"]):
+            count = len(each) if isinstance(each, list) else repr(each)
+            raise ParaJaxError(f"config.json has {count} {key} for {fields['num_hidden_layers']} layers")
+
+
+def check_rope(kind: str, options: Mapping[str, Any], dim: int) -> None:
+    """Raises ParaJaxError for an option of RoPE scaling that frequencies of `dim` features cannot be made with."""
+
+    def refuse(key: str, what: str) -> ParaJaxError:
+        return ParaJaxError(f"RoPE scaling of type {kind!r} in config.json has {key}={options[key]!r}, which is {what}")
+
+    for key, value in options.items():
+        if key in LISTS:
+            if not (isinstance(value, list) and len(value) == dim // 2 and all(is_number(x) and x > 0 for x in value)):
+                short = f"a list of {len(value)}" if isinstance(value, list) else repr(value)
+                raise ParaJaxError(
+                    f"RoPE scaling of type {kind!r} in config.json has {key} of {short}; it takes {dim // 2} numbers "
+                    "above 0, one for each pair of features"
+                )
+        elif key == "truncate":
+            if not isinstance(value, bool):
+                raise refuse(key, "neither true nor false")
+        elif key == "original_max_position_embeddings":
+            if not is_whole(value):
+                raise refuse(key, "no whole number from 1")
+        elif not is_number(value) or value < 0 or (value == 0 and key not in FROM_ZERO):
+            raise refuse(key, "no number from 0" if key in FROM_ZERO else "no number above 0")
+    if kind == "llama3" and options["high_freq_factor"] <= options["low_freq_factor"]:
+        raise refuse("high_freq_factor", f"not above low_freq_factor={options['low_freq_factor']!r}")
+    if dim < 2 or dim % 2 or (kind == "dynamic" and dim == 2):
+        raise ParaJaxError(f"RoPE of type {kind!r} cannot rotate {dim} of a head's features; config.json has to fit")
