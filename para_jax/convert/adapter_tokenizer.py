@@ -40,8 +40,7 @@ def adapter_tokenizer(tokenizer: Any, folder: str | Path, vocab_size: int) -> An
     if has_tokenizer(folder):
         return _of_files(tokenizer, _Files(folder), vocab_size)
     _check_added(tokenizer, folder)
-    template = load_chat_template(folder)
-    return tokenizer if template is None else _speaking(tokenizer, json.dumps(template))
+    return _with(tokenizer, load_chat_template(folder))
 
 
 def has_tokenizer(folder: str | Path) -> bool:
@@ -68,7 +67,9 @@ class _Files:
 @lru_cache(maxsize=256)
 def _of_files(tokenizer: Any, files: _Files, vocab_size: int) -> Any:
     folder = files.folder
-    load_chat_template(folder)  # raises for what is no text
+    template = load_chat_template(folder)
+    if _same_files(tokenizer, folder):
+        return _with(tokenizer, template)
     try:
         # The backbone's class: what is of another one is of another vocabulary, and no code of the folder is run.
         own = type(tokenizer).from_pretrained(folder)
@@ -80,11 +81,32 @@ def _of_files(tokenizer: Any, files: _Files, vocab_size: int) -> Any:
         ) from error
     _check_vocabularies(tokenizer, own, folder, vocab_size)
     _end_no_prompt(tokenizer, own, folder)
-    template = tokenizer.chat_template if own.chat_template is None else own.chat_template
     if _works_as(tokenizer) == _works_as(own):
-        return tokenizer if template == tokenizer.chat_template else _speaking(tokenizer, json.dumps(template))
-    own.chat_template = template
+        return _with(tokenizer, own.chat_template)
+    own.chat_template = own.chat_template or tokenizer.chat_template
     return own
+
+
+def _same_files(tokenizer: Any, folder: Path) -> bool:
+    """Whether the folder has what the backbone's tokenizer saves: to read a large one takes seconds."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    path = folder / "tokenizer.json"
+    if backend is None or not path.is_file() or path.read_bytes() != backend.to_str(pretty=True).encode():
+        return False
+    try:
+        fields = json.loads((folder / TOKENIZER).read_text(encoding="utf-8"))
+        end, template = fields.get("eos_token"), fields.get("chat_template")
+    except (OSError, ValueError, AttributeError):
+        return False
+    end = end.get("content") if isinstance(end, dict) else end
+    several = isinstance(template, list) or (folder / "additional_chat_templates").exists()
+    return end == tokenizer.eos_token and not several
+
+
+def _with(tokenizer: Any, template: Any) -> Any:
+    if template is None or template == tokenizer.chat_template:
+        return tokenizer
+    return _speaking(tokenizer, json.dumps(template))
 
 
 @lru_cache(maxsize=256)

@@ -16,6 +16,7 @@ from para_jax import LoraConfig, ParaConfig, save_adapter, tiny_backbone_path
 from para_jax.adapters.weights import WEIGHTS
 from para_jax.cli import main
 from para_jax.cli.adapters import adapter_folders
+from para_jax.convert.adapter_tokenizer import adapter_tokenizer
 from para_jax.errors import ParaJaxError
 from tests.helpers import random_adapter
 
@@ -167,6 +168,29 @@ def test_a_chat_template_of_its_own(own: Path, tiny, capsys, monkeypatch) -> Non
     texts = [tiny[1].decode(tokens) for tokens, _, _ in seen]
     assert texts == ["HELLO ", "User: hello\nAssistant:", "HELLO ", "HELLO ", "hello"]
     assert {eos for _, eos, _ in seen} == {(0,)}
+
+
+def test_the_backbones_own_tokenizer(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Saved beside an adapter it is the same one, and is not read; nor does how a run padded make it another."""
+    tokenizer = type(tiny[1]).from_pretrained(tiny_backbone_path())
+    tokenizer.save_pretrained(tmp_path / "saved")
+    tokenizer.padding_side = "left"
+    tokenizer(["a", "b c d"], padding=True, truncation=True, max_length=9)
+    tokenizer.save_pretrained(tmp_path / "padded")
+    assert adapter_tokenizer(tiny[1], tmp_path / "padded", 4096) is tiny[1]
+    (tmp_path / "saved" / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    monkeypatch.setattr(type(tiny[1]), "from_pretrained", None)
+    own = adapter_tokenizer(tiny[1], tmp_path / "saved", 4096)
+    assert own.chat_template == "{{ messages[0].content }}" and own.backend_tokenizer is tiny[1].backend_tokenizer
+    assert tiny[1].chat_template != own.chat_template
+
+
+def test_several_templates_by_name(tiny, tmp_path: Path) -> None:
+    tokenizer = type(tiny[1]).from_pretrained(tiny_backbone_path())
+    tokenizer.chat_template = {"default": "{{ messages[0].content }}", "tool_use": "{{ tools }}"}
+    tokenizer.save_pretrained(tmp_path / "a")
+    own = adapter_tokenizer(tiny[1], tmp_path / "a", 4096)
+    assert own.chat_template == tokenizer.chat_template and own.backend_tokenizer is tiny[1].backend_tokenizer
 
 
 def test_added_tokens_that_the_backbone_has(own: Path, tiny, tmp_path: Path, capsys, monkeypatch) -> None:
