@@ -262,22 +262,32 @@ def refusal(folder: Path, backbone: Backbone) -> str:
     return str(caught.value)
 
 
-def test_resized_embeddings(make: Make, backbone: Backbone) -> None:
-    _, folder = make(r=2, target_modules=["q_proj"], resize=64)
+def test_resized_embeddings(base: Path, make: Make, backbone: Backbone, tmp_path: Path) -> None:
+    """And the way out that the message and docs/adapters.md give."""
+    made, folder = make(r=2, target_modules=["q_proj"], resize=64)
     assert "base_model.model.lm_head.weight" in load_file(folder / WEIGHTS)
     message = refusal(folder, backbone)
     assert (
         "adapter_model.safetensors: it holds the model's lm_head and embed_tokens of 64 tokens, and the backbone has "
         "61: its tokenizer got more tokens and the model was resized before it was tuned (resize_token_embeddings). "
         "Resize the base model in the same way, merge the adapter in peft and load the merged model as the backbone"
-    ) in message.replace("embed_tokens and lm_head", "lm_head and embed_tokens")
+    ) in message
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(64)
+    peft.PeftModel.from_pretrained(model, folder).merge_and_unload().save_pretrained(tmp_path / "merged")
+    merged = Backbone.from_pretrained(tmp_path / "merged", dtype="float32")
+    with torch.no_grad():
+        theirs = made(torch.from_numpy(TOKENS)).logits.numpy()
+    assert np.abs(np.asarray(merged(jnp.asarray(TOKENS))) - theirs).max() < 1e-4 * np.abs(theirs).max()
 
 
 def test_embeddings_that_were_saved_with_it(make: Make, backbone: Backbone) -> None:
-    _, folder = make(r=2, target_modules=["q_proj"], save_embedding_layers=True)
+    made, folder = make(r=2, target_modules=["q_proj"], save_embedding_layers=True)
     message = refusal(folder, backbone)
     assert "which all tenants share here. If they were tuned, merge the adapter in peft" in message
     assert "save the adapter without them: model.save_pretrained(folder, save_embedding_layers=False)" in message
+    made.save_pretrained(folder, save_embedding_layers=False)
+    assert same_function(made, backbone, load_adapter(folder, backbone.config))
 
 
 @pytest.mark.parametrize("module", ["lm_head", "embed_tokens"])
