@@ -119,14 +119,14 @@ def _check_vocabularies(tokenizer: Any, own: Any, folder: Path, vocab_size: int)
     """Raises ParaJaxError if the folder's tokenizer is another model's. Says which tokens have no embeddings here."""
     ours, theirs = tokenizer.get_vocab(), own.get_vocab()
     added = {str(token) for token in tokenizer.added_tokens_decoder.values()}
-    moved = [t for t, i in theirs.items() if ours.get(t, i) != i] + [
-        t for t in ours if t not in theirs and t not in added
-    ]
+    # Tokens that were added may be others, or elsewhere; the vocabulary proper has to be the same.
+    own_words = [token for token in ours if token not in added]
+    moved = [token for token in own_words if theirs.get(token) != ours[token]]
     if moved:
-        first = min(moved, key=lambda t: min(ours.get(t, len(ours)), theirs.get(t, len(ours))))
+        first = min(moved, key=lambda token: ours[token])
         raise ParaJaxError(
             f"the tokenizer in {folder} has another vocabulary than the backbone's: {len(moved)} tokens differ, such "
-            f"as {first!r}, {theirs.get(first, 'which is not')} there and {ours.get(first, 'which is not')} here. The "
+            f"as {first!r}, which is {theirs.get(first, 'not')} there and {ours[first]} here. The "
             "adapter was tuned on another model: load that as the backbone. If it was not, remove the tokenizer's files"
         )
     beyond = {t: i for t, i in sorted(theirs.items(), key=lambda item: item[1]) if i >= vocab_size and t not in ours}

@@ -185,6 +185,19 @@ def test_the_backbones_own_tokenizer(tiny, tmp_path: Path, monkeypatch: pytest.M
     assert tiny[1].chat_template != own.chat_template
 
 
+def test_added_tokens_in_other_places(tiny, tmp_path: Path) -> None:
+    """A reserved token that was given another name is the adapter's own; what else there is has its place."""
+    tokenizer = type(tiny[1]).from_pretrained(tiny_backbone_path())
+    tokenizer.save_pretrained(tmp_path / "a")
+    path = tmp_path / "a" / "tokenizer.json"
+    path.write_text(path.read_text().replace("<|pad|>", "<|mail|>"))
+    config = tmp_path / "a" / "tokenizer_config.json"
+    config.write_text(config.read_text().replace("<|pad|>", "<|mail|>"))
+    own = adapter_tokenizer(tiny[1], tmp_path / "a", 4096)
+    ids = own("<|mail|>hello")["input_ids"]
+    assert ids == [tiny[1].convert_tokens_to_ids("<|pad|>"), *tiny[1]("hello")["input_ids"]]
+
+
 def test_several_templates_by_name(tiny, tmp_path: Path) -> None:
     tokenizer = type(tiny[1]).from_pretrained(tiny_backbone_path())
     tokenizer.chat_template = {"default": "{{ messages[0].content }}", "tool_use": "{{ tools }}"}

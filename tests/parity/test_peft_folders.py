@@ -331,6 +331,12 @@ CAUSES: list[tuple[str, Callable[[dict[str, Any]], object], str]] = [
         "base_layer.weight: it is not an adapter's file but a state dict of the whole model. Save the adapter alone",
     ),
     (
+        "whole quantized model",
+        lambda x: x.update({f"{AT}.0.mlp.up_proj.base_layer.weight": torch.zeros(9, 1, dtype=torch.uint8)}),
+        "up_proj.base_layer.weight is U8; adapters are read in float32, float16 and bfloat16; it is a weight of the model "
+        "itself. Save the adapter alone: model.save_pretrained(folder)",
+    ),
+    (
         "other method",
         lambda x: x.update({f"{AT}.0.self_attn.q_proj.ia3_l": torch.zeros(32, 1)}),
         "its tensors are those of peft_type IA3, and its config says LORA; take the config that is its own",
