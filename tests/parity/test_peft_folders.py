@@ -333,8 +333,8 @@ CAUSES: list[tuple[str, Callable[[dict[str, Any]], object], str]] = [
     (
         "whole quantized model",
         lambda x: x.update({f"{AT}.0.mlp.up_proj.base_layer.weight": torch.zeros(9, 1, dtype=torch.uint8)}),
-        "up_proj.base_layer.weight is U8; adapters are read in float32, float16 and bfloat16; it is a weight of the model "
-        "itself. Save the adapter alone: model.save_pretrained(folder)",
+        "up_proj.base_layer.weight is U8; adapters are read in float32, float16 and bfloat16; it is a weight of the "
+        "model itself. Save the adapter alone: model.save_pretrained(folder)",
     ),
     (
         "other method",
