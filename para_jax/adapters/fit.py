@@ -86,16 +86,16 @@ def _embeddings(case: Case) -> str | None:
     modules = " and ".join(dict.fromkeys(found.values()))
     tokens = case.names.tensors[next(iter(found))].shape[:1]
     here = case.vocab_size
-    if here is None or tokens == (here,):
-        return (
-            f"it holds the model's {modules}, which all tenants share here. If they were tuned, {MERGE}; if not, save "
-            "the adapter without them: model.save_pretrained(folder, save_embedding_layers=False)"
-        )
-    return (
-        f"it holds the model's {modules} of {tokens[0] if tokens else 0} tokens, and the backbone has {here}: its "
-        "tokenizer got more tokens and the model was resized before it was tuned (resize_token_embeddings). Resize the "
-        f"base model in the same way, {MERGE}"
+    without = "save the adapter without them: model.save_pretrained(folder, save_embedding_layers=False)"
+    if here is None or not tokens or tokens[0] == here:
+        shared = f"it holds the model's {modules}, which all tenants share here"
+        return f"{shared}. If they were tuned, {MERGE}; if not, {without}"
+    why = (
+        f"it holds the model's {modules} of {tokens[0]} tokens, and the backbone has {here}: the model was resized "
+        "to its tokenizer (resize_token_embeddings) before it was tuned, and PEFT saved them. "
     )
+    merge = f"esize the base model in the same way, {MERGE}"
+    return f"{why}R{merge}" if tokens[0] > here else f"{why}If they were not tuned, {without}; else r{merge}"
 
 
 def _of_dora(case: Case) -> str | None:

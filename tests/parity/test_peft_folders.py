@@ -269,8 +269,9 @@ def test_resized_embeddings(base: Path, make: Make, backbone: Backbone, tmp_path
     message = refusal(folder, backbone)
     assert (
         "adapter_model.safetensors: it holds the model's lm_head and embed_tokens of 64 tokens, and the backbone has "
-        "61: its tokenizer got more tokens and the model was resized before it was tuned (resize_token_embeddings). "
-        "Resize the base model in the same way, merge the adapter in peft and load the merged model as the backbone"
+        "61: the model was resized to its tokenizer (resize_token_embeddings) before it was tuned, and PEFT saved "
+        "them. Resize the base model in the same way, merge the adapter in peft and load the merged model as the "
+        "backbone"
     ) in message
     model = AutoModelForCausalLM.from_pretrained(base)
     model.resize_token_embeddings(64)
@@ -279,6 +280,22 @@ def test_resized_embeddings(base: Path, make: Make, backbone: Backbone, tmp_path
     with torch.no_grad():
         theirs = made(torch.from_numpy(TOKENS)).logits.numpy()
     assert np.abs(np.asarray(merged(jnp.asarray(TOKENS))) - theirs).max() < 1e-4 * np.abs(theirs).max()
+
+
+def test_embeddings_of_fewer_tokens(make: Make, backbone: Backbone) -> None:
+    """Models have more rows than their tokenizers have tokens, and many scripts resize to the tokenizer."""
+    made, folder = make(r=2, target_modules=["q_proj"], resize=50)
+    assert (
+        "PEFT saved them. If they were not tuned, save the adapter without them: model.save_pretrained(folder, "
+        "save_embedding_layers=False); else resize the base model in the same way, merge the adapter in peft"
+    ) in refusal(folder, backbone)
+    made.save_pretrained(folder, save_embedding_layers=False)
+    bank = AdapterBank.load({"a": folder}, backbone.config)
+    tokens = TOKENS % 50
+    with torch.no_grad():
+        theirs = made(torch.from_numpy(tokens)).logits.numpy()
+    ours = np.asarray(backbone(jnp.asarray(tokens), bank=bank, tenants=["a", "a"]))[..., :50]
+    assert np.abs(ours - theirs).max() < 1e-4 * np.abs(theirs).max()
 
 
 def test_embeddings_that_were_saved_with_it(make: Make, backbone: Backbone) -> None:
