@@ -23,6 +23,7 @@ class Case(NamedTuple):
     shapes: Mapping[str, tuple[int, ...]]
     made_for: str
     backbone: BackboneShape
+    vocab_size: int | None
 
     @property
     def extra(self) -> list[str]:
@@ -40,13 +41,18 @@ class Case(NamedTuple):
 
 
 def check_fits(
-    path: Path, names: Names, shapes: Mapping[str, tuple[int, ...]], made_for: str, backbone: BackboneShape
+    path: Path,
+    names: Names,
+    shapes: Mapping[str, tuple[int, ...]],
+    made_for: str,
+    backbone: BackboneShape,
+    vocab_size: int | None,
 ) -> None:
     """Every tensor accounted for, or one error that lists all that is wrong and says what most likely is.
 
     `shapes` are those that the config means, by PEFT's names. Raises ParaJaxError.
     """
-    case = Case(names, shapes, made_for, backbone)
+    case = Case(names, shapes, made_for, backbone, vocab_size)
     problems = [f"{name} {list(shapes[name])} is missing" for name in case.missing]
     problems += [f"{names.in_file[name]} is not expected" for name in case.extra]
     problems += [
@@ -79,17 +85,17 @@ def _embeddings(case: Case) -> str | None:
         return f"it adapts {modules}, which is the backbone's here and not adapted; {MERGE}, or tune again without it"
     modules = " and ".join(dict.fromkeys(found.values()))
     tokens = case.names.tensors[next(iter(found))].shape[:1]
-    here = getattr(case.backbone, "vocab_size", None)
-    if here is None or tokens == (here,):
-        return (
-            f"it holds the model's {modules}, which all tenants share here. If they were tuned, {MERGE}; if not, save "
-            "the adapter without them: model.save_pretrained(folder, save_embedding_layers=False)"
-        )
-    return (
-        f"it holds the model's {modules} of {tokens[0] if tokens else 0} tokens, and the backbone has {here}: its "
-        "tokenizer got more tokens and the model was resized before it was tuned (resize_token_embeddings). Resize the "
-        f"base model in the same way, {MERGE}"
+    here = case.vocab_size
+    without = "save the adapter without them: model.save_pretrained(folder, save_embedding_layers=False)"
+    if here is None or not tokens or tokens[0] == here:
+        shared = f"it holds the model's {modules}, which all tenants share here"
+        return f"{shared}. If they were tuned, {MERGE}; if not, {without}"
+    why = (
+        f"it holds the model's {modules} of {tokens[0]} tokens, and the backbone has {here}: the model was resized "
+        "to its tokenizer (resize_token_embeddings) before it was tuned, and PEFT saved them. "
     )
+    merge = f"esize the base model in the same way, {MERGE}"
+    return f"{why}R{merge}" if tokens[0] > here else f"{why}If they were not tuned, {without}; else r{merge}"
 
 
 def _of_dora(case: Case) -> str | None:

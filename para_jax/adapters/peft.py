@@ -163,7 +163,8 @@ def from_peft(folder: Path, config_fields: Mapping[str, Any], weights: Weights, 
         raise ParaJaxError(f"{folder} (made for {made_for}): {error}") from error
     except re.error as error:
         raise ParaJaxError(f"{folder}: a pattern in its config is no regular expression: {error}") from error
-    check_fits(weights.path, names, {name: place.shape for name, place in table.items()}, made_for, there)
+    shapes = {name: place.shape for name, place in table.items()}
+    check_fits(weights.path, names, shapes, made_for, there, getattr(shape, "vocab_size", None))
     tensors: Mapping[str, np.ndarray] = names.tensors
     if view is not None:
         config, tensors = split(config, tensors, view, _kept(weights.metadata, config, shape))

@@ -100,18 +100,18 @@ def _safetensors(path: Path) -> Weights:
             for key in f.keys():  # noqa: SIM118  (no mapping)
                 dtype = f.get_slice(key).get_dtype()
                 if dtype not in DTYPES:
-                    whole = (
-                        "; it is a weight of the model itself, and the file a state dict of the whole model. Save the "
-                    )
-                    whole += "adapter alone: model.save_pretrained(folder)"
-                    raise ParaJaxError(
-                        f"{path}: {key} is {dtype}; adapters are read in float32, float16 and bfloat16"
-                        f"{whole if '.base_layer.' in key else ''}"
-                    )
+                    raise _no_float(path, key, dtype)
                 tensors[key] = f.get_tensor(key)
             return Weights(path, tensors, f.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise ParaJaxError(f"{path} is damaged: {error}") from error
+
+
+def _no_float(path: Path, key: str, dtype: str) -> ParaJaxError:
+    out = "save it in one of these"
+    if ".base_layer." in key:
+        out = "it is a weight of the model itself. Save the adapter alone: model.save_pretrained(folder)"
+    return ParaJaxError(f"{path}: {key} is {dtype}; adapters are read in float32, float16 and bfloat16; {out}")
 
 
 def _torch(path: Path) -> Weights:

@@ -40,8 +40,7 @@ def adapter_tokenizer(tokenizer: Any, folder: str | Path, vocab_size: int) -> An
     if has_tokenizer(folder):
         return _of_files(tokenizer, _Files(folder), vocab_size)
     _check_added(tokenizer, folder)
-    template = load_chat_template(folder)
-    return tokenizer if template is None else _speaking(tokenizer, json.dumps(template))
+    return _with(tokenizer, load_chat_template(folder))
 
 
 def has_tokenizer(folder: str | Path) -> bool:
@@ -68,7 +67,9 @@ class _Files:
 @lru_cache(maxsize=256)
 def _of_files(tokenizer: Any, files: _Files, vocab_size: int) -> Any:
     folder = files.folder
-    load_chat_template(folder)  # raises for what is no text
+    template = load_chat_template(folder)
+    if _same_files(tokenizer, folder):
+        return _with(tokenizer, template)
     try:
         # The backbone's class: what is of another one is of another vocabulary, and no code of the folder is run.
         own = type(tokenizer).from_pretrained(folder)
@@ -80,11 +81,32 @@ def _of_files(tokenizer: Any, files: _Files, vocab_size: int) -> Any:
         ) from error
     _check_vocabularies(tokenizer, own, folder, vocab_size)
     _end_no_prompt(tokenizer, own, folder)
-    template = tokenizer.chat_template if own.chat_template is None else own.chat_template
     if _works_as(tokenizer) == _works_as(own):
-        return tokenizer if template == tokenizer.chat_template else _speaking(tokenizer, json.dumps(template))
-    own.chat_template = template
+        return _with(tokenizer, own.chat_template)
+    own.chat_template = own.chat_template or tokenizer.chat_template
     return own
+
+
+def _same_files(tokenizer: Any, folder: Path) -> bool:
+    """Whether the folder has what the backbone's tokenizer saves: to read a large one takes seconds."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    path = folder / "tokenizer.json"
+    if backend is None or not path.is_file() or path.read_bytes() != backend.to_str(pretty=True).encode():
+        return False
+    try:
+        fields = json.loads((folder / TOKENIZER).read_text(encoding="utf-8"))
+        end, template = fields.get("eos_token"), fields.get("chat_template")
+    except (OSError, ValueError, AttributeError):
+        return False
+    end = end.get("content") if isinstance(end, dict) else end
+    several = isinstance(template, list) or (folder / "additional_chat_templates").exists()
+    return end == tokenizer.eos_token and not several
+
+
+def _with(tokenizer: Any, template: Any) -> Any:
+    if template is None or template == tokenizer.chat_template:
+        return tokenizer
+    return _speaking(tokenizer, json.dumps(template))
 
 
 @lru_cache(maxsize=256)
@@ -97,14 +119,14 @@ def _check_vocabularies(tokenizer: Any, own: Any, folder: Path, vocab_size: int)
     """Raises ParaJaxError if the folder's tokenizer is another model's. Says which tokens have no embeddings here."""
     ours, theirs = tokenizer.get_vocab(), own.get_vocab()
     added = {str(token) for token in tokenizer.added_tokens_decoder.values()}
-    moved = [t for t, i in theirs.items() if ours.get(t, i) != i] + [
-        t for t in ours if t not in theirs and t not in added
-    ]
+    # Tokens that were added may be others, or elsewhere; the vocabulary proper has to be the same.
+    own_words = [token for token in ours if token not in added]
+    moved = [token for token in own_words if theirs.get(token) != ours[token]]
     if moved:
-        first = min(moved, key=lambda t: min(ours.get(t, len(ours)), theirs.get(t, len(ours))))
+        first = min(moved, key=lambda token: ours[token])
         raise ParaJaxError(
             f"the tokenizer in {folder} has another vocabulary than the backbone's: {len(moved)} tokens differ, such "
-            f"as {first!r}, {theirs.get(first, 'which is not')} there and {ours.get(first, 'which is not')} here. The "
+            f"as {first!r}, which is {theirs.get(first, 'not')} there and {ours[first]} here. The "
             "adapter was tuned on another model: load that as the backbone. If it was not, remove the tokenizer's files"
         )
     beyond = {t: i for t, i in sorted(theirs.items(), key=lambda item: item[1]) if i >= vocab_size and t not in ours}

@@ -94,8 +94,8 @@ def _finite(at: str, old: np.ndarray, new: np.ndarray) -> np.ndarray:
     if not np.isfinite(new).all() and np.isfinite(old).all():
         raise ParaJaxError(
             f"the adapter cannot be merged: with it the weight of {at.removeprefix('base_model.model.')} is NaN or "
-            "beyond float32. Its training diverged; take an earlier checkpoint, or tune it again with a lower "
-            "learning rate"
+            "beyond float32. Its training diverged; take an earlier checkpoint, or tune it again with a lower learning "
+            "rate"
         )
     return new
 

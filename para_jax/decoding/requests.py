@@ -69,9 +69,10 @@ def encode(tokenizers: Any, prompts: Sequence[str | Sequence[int]], vocab_size: 
             raise ParaJaxError(f"the prompt of row {row} is neither a string nor a list of token ids")
         if ids.min() < 0 or ids.max() >= vocab_size:
             wrong = ids[(ids < 0) | (ids >= vocab_size)][0]
+            added = getattr(tokenizer, "added_tokens_decoder", {}).get(int(wrong))
+            out = "is the tokenizer another model's?" if added is None else f"take {added} out of the prompt"
             raise ParaJaxError(
-                f"the prompt of row {row} has token {wrong}, and the backbone's vocabulary has {vocab_size}; "
-                "is the tokenizer another model's?"
+                f"the prompt of row {row} has token {wrong}, and the backbone's vocabulary has {vocab_size}; {out}"
             )
         encoded.append(ids.astype(np.int32))
     return encoded

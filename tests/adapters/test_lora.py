@@ -242,8 +242,7 @@ def plain_layers(adapter: Adapter) -> Any:
         ({"target_modules": ("q_proj", "q_proj")}, "target_modules names q_proj more than once"),
         (
             {"exclude_modules": ("lm_head",)},
-            "exclude_modules has lm_head; embeddings and the output layer are the backbone's and not adapted. "
-            "Take it out",
+            "exclude_modules has lm_head; embeddings and the output layer are the backbone's and not adapted. Take",
         ),
         ({"exclude_modules": None}, "exclude_modules must be names of modules, not None"),
         ({"layers_to_transform": 2}, "has layer 2; the backbone has layers 0 to 1"),

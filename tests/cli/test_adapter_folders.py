@@ -16,6 +16,7 @@ from para_jax import LoraConfig, ParaConfig, save_adapter, tiny_backbone_path
 from para_jax.adapters.weights import WEIGHTS
 from para_jax.cli import main
 from para_jax.cli.adapters import adapter_folders
+from para_jax.convert.adapter_tokenizer import adapter_tokenizer
 from para_jax.errors import ParaJaxError
 from tests.helpers import random_adapter
 
@@ -169,6 +170,42 @@ def test_a_chat_template_of_its_own(own: Path, tiny, capsys, monkeypatch) -> Non
     assert {eos for _, eos, _ in seen} == {(0,)}
 
 
+def test_the_backbones_own_tokenizer(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Saved beside an adapter it is the same one, and is not read; nor does how a run padded make it another."""
+    tokenizer = type(tiny[1]).from_pretrained(tiny_backbone_path())
+    tokenizer.save_pretrained(tmp_path / "saved")
+    tokenizer.padding_side = "left"
+    tokenizer(["a", "b c d"], padding=True, truncation=True, max_length=9)
+    tokenizer.save_pretrained(tmp_path / "padded")
+    assert adapter_tokenizer(tiny[1], tmp_path / "padded", 4096) is tiny[1]
+    (tmp_path / "saved" / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    monkeypatch.setattr(type(tiny[1]), "from_pretrained", None)
+    own = adapter_tokenizer(tiny[1], tmp_path / "saved", 4096)
+    assert own.chat_template == "{{ messages[0].content }}" and own.backend_tokenizer is tiny[1].backend_tokenizer
+    assert tiny[1].chat_template != own.chat_template
+
+
+def test_added_tokens_in_other_places(tiny, tmp_path: Path) -> None:
+    """A reserved token that was given another name is the adapter's own; what else there is has its place."""
+    tokenizer = type(tiny[1]).from_pretrained(tiny_backbone_path())
+    tokenizer.save_pretrained(tmp_path / "a")
+    path = tmp_path / "a" / "tokenizer.json"
+    path.write_text(path.read_text().replace("<|pad|>", "<|mail|>"))
+    config = tmp_path / "a" / "tokenizer_config.json"
+    config.write_text(config.read_text().replace("<|pad|>", "<|mail|>"))
+    own = adapter_tokenizer(tiny[1], tmp_path / "a", 4096)
+    ids = own("<|mail|>hello")["input_ids"]
+    assert ids == [tiny[1].convert_tokens_to_ids("<|pad|>"), *tiny[1]("hello")["input_ids"]]
+
+
+def test_several_templates_by_name(tiny, tmp_path: Path) -> None:
+    tokenizer = type(tiny[1]).from_pretrained(tiny_backbone_path())
+    tokenizer.chat_template = {"default": "{{ messages[0].content }}", "tool_use": "{{ tools }}"}
+    tokenizer.save_pretrained(tmp_path / "a")
+    own = adapter_tokenizer(tiny[1], tmp_path / "a", 4096)
+    assert own.chat_template == tokenizer.chat_template and own.backend_tokenizer is tiny[1].backend_tokenizer
+
+
 def test_added_tokens_that_the_backbone_has(own: Path, tiny, tmp_path: Path, capsys, monkeypatch) -> None:
     """A tokenizer with fewer tokens than the backbone has rows, as Qwen's, and one beside the adapter with more."""
     model = tmp_path / "model"
@@ -211,7 +248,8 @@ def test_added_tokens_that_the_backbone_lacks(own: Path, tiny, capsys, caplog, m
         "<|mail|> (4097). Rows with one of them are refused."
     ) in caplog.text
     given = ["generate", "--adapters", own, "--tenant", "acme", "--prompt", "<|mail|>hello"]
-    assert "has token 4097, and the backbone's vocabulary has 4096" in failure(capsys, *given)
+    error = failure(capsys, *given)
+    assert "has token 4097, and the backbone's vocabulary has 4096; take <|mail|> out of the prompt" in error
 
 
 def test_a_tokenizer_that_ends_every_text(own: Path, tiny, capsys, monkeypatch) -> None:

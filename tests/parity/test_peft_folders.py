@@ -262,22 +262,49 @@ def refusal(folder: Path, backbone: Backbone) -> str:
     return str(caught.value)
 
 
-def test_resized_embeddings(make: Make, backbone: Backbone) -> None:
-    _, folder = make(r=2, target_modules=["q_proj"], resize=64)
+def test_resized_embeddings(base: Path, make: Make, backbone: Backbone, tmp_path: Path) -> None:
+    """And the way out that the message and docs/adapters.md give."""
+    made, folder = make(r=2, target_modules=["q_proj"], resize=64)
     assert "base_model.model.lm_head.weight" in load_file(folder / WEIGHTS)
     message = refusal(folder, backbone)
     assert (
         "adapter_model.safetensors: it holds the model's lm_head and embed_tokens of 64 tokens, and the backbone has "
-        "61: its tokenizer got more tokens and the model was resized before it was tuned (resize_token_embeddings). "
-        "Resize the base model in the same way, merge the adapter in peft and load the merged model as the backbone"
-    ) in message.replace("embed_tokens and lm_head", "lm_head and embed_tokens")
+        "61: the model was resized to its tokenizer (resize_token_embeddings) before it was tuned, and PEFT saved "
+        "them. Resize the base model in the same way, merge the adapter in peft and load the merged model as the "
+        "backbone"
+    ) in message
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(64)
+    peft.PeftModel.from_pretrained(model, folder).merge_and_unload().save_pretrained(tmp_path / "merged")
+    merged = Backbone.from_pretrained(tmp_path / "merged", dtype="float32")
+    with torch.no_grad():
+        theirs = made(torch.from_numpy(TOKENS)).logits.numpy()
+    assert np.abs(np.asarray(merged(jnp.asarray(TOKENS))) - theirs).max() < 1e-4 * np.abs(theirs).max()
+
+
+def test_embeddings_of_fewer_tokens(make: Make, backbone: Backbone) -> None:
+    """Models have more rows than their tokenizers have tokens, and many scripts resize to the tokenizer."""
+    made, folder = make(r=2, target_modules=["q_proj"], resize=50)
+    assert (
+        "PEFT saved them. If they were not tuned, save the adapter without them: model.save_pretrained(folder, "
+        "save_embedding_layers=False); else resize the base model in the same way, merge the adapter in peft"
+    ) in refusal(folder, backbone)
+    made.save_pretrained(folder, save_embedding_layers=False)
+    bank = AdapterBank.load({"a": folder}, backbone.config)
+    tokens = TOKENS % 50
+    with torch.no_grad():
+        theirs = made(torch.from_numpy(tokens)).logits.numpy()
+    ours = np.asarray(backbone(jnp.asarray(tokens), bank=bank, tenants=["a", "a"]))[..., :50]
+    assert np.abs(ours - theirs).max() < 1e-4 * np.abs(theirs).max()
 
 
 def test_embeddings_that_were_saved_with_it(make: Make, backbone: Backbone) -> None:
-    _, folder = make(r=2, target_modules=["q_proj"], save_embedding_layers=True)
+    made, folder = make(r=2, target_modules=["q_proj"], save_embedding_layers=True)
     message = refusal(folder, backbone)
     assert "which all tenants share here. If they were tuned, merge the adapter in peft" in message
     assert "save the adapter without them: model.save_pretrained(folder, save_embedding_layers=False)" in message
+    made.save_pretrained(folder, save_embedding_layers=False)
+    assert same_function(made, backbone, load_adapter(folder, backbone.config))
 
 
 @pytest.mark.parametrize("module", ["lm_head", "embed_tokens"])
@@ -319,6 +346,12 @@ CAUSES: list[tuple[str, Callable[[dict[str, Any]], object], str]] = [
         lambda x: x.update({f"{AT}.0.self_attn.q_proj.base_layer.weight": torch.zeros(32, 32)}),
         "1 of its tensors are weights of the model itself, such as base_model.model.model.layers.0.self_attn.q_proj."
         "base_layer.weight: it is not an adapter's file but a state dict of the whole model. Save the adapter alone",
+    ),
+    (
+        "whole quantized model",
+        lambda x: x.update({f"{AT}.0.mlp.up_proj.base_layer.weight": torch.zeros(9, 1, dtype=torch.uint8)}),
+        "up_proj.base_layer.weight is U8; adapters are read in float32, float16 and bfloat16; it is a weight of the "
+        "model itself. Save the adapter alone: model.save_pretrained(folder)",
     ),
     (
         "other method",
