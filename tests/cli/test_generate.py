@@ -56,6 +56,8 @@ def test_answers_come_in_order_and_a_stop_loses_a_window_at_most(whole, tmp_path
 
     monkeypatch.setattr(answers.Answers, "write", stop)
     assert generate(source, output) == 130
+    words = f"para-jax generate: stopped; 16 answers are in {partial}, and --resume goes on\n"
+    assert capsys.readouterr().err.endswith(words)
     assert partial.read_bytes() == b"".join(wanted.splitlines(keepends=True)[:16]) and not output.exists()
     # A kill may come within a line.
     partial.write_bytes(partial.read_bytes()[:-40])
