@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
@@ -68,3 +69,14 @@ def test_a_lock_keeps_others_out_and_ends_with_its_process(tmp_path: Path) -> No
 def test_lines_and_changes() -> None:
     assert json_line({"a": "é"}) == '{"a": "é"}\n' and json_line({"a": "é\ud800"}) == '{"a": "\\u00e9\\ud800"}\n'
     assert list(changes({"a": 1, "b": {"c": 2}}, {"b": {"c": 3}})) == ["a was 1 and is None", "b.c was 2 and is 3"]
+
+
+def test_a_file_system_without_locks_locks_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", none)
+    first, second = Lock(tmp_path / ".lock", "it"), Lock(tmp_path / ".lock", "it")
+    first.release()
+    second.release()
+    assert list(tmp_path.iterdir()) == []

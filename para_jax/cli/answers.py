@@ -97,14 +97,16 @@ class Answers:
     def __enter__(self) -> Answers:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """Nothing is left of a run that has answered nothing."""
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Nothing is left of a run that has answered nothing. Ctrl-C says where the others are."""
         if self._file is None:
             return
+        self._file.close()
         if not self.done:
             for path in self.beside:
                 path.unlink(missing_ok=True)
-        self._file.close()
+        elif kind is KeyboardInterrupt:
+            raise KeyboardInterrupt(f"stopped; {self.done} answers are in {self.partial}, and --resume goes on")
 
     def finished(self, rows: Sequence[dict[str, Any]]) -> bool:
         """Whether OUTPUT has an answer to each of these rows."""

@@ -14,6 +14,7 @@ from para_jax.files import check_creatable
 # Options that name files or folders to read, or sources of rows; with NAME= in front, or without.
 SOURCES = ("tenant", "tenant_from", "dev", "dev_from", "data")
 INPUTS = ("model", "adapters", "adapter", "input", *SOURCES, "template", "chat_template", "method")
+LONGEST = 240  # bytes of a name; file systems have 255, and what is written takes its name at the end
 
 
 def check_files(args: argparse.Namespace, *options: str, kept: Sequence[str] = ()) -> None:
@@ -33,6 +34,8 @@ def check_files(args: argparse.Namespace, *options: str, kept: Sequence[str] = (
         seen[place] = option
         if path.is_dir():
             raise ParaJaxError(f"{option} {path} is a folder; name a file in it")
+        if len(path.name.encode()) > LONGEST:
+            raise ParaJaxError(f"{option} {path} has a name of more than {LONGEST} bytes; choose a shorter one")
         for of, source in read.items():
             if source == place or (place.exists() and _needed(place, source)):
                 raise ParaJaxError(f"{option} {path} would replace {of}; choose another file")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,7 @@ class Claim:
             if changed:
                 listed = "; ".join(changed[:5])
                 raise ParaJaxError(f"{self.out} holds another run, which cannot be resumed with these: {listed}")
+            self._sweep()
             return
         # Once more, because another process may have made it since.
         check_out(self.out, self.resume, self.overwrite)
@@ -89,6 +91,12 @@ class Claim:
                 raise ParaJaxError(f"another process is writing {self.out}")
             self._new = True
             write_text(there, json.dumps(description, indent=1) + "\n")
+
+    def _sweep(self) -> None:
+        """Removes what a process that was killed had begun to write: an adapter's folder that has no name yet."""
+        for path in self.out.glob(".*-????????"):
+            if re.fullmatch(r"\..+-[0-9a-f]{8}", path.name) and path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
 
     def _put_aside(self) -> None:
         """Keeps the run that is in the folder, or the one before it if that one was stopped before its first step."""

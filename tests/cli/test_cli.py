@@ -9,6 +9,7 @@ import pytest
 
 from para_jax import IA3Config, LoraConfig, ParaConfig, ParaJaxError, tiny_backbone_path
 from para_jax.cli import main
+from para_jax.cli.evaluate import with_choices
 from para_jax.cli.finetune import method_configs
 from para_jax.decoding import generate as generate_module
 
@@ -113,6 +114,23 @@ def test_evaluate(tuned, tmp_path, capsys):
     assert predictions[0]["choice"] in ("house", "river", "horse")
     assert "exists" in failure(capsys, "evaluate", *arguments)
     assert "unknown tenant in --choose" in failure(capsys, "evaluate", *tenants, "--choose", "initech")
+
+
+def test_choices_that_would_be_none():
+    """--choose makes choices of responses; where it cannot, it says so."""
+    rows = [("a:1", {"prompt": "x", "response": "yes"}), ("a:2", {"prompt": "x", "response": "no", "choices": ["no"]})]
+    made = [row["choices"] for _, row in with_choices("a", rows)]
+    assert made == [["no", "yes"], ["no"]]
+    for some, words in (
+        (rows[1:], "--choose has no effect on a: all of its rows have choices of their own"),
+        (
+            [("a:1", {"prompt": "x", "completion": "yes"})],
+            'chooses among the texts under "response", and no row of a has',
+        ),
+        ([(f"a:{i}", {"response": str(i)}) for i in range(51)], "a has 51 different responses, too many for --choose"),
+    ):
+        with pytest.raises(ParaJaxError, match=words):
+            with_choices("a", some)
 
 
 def test_generate_rows_come_back_in_order(tuned, tmp_path):

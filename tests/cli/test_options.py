@@ -164,6 +164,8 @@ OUTPUTS = [
      "--input {folder}/a.partial is where answers are kept until --output is whole; rename it"),
     (["methods", "--json", "{file}"], "{file} exists; choose another --json or pass --overwrite"),
     (["methods", "--json", "{folder}"], "--json {folder} is a folder; name a file in it"),
+    (["methods", "--json", "n" * 250], f"--json {'n' * 250} has a name of more than 240 bytes; choose a shorter one"),
+    (["methods", "--json", "n" * 300], f"{'n' * 300}: File name too long"),
     (["methods", "--model", "{model}", "--json", "{model}/config.json", "--overwrite"],
      "--json {model}/config.json would replace --model {model}; choose another file"),
     (["finetune", "--tenant", "a={rows}", "--out", "{file}"], "{file} is a file; choose a folder"),

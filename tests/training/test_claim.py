@@ -103,8 +103,10 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
         for resume in (True, False):
             with pytest.raises(ParaJaxError, match=r"another process \(process \d+ on .+\) is writing .*/out"):
                 Claim(out, resume, not resume).__enter__()
-    with Claim(out, True, False):
-        pass
+    (out / ".acme-0a1b2c3d").mkdir()  # as a kill leaves it
+    with Claim(out, True, False) as claim:
+        claim.begin(ABOUT)
+        assert not (out / ".acme-0a1b2c3d").exists() and (out / "acme").exists()
     # Two that begin at once: there was no folder to lock when they looked.
     new = tmp_path / "new"
     with Claim(new, False, False) as one, Claim(new, False, False) as two:
