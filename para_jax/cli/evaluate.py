@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 
 from para_jax.cli import common
-from para_jax.cli.adapters import RowTokenizers, load_bank
+from para_jax.cli.adapters import RowTokenizers, adapter_folders, load_bank
 from para_jax.cli.options import COUNT, refuse, within
 from para_jax.cli.outputs import check_data_dir, check_files
 from para_jax.data.sources import Rows
@@ -66,6 +66,8 @@ def run(args: argparse.Namespace) -> int:
     from para_jax.evaluation.evaluate import evaluate
     from para_jax.progress import Pace, to_stderr
 
+    if args.adapters is not None:
+        adapter_folders(args.adapters, list(sources))  # raises, before the model is read
     loading, tokenizer = common.begin_model(args)
     config = loading.shapes.config
     bank = load_bank(args.adapters, list(sources), config, not args.allow_nan)

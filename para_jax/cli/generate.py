@@ -22,7 +22,7 @@ from typing import Any
 
 from para_jax.checks import SEED, UINT32, Number, Whole
 from para_jax.cli import common
-from para_jax.cli.adapters import RowTokenizers, load_bank
+from para_jax.cli.adapters import RowTokenizers, adapter_folders, load_bank
 from para_jax.cli.answers import ANSWER, Answers, digest, stamps
 from para_jax.cli.options import COUNT, refuse, within
 from para_jax.cli.outputs import check_files
@@ -83,6 +83,8 @@ def run(args: argparse.Namespace) -> int:
                 raise ParaJaxError(f"{args.output} exists and answers other rows; choose another --output")
             print(f"{len(rows)} rows were in {args.output} already")
             return 0
+    if names:
+        adapter_folders(args.adapters, names)  # raises, before the model is read
     loading, tokenizer = common.begin_model(args)
     if first():
         print("".join(line + "\n" for line in lines), end="", file=sys.stderr)
