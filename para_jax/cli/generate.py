@@ -81,6 +81,7 @@ def run(args: argparse.Namespace) -> int:
         if args.resume and not args.overwrite and answers.output.exists() and not answers.partial.exists():
             if not answers.finished(rows):
                 raise ParaJaxError(f"{args.output} exists and answers other rows; choose another --output")
+            answers.about.unlink(missing_ok=True)  # as a kill between two renames leaves it
             print(f"{len(rows)} rows were in {args.output} already")
             return 0
     if names:
