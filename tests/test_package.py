@@ -25,15 +25,9 @@ CORE_REQUIREMENTS = (
 
 # Each may import those before it and itself.
 LAYERS = (
-<<<<<<< HEAD
     "errors", "checks", "files", "progress", "torch_files", "compile_cache", "compiling", "memory", "adjustment",
     "sharding", "distributed", "adapters", "backbones", "convert", "data", "training", "importance", "decoding",
     "evaluation", "serving", "planning", "cli", "__main__",
-=======
-    "errors", "checks", "files", "compile_cache", "compiling", "memory", "adjustment", "sharding", "distributed",
-    "adapters", "backbones", "convert", "data", "training", "importance", "decoding", "evaluation", "serving",
-    "planning", "cli", "__main__",
->>>>>>> issue16-commands
 )  # fmt: skip
 # Imports that point the other way, inside a function of a class that a newcomer calls first.
 EXCEPTIONS = {
