@@ -15,7 +15,8 @@ from para_jax.adapters.adapter import named_leaves
 from para_jax.convert.checkpoint import save_backbone
 from para_jax.sharding import make_mesh
 from para_jax.training.digest import weights_digest
-from para_jax.training.folder import RUN, claim
+from para_jax.training.claim import Claim
+from para_jax.training.folder import RUN
 from tests.helpers import family_backbone, random_adapter, random_backbone
 
 
@@ -74,8 +75,8 @@ def test_a_run_of_an_earlier_version(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / RUN).write_text(json.dumps({"weights_sha256": "0" * 64}))
-    with pytest.raises(ParaJaxError) as error:
-        claim(out, {"weights": "1" * 64}, resume=True, overwrite=False)
+    with pytest.raises(ParaJaxError) as error, Claim(out, resume=True, overwrite=False) as claim:
+        claim.begin({"weights": "1" * 64})
     assert str(error.value) == (
         f"{out} holds a run of an earlier version of para_jax, which noted only a few of the backbone's weights; "
         "whether these are the same is not known. Finish it with that version, or pass --overwrite"
