@@ -14,8 +14,8 @@ from para_jax import Backbone, LoraConfig, ParaJaxError, merge_adapter
 from para_jax.adapters.adapter import named_leaves
 from para_jax.convert.checkpoint import save_backbone
 from para_jax.sharding import make_mesh
-from para_jax.training.digest import weights_digest
 from para_jax.training.claim import Claim
+from para_jax.training.digest import weights_digest
 from para_jax.training.folder import RUN
 from tests.helpers import family_backbone, random_adapter, random_backbone
 
