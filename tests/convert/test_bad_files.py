@@ -91,7 +91,7 @@ def verbs(folder: Path, tmp_path: Path) -> dict[str, list[str]]:
         "finetune": [*model, "--tenant", f"acme={rows}", "--steps", "1", "--out", out],
         "evaluate": [*model, "--tenant", f"acme={rows}"],
         "generate": [*model, "--prompt", "Who sat?"],
-        "fanlora": [*model, "--adapter", str(tmp_path), "--score", "magnitude", "--keep", "1", "--out", out],
+        "fanlora": [*model, "--adapter", str(tmp_path), "--score", "norm", "--keep", "1", "--out", out],
         "convert": [*model, "--check"],
         "methods": model,
         "plan": [*model, "--topology", "v5e:1x1"],
