@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     if args.out is None and not args.check:
         raise ParaJaxError("give --out DIR, or --check alone to look at the weights")
     if args.out is None:
-        refuse(args, ("adapter", "dtype", "shard_size", "overwrite"), "without --out DIR: nothing is written")
+        refuse(args, ("dtype", "shard_size", "overwrite"), "without --out DIR: nothing is written")
     else:
         check_folder(args, "config.json")
     args.dtype = args.dtype or "auto"

@@ -122,7 +122,7 @@ def test_choices_that_would_be_none():
     made = [row["choices"] for _, row in with_choices("a", rows)]
     assert made == [["no", "yes"], ["no"]]
     for some, words in (
-        (rows[1:], "--choose has no effect on a: all of its rows have choices of their own"),
+        (rows[1:], "--choose has no effect on a: all rows have choices of their own"),
         (
             [("a:1", {"prompt": "x", "completion": "yes"})],
             'chooses among the texts under "response", and no row of a has',

@@ -117,8 +117,7 @@ NO_EFFECT = [
     ("finetune", "--coordinator a:1 --processes 2 --process 2", "--process must be from 0 to 1 of 2 processes, not 2"),
 ]
 ALONE = [
-    (["convert", "--check", "--adapter", "{folder}"], "--adapter has no effect without --out DIR: nothing is written"),
-    (["convert", "--check", "--dtype", "bfloat16"], "--dtype has no effect without --out DIR"),
+    (["convert", "--check", "--dtype", "bfloat16"], "--dtype has no effect without --out DIR: nothing is written"),
     (["convert", "--check", "--shard-size", "1GB"], "--shard-size has no effect without --out DIR"),
     (["convert", "--check", "--overwrite"], "--overwrite has no effect without --out DIR"),
     (["generate", "--input", "{rows}", "--output", "{new}", "--adapters", "{folder}"],

@@ -60,6 +60,7 @@ def test_the_backbones_own_eos_ends_a_row(reference, tokenizer, plain):
     assert ours[3].finish_reason == "stop" and eos not in ours[3].tokens
 
 
+@pytest.mark.slow
 def test_ends_and_tokenizers_of_each_rows_own(backbone, tokenizer, plain):
     """Rows that end in other ways, or are written by another tokenizer, say what each says alone."""
     other = copy.deepcopy(tokenizer)
@@ -74,7 +75,7 @@ def test_ends_and_tokenizers_of_each_rows_own(backbone, tokenizer, plain):
     for wrong, message in (
         ({"tokenizer": own[:2]}, "2 tokenizers for 4 rows; give one for each, or one for all"),
         ({"eos_token_id": eos[:2]}, "eos_token_id has tuples for 2 of 4 rows; give one for each, or ids for all"),
-        ({"eos_token_id": 3.7}, "eos_token_id has 3.7, which is no whole number"),
+        ({"eos_token_id": 3.7}, "eos_token_id must be a whole number from 0 to 60, not 3.7"),
         ({"eos_token_id": [(3,), (True,), (), ()]}, "eos_token_id has True, which is no whole number"),
     ):
         with pytest.raises(ParaJaxError, match=message):
