@@ -22,8 +22,6 @@ from transformers import (
     Gemma3Config,
     Gemma3ForCausalLM,
     Gemma3ForConditionalGeneration,
-    LlamaConfig,
-    LlamaForCausalLM,
 )
 
 from para_jax import AdapterBank, Backbone, ParaJaxError, load_adapter
@@ -40,24 +38,6 @@ TOKENS = np.random.default_rng(0).integers(0, 61, (2, 7))
 MODEL = "base_model.model.model"
 AT = f"{MODEL}.layers"
 Make = Callable[..., tuple[Any, Path]]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("peft") / "base"
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=61,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        initializer_range=0.2,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
