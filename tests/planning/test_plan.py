@@ -211,7 +211,11 @@ def test_mesh_names() -> None:
 
 
 def test_a_compiler_that_breaks_down(monkeypatch) -> None:
-    monkeypatch.setattr(process, "environment", lambda topology: {"JAX_PLATFORMS": "nonsense"})
     job = Job(BackboneConfig.from_hf(LLAMA_2_7B), PARA)
-    with pytest.raises(ParaJaxError, match=r"the compiler ended with code 1 and no plan; it said:(.|\n)*nonsense"):
+    monkeypatch.setattr(process, "environment", lambda topology: {"PYTHONHOME": "/nonsense"})
+    with pytest.raises(ParaJaxError, match=r"the compiler ended with code 1 and no plan; it said:(.|\n)*No module named 'encodings'"):
+        plan_aside([job], "gpu:h100x1")
+    # What Python raises there is raised here.
+    monkeypatch.setattr(process, "environment", lambda topology: {"JAX_PLATFORMS": "nonsense"})
+    with pytest.raises(RuntimeError, match=r"Unable to initialize backend 'nonsense'"):
         plan_aside([job], "gpu:h100x1")
