@@ -213,7 +213,9 @@ def test_mesh_names() -> None:
 def test_a_compiler_that_breaks_down(monkeypatch) -> None:
     job = Job(BackboneConfig.from_hf(LLAMA_2_7B), PARA)
     monkeypatch.setattr(process, "environment", lambda topology: {"PYTHONHOME": "/nonsense"})
-    with pytest.raises(ParaJaxError, match=r"the compiler ended with code 1 and no plan; it said:(.|\n)*No module named 'encodings'"):
+    with pytest.raises(
+        ParaJaxError, match=r"the compiler ended with code 1 and no plan; it said:(.|\n)*No module named 'encodings'"
+    ):
         plan_aside([job], "gpu:h100x1")
     # What Python raises there is raised here.
     monkeypatch.setattr(process, "environment", lambda topology: {"JAX_PLATFORMS": "nonsense"})
