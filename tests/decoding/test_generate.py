@@ -76,7 +76,7 @@ def test_ends_and_tokenizers_of_each_rows_own(backbone, tokenizer, plain):
         ({"tokenizer": own[:2]}, "2 tokenizers for 4 rows; give one for each, or one for all"),
         ({"eos_token_id": eos[:2]}, "eos_token_id has tuples for 2 of 4 rows; give one for each, or ids for all"),
         ({"eos_token_id": 3.7}, "eos_token_id must be a whole number from 0 to 60, not 3.7"),
-        ({"eos_token_id": [(3,), (True,), (), ()]}, "eos_token_id has True, which is no whole number"),
+        ({"eos_token_id": [(3,), (True,), (), ()]}, "eos_token_id must be a whole number from 0 to 60, not True"),
     ):
         with pytest.raises(ParaJaxError, match=message):
             complete(backbone, **{"tokenizer": tokenizer, "prompts": PROMPTS, **NEW, **wrong})
