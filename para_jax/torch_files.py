@@ -7,7 +7,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-import ml_dtypes  # noqa: F401  (teaches NumPy the name bfloat16)
+import ml_dtypes
 import numpy as np
 
 from para_jax.errors import ParaJaxError
@@ -45,5 +45,5 @@ def as_numpy(x: Any) -> np.ndarray:
     import torch
 
     if x.dtype == torch.bfloat16:  # which NumPy does not know by torch's name
-        return x.contiguous().view(torch.int16).numpy().view("bfloat16")
+        return x.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     return x.numpy()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -58,11 +59,11 @@ def test_text() -> None:
 
 
 @pytest.mark.parametrize("epochs", [math.inf, math.nan, 0, -1.0, "3", 1e30])
-def test_epochs(epochs: object) -> None:
+def test_epochs(epochs: Any) -> None:
     with pytest.raises(
         ParaJaxError, match=r"epochs must be a|the number of steps of 1e\+30 epochs must be a whole number"
     ):
-        steps_of(epochs, examples=100, rows=16)  # type: ignore[arg-type]
+        steps_of(epochs, examples=100, rows=16)
 
 
 @pytest.mark.parametrize("limit", [0, 2.5, True, "4", None])

@@ -97,7 +97,8 @@ def _safetensors(path: Path) -> Weights:
     tensors = {}
     try:
         with safe_open(path, framework="numpy") as f:
-            for key in f.keys():  # noqa: SIM118  (no mapping)
+            names = f.keys()  # it is no mapping
+            for key in names:
                 dtype = f.get_slice(key).get_dtype()
                 if dtype not in DTYPES:
                     raise _no_float(path, key, dtype)

@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     One of several processes that does not succeed ends here and now; the others are not to wait for it.
     """
     try:
-        args = parser().parse_args(argv)
+        args = parser().parse(argv)
     except ParaJaxError as error:
         print(error, file=sys.stderr)
         return 1

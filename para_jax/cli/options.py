@@ -29,9 +29,9 @@ class Parser(argparse.ArgumentParser):
             message += f"; a value that begins with - is written {name.split('/')[0]}=VALUE"
         raise ParaJaxError(f"{self.prog}: {message}")
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        """As argparse does, but an option that does not exist is an error with the nearest one that does."""
-        found, more = self.parse_known_args(args, namespace)
+    def parse(self, args: Sequence[str] | None = None) -> argparse.Namespace:
+        """As `parse_args`, but an option that does not exist is an error with the nearest one that does."""
+        found, more = self.parse_known_args(args)
         if not more:
             return found
         verbs = next(action for action in self._actions if isinstance(action, argparse._SubParsersAction))
@@ -57,7 +57,7 @@ def within(kind: Whole | Number) -> Callable[[str], Any]:
 def check_texts(args: argparse.Namespace) -> None:
     """Raises ParaJaxError for an option with an empty value, or one that is not UTF-8."""
     for name, value in vars(args).items():
-        option = f"--{name.replace('_', '-')}"
+        option = name_of(name)
         for text in value if isinstance(value, list) else [value]:
             if not isinstance(text, str):
                 continue

@@ -33,17 +33,22 @@ def weights_digest(backbone: Backbone) -> str:
     >>> weights_digest(apart) == weights_digest(stacked)
     True
     """
-    leaves = named_leaves(backbone)
-    sums = {name: _sums(x, stacked=backbone.stacked and name.startswith("blocks.")) for name, x in leaves.items()}
     lines = []
-    for name, x in whole(sums, backbone.mesh).items():
+    for name, x in whole(weight_sums(backbone), backbone.mesh).items():
         inside, _, leaf = name.rpartition(".")
         first = inside.removeprefix("blocks.") if not backbone.stacked else ""
         lines += [f"{leaf} {first or layer} {row.tobytes().hex()}" for layer, row in enumerate(x)]
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 
-@partial(jax.jit, static_argnames="stacked")
+@jax.jit
+def weight_sums(backbone: Backbone) -> dict[str, UInt32[Array, "l 2"]]:
+    """The sums of each tensor by its name: all that is computed of the weights, in one program."""
+    leaves = named_leaves(backbone)
+    return {name: _sums(x, stacked=backbone.stacked and name.startswith("blocks.")) for name, x in leaves.items()}
+
+
+@partial(jax.jit, static_argnames="stacked")  # traced once for each shape
 def _sums(x: Array, stacked: bool) -> UInt32[Array, "l 2"]:
     """The sums of each layer's tensor, or of the one tensor if it is none of a stack."""
     bits = _bits(x) if stacked else _bits(x)[None]

@@ -115,6 +115,7 @@ def finetune(
         with Programs(parts) as programs:
             show(f"{plan}; compiling {programs}")
             weights = backbone.backbone() if isinstance(backbone, Loading) else backbone
+            programs.wait("weights")
             known = describe(weights, bank, examples, dev or {}, settings, rows, micro_batch_tokens, seed)
             claim.begin(known)
             del bank  # the state has a copy; nobody else may need these

@@ -21,6 +21,7 @@ from para_jax.data.batches import Batch, make_batch
 from para_jax.data.examples import Example
 from para_jax.data.packing import Shape
 from para_jax.errors import ParaJaxError
+from para_jax.training.digest import weight_sums
 from para_jax.training.optimizer import Settings
 from para_jax.training.places import Layout, Schedule
 from para_jax.training.shapes import Device, Plan, plan_run
@@ -135,6 +136,7 @@ class Parts:
                 looked = (self.backbone, state.bank, batch, self.slots)
                 found[f"dev rows {i}"] = partial(losses.trace, *looked, shards=shards)
         found["update"] = partial(update.trace, state, self.rules, self.sums, self.slots, shards=shards, mesh=mesh)
+        found["weights"] = partial(weight_sums.trace, self.backbone)
         found["checkpoint"] = partial(copied.trace, state)
         for i, group in enumerate(state.bank.groups):
             found[f"adapter {i}"] = partial(adapter_of.trace, group.stack, np.int32(0), mesh=mesh)
@@ -154,8 +156,10 @@ class Programs:
         count = len(self._parts.shapes)
         steps = f"{count} micro-batch{'es' if count > 1 else ''} and an update"
         dev = f", {count} for dev rows" if self._parts.dev else ""
-        more = len(self._compiling) - count * (2 if self._parts.dev else 1) - 1
-        return f"{len(self._compiling)} programs ({steps}{dev}, {more} that copy what is saved)"
+        more = len(self._compiling) - count * (2 if self._parts.dev else 1) - 2
+        return (
+            f"{len(self._compiling)} programs ({steps}{dev}, a digest of the weights, {more} that copy what is saved)"
+        )
 
     def __enter__(self) -> Programs:
         self._compiling.__enter__()

@@ -322,7 +322,7 @@ def test_another_backbones_adapter(tuned, tmp_path, capsys):
 def test_the_tiny_backbone_is_the_default():
     from para_jax.cli import parser
 
-    assert parser().parse_args(["generate", "--prompt", "x"]).model is None
+    assert parser().parse(["generate", "--prompt", "x"]).model is None
     assert tiny_backbone_path().endswith("tiny-books")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -225,12 +224,11 @@ def test_refused(capsys, place, arguments: list[str], wanted: str) -> None:
     assert wanted.format(**place) in refused(capsys, place, arguments)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
-def test_a_folder_that_cannot_be_written(capsys, place, tmp_path) -> None:
-    (tmp_path / "shut").mkdir(mode=0o500)
-    said = refused(capsys, place, ["methods", "--json", str(tmp_path / "shut" / "a.json")])
-    assert said == f"--json {tmp_path}/shut/a.json cannot be written: Permission denied"
+def test_a_folder_that_cannot_be_written(capsys, place) -> None:
+    # Not even root makes files there.
+    said = refused(capsys, place, ["methods", "--json", "/proc/self/a.json"])
+    assert said.startswith("--json /proc/self/a.json cannot be written: ")
 
 
 def test_a_negative_number_is_a_value() -> None:
-    assert parser().parse_args(["generate", "--prompt=-x", "--top-k", "3"]).prompt == "-x"
+    assert parser().parse(["generate", "--prompt=-x", "--top-k", "3"]).prompt == "-x"

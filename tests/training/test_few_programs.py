@@ -23,7 +23,7 @@ from tests.compilations import compilations
 from tests.helpers import METHODS, random_backbone
 
 NAMES = ("acme", "globex", "initech")
-OURS = {"accumulate", "update", "losses", "copied", "adapter_of"}
+OURS = {"accumulate", "update", "losses", "copied", "adapter_of", "weight_sums"}
 
 
 @contextmanager
