@@ -90,7 +90,9 @@ class Number:
             raise ValueError(f"must be {self}, not {text!r}") from None
 
 
+COUNT = Whole(1)
 SEED = Whole(0, UINT32)
+POSITIVE = Number(0, above=True)
 
 
 def check_text(name: str, text: str) -> None:

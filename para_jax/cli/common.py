@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from para_jax.checks import Whole
-from para_jax.cli.options import COUNT, within
+from para_jax.checks import COUNT, Whole
+from para_jax.cli.options import within
 from para_jax.data.sources import FORMS
 from para_jax.errors import ParaJaxError, unknown
 

@@ -12,9 +12,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from para_jax.checks import COUNT
 from para_jax.cli import common
 from para_jax.cli.adapters import RowTokenizers, adapter_folders, load_bank
-from para_jax.cli.options import COUNT, refuse, within
+from para_jax.cli.options import refuse, within
 from para_jax.cli.outputs import check_data_dir, check_files
 from para_jax.data.sources import Rows
 from para_jax.errors import ParaJaxError, unknown

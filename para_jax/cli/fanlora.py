@@ -16,9 +16,9 @@ import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from para_jax.checks import SEED, Number, Whole
+from para_jax.checks import COUNT, POSITIVE, SEED, Whole
 from para_jax.cli import common
-from para_jax.cli.options import COUNT, ROWS, refuse, within
+from para_jax.cli.options import ROWS, refuse, within
 from para_jax.cli.outputs import check_data_dir, check_folder
 from para_jax.data.sources import FORMS
 from para_jax.errors import ParaJaxError, unknown
@@ -69,9 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--budget", type=within(COUNT), metavar="N", help="parameters in all, spread evenly over the layers"
     )
     setting.add_argument("--r", type=within(COUNT), help="rank (default: the adapter's)")
-    setting.add_argument(
-        "--lora-alpha", type=within(Number(0, above=True)), help="numerator of the scale (default: the adapter's)"
-    )
+    setting.add_argument("--lora-alpha", type=within(POSITIVE), help="numerator of the scale (default: the adapter's)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -24,9 +24,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from para_jax.checks import SEED, Whole
+from para_jax.checks import COUNT, SEED, Whole
 from para_jax.cli import common
-from para_jax.cli.options import COUNT, ROWS, within
+from para_jax.cli.options import ROWS, within
 from para_jax.cli.outputs import check_data_dir, check_folder
 from para_jax.cli.settings import tuning
 from para_jax.errors import ParaJaxError, unknown

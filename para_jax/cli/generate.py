@@ -20,11 +20,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from para_jax.checks import SEED, UINT32, Number, Whole
+from para_jax.checks import COUNT, POSITIVE, SEED, UINT32, Number, Whole
 from para_jax.cli import common
 from para_jax.cli.adapters import RowTokenizers, adapter_folders, load_bank
 from para_jax.cli.answers import ANSWER, Answers, digest, stamps
-from para_jax.cli.options import COUNT, refuse, within
+from para_jax.cli.options import refuse, within
 from para_jax.cli.outputs import check_files
 from para_jax.errors import ParaJaxError
 
@@ -51,9 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--top-p", type=share, metavar="P", help="sample among the likeliest that sum to p")
     parser.add_argument("--min-p", type=share, metavar="P", help="and are at least p times as likely as the likeliest")
-    parser.add_argument(
-        "--repetition-penalty", type=within(Number(0, above=True)), default=1.0, help="above 1: repeat less"
-    )
+    parser.add_argument("--repetition-penalty", type=within(POSITIVE), default=1.0, help="above 1: repeat less")
     parser.add_argument("--num-beams", type=within(COUNT), default=1, help="beam search if above 1")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end where this appears; repeat")
     parser.add_argument("--seed", type=within(SEED), help="of the first row (default: 0); row i has seed + i")

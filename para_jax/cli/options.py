@@ -11,7 +11,6 @@ from para_jax.errors import ParaJaxError, unknown
 
 N = TypeVar("N", int, float)
 
-COUNT = Whole(1)
 # More rows of a tenant than a step could hold.
 ROWS = Whole(1, 2**20)
 

@@ -18,8 +18,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from para_jax.checks import COUNT
 from para_jax.cli import common
-from para_jax.cli.options import COUNT, within
+from para_jax.cli.options import within
 from para_jax.cli.outputs import check_files
 from para_jax.errors import ParaJaxError
 from para_jax.files import write_json

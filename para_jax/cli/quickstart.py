@@ -9,9 +9,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from para_jax.checks import SEED, Number
+from para_jax.checks import COUNT, POSITIVE, SEED
 from para_jax.cli import common
-from para_jax.cli.options import COUNT, within
+from para_jax.cli.options import within
 from para_jax.cli.outputs import check_folder
 from para_jax.files import write_json
 
@@ -25,9 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
     parser.add_argument("--steps", type=within(COUNT), default=250, help="default: 250")
-    parser.add_argument(
-        "--lr", type=within(Number(0, above=True)), default=5e-3, help="highest learning rate (default: 5e-3)"
-    )
+    parser.add_argument("--lr", type=within(POSITIVE), default=5e-3, help="highest learning rate (default: 5e-3)")
     parser.add_argument("--seed", type=within(SEED), default=0)
     common.add_compile_cache(parser)
     parser.set_defaults(

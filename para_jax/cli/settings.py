@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
+from para_jax.checks import POSITIVE
 from para_jax.cli import common
 from para_jax.cli.options import name_of
 from para_jax.errors import ParaJaxError, unknown
@@ -21,7 +22,7 @@ def tuning(
 
     Raises ParaJaxError for a value out of its range, and for one that would have no effect.
     """
-    from para_jax.training.optimizer import POSITIVE, RANGES, Settings
+    from para_jax.training.optimizer import RANGES, Settings
 
     values = {
         key: common.per_tenant(getattr(args, key), name_of(key), names, kind.parse) for key, kind in RANGES.items()

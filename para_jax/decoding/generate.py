@@ -15,7 +15,7 @@ from para_jax.adapters.bank import AdapterBank, batch_rows
 from para_jax.adapters.rows import Tenant
 from para_jax.backbones.config import BackboneConfig
 from para_jax.backbones.decoder import Backbone
-from para_jax.checks import Number, Whole
+from para_jax.checks import COUNT, Number, Whole
 from para_jax.compiling import Compiling
 from para_jax.convert.checkpoint import Loading
 from para_jax.convert.tokenizer import end_tokens
@@ -29,7 +29,6 @@ from para_jax.sharding import row_shards
 PerRow = Sequence[float] | float  # One value for all rows, or one for every row.
 # Lists of eos tokens are filled up to a multiple of this, so that most of them fit the same program.
 EOS_SLOTS = 4
-COUNT = Whole(1)
 
 
 @dataclass(frozen=True)

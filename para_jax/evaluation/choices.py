@@ -12,7 +12,7 @@ import numpy as np
 from para_jax.adapters.bank import AdapterBank, batch_rows
 from para_jax.adapters.rows import Rows, Tenant
 from para_jax.backbones.decoder import Backbone
-from para_jax.checks import Whole
+from para_jax.checks import COUNT
 from para_jax.decoding.loop import bucket
 from para_jax.decoding.requests import tenant_rows
 from para_jax.distributed import whole
@@ -64,7 +64,7 @@ def choice_log_likelihoods(
     >>> one > two
     True
     """
-    batch_size = Whole(1).check("batch_size", batch_size)
+    batch_size = COUNT.check("batch_size", batch_size)
     if len(prompts) != len(choices):
         raise ParaJaxError(f"{len(prompts)} prompts and {len(choices)} lists of choices; give one for every row")
     owners = tenant_rows(bank, tenants, len(prompts))

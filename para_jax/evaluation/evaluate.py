@@ -11,7 +11,7 @@ from typing import Any
 
 from para_jax.adapters.bank import AdapterBank
 from para_jax.backbones.decoder import Backbone
-from para_jax.checks import Whole
+from para_jax.checks import COUNT
 from para_jax.convert.adapter_tokenizer import ends
 from para_jax.convert.checkpoint import Loading
 from para_jax.data.examples import Example, check_ids
@@ -120,7 +120,7 @@ def _check(
             raise ParaJaxError(f"max_new_tokens has no value for tenant {tenant!r}; give one for each, or one number")
         if not examples[tenant]:
             problems.append(f"tenant {tenant!r} has no rows to evaluate")
-        room = context - Whole(1).check("max_new_tokens", limits[tenant])
+        room = context - COUNT.check("max_new_tokens", limits[tenant])
         for e in examples[tenant]:
             where = e.place or f"a row of tenant {tenant!r}"
             if not e.prompt:

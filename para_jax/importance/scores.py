@@ -23,7 +23,7 @@ from para_jax.adapters.method import Prompt
 from para_jax.adapters.rows import Rows
 from para_jax.adjustment import Adjustment, LowRank
 from para_jax.backbones.decoder import Backbone
-from para_jax.checks import SEED, Whole
+from para_jax.checks import COUNT, SEED
 from para_jax.data.batches import Batch, one_row_each
 from para_jax.data.examples import Example
 from para_jax.errors import ParaJaxError, unknown
@@ -95,7 +95,7 @@ def importance(
     """
     if score not in SCORES:
         raise unknown("score", score, SCORES)
-    batch_size, variants = Whole(1).check("batch_size", batch_size), Whole(1).check("variants", variants)
+    batch_size, variants = COUNT.check("batch_size", batch_size), COUNT.check("variants", variants)
     seed = SEED.check("seed", seed)
     check(adapter, backbone)
     if score in NEED_ROWS and not examples:

@@ -17,7 +17,7 @@ from para_jax.adapters.bank import AdapterBank
 from para_jax.adapters.files import save_adapter
 from para_jax.backbones.decoder import Backbone
 from para_jax.backbones.options import Remat
-from para_jax.checks import SEED, Whole
+from para_jax.checks import COUNT, POSITIVE, SEED
 from para_jax.convert.checkpoint import Loading
 from para_jax.data.batches import Batch
 from para_jax.data.examples import Example, check_ids
@@ -29,7 +29,7 @@ from para_jax.training.checkpoints import Checkpoints
 from para_jax.training.claim import Claim
 from para_jax.training.folder import CHECKPOINTS, METRICS, PLOT, check_name, describe
 from para_jax.training.metrics import MetricsFile, Progress, can_draw, plot_losses, read_metrics
-from para_jax.training.optimizer import POSITIVE, Settings
+from para_jax.training.optimizer import Settings
 from para_jax.training.places import Homes, Layout, Schedule, in_order
 from para_jax.training.programs import Parts, Programs, explained
 from para_jax.training.report import write_report
@@ -102,7 +102,7 @@ def finetune(
     counts = {"rows": rows, "checkpoint_every": checkpoint_every, "keep": keep}
     limits = {"tenants_per_step": tenants_per_step, "micro_batch_tokens": micro_batch_tokens}
     for what, number in (counts | {k: v for k, v in limits.items() if v is not None}).items():
-        Whole(1).check(what, number)
+        COUNT.check(what, number)
     SEED.check("seed", seed)
     _check(shapes, bank, examples, dev or {}, settings, tenants_per_step)
     show = show if first() else lambda line: None
@@ -370,4 +370,4 @@ def steps_of(epochs: float, examples: int, rows: int) -> int:
     19
     """
     steps = max(1, math.ceil(POSITIVE.check("epochs", epochs) * examples / rows))
-    return Whole(1).check(f"the number of steps of {epochs:g} epochs", steps)
+    return COUNT.check(f"the number of steps of {epochs:g} epochs", steps)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from para_jax.checks import Number, Whole
+from para_jax.checks import COUNT, POSITIVE, Number, Whole
 from para_jax.errors import ParaJaxError
 
 if TYPE_CHECKING:
@@ -82,17 +82,16 @@ class Settings:
         )
 
 
-POSITIVE, COUNT = Number(0, above=True), Whole(0)
 # What each field of Settings may be.
 RANGES: dict[str, Whole | Number] = {
-    "steps": Whole(1),
+    "steps": COUNT,
     "lr": POSITIVE,
     "warmup_ratio": Number(0, 1),
     "weight_decay": Number(0),
     "max_grad_norm": POSITIVE,
     "weight": POSITIVE,
-    "eval_every": COUNT,
-    "patience": COUNT,
+    "eval_every": Whole(0),
+    "patience": Whole(0),
 }
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from para_jax.adapters.bank import AdapterBank
-from para_jax.checks import Whole
+from para_jax.checks import COUNT
 from para_jax.data.batches import Batch, make_batch
 from para_jax.data.examples import Example
 from para_jax.data.order import order
@@ -56,7 +56,7 @@ class Layout:
         >>> Layout.of(None, tenants=3, rows=16).groups
         1
         """
-        rows = Whole(1).check("rows", rows)
+        rows = COUNT.check("rows", rows)
         groups = row_shards(mesh)
         if spread and groups == 1:
             raise ParaJaxError("tenants are spread over the data and fsdp axes of a mesh, and there are none")

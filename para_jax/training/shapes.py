@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from para_jax.backbones.config import BackboneConfig
-from para_jax.checks import Whole
+from para_jax.checks import COUNT
 from para_jax.data.examples import Example, Examples
 from para_jax.data.order import Mixture, order
 from para_jax.data.packing import Shape, Sizes, micro_batches, pack_step
@@ -62,7 +62,7 @@ class Device:
         # A CPU passes some ten times over the scores.
         attention = linear / (4 * heads * hd + 400 * heads) if cpu else linear / (2 * heads * hd)
         if tokens is not None:
-            tokens = Whole(1).check("micro_batch_tokens", tokens)
+            tokens = COUNT.check("micro_batch_tokens", tokens)
         if cpu:
             return cls(2, 16, tokens or 1024, 96, compiling, attention)
         return cls(1, 128, tokens or 8192, 128, 0, attention)
