@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from accelerator_stages import Context, Figures, repeated, spread
+from accelerator_stages import Context, Figures, compiled_side_by_side, repeated, spread
 
+EXACT = "plain, float32"
 CLOSE = 0.02  # two or three units in bfloat16's last place
 
 
@@ -47,17 +48,35 @@ def measure(context: Context) -> None:
     context.jax()
     backend = jax.default_backend()
     kernels = {"gpu": ["cudnn"], "tpu": ["splash"]}.get(backend, ["splash", "cudnn"])
+    programs: dict[Any, Any] = {}
     for case in cases_of(context.quick):
-        try:
-            inputs, expected = prepared(case)
-        except Exception as error:
-            context.fail(f"{case.name}, plain", error)
-            continue
-        for kernel in ("plain", *kernels):
-            run = kernel_of(kernel, case, backend)
-            name = {"cudnn": "cudnn's call through XLA", "splash": "splash, interpreted"}.get(kernel, kernel)
-            name = kernel if backend != "cpu" else name
-            context.attempt(f"{case.name}, {name}", partial(figures, case, run, inputs, expected, context.quick))
+        for kernel in (EXACT, "plain", *kernels):
+            try:
+                programs |= {(case, kernel, n): x for n, x in enumerate(lowered(kernel, case, backend))}
+            except Exception as error:
+                context.fail(name_of(case, kernel, backend), error)
+    # Side by side, before any is timed: compiling takes longer than all else.
+    made = {key: program for key, (_, program) in compiled_side_by_side(programs).items()}
+    for case in cases_of(context.quick):
+        inputs = inputs_of(case)
+        expected: list[Any] = []
+        for kernel in (EXACT, "plain", *kernels):
+            if (case, kernel, 0) not in made:
+                continue
+            both = [made.pop((case, kernel, n)) for n in range(2)]
+            name = name_of(case, kernel, backend)
+            if failed := next((x for x in both if isinstance(x, Exception)), None):
+                context.fail(name, failed)
+            elif kernel == EXACT:
+                exact = [x.astype(jnp.float32) for x in inputs]
+                expected = jax.block_until_ready([both[0](*exact[:3]), *both[1](*exact)])
+            elif expected:
+                context.attempt(name, partial(figures, case, both, inputs, expected, context.quick))
+
+
+def name_of(case: Case, kernel: str, backend: str) -> str:
+    on_cpu = {"cudnn": "cudnn's call through XLA", "splash": "splash, interpreted"}
+    return f"{case.name}, {on_cpu.get(kernel, kernel) if backend == 'cpu' else kernel}"
 
 
 def kernel_of(kernel: str, case: Case, backend: str) -> Callable[..., Any]:
@@ -83,8 +102,10 @@ def seen_of(case: Case) -> Any:
     return Seen(segment_bt < len(ends), column_t, case.window, segment_bt)
 
 
-def both_ways(run: Callable[..., Any], case: Case) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The forward pass, and the forward pass with the gradients of q, k and v, compiled. Padding counts for nothing."""
+def lowered(kernel: str, case: Case, backend: str) -> tuple[Any, Any]:
+    """The forward pass, and the forward pass with the gradients of q, k and v. Padding counts for nothing."""
+    run = kernel_of("plain" if kernel == EXACT else kernel, case, backend)
+    dtype = jnp.float32 if kernel == EXACT else jnp.bfloat16
 
     def forward(q: Any, k: Any, v: Any) -> Any:
         seen = seen_of(case)
@@ -93,22 +114,24 @@ def both_ways(run: Callable[..., Any], case: Case) -> tuple[Callable[..., Any], 
     def gradient(q: Any, k: Any, v: Any, given: Any) -> Any:
         return jax.vjp(forward, q, k, v)[1](given)
 
-    return jax.jit(forward), jax.jit(gradient)
+    shapes = [jax.ShapeDtypeStruct(size, dtype) for size in sizes_of(case)]
+    with jax.default_matmul_precision("highest" if kernel == EXACT else "default"):
+        return jax.jit(forward).lower(*shapes[:3]), jax.jit(gradient).lower(*shapes)
 
 
-def prepared(case: Case) -> tuple[tuple[Any, ...], list[Any]]:
-    """Random q, k, v and gradient of the output, bfloat16; and output and gradients in float32."""
+def sizes_of(case: Case) -> list[tuple[int, ...]]:
+    """Of q, k, v and the gradient of the output."""
     b, t, k, g, hd = case.b, case.t, case.k, case.g, case.hd
-    sizes = [(b, t, k, g, hd), (b, k, t, hd), (b, k, t, hd), (b, t, k * g * hd)]
-    inputs = tuple(jax.random.normal(jax.random.key(i), size, jnp.bfloat16) for i, size in enumerate(sizes))
-    forward, gradient = both_ways(kernel_of("plain", case, ""), case)
-    exact = [x.astype(jnp.float32) for x in inputs]
-    with jax.default_matmul_precision("highest"):
-        return inputs, jax.block_until_ready([forward(*exact[:3]), *gradient(*exact)])
+    return [(b, t, k, g, hd), (b, k, t, hd), (b, k, t, hd), (b, t, k * g * hd)]
 
 
-def figures(case: Case, run: Callable[..., Any], inputs: tuple[Any, ...], expected: list[Any], quick: bool) -> Figures:
-    forward, gradient = both_ways(run, case)
+def inputs_of(case: Case) -> tuple[Any, ...]:
+    """Random, bfloat16."""
+    return tuple(jax.random.normal(jax.random.key(i), size, jnp.bfloat16) for i, size in enumerate(sizes_of(case)))
+
+
+def figures(case: Case, both: list[Any], inputs: tuple[Any, ...], expected: list[Any], quick: bool) -> Figures:
+    forward, gradient = both
     found = [forward(*inputs[:3]), *gradient(*inputs)]
     out, *of_inputs = (error(x, y) for x, y in zip(found, expected, strict=True))
     if not all(map(math.isfinite, (out, *of_inputs))):

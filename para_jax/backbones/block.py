@@ -92,7 +92,7 @@ class Block(nnx.Module):
             else:
                 bits = QUANTIZED[quantize]
                 whole = jax.random.randint(one, shape, -bits.most, bits.most + 1, jnp.int8).astype(bits.dtype)
-                scale = jnp.full((*shape[:-1], bits.groups(shape[-1])), 0.035 / bits.most, jnp.float32)
+                scale = jnp.full((*shape[:-1], bits.groups(shape[-1])), 0.035 / bits.most, bits.scale_dtype)
                 setattr(self, name, nnx.Param(whole))
                 setattr(self, f"{name}_scale", nnx.Param(scale))
 

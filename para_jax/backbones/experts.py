@@ -109,10 +109,15 @@ def grouped_product(x: Float[Array, "n i"], weights: Weight, sizes: Int[Array, "
     # A TPU's product wants the inputs in front. Left to itself, the compiler turns all layers' weights before the token
     # loop, which takes the memory of all experts again; so it turns them a layer at a time.
     ready = with_layout_constraint(stored, Layout(tuple(range(stored.ndim))))
-    ready = ready if scale is None else dequantized(ready, scale, x.dtype)
+    per_output = scale is not None and scale.shape[-1] == 1
+    if scale is not None:
+        ready = ready.astype(x.dtype) if per_output else dequantized(ready, scale, x.dtype)
     numbers = jax.lax.RaggedDotDimensionNumbers(
         dot_dimension_numbers=(((1,), (2,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
     )
     ready = ready.reshape(ready.shape[0], -1, ready.shape[-1])
     out = jax.lax.ragged_dot_general(x, ready, sizes, numbers, preferred_element_type=jnp.float32)
+    if scale is not None and per_output:
+        expert_n = jnp.repeat(jnp.arange(ready.shape[0]), sizes, total_repeat_length=x.shape[0])
+        out = out * scale.reshape(ready.shape[:2]).astype(jnp.float32)[expert_n]
     return checkpoint_name(out, "product")

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 
 if TYPE_CHECKING:
     from jax import Array
@@ -53,11 +54,19 @@ def product(
 
 
 class Bits(NamedTuple):
-    """How weights are quantised: symmetrically, one scale for each output, or for each `group` of its inputs."""
+    """How weights are quantized: symmetrically, one scale for each output, or for each `group` of its inputs.
+
+    Scales of groups are bfloat16. A weight can then be widened in bfloat16, with one rounding; scales in float32 would
+    be spread over the whole weight in memory.
+    """
 
     dtype: str
     most: int
     group: int | None = None
+
+    @property
+    def scale_dtype(self) -> jnp.dtype:
+        return jnp.dtype("float32" if self.group is None else "bfloat16")
 
     def groups(self, inputs: int) -> int:
         """How many scales an output has: groups are as large as divides its inputs, `self.group` at the most."""
@@ -70,7 +79,7 @@ QUANTIZED = {"int8": Bits("int8", 127), "int4": Bits("int4", 7, group=64)}
 
 
 def quantized(weight: Float[np.ndarray, "*o i"], bits: Bits) -> tuple[np.ndarray, np.ndarray]:
-    """The weight in few bits (*o, i), and its float32 scales (*o, groups), on the host.
+    """The weight in few bits (*o, i), and its scales (*o, groups), on the host.
 
     A scale is the largest of its weights over the largest whole number there is.
 
@@ -80,21 +89,22 @@ def quantized(weight: Float[np.ndarray, "*o i"], bits: Bits) -> tuple[np.ndarray
     """
     groups = bits.groups(weight.shape[-1])
     rows = weight.reshape(-1, groups, weight.shape[-1] // groups)
-    whole, scale = np.empty(rows.shape, bits.dtype), np.empty(rows.shape[:2], np.float32)
+    whole, scale = np.empty(rows.shape, bits.dtype), np.empty(rows.shape[:2], bits.scale_dtype)
     step = max(1, 2**22 // weight.shape[-1])  # rows at a time, so that what is made on the way stays small
     for start in range(0, len(rows), step):
         some = rows[start : start + step].astype(np.float32)
-        own = np.abs(some).max(axis=-1) / np.float32(bits.most)
-        scale[start : start + step] = own
+        scale[start : start + step] = np.abs(some).max(axis=-1) / np.float32(bits.most)
+        own = scale[start : start + step].astype(np.float32)
         whole[start : start + step] = np.rint(some / np.where(own == 0, 1, own)[..., None]).astype(bits.dtype)
     return whole.reshape(weight.shape), scale.reshape(*weight.shape[:-1], groups)
 
 
 def dequantized(weight: Int[Array, "*o i"], scale: Float[Array, "*o groups"], dtype: Any) -> Float[Array, "*o i"]:
-    """The weight again, in `dtype`, for the product that reads it."""
+    """The weight again, in `dtype`, for a matmul that reads it; rounded once."""
     *outputs, inputs = weight.shape
-    grouped = weight.astype(jnp.float32).reshape(*outputs, scale.shape[-1], -1)
-    return (grouped * scale[..., None]).astype(dtype).reshape(*outputs, inputs)
+    exact = max(jnp.dtype(dtype), scale.dtype, key=lambda x: x.itemsize)
+    grouped = weight.astype(exact).reshape(*outputs, scale.shape[-1], -1)
+    return (grouped * scale[..., None].astype(exact)).astype(dtype).reshape(*outputs, inputs)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -106,19 +116,45 @@ def _dot(x: Array, weight: Array, scale: Array | None, dtype: Any, flat: bool) -
     the form that the product reads, a second copy of the backbone; this keeps it as it is stored. Weights in few bits
     are frozen: neither they nor their scales have a gradient.
     """
-    ready = _ready(x, weight, scale, flat)
+    if scale is None:
+        return _matmul(x, weight, dtype, flat)
+    if scale.shape[-1] == 1:
+        # On the output, so that the matmul itself reads the weight as it is stored, and none is written widened.
+        sums = _matmul(x, weight.astype(x.dtype), jnp.float32, flat)
+        return (sums * _of_outputs(scale)).astype(dtype)
+    if 2 * x.shape[0] * x.shape[1] <= weight.shape[-1] // scale.shape[-1]:
+        return _by_groups(x, weight, scale).astype(dtype)
+    return _matmul(x, dequantized(weight, scale, x.dtype), dtype, flat)
+
+
+def _by_groups(x: Float[Array, "b t i"], weight: Int[Array, "*o i"], scale: Array) -> Float[Array, "b t *o"]:
+    """Each group's sums times its scale, float32.
+
+    It writes and reads a float32 number for each row, group and output, where a widened weight is written and read in
+    bfloat16: fewer bytes up to half as many rows as a group has inputs.
+    """
+    groups = scale.shape[-1]
+    x = x.reshape(*x.shape[:2], groups, -1)
+    weight = with_layout_constraint(weight, Layout(tuple(range(weight.ndim))))
+    weight = weight.reshape(*weight.shape[:-1], groups, -1).astype(x.dtype)
+    last = weight.ndim - 1
+    sums = jax.lax.dot_general(x, weight, (((3,), (last,)), ((2,), (last - 1,))), preferred_element_type=jnp.float32)
+    scale = jnp.expand_dims(jnp.moveaxis(scale, -1, 0), (1, 2)).astype(jnp.float32)
+    return jnp.sum(sums * scale, axis=0)
+
+
+def _of_outputs(scale: Float[Array, "*o 1"]) -> Float[Array, "1 1 *o"]:
+    return jnp.expand_dims(scale[..., 0], (0, 1)).astype(jnp.float32)
+
+
+def _matmul(x: Float[Array, "b t i"], weight: Float[Array, "*o i"], dtype: Any, flat: bool) -> Float[Array, "b t *o"]:
+    """With a weight as it is, as the platform likes it that the program is for, which need not be the one here."""
+    ready = weight.reshape(-1, weight.shape[-1]) if flat else weight
     if 1 < x.shape[0] * x.shape[1] <= FEW_ROWS:
-        # As the platform likes it that the program is for, which need not be the one that is here.
         out = jax.lax.platform_dependent(x, ready, cpu=partial(_columns, dtype), default=partial(_rows, dtype))
     else:
         out = _rows(dtype, x, ready)
     return out.reshape(*x.shape[:2], *weight.shape[:-1])
-
-
-def _ready(x: Array, weight: Array, scale: Array | None, flat: bool) -> Array:
-    """A weight as the product wants it."""
-    weight = weight if scale is None else dequantized(weight, scale, x.dtype)
-    return weight.reshape(-1, weight.shape[-1]) if flat else weight
 
 
 def _rows(dtype: Any, x: Float[Array, "b t i"], weight: Float[Array, "*o i"]) -> Float[Array, "b t *o"]:
@@ -160,7 +196,11 @@ def _dot_forward(x: Array, weight: Array, scale: Array | None, dtype: Any, flat:
 
 def _dot_backward(dtype: Any, flat: bool, kept: Kept, out: Array) -> tuple[Array, Array | None, None]:
     x, weight, scale = kept
-    ready = _ready(x, weight, scale, flat)
+    if scale is not None and scale.shape[-1] == 1:
+        out, ready = out.astype(jnp.float32) * _of_outputs(scale), weight.astype(x.dtype)
+    else:
+        ready = weight if scale is None else dequantized(weight, scale, x.dtype)
+    ready = ready.reshape(-1, ready.shape[-1]) if flat else ready
     out = out.astype(x.dtype).reshape(*x.shape[:2], *ready.shape[:-1])
     outputs = range(ready.ndim - 1)
     dx = _sums(out, ready, [2 + i for i in outputs], list(outputs)).astype(x.dtype)
