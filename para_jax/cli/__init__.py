@@ -19,6 +19,7 @@ from para_jax.cli.faults import in_one_line
 from para_jax.cli.options import Parser, check_texts
 from para_jax.compile_cache import quiet_loading
 from para_jax.errors import ParaJaxError
+from para_jax.torch_files import hide_torch
 
 STOPPED = 130  # the exit code of Ctrl-C
 STDOUT = "stdout could not be written: "
@@ -57,12 +58,13 @@ def parser() -> Parser:
 
 
 def command() -> NoReturn:
-    """The process of `para-jax`: runs `main`, and leaves the garbage collector little to do.
+    """The process of `para-jax`: runs `main`, without torch, and leaves the garbage collector little to do.
 
     Imports make some 300,000 objects that stay. To look through them again and again takes a second of a start, and
     another one of the end.
     """
     gc.set_threshold(100_000)
+    hide_torch()
     # A model may write what a terminal's encoding does not have.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
