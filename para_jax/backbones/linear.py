@@ -75,7 +75,7 @@ class Bits(NamedTuple):
         return inputs // max(size for size in range(1, self.group + 1) if inputs % size == 0)
 
 
-QUANTIZED = {"int8": Bits("int8", 127), "int4": Bits("int4", 7, group=64)}
+QUANTIZED = {"int8": Bits("int8", 127), "int4": Bits("int4", 7, group=128)}
 
 
 def quantized(weight: Float[np.ndarray, "*o i"], bits: Bits) -> tuple[np.ndarray, np.ndarray]:
@@ -135,7 +135,9 @@ def _by_groups(x: Float[Array, "b t i"], weight: Int[Array, "*o i"], scale: Arra
     """
     groups = scale.shape[-1]
     x = x.reshape(*x.shape[:2], groups, -1)
-    weight = with_layout_constraint(weight, Layout(tuple(range(weight.ndim))))
+    # A TPU's compiler would rather have the inputs of a group behind each other, and turn the weights of all layers
+    # before the token loop, a second copy of them. Held to the layout that they have, it turns a layer's on the chip.
+    weight = with_layout_constraint(jax.lax.optimization_barrier(weight), Layout(tuple(range(weight.ndim))))
     weight = weight.reshape(*weight.shape[:-1], groups, -1).astype(x.dtype)
     last = weight.ndim - 1
     sums = jax.lax.dot_general(x, weight, (((3,), (last,)), ((2,), (last - 1,))), preferred_element_type=jnp.float32)

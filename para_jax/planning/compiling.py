@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jax.stages import Traced
 
 from para_jax.planning.flops import flops
-from para_jax.planning.hlo import Collective, collectives
+from para_jax.planning.hlo import Collective, collectives, written
 
 _NEEDED = re.compile(r"required[^(]*\(([\d.]+)([KMGT]?)\)")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -29,6 +29,7 @@ class Program:
       temporaries: what the peak adds to arguments and outputs.
       peak: the most that is allocated at once; what would have been, if the compiler gave up (`problem`).
       held: what the library keeps meanwhile, on the first device, that is no argument.
+      written: large buffers that its loops write to memory in one run (`hlo.written`).
       flops: of the products on all devices together, in one run.
       problem: the compiler's words, if the program exceeds the memory.
     """
@@ -41,6 +42,7 @@ class Program:
     peak: int
     held: int
     flops: float
+    written: int = 0
     collectives: tuple[Collective, ...] = ()
     compile_seconds: float = 0.0
     problem: str = ""
@@ -64,15 +66,16 @@ def compiled(name: str, traced: Traced, arguments: Any, mesh: Mesh, held: int = 
             raise
         goes_in, peak = shard_bytes(arguments), int(float(needed[1]) * _UNITS[needed[2]])
         words, seconds = str(error).partition(": ")[2].splitlines()[0], time.perf_counter() - start
-        return Program(name, goes_in, 0, 0, max(0, peak - goes_in), peak, held, count, (), seconds, words), None
+        return Program(name, goes_in, 0, 0, max(0, peak - goes_in), peak, held, count, 0, (), seconds, words), None
     m = done.memory_analysis()
     goes_in, outputs = m.argument_size_in_bytes, m.output_size_in_bytes - m.alias_size_in_bytes
     # The TPU's compiler knows the peak, and counts some temporaries twice in their sum; the CPU's has the sum only.
     on_tpu = mesh.devices.flat[0].platform == "tpu"
     between = max(0, m.peak_memory_in_bytes - goes_in - outputs) if on_tpu else m.temp_size_in_bytes
-    found, seconds = tuple(collectives(done.as_text(), mesh.size)), time.perf_counter() - start
-    peak = goes_in + outputs + between
-    program = Program(name, goes_in, outputs, m.alias_size_in_bytes, between, peak, held, count, found, seconds)
+    text, peak = done.as_text(), goes_in + outputs + between
+    found, rewritten, seconds = tuple(collectives(text, mesh.size)), written(text), time.perf_counter() - start
+    aliased = m.alias_size_in_bytes
+    program = Program(name, goes_in, outputs, aliased, between, peak, held, count, rewritten, found, seconds)
     return program, done.output_shardings
 
 

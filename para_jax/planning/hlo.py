@@ -1,6 +1,7 @@
-"""The collectives of a compiled program, read from its text: which, how often, and how many bytes a device sends.
+"""What a compiled program's text says: its collectives, how often, how many bytes a device sends; and large buffers that
+its loops write.
 
-Bytes are those of ring algorithms: a device sends (n - 1) / n of what an all-gather of n makes or an all-to-all moves,
+Bytes that are sent are those of ring algorithms: a device sends (n - 1) / n of what an all-gather of n makes or an all-to-all moves,
 twice that of what is all-reduced, and what a reduce-scatter makes n - 1 times.
 """
 
@@ -16,6 +17,10 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*)?\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
 _SHAPE = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
+_PLACED = re.compile(_SHAPE.pattern + r"(\{[^}]*\})?")
+_ON_CHIP = "S(1)"  # of a layout: not in the device's main memory
+_LARGE = 2**20  # entries
+_VIEWS = {"parameter", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "dynamic-update-slice"}
 _CALLED = re.compile(r"\b(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
@@ -72,6 +77,34 @@ def collectives(text: str, devices: int) -> list[Collective]:
     """
     computations, entry = _parse(text)
     return list(_walk(computations, entry, devices, set()))
+
+
+def written(text: str) -> int:
+    """Bytes of large buffers that the loops of an optimized HLO module write to the device's main memory in one run.
+
+    A buffer is large from 2**20 entries; what is updated in place does not count. Loops turn as in `collectives`. A
+    decode step that writes none reads each weight as it is stored.
+    """
+    computations, entry = _parse(text)
+    return _written(computations, entry, looping=False)
+
+
+def _written(computations: dict[str, list[_Instruction]], name: str, looping: bool) -> int:
+    found = 0
+    for one in computations.get(name, []):
+        if one.op == "while":
+            found += _trips(computations, one) * _written(computations, one.after("body"), looping=True)
+        elif branches := _BRANCHES.search(one.rest):
+            found += max(_written(computations, b.strip(" %"), looping) for b in branches[1].split(","))
+        elif one.op == "call":
+            found += _written(computations, one.after("to_apply"), looping)
+        elif looping and one.op not in _VIEWS and not one.op.endswith("-start"):
+            inside = computations.get(one.after("calls"), []) if one.op == "fusion" else []
+            if not any(part.op == "dynamic-update-slice" for part in inside):
+                made = [x for x in _PLACED.findall(one.result) if _ON_CHIP not in x[3]]
+                sizes = [(bits, dims) for _, bits, dims, _ in made if _entries(dims) >= _LARGE]
+                found += sum(_bytes(*size) for size in sizes)
+    return found
 
 
 def total(found: Iterable[Collective]) -> dict[str, dict[str, int]]:
@@ -174,7 +207,11 @@ def _sent(kind: str, one: _Instruction, n: int) -> int:
 
 
 def _bytes(bits: str, dims: str) -> int:
-    return math.ceil(math.prod(int(n) for n in dims.split(",") if n) * int(bits or 8) / 8)
+    return math.ceil(_entries(dims) * int(bits or 8) / 8)
+
+
+def _entries(dims: str) -> int:
+    return math.prod(int(n) for n in dims.split(",") if n)
 
 
 def _group(rest: str, devices: int) -> int:

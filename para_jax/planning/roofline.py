@@ -27,7 +27,8 @@ def assumptions(chip: Chip) -> dict[str, Any]:
             "after them",
             "memory traffic of a tuning step is the weights, once for each pass of each micro-batch, the sums of "
             "gradients, which each micro-batch reads and writes, and in the update all that training changes; while "
-            "decoding it is the weights and all columns of the cache; activations are left out",
+            "decoding it is the weights, all columns of the cache, and twice what the program's loops write of large "
+            "buffers; activations are left out",
             "attention counts as if every token saw the whole row",
             "collectives are rings along one axis of a slice that closes; what a device sends is divided by its link "
             "rate",
@@ -70,8 +71,8 @@ def estimate(job: Job, program: Program, chip: Chip, backbone: Any, devices: int
         "micro_batch": (weights * job.passes + 2 * program.aliased, None),
         "update": (program.arguments + program.aliased + program.outputs, None),
         "prefill": (weights, job.rows * job.length),
-        # Keys, values and Adjustments come back in their place.
-        "decode": (weights + program.aliased, job.rows),
+        # Keys, values and Adjustments come back in their place; what is written is read again.
+        "decode": (weights + program.aliased + 2 * program.written, job.rows),
     }[program.name]
     sent = sum(one.count * one.sent for one in program.collectives)
     return Time(
