@@ -46,9 +46,9 @@ def product(
 ) -> Float[Array, "b t *o"]:
     """x W^T for a weight whose outputs may have several axes, as one wide product; in x's dtype unless one is given.
 
-    A weight in few bits comes with its `scale`. With `flat` the outputs' axes are laid end to end for the product,
-    which a CPU does faster. On a mesh they must not be: the inner one may be split, as that of gate_up is, and would
-    be gathered.
+    A quantized weight comes with its `scale`. With `flat` a CPU lays the outputs' axes end to end, which makes it
+    faster. On a mesh it must not: the inner one may be split, as that of gate_up is, and would be gathered. A v6e chip
+    would copy each layer's weights out of a stack to do so.
     """
     return checkpoint_name(_dot(x, weight, scale, dtype or x.dtype, flat), "product")
 
@@ -151,16 +151,20 @@ def _of_outputs(scale: Float[Array, "*o 1"]) -> Float[Array, "1 1 *o"]:
 
 def _matmul(x: Float[Array, "b t i"], weight: Float[Array, "*o i"], dtype: Any, flat: bool) -> Float[Array, "b t *o"]:
     """With a weight as it is, as the platform likes it that the program is for, which need not be the one here."""
-    ready = weight.reshape(-1, weight.shape[-1]) if flat else weight
-    if 1 < x.shape[0] * x.shape[1] <= FEW_ROWS:
-        out = jax.lax.platform_dependent(x, ready, cpu=partial(_columns, dtype), default=partial(_rows, dtype))
-    else:
-        out = _rows(dtype, x, ready)
-    return out.reshape(*x.shape[:2], *weight.shape[:-1])
+    few = 1 < x.shape[0] * x.shape[1] <= FEW_ROWS
+    if not few and not flat:
+        return _rows(dtype, x, weight)
+    on_cpu = _columns if few else _flat_rows
+    return jax.lax.platform_dependent(x, weight, cpu=partial(on_cpu, dtype), default=partial(_rows, dtype))
 
 
 def _rows(dtype: Any, x: Float[Array, "b t i"], weight: Float[Array, "*o i"]) -> Float[Array, "b t *o"]:
     return _sums(x, weight, (2,), (weight.ndim - 1,)).astype(dtype)
+
+
+def _flat_rows(dtype: Any, x: Float[Array, "b t i"], weight: Float[Array, "*o i"]) -> Float[Array, "b t *o"]:
+    out = _rows(dtype, x, weight.reshape(-1, weight.shape[-1]))
+    return out.reshape(*x.shape[:2], *weight.shape[:-1])
 
 
 def _columns(dtype: Any, x: Float[Array, "b t i"], weight: Float[Array, "*o i"]) -> Float[Array, "b t *o"]:
@@ -202,13 +206,21 @@ def _dot_backward(dtype: Any, flat: bool, kept: Kept, out: Array) -> tuple[Array
         out, ready = out.astype(jnp.float32) * _of_outputs(scale), weight.astype(x.dtype)
     else:
         ready = weight if scale is None else dequantized(weight, scale, x.dtype)
-    ready = ready.reshape(-1, ready.shape[-1]) if flat else ready
-    out = out.astype(x.dtype).reshape(*x.shape[:2], *ready.shape[:-1])
-    outputs = range(ready.ndim - 1)
-    dx = _sums(out, ready, [2 + i for i in outputs], list(outputs)).astype(x.dtype)
+    out = out.astype(x.dtype)
+    dx = jax.lax.platform_dependent(out, ready, cpu=_flat_inputs, default=_inputs) if flat else _inputs(out, ready)
     if scale is not None:
-        return dx, None, None
-    return dx, _sums(out, x, (0, 1), (0, 1)).astype(weight.dtype).reshape(weight.shape), None
+        return dx.astype(x.dtype), None, None
+    return dx.astype(x.dtype), _sums(out, x, (0, 1), (0, 1)).astype(weight.dtype), None
+
+
+def _inputs(out: Float[Array, "b t *o"], weight: Float[Array, "*o i"]) -> Float[Array, "b t i"]:
+    """The derivative by the input, float32."""
+    outputs = range(weight.ndim - 1)
+    return _sums(out, weight, [2 + i for i in outputs], list(outputs))
+
+
+def _flat_inputs(out: Float[Array, "b t *o"], weight: Float[Array, "*o i"]) -> Float[Array, "b t i"]:
+    return _inputs(out.reshape(*out.shape[:2], -1), weight.reshape(-1, weight.shape[-1]))
 
 
 _dot.defvjp(_dot_forward, _dot_backward)

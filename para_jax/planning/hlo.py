@@ -1,8 +1,7 @@
-"""What a compiled program's text says: its collectives, how often, how many bytes a device sends; and large buffers that
-its loops write.
+"""What a compiled program's text says: its collectives, and the large buffers that its loops write.
 
-Bytes that are sent are those of ring algorithms: a device sends (n - 1) / n of what an all-gather of n makes or an all-to-all moves,
-twice that of what is all-reduced, and what a reduce-scatter makes n - 1 times.
+Bytes that are sent are those of ring algorithms: a device sends (n - 1) / n of what an all-gather of n makes or an
+all-to-all moves, twice that of what is all-reduced, and what a reduce-scatter makes n - 1 times.
 """
 
 from __future__ import annotations

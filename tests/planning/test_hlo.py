@@ -15,7 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from para_jax.planning.chips import parse_topology
-from para_jax.planning.hlo import Collective, collectives, total
+from para_jax.planning.hlo import Collective, collectives, total, written
 from para_jax.planning.topology import environment
 
 TURNS = 5
@@ -184,3 +184,36 @@ ENTRY %main (i: s32[], x: f32[8]) -> f32[8] {
 """
     (only,) = collectives(text, 2)
     assert (only.kind, only.sent) == ("collective-permute", 64 * 4)
+
+
+def test_large_buffers_of_loops() -> None:
+    """Not what is on the chip, small, outside of loops, inside a fusion, or updated in place."""
+    large, small = "bf16[1024,2048]", "bf16[8,2048]"
+    trips = 'backend_config={"known_trip_count":{"n":"3"}}'
+    text = f"""
+%inside (a: {large}) -> {large} {{
+  ROOT %half = {large}{{1,0}} negate(%a)
+}}
+
+%updating (a: {large}) -> {large} {{
+  ROOT %new = {large}{{1,0}} dynamic-update-slice(%a, %b, %i)
+}}
+
+%turn (q: (u32[], {large})) -> (u32[], {large}) {{
+  %q = (u32[], {large}{{1,0}}) parameter(0)
+  %x = {large}{{1,0}} get-tuple-element(%q), index=1
+  %written = {large}{{1,0:T(8,128)(2,1)}} fusion(%x), kind=kLoop, calls=%inside
+  %kept = {large}{{1,0:T(8,128)(2,1)S(1)}} fusion(%x), kind=kLoop, calls=%inside
+  %updated = {large}{{1,0}} fusion(%x), kind=kLoop, calls=%updating
+  %begun = ({large}{{1,0:S(1)}}, {large}{{1,0}}, u32[]) copy-start(%x)
+  %ended = {large}{{1,0:S(1)}} copy-done(%begun)
+  %both = ({large}{{1,0}}, {small}{{1,0}}) fusion(%x), kind=kLoop, calls=%inside
+  ROOT %result = (u32[], {large}{{1,0}}) tuple(%i, %written)
+}}
+
+ENTRY %main (z: (u32[], {large})) -> (u32[], {large}) {{
+  %before = {large}{{1,0}} fusion(%x), kind=kLoop, calls=%inside
+  ROOT %loop = (u32[], {large}{{1,0}}) while(%z), condition=%ends, body=%turn, {trips}
+}}
+"""
+    assert written(text) == 3 * 2 * 2 * 1024 * 2048

@@ -102,6 +102,17 @@ def test_llama_3_70b_is_tuned_on_16_v5e_chips() -> None:
     assert sent < 3 * 2 * 70.6e9
 
 
+@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
+@pytest.mark.parametrize("chip", ["v5e:1x1", "v6e:1x1"])
+def test_a_decode_step_copies_no_weight(chip: str, quantize: str | None) -> None:
+    """Nor does it write one widened, nor the cache again; and the weights are in memory once."""
+    of = job({**LLAMA_2_7B, "num_hidden_layers": 4}, "decode", tenants=8, rows=8, length=128, quantize=quantize)
+    decode = plan_aside([of], chip)["plan"]["programs"][1]
+    assert decode["written"] == 0
+    layer = 4096 * (4 * 4096 + 3 * 11008)
+    assert decode["temporaries"] < layer / 2
+
+
 @pytest.mark.slow
 def test_llama_3_70b_decodes_in_int8_on_64_v5e_chips() -> None:
     """Split over the heads, 16 rows a step, whose adapters are whole on the first chip beside its part."""
