@@ -23,11 +23,22 @@ _PUBLIC = {
     "LoraConfig": "para_jax.adapters.lora",
     "ParaConfig": "para_jax.adapters.para",
     "ParaJaxError": "para_jax.errors",
+    "Settings": "para_jax.training.optimizer",
+    "auto_mesh": "para_jax.sharding",
     "complete": "para_jax.decoding.generate",
+    "encode_rows": "para_jax.data.examples",
+    "end_tokens": "para_jax.convert.tokenizer",
+    "evaluate": "para_jax.evaluation.evaluate",
+    "finetune": "para_jax.training.loop",
     "generate": "para_jax.decoding.generate",
     "load_adapter": "para_jax.adapters.files",
+    "load_tokenizer": "para_jax.convert.tokenizer",
+    "make_mesh": "para_jax.sharding",
     "merge_adapter": "para_jax.convert.merging",
+    "read_examples": "para_jax.data.examples",
+    "read_rows": "para_jax.data.sources",
     "save_adapter": "para_jax.adapters.files",
+    "save_backbone": "para_jax.convert.checkpoint",
 }
 
 __all__ = [*_PUBLIC, "tiny_backbone_path"]
@@ -42,11 +53,22 @@ if TYPE_CHECKING:
     from para_jax.adapters.para import ParaConfig as ParaConfig
     from para_jax.backbones.config import BackboneConfig as BackboneConfig
     from para_jax.backbones.decoder import Backbone as Backbone
+    from para_jax.convert.checkpoint import save_backbone as save_backbone
     from para_jax.convert.merging import merge_adapter as merge_adapter
+    from para_jax.convert.tokenizer import end_tokens as end_tokens
+    from para_jax.convert.tokenizer import load_tokenizer as load_tokenizer
+    from para_jax.data.examples import encode_rows as encode_rows
+    from para_jax.data.examples import read_examples as read_examples
+    from para_jax.data.sources import read_rows as read_rows
     from para_jax.decoding.generate import Completion as Completion
     from para_jax.decoding.generate import complete as complete
     from para_jax.decoding.generate import generate as generate
     from para_jax.errors import ParaJaxError as ParaJaxError
+    from para_jax.evaluation.evaluate import evaluate as evaluate
+    from para_jax.sharding import auto_mesh as auto_mesh
+    from para_jax.sharding import make_mesh as make_mesh
+    from para_jax.training.loop import finetune as finetune
+    from para_jax.training.optimizer import Settings as Settings
 
 
 def __getattr__(name: str) -> Any:
