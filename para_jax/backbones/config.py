@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from para_jax import hub
 from para_jax.adapters.method import Site
 from para_jax.errors import ParaJaxError
 
@@ -247,8 +248,4 @@ def checkpoint_folder(path_or_hub_id: str | Path, patterns: list[str]) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-        raise ParaJaxError(
-            f"{name} is neither a folder here nor could it be had from the Hugging Face hub "
-            f"({type(error).__name__}). Check the spelling and the network, log in for a gated model, or download "
-            "it elsewhere and give the folder"
-        ) from error
+        raise hub.not_had(name, error) from error

@@ -1,8 +1,10 @@
 """A tenant's rows, wherever they are: a JSONL file, TensorFlow Datasets, or a folder of Hugging Face's `datasets`.
 
   FILE.jsonl                    one JSON object a line; also FILE.jsonl.gz
+  FILE.csv, FILE.tsv            a table whose first line names the columns; also FILE.csv.gz
   tfds:NAME[/CONFIG][:SPLIT]    tfds:squad, tfds:super_glue/boolq:train[:90%]
   hf:FOLDER[:SPLIT]             a folder of save_to_disk, or of json, parquet, arrow or csv files
+  hf:OWNER/NAME[/CONFIG][:SPLIT]    a data set of the hub, which is downloaded
 
 A row is {"prompt", "response"}, {"prompt", "completion"} or {"messages": [...]}, and may have `system` (a text that
 becomes a system message), `tools`, `references` (answers that are as good), `choices` (answers to choose from) and
@@ -21,12 +23,13 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from para_jax.data import csv_files
 from para_jax.data.table import Table, raise_problems
 from para_jax.data.templates import EXAMPLE, Template, shipped
 from para_jax.errors import ParaJaxError
 
 KEYS = ("prompt", "response", "completion", "messages", "system", "tools", "references", "choices", "tenant")
-FORMS = "FILE.jsonl, tfds:NAME[/CONFIG][:SPLIT] or hf:FOLDER[:SPLIT]"
+FORMS = "FILE.jsonl, FILE.csv, tfds:NAME[/CONFIG][:SPLIT], hf:FOLDER[:SPLIT] or hf:OWNER/NAME[/CONFIG][:SPLIT]"
 
 Rows = list[tuple[str, dict[str, Any]]]
 
@@ -59,6 +62,8 @@ def read_rows(source: str | Path, template: Template | str | None = None, data_d
         from para_jax.data import hf
 
         table = hf.table(rest)
+    elif Path(str(source).removesuffix(".gz")).suffix.lower() in csv_files.DELIMITERS:
+        table = csv_files.table(str(source).removesuffix(".gz"), _content(_file(source)))
     else:
         plain = read_jsonl(source)
         if template is None:
@@ -85,9 +90,7 @@ def read_rows(source: str | Path, template: Template | str | None = None, data_d
 
 def read_jsonl(path: str | Path) -> Rows:
     """The rows of a JSONL file with their places ("file:line"). Raises ParaJaxError that lists malformed lines."""
-    path = Path(path)
-    if not path.is_file():
-        raise ParaJaxError(f"{path} is no file; rows come from {FORMS}")
+    path = _file(path)
     rows, problems = [], []
     # Not splitlines: JSON strings may hold line separators of Unicode.
     for number, line in enumerate(_content(path).split(b"\n"), 1):
@@ -115,6 +118,12 @@ def read_jsonl(path: str | Path) -> Rows:
     if not rows:
         raise ParaJaxError(f"{path} has no rows")
     return rows
+
+
+def _file(path: str | Path) -> Path:
+    if not Path(path).is_file():
+        raise ParaJaxError(f"{path} is no file; rows come from {FORMS}")
+    return Path(path)
 
 
 def _content(path: Path) -> bytes:

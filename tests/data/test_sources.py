@@ -138,7 +138,7 @@ def test_mistakes_in_folders(saved: Path, tmp_path: Path) -> None:
     assert "'trian'; did you mean 'train'? Known: test, train" in mistake(f"hf:{saved / 'files'}:trian")
     assert "has no such rows" in mistake(f"hf:{saved / 'files'}:train[:5")
     assert "has no usable rows: there is no row" in mistake(f"hf:{saved / 'files'}:train[5:5]")
-    assert "is no folder; hf: reads folders on this machine" in mistake(f"hf:{tmp_path / 'none'}")
+    assert "is no folder, nor a data set of the hub" in mistake(f"hf:{tmp_path / 'none'}")
     assert f"{tmp_path} cannot be read by datasets" in mistake(f"hf:{tmp_path}")
     error = mistake(f"hf:{saved / 'parquet'}")
     assert "has the columns answer, question, and no template" in error and '{"prompt": "Question:' in error
