@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 import jax
 
+from para_jax.compat import unregister_event_duration_listener
+
 EVENT = "/jax/core/compile/backend_compile_duration"
 
 
@@ -29,4 +31,4 @@ def compilations() -> Iterator[list[float]]:
     try:
         yield compiled
     finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
+        unregister_event_duration_listener(listen)

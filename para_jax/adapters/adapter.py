@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from para_jax.adapters.method import BackboneShape, MethodConfig
+from para_jax.compat import drop_fields
 from para_jax.errors import ParaJaxError
 
 if TYPE_CHECKING:
@@ -20,7 +21,10 @@ if TYPE_CHECKING:
 
 
 @partial(
-    jax.tree_util.register_dataclass, data_fields=["layers"], meta_fields=["config"], drop_fields=["chat_template"]
+    jax.tree_util.register_dataclass,
+    data_fields=["layers"],
+    meta_fields=["config"],
+    drop_fields=drop_fields("chat_template"),
 )
 @dataclass(frozen=True)
 class Adapter:

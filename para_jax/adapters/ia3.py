@@ -20,6 +20,7 @@ from flax import nnx
 from para_jax.adapters.method import BackboneShape, Prompt
 from para_jax.adapters.targets import as_patterns, matched, module_path, resolve
 from para_jax.adjustment import Adjustment
+from para_jax.compat import Dict
 from para_jax.errors import ParaJaxError
 
 if TYPE_CHECKING:
@@ -151,7 +152,7 @@ class IA3Layer(nnx.Module):
             self.short = nnx.Param(jax.random.normal(rngs.params(), (config.projection,), jnp.float32))
             self.matrix = nnx.Param(jnp.zeros((config.projection, sum(self.widths)), jnp.float32))
         else:
-            self.vectors = nnx.Dict(
+            self.vectors = Dict(
                 {s: nnx.Param(jnp.ones((w,), jnp.float32)) for s, w in zip(self.sites, self.widths, strict=True)}
             )
 

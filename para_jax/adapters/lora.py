@@ -22,6 +22,7 @@ from flax import nnx
 from para_jax.adapters.method import BackboneShape, Prompt
 from para_jax.adapters.targets import as_patterns, first_match, fits_none, module_path, resolve
 from para_jax.adjustment import Adjustment, LowRank
+from para_jax.compat import Dict
 from para_jax.errors import ParaJaxError, unknown
 
 if TYPE_CHECKING:
@@ -182,8 +183,8 @@ class LoraLayer(nnx.Module):
         self.config = config
         modules = config.modules(shape)
         self.modules = tuple(tuple(of_layer.items()) for of_layer in modules)
-        self.down: nnx.Dict[nnx.Param] = nnx.Dict()
-        self.up: nnx.Dict[nnx.Param] = nnx.Dict()
+        self.down: dict[str, nnx.Param] = Dict()
+        self.up: dict[str, nnx.Param] = Dict()
         for site in [site for site in shape.sites if any(site in of_layer for of_layer in modules)]:
             ranks = np.array([of_layer[site].rank if site in of_layer else 0 for of_layer in modules], np.int32)
             kept_r = jnp.arange(ranks.max()) < jnp.asarray(ranks)[layer]

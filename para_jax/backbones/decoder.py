@@ -29,6 +29,7 @@ from para_jax.backbones.kernels import Kernel, choose, prompt_attention
 from para_jax.backbones.linear import KEEP_PRODUCTS, QUANTIZED, product, rms_norm
 from para_jax.backbones.options import Attention, Dtype, Quantize, Remat, compute_dtype, default_stacked
 from para_jax.backbones.packed import Segments
+from para_jax.compat import List
 from para_jax.errors import ParaJaxError, unknown
 from para_jax.sharding import gathered, split_rows
 
@@ -75,7 +76,7 @@ class Backbone(nnx.Module):
         if self.stacked:
             self.blocks: Any = jax.vmap(lambda k: Block(config, compute, k, quantize, mesh))(jnp.stack(layers))
         else:
-            self.blocks = nnx.List([Block(config, compute, k, quantize, mesh) for k in layers])
+            self.blocks = List([Block(config, compute, k, quantize, mesh) for k in layers])
         self.norm = nnx.Param(jnp.full((config.hidden_size,), 1.0 - config.norm_offset, compute))
         if not config.tie_word_embeddings:
             self.head = nnx.Param((0.02 * jax.random.normal(head, shape, jnp.float32)).astype(compute))

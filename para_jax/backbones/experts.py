@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from para_jax.backbones.config import Experts
 from para_jax.backbones.linear import KEEP_PRODUCTS, Weight, dequantized
+from para_jax.compat import varying
 from para_jax.sharding import rows_axes
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def through_experts(
 
         def on_each(x: Array, chance: Array, *given: Any) -> Array:
             # Said here, so that the backward pass adds up the slopes of tokens, and not of each of their copies.
-            x, chance = jax.lax.pcast((x, chance), "tensor", to="varying")
+            x, chance = varying((x, chance), "tensor")
             return jax.lax.psum(one(x, chance, *given), "tensor")
 
         return jax.shard_map(

@@ -15,6 +15,7 @@ from typing import Any
 
 from para_jax.backbones.block import ACTIVATIONS
 from para_jax.backbones.config import ATTENTION_SITES, CONFIG, MLP_SITES, BackboneConfig, Experts, as_token_ids
+from para_jax.compat import GEMMA_ACTIVATIONS
 from para_jax.convert.checks import check_values
 from para_jax.convert.keys import CODE, ONLY, SIZES, Keys, rope_code_reads, sort_keys
 from para_jax.convert.kinds import attention_kinds
@@ -58,7 +59,13 @@ FAMILIES: dict[str, Family] = {
     "mistral": Family("Mistral 7B, Mistral Nemo, Mistral Small", "MistralForCausalLM"),
     "qwen2": Family("Qwen2, Qwen2.5", "Qwen2ForCausalLM", {"biases": ATTENTION_SITES[:3]}),
     "qwen3": Family("Qwen3", "Qwen3ForCausalLM", {"qk_norm": "head"}),
-    "gemma": Family("Gemma 1", "GemmaForCausalLM", _gemma, only=BOTH_WAYS, neutral=("hidden_activation",)),
+    "gemma": Family(
+        "Gemma 1",
+        "GemmaForCausalLM",
+        lambda c: _gemma(c, hidden_act=GEMMA_ACTIVATIONS.get(c.hidden_act, c.hidden_act)),
+        only=BOTH_WAYS,
+        neutral=("hidden_activation",),
+    ),
     "gemma2": Family(
         "Gemma 2",
         "Gemma2ForCausalLM",

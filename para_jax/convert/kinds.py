@@ -7,6 +7,7 @@ from typing import Any
 
 from para_jax.backbones.config import AttentionKind, Rope
 from para_jax.backbones.rope import TYPES
+from para_jax.compat import ADDED_ROPE
 from para_jax.convert.checks import check_rope, is_number, is_whole
 from para_jax.convert.keys import rope_code_reads
 from para_jax.errors import ParaJaxError, unknown
@@ -44,7 +45,7 @@ def _parameters(config: Any, layer_type: str, known: Sequence[str]) -> Mapping[s
     """The rope_parameters of layers of a type, which may be those of all layers."""
     ropes = {key: value for key, value in config.rope_parameters.items() if value is not None}
     of_types = [key for key in ropes if key in known]
-    beside = [key for key in ropes if key not in known]
+    beside = [key for key, value in ropes.items() if key not in known and (key, value) != ADDED_ROPE]
     if not of_types:
         return ropes
     if beside or not isinstance(ropes.get(layer_type), Mapping):

@@ -24,13 +24,10 @@ MORE_BUILDERS = ("text", "question_answering", "summarization", "translate", "te
 def table(source: str, data_dir: str | Path | None = None) -> Table:
     """The rows of NAME[/CONFIG][:SPLIT]; the split is train unless it is given, and may be sliced: train[:90%].
 
-    Data that is not in `data_dir` is downloaded and prepared there. Raises ParaJaxError if TFDS is not installed, for
-    an unknown name, config or split, and where the data is not there and cannot be had.
+    Data that is not in `data_dir` is downloaded and prepared there. Raises ParaJaxError if TFDS is not installed or does
+    not load, for an unknown name, config or split, and where the data is not there and cannot be had.
     """
-    try:
-        import tensorflow_datasets as tfds
-    except ImportError as error:
-        raise ParaJaxError(f"tfds:{source} needs TensorFlow Datasets: pip install 'para-jax[data]' ({error})") from None
+    tfds = _loaded(source)
     name, _, split = source.partition(":")
     split = split or "train"
     root = Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
@@ -64,12 +61,26 @@ def table(source: str, data_dir: str | Path | None = None) -> Table:
     return Table(tuple(features), placed(), labels, name, tuple(builder.info.splits))
 
 
+def _loaded(source: str) -> Any:
+    """TFDS, with all its builders of texts."""
+    try:
+        import tensorflow_datasets as tfds
+
+        for module in MORE_BUILDERS:
+            importlib.import_module(f"tensorflow_datasets.{module}")
+    except ImportError as error:
+        raise ParaJaxError(f"tfds:{source} needs TensorFlow Datasets: pip install 'para-jax[data]' ({error})") from None
+    except Exception as error:  # protobuf raises its own on Colab's CPU and GPU images
+        raise ParaJaxError(
+            f"tfds:{source} needs TensorFlow Datasets, which does not load: {str(error).partition('. ')[0]}. If its "
+            "tensorflow-metadata is too new for this protobuf: pip install 'tensorflow-metadata<1.18'"
+        ) from error
+    return tfds
+
+
 def builder_of(name: str, root: Path) -> Any:
     """The builder of NAME[/CONFIG], with its data in `root`. Raises ParaJaxError if there is no such builder."""
-    import tensorflow_datasets as tfds
-
-    for module in MORE_BUILDERS:
-        importlib.import_module(f"tensorflow_datasets.{module}")
+    tfds = _loaded(name)
     dataset, _, config = name.partition("/")
     known = tfds.list_builders(with_community_datasets=False)
     if dataset not in known:

@@ -193,6 +193,8 @@ class Profile:
     def close(self) -> None:
         import jax
 
+        from para_jax.compat import unregister_event_duration_listener
+
         state, self._state = self._state, "closed"
         if state == "tracing":
             jax.profiler.stop_trace()
@@ -203,7 +205,7 @@ class Profile:
                 "of this run did not have"
             )
         if state in ("waiting", "tracing"):
-            jax.monitoring.unregister_event_duration_listener(self._heard)
+            unregister_event_duration_listener(self._heard)
 
 
 KINDS: dict[str, Callable[[Path], Logger]] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}

@@ -17,6 +17,7 @@ from para_jax.adapters.adapter import Adapter
 from para_jax.adapters.method import BackboneShape, Prompt
 from para_jax.adapters.rows import Rows
 from para_jax.adjustment import Adjustment
+from tests.compilations import compilations
 from tests.helpers import SMALL, random_adapter, random_backbone, random_bank
 
 ONE, TWO = ParaConfig(r=2), ParaConfig(r=3, pooling="mean", activation="silu")
@@ -253,16 +254,9 @@ def test_load(adapters: dict[str, Adapter], tmp_path: Path) -> None:
 
 def test_a_new_tenant_compiles_nothing(adapters: dict[str, Adapter], backbone: Backbone) -> None:
     """Within the capacity, once each kind of change and one batch have been seen."""
-    compiled = []
-
-    def count(event: str, seconds: float, **_: object) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            compiled.append(event)
-
     tokens = jnp.zeros((3, 4), jnp.int32)
     bank = AdapterBank.stack({"a": adapters["a"], "b": adapters["b"]}, SMALL, capacity=4)
-    jax.monitoring.register_event_duration_secs_listener(count)
-    try:
+    with compilations() as compiled:
         bank = bank.add("c", adapters["c"]).remove("a").replace("b", adapters["d"])
         backbone(tokens, bank=bank, tenants=["b", None, "c"])
         assert compiled, "the listener works"
@@ -270,5 +264,3 @@ def test_a_new_tenant_compiles_nothing(adapters: dict[str, Adapter], backbone: B
         bank = bank.add("e", adapters["e"]).add("d", adapters["d"]).remove("c").replace("d", adapters["b"])
         backbone(tokens, bank=bank, tenants=["e", "d", None])
         assert not compiled
-    finally:
-        jax.monitoring.unregister_event_duration_listener(count)

@@ -66,7 +66,6 @@ THEIRS: list[tuple[dict[str, Any], str]] = [
     ({"bos_token_id": "1"}, "bos_token_id"),
     ({"tie_word_embeddings": "no"}, "tie_word_embeddings"),
     ({"attention_bias": 1}, "attention_bias"),
-    ({"head_dim": 7}, "even rotary dimension"),
     ({"num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": None}, "hidden size (32)"),
     ({"rope_scaling": {"type": "linear"}}, "'factor'"),
     ({"rope_scaling": "linear"}, ""),

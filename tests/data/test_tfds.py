@@ -155,6 +155,19 @@ def test_without_a_network_the_error_says_what_to_do(tmp_path: Path) -> None:
     assert f"tfds:gsm8k is not in {tmp_path / 'data'}" in done.stderr and f"copy {folder} from there" in done.stderr
 
 
+def test_where_protobuf_is_too_old(tmp_path: Path) -> None:
+    """As on Colab's CPU and GPU images of 2026-08. One line says so, and what helps."""
+    code = (
+        "import sys\nfrom google.protobuf import runtime_version\nruntime_version.MAJOR = 5\n"
+        "from para_jax.cli import main\nsys.exit(main(sys.argv[1:]))"
+    )
+    command = ["finetune", "--tenant", "sums=tfds:gsm8k", "--out", str(tmp_path / "out")]
+    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "which does not load: Detected incompatible Protobuf Gencode/Runtime versions" in done.stderr
+    assert "pip install 'tensorflow-metadata<1.18'" in done.stderr
+
+
 def test_no_tensorflow_was_needed() -> None:
     assert "tensorflow" not in sys.modules
 

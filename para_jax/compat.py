@@ -1,0 +1,42 @@
+"""What differs between the versions of JAX, Flax and transformers that para_jax runs on (pyproject.toml has the oldest).
+
+Each line ends with the version from which on it is not needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+
+# What holds modules and parameters in a module.
+List: Any = getattr(nnx, "List", list)  # flax 0.12.0
+Dict: Any = getattr(nnx, "Dict", dict)  # flax 0.12.0
+
+# What transformers puts beside the settings of RoPE for each type of layers, where the model lacks layers of a type.
+ADDED_ROPE = ("rope_type", "default")  # transformers 5.18.0
+# What Gemma 1's config.json says for the tanh approximation.
+GEMMA_ACTIVATIONS = {"gelu": "gelu_pytorch_tanh"}  # transformers 5.18.0
+
+
+def drop_fields(*names: str) -> Any:
+    """These names as `register_dataclass` wants them, which drops each letter of a name that is not in a list."""
+    return names if jax.__version_info__ >= (0, 10, 0) else [names]  # jax 0.10.0
+
+
+def varying(x: Any, axis: str) -> Any:
+    """The same values, marked as different on each device of this axis (in `jax.shard_map`)."""
+    if not hasattr(jax.lax, "pcast"):
+        return jax.lax.pvary(x, axis)  # jax 0.8.2
+    return jax.lax.pcast(x, axis, to="varying")
+
+
+def unregister_event_duration_listener(callback: Callable[..., None]) -> None:
+    """`jax.monitoring` no longer calls this function."""
+    if not hasattr(jax.monitoring, "unregister_event_duration_listener"):
+        from jax._src import monitoring
+
+        return monitoring._unregister_event_duration_listener_by_callback(callback)  # jax 0.8.1
+    jax.monitoring.unregister_event_duration_listener(callback)
