@@ -49,7 +49,6 @@ sys.path.insert(0, str(ROOT))
 SLOWER = 4  # --quick is for CPUs, which compile slowly, and its limits are as many times longer
 MARGIN = 5.0  # seconds that are kept for ending a stage and for the table
 PLUGINS = ("jax-cuda12-plugin", "jax-cuda13-plugin", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13", "libtpu")
-PLUGINS += ("orbax-checkpoint",)
 MEMORY_SHARE = "0.92"  # of a GPU's memory that JAX may take; its default is 0.75
 CACHES = ("JAX_COMPILATION_CACHE_DIR", "PARA_JAX_COMPILE_CACHE")  # would hide what compiling costs
 

@@ -91,6 +91,7 @@ class Number:
 
 
 COUNT = Whole(1)
+KEEP = Whole(2)  # checkpoints: the newest may be lost with its machine
 SEED = Whole(0, UINT32)
 POSITIVE = Number(0, above=True)
 

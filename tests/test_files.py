@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from para_jax import ParaJaxError
-from para_jax.files import Lock, changes, json_line, open_locked, replacing, write_json, write_text
+from para_jax.files import changes, json_line, replacing, write_json, write_text
+from para_jax.locks import Lock, open_locked
 
 
 def test_a_file_is_replaced_in_one_step(tmp_path: Path) -> None:
@@ -50,7 +51,7 @@ def test_an_error_in_the_block_leaves_nothing(tmp_path: Path) -> None:
 def test_a_lock_keeps_others_out_and_ends_with_its_process(tmp_path: Path) -> None:
     path = tmp_path / ".lock"
     code = (
-        "import sys, pathlib, para_jax.files as f; lock = f.Lock(pathlib.Path(sys.argv[1]), 'it'); print(1, flush=True)"
+        "import sys, pathlib, para_jax.locks as f; lock = f.Lock(pathlib.Path(sys.argv[1]), 'it'); print(1, flush=True)"
     )
     with subprocess.Popen(
         [sys.executable, "-c", f"{code}; sys.stdin.read()", str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE

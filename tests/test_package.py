@@ -20,14 +20,14 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # What the core may use; their own requirements come with them.
 CORE_REQUIREMENTS = (
-    "jax", "flax", "optax", "orbax-checkpoint", "safetensors", "numpy", "transformers",
+    "jax", "flax", "optax", "safetensors", "numpy", "transformers",
 )  # fmt: skip
 
 # Each may import those before it and itself.
 LAYERS = (
-    "errors", "compat", "hub", "checks", "files", "progress", "torch_files", "compile_cache", "compiling", "memory",
-    "adjustment", "sharding", "distributed", "adapters", "backbones", "convert", "data", "training", "importance", "decoding",
-    "evaluation", "serving", "planning", "cli", "__main__",
+    "errors", "compat", "hub", "checks", "mounts", "files", "locks", "progress", "torch_files", "compile_cache",
+    "compiling", "memory", "adjustment", "sharding", "distributed", "adapters", "backbones", "convert", "data",
+    "training", "importance", "decoding", "evaluation", "serving", "planning", "cli", "__main__",
 )  # fmt: skip
 # Imports that point the other way, inside a function of a class that a newcomer calls first.
 EXCEPTIONS = {

@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
-import uuid
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,6 +17,7 @@ from typing import Any, ClassVar
 from para_jax.adapters.lora import LoraConfig, Module
 from para_jax.adapters.method import BackboneShape, config_from_dict
 from para_jax.errors import ParaJaxError, unknown
+from para_jax.files import write_json
 
 _PATH = re.compile(r"(?:.*\.)?(layers\.\d+(?:\.\w+)+)")
 
@@ -99,16 +97,7 @@ class FanLoraConfig(LoraConfig):
         path = Path(path)
         if path.exists() and not overwrite:
             raise ParaJaxError(f"{path} exists; choose another name, or pass overwrite")
-        fresh = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            fresh.write_text(json.dumps({"method": self.method, **dataclasses.asdict(self)}, indent=1) + "\n")
-            os.replace(fresh, path)
-        except OSError as error:
-            raise ParaJaxError(f"{path} could not be written: {error}") from error
-        finally:
-            with suppress(OSError):
-                fresh.unlink(missing_ok=True)
+        write_json(path, {"method": self.method, **dataclasses.asdict(self)})
 
     @classmethod
     def load(cls, path: str | Path) -> FanLoraConfig:

@@ -8,15 +8,9 @@ docs/adapters.md describes both.
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import json
-import os
-import shutil
-import sys
-import uuid
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +22,7 @@ from para_jax.adapters.adapter import Adapter, abstract_layers, mismatches, name
 from para_jax.adapters.method import BackboneShape, config_from_dict, methods
 from para_jax.adapters.weights import CONFIG, WEIGHTS, Weights, read_config, read_weights, refuse_nonfinite
 from para_jax.errors import ParaJaxError, unknown
+from para_jax.files import as_json, new_folder, safetensors, write_file
 
 TEMPLATE, TOKENIZER = "chat_template.jinja", "tokenizer_config.json"
 OURS = ("peft_type", "base_model_name_or_path", "base_model", "para_jax_version")
@@ -50,8 +45,6 @@ def save_adapter(
     Raises ParaJaxError if the folder exists and `overwrite` is False or it holds no adapter, if it cannot be
     written, or if the adapter does not fit `base`.
     """
-    from safetensors.numpy import save_file
-
     from para_jax import __version__
 
     adapter.check(base)
@@ -69,10 +62,10 @@ def save_adapter(
         }
         tensors, metadata = {k: np.asarray(v) for k, v in adapter.tensors().items()}, {"format": "pt"}
     with new_folder(folder, CONFIG, overwrite=overwrite) as partial:
-        (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        save_file(tensors, partial / WEIGHTS, metadata=metadata)
+        write_file(partial / CONFIG, [as_json(config, 2).encode()])
+        write_file(partial / WEIGHTS, safetensors(tensors, metadata))
         if chat_template is not None:
-            (partial / TEMPLATE).write_bytes(chat_template.encode())
+            write_file(partial / TEMPLATE, [chat_template.encode()])
 
 
 def load_chat_template(folder: str | Path) -> str | None:
@@ -174,56 +167,3 @@ def _differences(made_for: Any, wanted: dict[str, Any]) -> str:
     there = {**made_for, "sites": {name: recorded.get(name) for name in wanted["sites"]}}
     keys = [k for k in wanted if there.get(k) != wanted[k]]
     return ", ".join(f"{k} {there.get(k)} there and {wanted[k]} here" for k in keys)
-
-
-@contextmanager
-def new_folder(folder: str | Path, marker: str, *, overwrite: bool = False) -> Iterator[Path]:
-    """A folder to fill that takes its name, in one step, when the block ends without an error.
-
-    `marker` is a file that every folder of this kind holds. With `overwrite`, a folder that has it is replaced; one
-    without it is something else and is left alone.
-
-    Raises ParaJaxError if the folder may not be written, or cannot be; what was there stays as it was.
-    """
-    from safetensors import SafetensorError
-
-    folder = Path(folder).resolve()
-    if folder.exists() and not overwrite:
-        raise ParaJaxError(f"{folder} exists; choose another folder, or pass overwrite")
-    if folder.exists() and not (folder / marker).is_file():
-        raise ParaJaxError(f"{folder} exists and holds no {marker}; remove it yourself or choose another folder")
-    partial = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        for path in partial.rglob("*"):
-            if path.is_file():
-                _finish(path, partial.stat().st_mode & 0o666)
-        if folder.exists():
-            _swap(partial, folder)
-        else:
-            os.replace(partial, folder)
-    except (OSError, SafetensorError) as error:
-        raise ParaJaxError(f"{folder} could not be written: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _finish(path: Path, mode: int) -> None:
-    """Puts a file's contents on the disk before the folder gets its name, and lets others read it as they may."""
-    with path.open("rb+") as f:
-        os.fsync(f.fileno())
-    path.chmod(mode)  # safetensors writes files that only their owner can read
-
-
-def _swap(a: Path, b: Path) -> None:
-    """Exchanges two folders: on Linux in one step, so that a kill at no moment leaves neither in its place."""
-    if sys.platform == "linux":
-        here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE
-        rename = getattr(ctypes.CDLL(None), "renameat2", None)
-        if rename and rename(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0:
-            return
-    aside = a.with_name(a.name + "-previous")
-    os.replace(b, aside)
-    os.replace(a, b)
-    os.replace(aside, a)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from para_jax.errors import ParaJaxError
+from para_jax.files import left_of
 from para_jax.torch_files import as_numpy, read_torch
 
 CONFIG, WEIGHTS, TORCH_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -123,7 +124,7 @@ def _torch(path: Path) -> Weights:
 
 def adapters_below(folder: Path) -> list[str]:
     """The names of the folders in this one that are adapters."""
-    return [path.parent.name for path in sorted(folder.glob(f"*/{CONFIG}"))]
+    return [path.parent.name for path in sorted(folder.glob(f"[!.]*/{CONFIG}"))]
 
 
 def _no_adapter(folder: Path) -> ParaJaxError:
@@ -133,7 +134,8 @@ def _no_adapter(folder: Path) -> ParaJaxError:
     if not folder.exists():
         hub = str(folder).count("/") == 1 and not str(folder).startswith((".", "~", "/"))
         load = f". For an adapter on the Hugging Face hub: hf download {folder} --local-dir DIR" if hub else ""
-        return ParaJaxError(f"there is no folder {folder}; give an adapter's folder, which holds {CONFIG}{load}")
+        left = "".join(f". A process that was killed while it wrote it left {path}" for path in left_of(folder))
+        return ParaJaxError(f"there is no folder {folder}; give an adapter's folder, which holds {CONFIG}{load}{left}")
     if names := adapters_below(folder):
         some = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
         return ParaJaxError(f"{folder} is not an adapter but holds adapters: {some}; give {folder / names[0]}, say")

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from para_jax.errors import ParaJaxError
-from para_jax.files import RESUME, append, changes, json_line, naming, open_locked, write_json
+from para_jax.files import Growing, changes, json_line, remove, replacing, write_json
+from para_jax.locks import Locked, open_locked
+from para_jax.mounts import RESUME, check_mounted, naming
 
 
 class Answers:
@@ -26,7 +29,8 @@ class Answers:
         self.about = self.output.with_name(f"{self.output.name}.partial.json")
         self.beside = (self.partial, self.about)
         self.done = 0
-        self._file: IO[bytes] | None = None
+        self._lock: Locked | None = None
+        self._file: Growing | None = None
 
     def check(self, resume: bool, overwrite: bool) -> None:
         """Raises ParaJaxError for answers that are there and are neither to be gone on with nor to be replaced."""
@@ -43,24 +47,32 @@ class Answers:
 
         Raises ParaJaxError for a file that cannot be written, or holds answers to something else.
         """
+        check_mounted(self.output)
         about = json.loads(json.dumps(about))
         with naming(self.partial, "nothing was answered"):
             self.partial.parent.mkdir(parents=True, exist_ok=True)
             try:
-                file = open_locked(self.partial)
+                self._lock = open_locked(self.partial)
             except BlockingIOError:
                 raise ParaJaxError(f"another process is writing {self.partial}") from None
             try:
-                whole = self._whole(about) if resume and self.about.exists() else 0
-                file.truncate(whole)
-                write_json(self.about, about)
+                whole = self._whole(about) if resume else 0
+                self._file = Growing(self.partial, whole)  # from here on what is there is ours to remove
+                if not whole:
+                    write_json(self.about, about)
             except BaseException:
-                file.close()
+                self._lock.close()
                 raise
-        self._file = file  # from here on what is there is ours to remove
 
     def _whole(self, about: dict[str, Any]) -> int:
         """The bytes of the windows that are whole. Raises ParaJaxError unless they are answers to this."""
+        if not self.about.exists():
+            if self.partial.stat().st_size:
+                raise ParaJaxError(
+                    f"{self.about} is gone, which says what {self.partial} holds answers to; keep these elsewhere, and "
+                    "begin again with --overwrite"
+                )
+            return 0
         changed = list(changes(_read(self.about), about))
         if changed:
             raise ParaJaxError(
@@ -82,16 +94,20 @@ class Answers:
     def write(self, rows: Sequence[dict[str, Any]]) -> None:
         """Appends a window. Raises ParaJaxError if the disk is full; what is there stays."""
         assert self._file is not None
-        with naming(self.partial, f"the first {self.done} answers are there; {RESUME}"):
-            append(self._file, "".join(map(json_line, rows)).encode())
+        with naming(self.partial, f"the first {self.done} answers are there", RESUME):
+            self._file.write("".join(map(json_line, rows)).encode())
+            self._file.settle()
         self.done += len(rows)
 
     def finish(self) -> None:
-        """All are there: the file takes the output's name."""
+        """All are there: they are copied to the output, for a rename may lose them, and are then removed."""
         assert self._file is not None
-        with naming(self.output, f"all answers are in {self.partial}"):
-            os.fsync(self._file.fileno())
-            os.replace(self.partial, self.output)
+        safe = f"all answers are in {self.partial}"
+        with naming(self.output, safe, RESUME):
+            self._file.close()
+            with replacing(self.output, safe, RESUME) as file, self.partial.open("rb") as all_of_them:
+                shutil.copyfileobj(all_of_them, file)
+            self.partial.unlink()
             self.about.unlink()
 
     def __enter__(self) -> Answers:
@@ -101,10 +117,14 @@ class Answers:
         """Nothing is left of a run that has answered nothing. Ctrl-C says where the others are."""
         if self._file is None:
             return
-        self._file.close()
+        with suppress(OSError):
+            self._file.close()
+        if self._lock is not None:
+            with suppress(OSError):
+                self._lock.close()
         if not self.done:
             for path in self.beside:
-                path.unlink(missing_ok=True)
+                remove(path)
         elif kind is KeyboardInterrupt:
             raise KeyboardInterrupt(f"stopped; {self.done} answers are in {self.partial}, and --resume goes on")
 

@@ -22,7 +22,7 @@ from para_jax.cli.options import ROWS, refuse, within
 from para_jax.cli.outputs import check_data_dir, check_folder
 from para_jax.data.sources import FORMS
 from para_jax.errors import ParaJaxError, unknown
-from para_jax.files import write_json
+from para_jax.files import new_folder, write_json
 
 if TYPE_CHECKING:
     from para_jax.data.examples import Example
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     check_folder(args, SETTING)
 
     from para_jax.adapters.fanlora import FanLoraConfig
-    from para_jax.adapters.files import load_adapter, new_folder
+    from para_jax.adapters.files import load_adapter
     from para_jax.convert.adapter_tokenizer import adapter_tokenizer
     from para_jax.importance.scores import NEED_ROWS, SCORES, check, importance
     from para_jax.importance.select import keep_number, keep_within, plot_importance

@@ -11,7 +11,7 @@ import traceback
 from importlib.metadata import PackageNotFoundError, version
 
 VARIABLE = "PARA_JAX_TRACEBACK"
-PACKAGES = ("para-jax", "jax", "jaxlib", "flax", "orbax-checkpoint", "safetensors", "numpy", "transformers")
+PACKAGES = ("para-jax", "jax", "jaxlib", "flax", "safetensors", "numpy", "transformers")
 LONGEST = 300  # letters of an error's own words
 
 

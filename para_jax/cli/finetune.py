@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from para_jax.checks import COUNT, SEED, Whole
+from para_jax.checks import COUNT, KEEP, SEED, Whole
 from para_jax.cli import common
 from para_jax.cli.options import ROWS, within
 from para_jax.cli.outputs import check_data_dir, check_folder
@@ -127,7 +127,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     tuning.add_argument("--checkpoint-every", type=within(COUNT), default=500, metavar="N", help="steps (default: 500)")
     tuning.add_argument(
-        "--keep-checkpoints", type=within(COUNT), default=2, metavar="N", help="the newest (default: 2)"
+        "--keep-checkpoints", type=within(KEEP), default=2, metavar="N", help="the newest, two or more (default: 2)"
     )
 
     watching = parser.add_argument_group("watching")

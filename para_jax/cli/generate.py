@@ -27,6 +27,7 @@ from para_jax.cli.answers import ANSWER, Answers, digest, stamps
 from para_jax.cli.options import refuse, within
 from para_jax.cli.outputs import check_files
 from para_jax.errors import ParaJaxError
+from para_jax.files import remove
 
 # Batches whose rows are sorted together, and then written.
 WINDOW = 8
@@ -79,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
         if args.resume and not args.overwrite and answers.output.exists() and not answers.partial.exists():
             if not answers.finished(rows):
                 raise ParaJaxError(f"{args.output} exists and answers other rows; choose another --output")
-            answers.about.unlink(missing_ok=True)  # as a kill between two renames leaves it
+            remove(answers.about)  # as a kill between two renames leaves it
             print(f"{len(rows)} rows were in {args.output} already")
             return 0
     if names:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from para_jax.cli.options import name_of
 from para_jax.errors import ParaJaxError
-from para_jax.files import check_creatable
+from para_jax.mounts import check_creatable, check_mounted, way_out
 
 # Options that name files or folders to read, or sources of rows; with NAME= in front, or without.
 SOURCES = ("tenant", "tenant_from", "dev", "dev_from", "data")
@@ -100,10 +100,12 @@ def _needed(place: Path, source: Path) -> bool:
 
 
 def _check_place(option: str, path: Path) -> None:
+    check_mounted(path)
     try:
         check_creatable(path.resolve())
     except OSError as error:
-        raise ParaJaxError(f"{option} {path} cannot be written: {error.strerror or error}") from None
+        parts = f"{option} {path} cannot be written: {error.strerror or error}", way_out(error, path)
+        raise ParaJaxError("; ".join(filter(None, parts))) from None
 
 
 def check_data_dir(args: argparse.Namespace) -> None:

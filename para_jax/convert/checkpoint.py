@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
@@ -18,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from para_jax.adapters.adapter import named_leaves
-from para_jax.adapters.files import TEMPLATE, new_folder
+from para_jax.adapters.files import TEMPLATE
 from para_jax.backbones.config import CONFIG, GENERATION, BackboneConfig, checkpoint_folder
 from para_jax.backbones.decoder import Backbone
 from para_jax.backbones.linear import QUANTIZED, quantized
@@ -28,6 +26,7 @@ from para_jax.convert.renamed import as_named, check_tensors
 from para_jax.convert.tables import Entry
 from para_jax.convert.tensors import INDEX, open_tensors
 from para_jax.errors import ParaJaxError, unknown
+from para_jax.files import as_json, copy, new_folder, safetensors, write_file
 from para_jax.sharding import check_mesh, own_mesh, spec
 
 FILES = ["*.json", "model*.safetensors", "tokenizer*", "*.jinja"]
@@ -220,8 +219,6 @@ def save_backbone(
     Raises ParaJaxError if the folder exists and `overwrite` is False or it is no checkpoint, if it cannot be
     written, if the weights are quantised, or if a weight is too large for the dtype.
     """
-    from safetensors.numpy import save_file
-
     config, leaves = backbone.config, named_leaves(backbone)
     if backbone.quantize is not None:
         raise ParaJaxError("a quantised backbone has lost what its weights were; load it without quantize to write it")
@@ -241,17 +238,16 @@ def save_backbone(
                 if np.isinf(cast).any() and not jnp.isinf(leaf).any():
                     raise ParaJaxError(f"{entry.parts[0].name} has a weight beyond {written}; choose another dtype")
                 tensors |= entry.tensors(cast)
-            contiguous = {key: np.ascontiguousarray(x) for key, x in tensors.items()}
-            save_file(contiguous, partial_folder / name, metadata={"format": "pt"})
+            write_file(partial_folder / name, safetensors(tensors, {"format": "pt"}))
             place |= dict.fromkeys(tensors, name)
         if len(files) > 1:
             total = sum(entry.size for _, entry in table) * written.itemsize
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(place.items()))}
-            (partial_folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+            write_file(partial_folder / INDEX, [as_json(index, 2).encode()])
         # auto_map names code that stands beside the original; transformers has the class.
         left_out = ("torch_dtype", "auto_map")
         fields = {k: v for k, v in hf_fields(config).items() if k not in left_out} | {"dtype": str(written)}
-        (partial_folder / CONFIG).write_text(json.dumps(fields, indent=2) + "\n")
+        write_file(partial_folder / CONFIG, [as_json(fields, 2).encode()])
         _copy_beside(partial_folder, like, tokenizer, chat_template)
 
 
@@ -260,12 +256,11 @@ def _copy_beside(folder: Path, like: str | Path | None, tokenizer: Any, chat_tem
     patterns = (*BESIDE, *(TOKENIZER if tokenizer is None else ()))
     for pattern in patterns if like is not None else ():
         for path in Path(like or "").glob(pattern):
-            copy = shutil.copytree if path.is_dir() else shutil.copyfile
             copy(path, folder / path.name)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     if chat_template is not None:
-        (folder / TEMPLATE).write_bytes(chat_template.encode())
+        write_file(folder / TEMPLATE, [chat_template.encode()])
 
 
 def _of_layer(backbone: Backbone, leaves: dict[str, Any], layer: int, name: str) -> Any:

@@ -23,6 +23,7 @@ from para_jax.training.optimizer import Settings
 
 RUN, METRICS, PLOT, CHECKPOINTS = "run.json", "metrics.jsonl", "loss.png", "checkpoints"
 REPORT, REPORT_PAGE = "report.json", "report.html"
+BEST = "best"  # in a checkpoint: the adapters that were best on dev rows
 TENSORBOARD, WANDB, PROFILE = "tensorboard", "wandb", "profile"
 TAKEN = (RUN, METRICS, PLOT, CHECKPOINTS, REPORT, REPORT_PAGE, TENSORBOARD, WANDB, PROFILE)
 LONGEST = 230  # bytes of a tenant's name; file systems have 255 for a folder's

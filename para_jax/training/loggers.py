@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from para_jax.errors import ParaJaxError, unknown
-from para_jax.files import RESUME, naming, write_text
+from para_jax.files import write_text
+from para_jax.mounts import RESUME, naming
 from para_jax.training.folder import PROFILE, TENSORBOARD, WANDB
 
 # Steps in a row that compile nothing before a profile begins: rows of another length are another program.
@@ -101,7 +102,7 @@ class TensorBoard:
     def __call__(self, line: Mapping[str, Any]) -> None:
         from tensorboardX import SummaryWriter
 
-        with naming(self._folder, RESUME):
+        with naming(self._folder, again=RESUME):
             if self._writer is None:
                 step = line["step"]
                 # A file is named by its second, in which a run may end and be resumed.
@@ -113,7 +114,7 @@ class TensorBoard:
 
     def close(self) -> None:
         if self._writer is not None:
-            with naming(self._folder, RESUME):
+            with naming(self._folder, again=RESUME):
                 self._writer.close()
 
 

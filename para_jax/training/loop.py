@@ -17,7 +17,7 @@ from para_jax.adapters.bank import AdapterBank
 from para_jax.adapters.files import save_adapter
 from para_jax.backbones.decoder import Backbone
 from para_jax.backbones.options import Remat
-from para_jax.checks import COUNT, POSITIVE, SEED
+from para_jax.checks import COUNT, KEEP, POSITIVE, SEED
 from para_jax.convert.checkpoint import Loading
 from para_jax.data.batches import Batch
 from para_jax.data.examples import Example, check_ids
@@ -25,9 +25,9 @@ from para_jax.data.lengths import check_lengths
 from para_jax.distributed import Flag, barrier, first, told, whole
 from para_jax.errors import ParaJaxError
 from para_jax.training.ahead import Ahead
-from para_jax.training.checkpoints import Checkpoints
+from para_jax.training.checkpoints import Checkpoints, put_back, steps_in
 from para_jax.training.claim import Claim
-from para_jax.training.folder import CHECKPOINTS, METRICS, PLOT, check_name, describe
+from para_jax.training.folder import BEST, CHECKPOINTS, METRICS, PLOT, check_name, describe
 from para_jax.training.metrics import MetricsFile, Progress, can_draw, plot_losses, read_metrics
 from para_jax.training.optimizer import Settings
 from para_jax.training.places import Homes, Layout, Schedule, in_order
@@ -82,7 +82,7 @@ def finetune(
       spread: whether the tenants are spread over a mesh's devices, or whole on each of them (`places.Layout`).
       seed: of the order of the rows.
       checkpoint_every: steps between checkpoints; there is one at the end, and at Ctrl-C or SIGTERM.
-      keep: how many checkpoints are kept, the newest.
+      keep: how many checkpoints are kept, the newest; two or more, because the newest may be lost with its machine.
       resume: go on from the newest checkpoint in `out`, bit for bit as if the run had never stopped; on another mesh
         to rounding, with the same rows.
       overwrite: replace an existing `out`.
@@ -99,11 +99,12 @@ def finetune(
     out, names = Path(out), tuple(examples)
     shapes = backbone.shapes if isinstance(backbone, Loading) else backbone
     dev = {name: dev[name] for name in names if dev and dev.get(name)} if set(dev or ()) <= set(names) else dev
-    counts = {"rows": rows, "checkpoint_every": checkpoint_every, "keep": keep}
+    counts = {"rows": rows, "checkpoint_every": checkpoint_every}
     limits = {"tenants_per_step": tenants_per_step, "micro_batch_tokens": micro_batch_tokens}
     for what, number in (counts | {k: v for k, v in limits.items() if v is not None}).items():
         COUNT.check(what, number)
     SEED.check("seed", seed)
+    KEEP.check("keep", keep)
     _check(shapes, bank, examples, dev or {}, settings, tenants_per_step)
     show = show if first() else lambda line: None
     layout = Layout.of(shapes.mesh, len(names), rows, spread)
@@ -117,20 +118,22 @@ def finetune(
             weights = backbone.backbone() if isinstance(backbone, Loading) else backbone
             programs.wait("weights")
             known = describe(weights, bank, examples, dev or {}, settings, rows, micro_batch_tokens, seed)
-            claim.begin(known)
+            resumed = claim.begin(known)
             del bank  # the state has a copy; nobody else may need these
             given = parts, programs, schedule, examples, dev or {}, settings
-            run = Run(weights, *given, out, checkpoint_every, chat_templates or {}, show)
-            with Checkpoints(out / CHECKPOINTS, keep) as checkpoints, stop_signals() as stop:
-                run.restore(checkpoints)
-                with MetricsFile(out / METRICS, run.done) if first() else nullcontext() as metrics:
-                    run.listeners = [] if metrics is None else [metrics.write, *loggers]
-                    finished = run.steps(checkpoints, stop, claim.settle)
-        if first():
-            run.write_reports(read_metrics(out / METRICS))
+            run = Run(weights, *given, out, checkpoint_every, chat_templates or {}, known, show)
+            with Checkpoints(out / CHECKPOINTS, keep, show) as checkpoints, checkpoints.saying():
+                with stop_signals() as stop:
+                    lines = run.restore(checkpoints) if resumed else []
+                    with MetricsFile(out / METRICS, run.done, lines, show) if first() else nullcontext() as metrics:
+                        run.metrics, run.loggers = metrics, loggers
+                        finished = run.steps(checkpoints, stop, claim.settle)
+                if first():
+                    run.write_reports(read_metrics(out / METRICS))
+                if finished:
+                    run.complete()
         if not finished:
             raise Interrupted(run.done, preempted=stop.kind == signal.SIGTERM or jax.process_count() > 1)
-        run.complete()
         barrier("finetune")
     return run.state.bank
 
@@ -182,38 +185,41 @@ class Run:
         out: Path,
         checkpoint_every: int,
         chat_templates: Mapping[str, str],
+        known: Mapping[str, Any],
         show: Callable[[str], None],
     ):
         self.backbone, self.parts, self.programs, self.schedule = backbone, parts, programs, schedule
         self.examples, self.dev, self.settings = examples, dev, settings
         self.out, self.checkpoint_every, self.chat_templates, self.show = out, checkpoint_every, chat_templates, show
+        self.known = known
         self.layout, self.state, self.sums, self.done = parts.layout, parts.state, parts.sums, 0
         self.watch = Watch(settings, {name: Watched() for name in dev})
         self.taken, self.failed = dict.fromkeys(examples, 0), dict.fromkeys(examples, 0)
         self.progress = Progress(0, show)
-        self.listeners: list[Callable[[Mapping[str, Any]], None]] = []
+        self.metrics: MetricsFile | None = None  # the first process's
+        self.loggers: Iterable[Callable[[Mapping[str, Any]], None]] = ()
         self._pending: tuple[int, Homes, int, Any] | None = None
 
-    def restore(self, checkpoints: Checkpoints) -> None:
-        """Goes on from the newest checkpoint, if there is one."""
+    def restore(self, checkpoints: Checkpoints) -> list[Path]:
+        """Goes on from the newest checkpoint, if there is one. Returns the files in which it keeps metrics."""
         # What the first process sees: another's view of a shared folder may be older.
-        self.done = int(told(str(checkpoints.latest() or 0).encode()))
+        self.done = int(told(str(checkpoints.newest() or 0 if first() else 0).encode()))
         self.progress = Progress(self.done, self.show)
         if not self.done:
-            return
-        layout = self.layout
-        saved, known = checkpoints.restore(self.state, self.done)
-        if layout.mesh is None:
-            # What orbax reads is tied to its device, for which JAX would compile all programs once more.
-            saved = jax.device_put(jax.tree.map(np.array, saved))
-        self.state = self.state.arranged(saved, known["slots"], layout.mesh, layout.shards)
-        self.watch.load(known["watch"])
+            return []
+        checkpoints.safe, layout = self.done, self.layout
+        saved, beside = checkpoints.restore(self.state, self.done), checkpoints.beside(self.done)
+        self.state = self.state.arranged(saved, beside["slots"], layout.mesh, layout.shards)
+        self.watch.load(beside["watch"])
         counts = whole((self.state.taken, self.state.failed_at), layout.mesh)
         for group, *of in zip(self.state.bank.groups, *counts, strict=True):
             for name, has, at in zip(group.names, *of, strict=True):
                 if name is not None:
                     self.taken[name], self.failed[name] = int(has), int(at)
         self.show(f"resuming after step {self.done}")
+        if first():
+            put_back(checkpoints.files(self.done, BEST), self.out)
+        return [path for step in steps_in(checkpoints.folder) for path in checkpoints.files(step, METRICS).values()]
 
     def steps(self, checkpoints: Checkpoints, stop: Stop, begun_well: Callable[[], None]) -> bool:
         """Runs to the end or to a signal, and returns which it was. All is saved then.
@@ -232,20 +238,20 @@ class Run:
                 stopping = flag.raised(stop.kind is not None)
                 saving = stopping or self.done % self.checkpoint_every == 0
                 ended = [n for n in turn if self.taken[n] == self.settings[n].steps and n not in self.dev]
+                if self.done == begun + 1:
+                    begun_well()
                 if due or ended or saving or self.done == begun + 1:
                     # First the metrics: a resumed run begins behind this step and would not write its line.
                     self._report(looks)
-                if self.done == begun + 1:
-                    begun_well()
                 for name in [*better, *(name for name in ended if not self.failed[name])]:
                     self._save(name)
                 if saving:
-                    checkpoints.save(self.done, self.state, self._beside())
+                    checkpoints.save(self.done, self.state, self._beside(), self._files())
                 if stopping:
                     break
                 homes = self._turn()
         self._report()
-        checkpoints.save(self.done, self.state, self._beside())
+        checkpoints.save(self.done, self.state, self._beside(), self._files())
         checkpoints.wait()
         return self._turn() is None
 
@@ -308,11 +314,23 @@ class Run:
         left = self.schedule.left(self.taken, self._resting(step + 1))
         self.progress.update(step, step + left, tokens, said["loss"])
         line = {"step": step, "tokens": tokens, **said, **({"dev_loss": dict(looks)} if looks else {})}
-        for listener in self.listeners:
-            listener(line)
+        if self.metrics is not None:
+            for listener in (self.metrics.write, *self.loggers):
+                listener(line)
 
     def _beside(self) -> dict[str, Any]:
-        return {"watch": self.watch.state(), "slots": [list(group.names) for group in self.state.bank.groups]}
+        slots = [list(group.names) for group in self.state.bank.groups]
+        return {"run": self.known, "watch": self.watch.state(), "slots": slots}
+
+    def _files(self) -> dict[str, bytes]:
+        """What a checkpoint needs so that all of the run can be made from it: metrics and the best adapters."""
+        if self.metrics is None:
+            return {}
+        files = {METRICS: self.metrics.settle()}
+        for name, of in self.watch.known.items():
+            if math.isfinite(of.loss):
+                files |= {f"{BEST}/{name}/{path.name}": path.read_bytes() for path in (self.out / name).iterdir()}
+        return files
 
     def _save(self, name: str) -> None:
         group, slot = self.state.bank.find(name)
@@ -334,18 +352,12 @@ class Run:
     def complete(self) -> None:
         """Sees that every tenant's adapter is in its folder.
 
-        Raises ParaJaxError for tenants that failed, and for a best adapter that has been removed.
+        Raises ParaJaxError for tenants that failed.
         """
         known, out = self.watch.known, self.out
         for name in self.failed:
             if name not in known and not self.failed[name]:
                 self._save(name)
-        gone = [name for name, of in known.items() if math.isfinite(of.loss) and not (out / name).is_dir()]
-        if name := told(",".join(gone).encode()).decode().split(",")[0]:
-            raise ParaJaxError(
-                f"{out / name} is gone: it held {name}'s best adapter, of its step {known[name].step}, which no "
-                "checkpoint has; run again with --overwrite"
-            )
         blind = [name for name, of in known.items() if math.isinf(of.loss) and not self.failed[name]]
         if blind:
             raise ParaJaxError(

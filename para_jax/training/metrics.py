@@ -6,11 +6,13 @@ import importlib.util
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from para_jax.files import RESUME, append, naming, replacing, write_text
+from para_jax.files import Growing, replacing
+from para_jax.mounts import RESUME, naming
 from para_jax.progress import duration
 
 
@@ -18,24 +20,63 @@ class MetricsFile:
     """A JSONL file with a line for each step: {"step", "tokens", "loss": {tenant: value}, "grad_norm", "lr"}.
 
     They are of the tenants whose turn it was. With dev rows some have "dev_loss" too. What is no number is null.
+    Nothing is written before the first line.
     """
 
-    def __init__(self, path: Path, done: int):
-        """Keeps the lines of the first `done` steps, which a resumed run goes on from."""
-        kept = [line for line in read_metrics(path) if line["step"] <= done] if done and path.exists() else []
-        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-        # Not buffered: what a full disk refuses would be written, and refused, once more at the end.
-        self._file = path.open("ab", buffering=0)
+    def __init__(
+        self, path: Path, done: int = 0, more: Iterable[Path] = (), show: Callable[[str], None] = lambda line: None
+    ):
+        """Keeps the lines of the first `done` steps, which a resumed run goes on from.
+
+        Lines that were lost with a machine come from `more` files, those of checkpoints; those that are nowhere are
+        said.
+        """
+        self.path, self._new = path, b""
+        self._file: Growing | None = None
+        if done:
+            there = path.read_bytes() if path.exists() else b""
+            kept = b"".join(line for step, line in _lines(there) if step <= done)
+            lines = {step: line for file in more for step, line in _lines(file.read_bytes())} | dict(_lines(kept))
+            whole = b"".join(line for step, line in sorted(lines.items()) if step <= done)
+            if lost := done - whole.count(b"\n"):
+                show(f"{path} has lost the lines of {lost} of the {done} steps")
+            at = len(kept) if there.startswith(kept) and whole.startswith(kept) else 0
+            with naming(path, again=RESUME):
+                self._open(at).write(whole[at:])
 
     def write(self, line: Mapping[str, Any]) -> None:
-        with naming(self._file.name, RESUME):
-            append(self._file, (json.dumps(_finite(line)) + "\n").encode())
+        data = (json.dumps(_finite(line)) + "\n").encode()
+        with naming(self.path, again=RESUME):
+            (self._file or self._open(0)).write(data)
+        self._new += data
+
+    def settle(self) -> bytes:
+        """Closes the file, and goes on. Returns the lines since it did so before."""
+        new, self._new = self._new, b""
+        if self._file is not None:
+            with naming(self.path, again=RESUME):
+                self._file.settle()
+        return new
+
+    def _open(self, keep: int) -> Growing:
+        self._file = Growing(self.path, keep)
+        return self._file
 
     def __enter__(self) -> MetricsFile:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
+    def __exit__(self, *error: Any) -> None:
+        if self._file is not None:
+            with naming(self.path, again=RESUME):
+                self._file.__exit__(*error)
+
+
+def _lines(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Each line, with its step; one that a kill cut off is left out."""
+    for line in data.splitlines(keepends=True):
+        with suppress(ValueError):
+            if line.endswith(b"\n"):
+                yield json.loads(line)["step"], line
 
 
 def _finite(value: Any) -> Any:
@@ -46,13 +87,7 @@ def _finite(value: Any) -> Any:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics file; one that a kill cut off is left out."""
-    lines = []
-    for text in path.read_text().splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines
+    return [json.loads(line) for _, line in _lines(path.read_bytes())]
 
 
 class Progress:

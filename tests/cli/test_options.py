@@ -53,7 +53,7 @@ OUT_OF_RANGE = [
     ("finetune", "--tenants-per-step", "0", f"a whole number from 1 to {INT}"),
     ("finetune", "--max-length", "1", f"a whole number from 2 to {INT}"),
     ("finetune", "--checkpoint-every", "0", f"a whole number from 1 to {INT}"),
-    ("finetune", "--keep-checkpoints", "-1", f"a whole number from 1 to {INT}"),
+    ("finetune", "--keep-checkpoints", "1", f"a whole number from 2 to {INT}"),
     ("finetune", "--profile", "-1", f"a whole number from 1 to {INT}"),
     ("finetune", "--r", "0", f"a whole number from 1 to {INT}"),
     ("finetune", "--processes", "0", f"a whole number from 1 to {INT}"),

@@ -12,6 +12,7 @@ import pytest
 from para_jax import ParaJaxError
 from para_jax.adapters.bank import AdapterBank
 from para_jax.adapters.para import ParaConfig
+from para_jax.sharding import make_mesh
 from para_jax.training.checkpoints import Checkpoints
 from para_jax.training.state import TrainState
 from tests.helpers import SMALL, random_adapter
@@ -36,8 +37,8 @@ with Checkpoints(sys.argv[1]) as checkpoints:
     else:
         sys.exit("the save did not fail")
 with Checkpoints(sys.argv[1]) as checkpoints:
-    assert checkpoints.latest() == 7
-    loaded, _ = checkpoints.restore(jax.tree.map(jnp.zeros_like, state))
+    assert checkpoints.newest() == 7
+    loaded = checkpoints.restore(jax.tree.map(jnp.zeros_like, state), 7)
     assert all((a == b).all() for a, b in zip(jax.tree.leaves(loaded), jax.tree.leaves(state)))
 """
 
@@ -49,23 +50,78 @@ def train_state():
     return jax.tree.map(lambda x: x + jnp.asarray(0.1).astype(x.dtype), state)
 
 
-def test_exact_and_the_two_newest_are_kept(tmp_path):
-    state = train_state()
-    with Checkpoints(tmp_path / "c") as checkpoints:
-        assert checkpoints.latest() is None
-        for step in (2, 4, 6):
-            checkpoints.save(step, state, {"loss": repr(step / 3)})
-        checkpoints.save(6, state)
-        checkpoints.wait()
-        assert checkpoints.latest() == 6
-    assert sorted(p.name for p in (tmp_path / "c").iterdir() if p.name.isdigit()) == ["4", "6"]
-    with Checkpoints(tmp_path / "c") as checkpoints:
-        loaded, beside = checkpoints.restore(jax.tree.map(jnp.zeros_like, state))
-    assert float(beside["loss"]) == 2.0
+def same(loaded, state):
     assert jax.tree.structure(loaded) == jax.tree.structure(state)
     for a, b in zip(jax.tree.leaves(loaded), jax.tree.leaves(state), strict=True):
         assert a.dtype == b.dtype
         np.testing.assert_array_equal(a, b)
+
+
+def test_exact_and_the_two_newest_are_kept(tmp_path):
+    state = train_state()
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        assert checkpoints.newest() is None and not (tmp_path / "c").exists()
+        for step in (2, 4, 6):
+            checkpoints.save(step, state, {"loss": repr(step / 3)}, {"metrics.jsonl": b"%d" % step, "best/a/x": b"y"})
+        checkpoints.save(6, state)
+        checkpoints.wait()
+        assert checkpoints.safe == 6
+    assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["4", "6"]
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        assert checkpoints.newest() == 6
+        same(checkpoints.restore(jax.tree.map(jnp.zeros_like, state), 6), state)
+        assert float(checkpoints.beside(6)["loss"]) == 2.0
+        assert checkpoints.files(4, "metrics.jsonl")["metrics.jsonl"].read_bytes() == b"4"
+        assert list(checkpoints.files(6, "best")) == ["best/a/x"]
+
+
+@pytest.mark.parametrize("name", ["process-0.json", "process-0.safetensors", "best/a/x"])
+@pytest.mark.parametrize("how", ["gone", "cut off", "older"])
+def test_one_that_is_not_whole_does_not_count(tmp_path, name, how):
+    """As a machine that is lost leaves it on Google Drive: each file there or not, by itself."""
+    said = []
+    with Checkpoints(tmp_path) as checkpoints:
+        for step in (2, 4):
+            checkpoints.save(step, train_state(), None, {"best/a/x": b"of step %d" % step})
+    file = tmp_path / "4" / name
+    if how == "gone":
+        file.unlink()
+    elif how == "cut off":
+        file.write_bytes(file.read_bytes()[:-3])
+    elif name == "process-0.safetensors":  # both states are the same
+        file.write_bytes(file.read_bytes()[:-1] + b"x")
+    else:
+        file.write_bytes((tmp_path / "2" / name).read_bytes())
+    with Checkpoints(tmp_path, show=said.append) as checkpoints:
+        assert checkpoints.newest() == 2 and len(said) == 1
+        assert said[0].startswith("the checkpoint of step 4 is not whole (") and "best/a/x" in checkpoints.files(
+            2, "best"
+        )
+        # It is no reason to remove the one that is.
+        checkpoints.save(6, train_state())
+        checkpoints.wait()
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "4", "6"]
+        checkpoints.save(8, train_state())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["6", "8"]
+
+
+@pytest.mark.parametrize("meshes", [("fsdp=8", "fsdp=4,tensor=2"), ("data=2,fsdp=2,tensor=2", None), (None, "fsdp=8")])
+def test_on_other_devices(tmp_path, meshes):
+    """Each device's part is written once, and read by whoever needs some of it."""
+    configs = {name: ParaConfig(r=4) for name in "abcdefgh"}
+    bank = AdapterBank.stack({n: random_adapter(c, SMALL, i) for i, (n, c) in enumerate(configs.items())}, SMALL)
+    there, here = (
+        TrainState.create(bank, None if text is None else make_mesh(text), shards)
+        for text, shards in zip(meshes, (8, 1))
+    )
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(2, there)
+        checkpoints.wait()
+        size = (tmp_path / "2" / "process-0.safetensors").stat().st_size
+        assert size < 1.2 * sum(x.nbytes for x in jax.tree.leaves(there)), "nothing twice"
+        loaded = checkpoints.restore(jax.tree.map(jnp.zeros_like, here), 2)
+        same(loaded, there)
+        assert [x.sharding for x in jax.tree.leaves(loaded)] == [x.sharding for x in jax.tree.leaves(here)]
 
 
 def test_a_full_disk(tmp_path):
@@ -83,6 +139,8 @@ def test_a_disk_without_room(tmp_path, monkeypatch):
         checkpoints.wait()
         usage = shutil.disk_usage(tmp_path)
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-        with pytest.raises(ParaJaxError, match=r"step 3 .*0\.0 MB are free\); the checkpoint of step 2 is whole"):
+        with pytest.raises(
+            ParaJaxError, match=r"step 3 .*0\.0 MB are free\); it takes .* make room.*; the checkpoint of step 2 is"
+        ):
             checkpoints.save(3, state)
     assert [p.name for p in (tmp_path / "c").iterdir()] == ["2"]

@@ -10,14 +10,14 @@ import pytest
 from para_jax import ParaJaxError
 from para_jax.training.claim import Claim
 
-ABOUT = {"rows": 4}
+ABOUT = {"rows": 4, "tenants": {"acme": {}, "globex": {}}}
 
 
 def old_run(out: Path) -> dict[str, str]:
     (out / "acme").mkdir(parents=True)
     (out / "run.json").write_text(json.dumps(ABOUT))
     (out / "metrics.jsonl").write_text("{}\n")
-    (out / "acme" / "adapter").write_text("years of work")
+    (out / "acme" / "adapter_config.json").write_text("years of work")
     return files(out)
 
 
@@ -31,17 +31,17 @@ def beside(out: Path) -> list[str]:
 
 def test_a_run_that_is_replaced_goes_with_the_first_step(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    old_run(out)
+    before = old_run(out)
     with Claim(out, False, True) as claim:
-        claim.begin({"rows": 8})
-        assert sorted(files(out)) == [".lock", "run.json"] and beside(out) == [".out-replaced", "out"]
+        assert not claim.begin({"rows": 8})
+        assert {name: text for name, text in files(out).items() if name != ".lock"} == before
         claim.settle()
-        assert beside(out) == ["out"]
+        assert sorted(files(out)) == [".lock", "run.json"] and beside(out) == ["out"]
     assert files(out) == {"run.json": '{\n "rows": 8\n}\n'}
 
 
 @pytest.mark.parametrize("error", [ParaJaxError, KeyboardInterrupt, ZeroDivisionError])
-def test_a_run_that_is_replaced_comes_back(tmp_path: Path, error: type[BaseException]) -> None:
+def test_a_run_that_is_replaced_stays_until_then(tmp_path: Path, error: type[BaseException]) -> None:
     """Whatever ends the new run before its first step, before or after it has a folder."""
     out = tmp_path / "out"
     before = old_run(out)
@@ -49,7 +49,6 @@ def test_a_run_that_is_replaced_comes_back(tmp_path: Path, error: type[BaseExcep
         raise error
     with pytest.raises(error), Claim(out, False, True) as claim:
         claim.begin({"rows": 8})
-        (out / "checkpoints").mkdir()
         raise error
     assert files(out) == before and beside(out) == ["out"]
 
@@ -67,32 +66,28 @@ def test_a_new_run_that_fails_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_a_kill_before_the_first_step_loses_nothing(tmp_path: Path) -> None:
-    """The run before it stays aside, however often the new one is begun, until one has done a step."""
+    """The run before it stays, however often the new one is begun, until one has done a step."""
     out = tmp_path / "out"
     before = old_run(out)
 
-    def killed(overwrite: bool) -> None:
-        claim = Claim(out, not overwrite, overwrite)
+    def killed() -> None:
+        claim = Claim(out, False, True)
         claim.__enter__()
         claim.begin({"rows": 8})
         assert claim._lock is not None
         claim._lock._file.close()  # as the system does
 
-    killed(overwrite=True)
-    with pytest.raises(ParaJaxError, match=r"out exists; .*The run that it replaces is still in .*\.out-replaced"):
+    killed()
+    with pytest.raises(ParaJaxError, match=r"out exists; pass --resume to go on with it, --overwrite to replace it"):
         Claim(out, False, False).__enter__()
-    killed(overwrite=True)
-    killed(overwrite=False)
-    assert files(tmp_path / ".out-replaced") == before
-    with pytest.raises(ZeroDivisionError), Claim(out, False, True) as claim:
-        claim.begin({"rows": 8})
-        raise ZeroDivisionError
-    assert files(out) == before and beside(out) == ["out"]
-    killed(overwrite=True)
+    killed()
     with Claim(out, True, False) as claim:
+        assert claim.begin(ABOUT), "it can even be resumed"
+    assert files(out) == before and beside(out) == ["out"]
+    with Claim(out, False, True) as claim:
         claim.begin({"rows": 8})
         claim.settle()
-    assert beside(out) == ["out"]
+    assert files(out) == {"run.json": '{\n "rows": 8\n}\n'} and beside(out) == ["out"]
 
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:
@@ -103,17 +98,21 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
         for resume in (True, False):
             with pytest.raises(ParaJaxError, match=r"another process \(process \d+ on .+\) is writing .*/out"):
                 Claim(out, resume, not resume).__enter__()
-    (out / ".acme-0a1b2c3d").mkdir()  # as a kill leaves it
+    # As a kill leaves them, and a lost machine.
+    (out / ".acme-0a1b2c3d").mkdir()
+    (out / "globex").mkdir()
+    (out / "globex" / "adapter_model.safetensors").write_text("half")
     with Claim(out, True, False) as claim:
         claim.begin(ABOUT)
-        assert not (out / ".acme-0a1b2c3d").exists() and (out / "acme").exists()
+        assert sorted(path.name for path in out.iterdir()) == [".lock", "acme", "metrics.jsonl", "run.json"]
     # Two that begin at once: there was no folder to lock when they looked.
     new = tmp_path / "new"
     with Claim(new, False, False) as one, Claim(new, False, False) as two:
         one.begin(ABOUT)
-        with pytest.raises(ParaJaxError, match="new exists; pass --resume"):
+        with pytest.raises(ParaJaxError, match=r"another process \(process \d+ on .+\) is writing .*/new"):
             two.begin(ABOUT)
-    assert files(new) == {"run.json": '{\n "rows": 4\n}\n'}
+        one.settle()
+    assert json.loads(files(new)["run.json"]) == ABOUT
 
 
 def test_what_cannot_be_resumed(tmp_path: Path) -> None:
@@ -130,4 +129,4 @@ def test_what_cannot_be_resumed(tmp_path: Path) -> None:
         Claim(out, True, False) as claim,
     ):
         claim.begin(ABOUT)
-    assert sorted(files(out)) == ["acme/adapter", "metrics.jsonl", "run.json"], "no lock is left"
+    assert sorted(files(out)) == ["acme/adapter_config.json", "metrics.jsonl", "run.json"], "no lock is left"
