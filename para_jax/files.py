@@ -89,7 +89,7 @@ def appear(path: Path, size: int | None = None) -> None:
         if time.monotonic() - began > PATIENCE:
             raise OSError(errno.ETIMEDOUT, f"it was written, and is not there after {PATIENCE:.0f} seconds")
         time.sleep(pause)
-        pause = min(2 * pause, 0.5)
+        pause = min(2 * pause, 0.1)
 
 
 @contextmanager
@@ -207,7 +207,11 @@ class Growing:
         """Keeps the first bytes of a file that is there. Raises OSError, as all that follows."""
         self.path = path
         self._file: IO[bytes] = path.open("ab", buffering=0)
-        self._file.truncate(keep)
+        try:
+            self._file.truncate(keep)
+        except OSError:
+            self._file.close()
+            raise
 
     def write(self, data: bytes) -> None:
         while data:
@@ -220,9 +224,11 @@ class Growing:
 
     def close(self) -> None:
         if not self._file.closed:
-            sync(self._file)
-            size = os.fstat(self._file.fileno()).st_size
-            self._file.close()
+            try:
+                sync(self._file)
+                size = os.fstat(self._file.fileno()).st_size
+            finally:
+                self._file.close()
             appear(self.path, size)
 
     def __enter__(self) -> Growing:
@@ -333,8 +339,8 @@ def copy(source: Path, target: Path) -> None:
 
 def remove(path: Path) -> None:
     """Removes a file, or a folder with all in it, as far as that goes."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with suppress(OSError):
+    with suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
             path.unlink()

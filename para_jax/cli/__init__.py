@@ -19,6 +19,7 @@ from para_jax.cli.faults import in_one_line
 from para_jax.cli.options import Parser, check_texts
 from para_jax.compile_cache import quiet_loading
 from para_jax.errors import ParaJaxError
+from para_jax.mounts import way_out
 from para_jax.torch_files import hide_torch
 
 STOPPED = 130  # the exit code of Ctrl-C
@@ -118,9 +119,11 @@ def _run(args: argparse.Namespace) -> int:
         pass
     except OSError as error:
         where = "" if error.filename is None else f"{error.filename}: "
+        way = way_out(error, error.filename) if isinstance(error.filename, str) else ""
         # Whoever writes a file names it, so this is what is printed.
         full = error.filename is None and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
-        _say(args.verb, f"{STDOUT if full else where}{error.strerror or in_one_line(error)}")
+        said = f"{STDOUT if full else where}{error.strerror or in_one_line(error)}"
+        _say(args.verb, f"{said}; {way} and run again" if way else said)
     except KeyboardInterrupt as stop:
         _say(args.verb, str(stop) or "stopped")
         # A machine that is taken away is no failure: whoever started the run starts it again.

@@ -117,7 +117,8 @@ class Checkpoints:
                 raise OSError(f"it does not read as it was written: {problem}")
         self._broken.discard(step)
         if first():
-            self._prune()
+            with suppress(OSError):  # the next to look there says it
+                self._prune()
 
     def _prune(self) -> None:
         """Removes what is older than the newest `keep` that are whole."""

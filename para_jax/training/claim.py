@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,9 @@ class Claim:
         lock, self._lock = self._lock, None
         if lock is not None:
             lock.release()
-        if kind is not None and self._made and not any(self.out.iterdir()):
-            self.out.rmdir()
+        if kind is not None and self._made:
+            with suppress(OSError):  # there is something in it, or it is gone
+                self.out.rmdir()
 
     def _enter(self) -> None:
         check_out(self.out, self.resume, self.overwrite)

@@ -60,10 +60,14 @@ class Cloud:
     """Attributes that tests set: see `Drive` in drive.py."""
 
     def __init__(self) -> None:
-        self.nodes = {ROOT: Node(ROOT, True)}
         self.made_so_far = ROOT
+        self.empty()
+
+    def empty(self) -> None:
+        """All is as at the beginning."""
+        self.nodes = {ROOT: Node(ROOT, True)}
         self.operations = self.changes = 0
-        self.late, self.upload = 20, 12
+        self.late, self.upload = 5, 12
         self.room = 1 << 40
         self.kill_at = self.gone_at = 0
         self.gone = False
@@ -89,6 +93,12 @@ class Cloud:
     def send(self, node: Node) -> None:
         node.sent.append((self.changes, node.version))
         node.changed = False
+
+    def arrive(self) -> None:
+        """All that is on its way to the cloud gets there."""
+        for node in self.nodes.values():
+            if node.sent:
+                node.cloud, node.sent = node.sent[-1][1], []
 
     def lose(self, seed: int) -> None:
         """The machine is gone, and what was on its way got there or did not, each file by itself."""

@@ -38,6 +38,19 @@ class Drive:
         """What they were."""
         return list(self._ordered(get="log"))
 
+    @property
+    def used(self) -> int:
+        """How many bytes there are."""
+        return int(self._ordered(get="used"))
+
+    def empty(self) -> None:
+        """All is as if it had just been mounted for the first time."""
+        self._ordered(call=["empty"])
+
+    def settle(self) -> None:
+        """All that was written so far is in the cloud."""
+        self._ordered(call=["arrive"])
+
     def kill_at(self, change: int) -> None:
         """Whoever makes so many changes from now on is killed in place of the last one."""
         self._ordered(set={"kill_at": self.changes + change})
@@ -52,7 +65,7 @@ class Drive:
 
     def room(self, more: int | None) -> None:
         """So many bytes more can be written; None: as many as you like."""
-        self._ordered(set={"room": 1 << 40 if more is None else int(self._ordered(get="used")) + more})
+        self._ordered(set={"room": 1 << 40 if more is None else self.used + more})
 
     def lose(self, seed: int) -> None:
         """The machine is lost, and another one mounts what had arrived in the cloud."""

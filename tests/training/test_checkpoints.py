@@ -112,7 +112,7 @@ def test_on_other_devices(tmp_path, meshes):
     bank = AdapterBank.stack({n: random_adapter(c, SMALL, i) for i, (n, c) in enumerate(configs.items())}, SMALL)
     there, here = (
         TrainState.create(bank, None if text is None else make_mesh(text), shards)
-        for text, shards in zip(meshes, (8, 1))
+        for text, shards in zip(meshes, (8, 1), strict=True)
     )
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(2, there)
