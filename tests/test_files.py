@@ -7,10 +7,24 @@ import subprocess
 import sys
 from pathlib import Path
 
+import ml_dtypes
+import numpy as np
 import pytest
+from safetensors.numpy import save
 
 from para_jax import ParaJaxError
-from para_jax.files import changes, json_line, replacing, write_json, write_text
+from para_jax.files import (
+    Growing,
+    appear,
+    changes,
+    json_line,
+    read_back,
+    replacing,
+    safetensors,
+    write_file,
+    write_json,
+    write_text,
+)
 from para_jax.locks import Lock, open_locked
 
 
@@ -72,12 +86,58 @@ def test_lines_and_changes() -> None:
     assert list(changes({"a": 1, "b": {"c": 2}}, {"b": {"c": 3}})) == ["a was 1 and is None", "b.c was 2 and is 3"]
 
 
-def test_a_file_system_without_locks_locks_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_without_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Nor has the folder for temporary files any: nobody is kept out, which is said."""
+
     def none(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr("fcntl.flock", none)
-    first, second = Lock(tmp_path / ".lock", "it"), Lock(tmp_path / ".lock", "it")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path / "it").mkdir()
+    first, second = (Lock(tmp_path / "it" / ".lock", "it") for _ in range(2))
+    words = f"para-jax: {tmp_path}/it is on a file system without locks; nobody else is kept from writing there\n"
+    assert capsys.readouterr().err == 2 * words
     first.release()
     second.release()
-    assert list(tmp_path.iterdir()) == []
+    assert list((tmp_path / "it").iterdir()) == []
+
+
+def test_a_file_that_grows(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"12345")
+    with Growing(path, keep=3) as file:
+        file.write(b"x")
+        file.settle()
+        file.write(b"y")
+        assert path.read_bytes() == b"123xy"
+    with pytest.raises(IsADirectoryError):
+        Growing(tmp_path)
+
+
+def test_tensors_are_written_as_safetensors_writes_them(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    tensors = {
+        "b": rng.standard_normal((3, 5)).astype(ml_dtypes.bfloat16),
+        "a": rng.standard_normal((2, 3, 4), np.float32).T,
+        "scalar": np.float64(3),
+        "empty": np.zeros((0, 4), np.float16),
+        "i": np.arange(7, dtype=np.int8),
+        "é": np.array([True, False]),
+    }
+    tensors = {name: np.asarray(x) for name, x in tensors.items()}
+    written = write_file(tmp_path / "a", safetensors(tensors, {"format": "pt"}))
+    assert written == read_back(tmp_path / "a")
+    theirs = save({name: np.ascontiguousarray(x).reshape(x.shape) for name, x in tensors.items()}, {"format": "pt"})
+    assert (tmp_path / "a").read_bytes() == theirs
+
+
+def test_what_does_not_appear_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("para_jax.files.PATIENCE", 0.01)
+    (tmp_path / "a").write_bytes(b"12")
+    appear(tmp_path / "a", 2)
+    for path, size in ((tmp_path / "a", 3), (tmp_path / "b", None)):
+        with pytest.raises(OSError, match="it was written, and is not there after"):
+            appear(path, size)

@@ -173,6 +173,38 @@ def test_core_runs_without_anything_else(tmp_path: Path) -> None:
     assert loaded == []
 
 
+# Who writes
+
+WRITING = {
+    "write_text", "write_bytes", "save_file", "save_pretrained", "tofile", "fsync", "truncate", "flock", "rename",
+    "renames", "link", "symlink", "unlink", "hardlink_to", "symlink_to", "touch", "copyfile", "copytree", "move",
+    "rmtree", "makedirs",
+}  # fmt: skip
+# What writes besides files.py: locks, JAX's compiled programs, and a tokenizer of transformers, which writes itself.
+ELSEWHERE = {("locks.py", "flock"), ("locks.py", "truncate"), ("locks.py", "unlink"), ("compile_cache.py", "unlink"),
+             ("convert/checkpoint.py", "save_pretrained"), ("cli/common.py", "open")}  # fmt: skip
+
+
+def writes(path: Path) -> Iterator[str]:
+    """The names of functions of other packages that a file calls to change files."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Call):
+            continue
+        name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+        modes = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+        if name in WRITING and isinstance(node.func, ast.Attribute):
+            yield name
+        elif name == "replace" and getattr(getattr(node.func, "value", None), "id", "") == "os":
+            yield "os.replace"
+        elif name == "open" and any(set(mode) <= set("rwaxbt+") and set(mode) & set("wax+") for mode in modes):
+            yield name
+
+
+def test_files_are_written_in_one_place() -> None:
+    found = {(path.relative_to(PACKAGE).as_posix(), name) for path in MODULES for name in writes(path)}
+    assert {(path, name) for path, name in found if path != "files.py"} == ELSEWHERE
+
+
 # Which way imports point
 
 

@@ -107,8 +107,8 @@ class Answers:
             self._file.close()
             with replacing(self.output, safe, RESUME) as file, self.partial.open("rb") as all_of_them:
                 shutil.copyfileobj(all_of_them, file)
-            self.partial.unlink()
-            self.about.unlink()
+            for path in self.beside:
+                remove(path)
 
     def __enter__(self) -> Answers:
         return self

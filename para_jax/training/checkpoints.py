@@ -27,6 +27,7 @@ from para_jax.files import Written, as_json, copy, new_folder, read_back, remove
 from para_jax.mounts import FULL, way_out
 from para_jax.training.step import copied
 
+EARLIER = "_CHECKPOINT_METADATA"
 MANIFEST, STATE = "process-{}.json", "process-{}.safetensors"
 
 
@@ -61,6 +62,11 @@ class Checkpoints:
     def newest(self) -> int | None:
         """The step of the newest checkpoint that is whole. Says which are not, and why."""
         for step in reversed(steps_in(self.folder)):
+            if (self.folder / str(step) / EARLIER).exists():
+                raise ParaJaxError(
+                    f"{self.folder} holds checkpoints of an earlier version of para_jax; finish the run with that "
+                    "version, or pass --overwrite"
+                )
             problem = problem_of(self.folder / str(step))
             if problem is None:
                 self.safe = step

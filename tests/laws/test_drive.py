@@ -136,15 +136,15 @@ def test_a_run_whose_machine_is_lost(run, kills: int) -> None:
 
 
 def test_a_run_that_has_no_room(run, kills: int) -> None:
-    wanted, _, size = run
-    for room in spread(size, kills):
+    wanted, changes, size = run
+    for part in spread(changes, kills):
         with mounted() as drive:
-            drive.room(room)
+            drive.room(part * size // changes)
             with fails("make room"):
                 tune(drive.root / "out")
             drive.room(None)
             tune(drive.root / "out")
-            assert files(drive.root / "out") == wanted, room
+            assert files(drive.root / "out") == wanted, part
 
 
 def test_what_is_safe_is_said(run) -> None:
@@ -186,6 +186,41 @@ def test_two_processes_of_a_machine_are_kept_apart(capsys: pytest.CaptureFixture
             Claim(drive.root / "out", False, False),
         ):
             pass
+
+
+def test_a_drive_that_is_not_mounted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """Nothing is written to the folder under it, which the mount would hide."""
+    top = tmp_path / "content" / "drive"
+    monkeypatch.setattr("para_jax.mounts.DRIVES", (str(top),))
+    out = str(top / "MyDrive" / "out")
+    (tmp_path / "in.jsonl").write_text(ASKED)
+    wanted = (
+        f"{out} is on Google Drive, which is not mounted; run `from google.colab import drive; drive.mount('{top}', "
+        "force_remount=True)` in the notebook and run again\n"
+    )
+    for command in (
+        ["finetune", "--tenant", f"a={tmp_path / 'in.jsonl'}", "--out", out],
+        ["generate", "--input", str(tmp_path / "in.jsonl"), "--output", out],
+        ["convert", "--out", out],
+        ["quickstart", "--out", out],
+    ):
+        assert main(command) == 1
+        assert capsys.readouterr().err == f"para-jax {command[0]}: {wanted}"
+    for write in (an_adapter, a_backbone, a_file):
+        with pytest.raises(ParaJaxError, match="not mounted"):
+            write(Path(out), True)
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_google_drive_has_its_own_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    with mounted() as drive:
+        monkeypatch.setattr("para_jax.mounts.DRIVES", (str(drive.root),))
+        drive.room(0)
+        with pytest.raises(ParaJaxError, match=r"left on device; nothing was written; make room on Google Drive \(its"):
+            a_file(drive.root / "it", True)
+        drive.gone_at(1)
+        with pytest.raises(ParaJaxError, match=r"drive.mount\(.*, force_remount=True\)` in the notebook and run again"):
+            a_file(drive.root / "it", True)
 
 
 # Files and folders that replace others
