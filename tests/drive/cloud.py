@@ -19,17 +19,7 @@ import struct
 import sys
 from typing import Any
 
-from fuse import (
-    Fails,
-    Requests,
-    attr,
-    entry,
-    listing,
-    mount,
-    names,
-    opened,
-    unmount,
-)
+from tests.drive.fuse import Fails, Requests, attr, entry, listing, mount, names, opened, unmount
 
 ROOT = 1
 Version = tuple["Node | None", str, bytes] | None  # a folder, a name in it, and contents; None: it is gone

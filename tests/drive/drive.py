@@ -77,9 +77,9 @@ class Drive:
 def mounted() -> Iterator[Drive]:
     """Mounts a new one, or fails: what it shows is not to be skipped."""
     with tempfile.TemporaryDirectory(prefix="para-jax-drive-") as folder:
-        command = [sys.executable, str(Path(__file__).with_name("cloud.py")), folder]
+        command = [sys.executable, "-m", "tests.drive.cloud", folder]
         pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-        with subprocess.Popen(command, text=True, **pipes) as server:
+        with subprocess.Popen(command, text=True, cwd=Path(__file__).parents[2], **pipes) as server:
             assert server.stdin is not None and server.stdout is not None and server.stderr is not None
             if not server.stdout.readline():
                 why = server.stderr.read().strip().splitlines()[-1]

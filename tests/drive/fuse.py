@@ -18,6 +18,7 @@ from contextlib import suppress
 from typing import Any, Protocol
 
 DEVICE = "/dev/fuse"
+HELPER = shutil.which("fusermount3") or shutil.which("fusermount")  # for those who may not mount
 LARGEST = 1 << 17  # bytes of a write
 FLOCK_LOCKS, POSIX_LOCKS, BIG_WRITES = 1 << 10, 1 << 1, 1 << 5
 
@@ -47,17 +48,22 @@ class Fails(Exception):
 
 def mount(folder: str) -> int:
     """Mounts a file system there and returns what to read requests from. Raises OSError where that is not possible."""
+    try:
+        return _mounted(folder)
+    except OSError:
+        if HELPER is None:
+            raise
+        return _mounted_by(HELPER, folder)
+
+
+def _mounted(folder: str) -> int:
     device = os.open(DEVICE, os.O_RDWR)
-    options = f"fd={device},rootmode=40000,user_id={os.getuid()},group_id={os.getgid()}"
+    options = f"fd={device},rootmode=40000,user_id={os.getuid()},group_id={os.getgid()},default_permissions"
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.mount(b"drive", os.fsencode(folder), b"fuse", 0, f"{options},default_permissions".encode()) == 0:
-        return device
-    refused = ctypes.get_errno()
-    os.close(device)
-    helper = shutil.which("fusermount3") or shutil.which("fusermount")
-    if helper is None:
-        raise OSError(refused, f"mount: {os.strerror(refused)}, and there is no fusermount")
-    return _mounted_by(helper, folder)
+    if libc.mount(b"drive", os.fsencode(folder), b"fuse", 0, options.encode()) != 0:
+        os.close(device)
+        raise OSError(ctypes.get_errno(), f"mount: {os.strerror(ctypes.get_errno())}, and there is no fusermount3")
+    return device
 
 
 def _mounted_by(helper: str, folder: str) -> int:
@@ -72,10 +78,8 @@ def _mounted_by(helper: str, folder: str) -> int:
 
 def unmount(folder: str) -> None:
     detach = 2
-    if ctypes.CDLL(None).umount2(os.fsencode(folder), detach) != 0:
-        helper = shutil.which("fusermount3") or shutil.which("fusermount")
-        if helper is not None:
-            subprocess.run([helper, "-uz", folder], check=False, capture_output=True)
+    if ctypes.CDLL(None).umount2(os.fsencode(folder), detach) != 0 and HELPER is not None:
+        subprocess.run([HELPER, "-uz", folder], check=False, capture_output=True)
 
 
 def attributes(found: Found) -> bytes:
