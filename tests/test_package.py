@@ -25,7 +25,7 @@ CORE_REQUIREMENTS = (
 
 # Each may import those before it and itself.
 LAYERS = (
-    "errors", "hub", "checks", "files", "progress", "torch_files", "compile_cache", "probing", "compiling",
+    "errors", "hub", "checks", "files", "machine", "progress", "torch_files", "compile_cache", "probing", "compiling",
     "memory", "adjustment", "sharding", "distributed", "adapters", "backbones", "convert", "data", "training",
     "importance", "decoding", "evaluation", "serving", "planning", "cli", "__main__",
 )  # fmt: skip
