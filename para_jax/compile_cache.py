@@ -82,6 +82,24 @@ def default_folder() -> Path:
     return base / "para_jax" / "compiled"
 
 
+def folder() -> Path | None:
+    """Where this process keeps what was found out with a compiler: with its compiled programs.
+
+    Before `keep_compiled` or `set_up` is called, that is where `set_up` would keep them. None, if they are not kept, or
+    behind a URL.
+    """
+    import jax
+
+    asked = os.environ.get(VARIABLE)
+    place = jax.config.values["jax_compilation_cache_dir"] or asked
+    if not jax.config.values["jax_enable_compilation_cache"] or place == "off" or "://" in (place or ""):
+        return None
+    try:
+        return Path(place).expanduser().absolute() if place else default_folder()
+    except (ParaJaxError, RuntimeError):  # there is no home folder
+        return None
+
+
 def set_up(choice: str | None = None) -> None:
     """What the command line does before it compiles: keeps programs where `choice` or the environment says.
 

@@ -25,9 +25,9 @@ CORE_REQUIREMENTS = (
 
 # Each may import those before it and itself.
 LAYERS = (
-    "errors", "compat", "hub", "checks", "mounts", "files", "locks", "progress", "torch_files", "compile_cache",
-    "compiling", "memory", "adjustment", "sharding", "distributed", "adapters", "backbones", "convert", "data",
-    "training", "importance", "decoding", "evaluation", "serving", "planning", "cli", "__main__",
+    "errors", "compat", "hub", "checks", "mounts", "files", "locks", "machine", "progress", "torch_files",
+    "compile_cache", "probing", "compiling", "memory", "adjustment", "sharding", "distributed", "adapters", "backbones",
+    "convert", "data", "training", "importance", "decoding", "evaluation", "serving", "planning", "cli", "__main__",
 )  # fmt: skip
 # Imports that point the other way, inside a function of a class that a newcomer calls first.
 EXCEPTIONS = {

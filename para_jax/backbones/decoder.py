@@ -24,8 +24,9 @@ from para_jax.backbones import rope
 from para_jax.backbones.attention import Seen
 from para_jax.backbones.block import Block
 from para_jax.backbones.cache import Cache, DecodeState
+from para_jax.backbones.choice import choose
 from para_jax.backbones.config import BackboneConfig
-from para_jax.backbones.kernels import Kernel, choose, prompt_attention
+from para_jax.backbones.kernels import Kernel, prompt_attention
 from para_jax.backbones.linear import KEEP_PRODUCTS, QUANTIZED, product, rms_norm
 from para_jax.backbones.options import Attention, Dtype, Quantize, Remat, compute_dtype, default_stacked
 from para_jax.backbones.packed import Segments
@@ -67,7 +68,7 @@ class Backbone(nnx.Module):
         self.config = config
         self.quantize = quantize
         self.mesh = mesh
-        self.attention = choose(attention, config, compute)
+        self.attention = choose(attention, config, compute).kernel
         self.stacked = default_stacked() if stacked is None else stacked
         top, *layers = jax.random.split(key, 1 + config.num_hidden_layers)
         embed, head = jax.random.split(top)
@@ -100,8 +101,8 @@ class Backbone(nnx.Module):
           stacked: whether layers are stacked and scanned or kept apart and unrolled; by default as is fastest.
           quantize: "int8" or "int4" for the projections of the layers, quantised while they are read
             (docs/backbone.md). Embeddings, head and norms stay in `dtype`, and so does computation.
-          attention: how whole prompts attend: "plain", "cudnn" (GPU), "splash" (TPU), or "auto" for the device's own
-            (`backbones/kernels.py`).
+          attention: how whole prompts attend: "plain", "cudnn" (GPU), "splash" (TPU), or "auto" for the device's own,
+            if it compiles (`backbones/choice.py`).
           check_finite: whether to look for weights that are infinite or no number.
           mesh: devices to split the weights over (`para_jax.sharding.make_mesh`, or any mesh of its axes); each gets
             its part as it is read.

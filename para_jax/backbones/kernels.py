@@ -1,4 +1,4 @@
-"""Attention over whole prompts by kernels that others maintain, and which of them a backbone uses.
+"""Attention over whole prompts by kernels that others maintain; choice.py says which of them a backbone uses.
 
     plain   jnp and XLA (attention.py), everywhere
     cudnn   cuDNN's flash attention, through jax.nn.dot_product_attention: NVIDIA GPUs from Ampere, bfloat16, heads of
@@ -11,14 +11,13 @@ Single steps of decoding are always plain: there is one query a row, and nothing
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from para_jax.backbones.attention import Seen, attention
-from para_jax.errors import ParaJaxError, unknown
 from para_jax.sharding import rows_axes
 
 if TYPE_CHECKING:
@@ -26,45 +25,10 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
     from jaxtyping import Float
 
-    from para_jax.backbones.config import BackboneConfig
 
 Kernel = Literal["plain", "cudnn", "splash"]
 LANES = 128  # of a TPU's vectors: heads are padded to a multiple
 TILE = 512  # queries and keys of a step of the TPU kernel, or LANES for rows up to it
-
-
-def choose(name: str, config: BackboneConfig, dtype: jnp.dtype) -> Kernel:
-    """The kernel of this name, or with "auto" the one for the device that JAX runs on.
-
-    Raises ParaJaxError for an unknown name, or a kernel that cannot compute this backbone here.
-    """
-    if name not in ("auto", *get_args(Kernel)):
-        raise unknown("attention", name, ("auto", *get_args(Kernel)))
-    backend, capped = jax.default_backend(), config.attn_logit_softcapping is not None
-    lacks = {
-        "cudnn": _cudnn_lacks(config.head_dim) if backend == "gpu" else f"runs on NVIDIA GPUs, not on {backend}",
-        "splash": "runs on TPUs" if backend == "gpu" else "",
-    }
-    if capped or dtype != jnp.bfloat16:
-        lacks["cudnn"] = "has no soft-capping" if capped else f"has no {dtype}, only bfloat16"
-    if lacks.get(name):
-        raise ParaJaxError(f"attention={name!r} {lacks[name]}; choose attention='plain' or 'auto'")
-    if name != "auto":
-        return cast(Kernel, name)
-    own: Kernel = "cudnn" if backend == "gpu" else "splash" if backend == "tpu" else "plain"
-    return "plain" if lacks.get(own) else own
-
-
-def _cudnn_lacks(head_dim: int) -> str:
-    """Why cuDNN's flash attention does not run on this GPU, or nothing."""
-    try:
-        capability = tuple(int(part) for part in jax.local_devices()[0].compute_capability.split("."))
-    except (AttributeError, ValueError):
-        return "runs on NVIDIA GPUs"
-    if capability < (8, 0):
-        return "wants an Ampere GPU or a later one"
-    most = 256 if capability >= (9, 0) else 128
-    return "" if head_dim % 8 == 0 and head_dim <= most else f"takes heads of up to {most} features, by eights"
 
 
 def prompt_attention(

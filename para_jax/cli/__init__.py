@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from para_jax import __version__
-from para_jax.cli import convert, evaluate, fanlora, faults, finetune, generate, methods, plan, quickstart
+from para_jax.cli import convert, env, evaluate, fanlora, faults, finetune, generate, methods, plan, quickstart
 from para_jax.cli.faults import in_one_line
 from para_jax.cli.options import Parser, check_texts
 from para_jax.compile_cache import quiet_loading
@@ -34,6 +34,7 @@ VERBS = {
     "methods": methods,
     "plan": plan,
     "convert": convert,
+    "env": env,
 }
 
 

@@ -8,10 +8,12 @@ import shlex
 import sys
 import tempfile
 import traceback
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, metadata
+
+from para_jax.cli.env import PACKAGES
+from para_jax.machine import installed
 
 VARIABLE = "PARA_JAX_TRACEBACK"
-PACKAGES = ("para-jax", "jax", "jaxlib", "flax", "safetensors", "numpy", "transformers")
 LONGEST = 300  # letters of an error's own words
 
 
@@ -30,7 +32,7 @@ def said(verb: str, error: BaseException, several: bool = False) -> str:
         return f"out of memory ({what}); take fewer or shorter rows at once, or --quantize int8"
     place = traceback.extract_tb(error.__traceback__)[-1:]
     where = f" in {os.path.basename(place[0].filename)}:{place[0].lineno}" if place else ""
-    saved = f"{_saved(verb, error)} to the project's issue tracker"
+    saved = f"{_saved(verb, error)} and what para-jax env prints, to {_tracker()}"
     if several:
         return (
             f"stopped by {what}{where}; if another process stopped before this one, its own output says why. "
@@ -55,7 +57,7 @@ def _saved(verb: str, error: BaseException) -> str:
     lines = [
         f"command: {shlex.join(sys.argv)}",
         f"python {platform.python_version()} on {platform.platform()}",
-        *(f"{name} {_version(name)}" for name in PACKAGES),
+        *(f"{name} {installed(name) or 'is not installed'}" for name in PACKAGES),
         "",
         *traceback.format_exception(error),
     ]
@@ -66,11 +68,14 @@ def _saved(verb: str, error: BaseException) -> str:
             file.write("\n".join(lines))
     except OSError as problem:
         return f"Its traceback could not be saved ({problem}): please report what it prints with {VARIABLE}=1"
-    return f"Please report it, with the traceback that is in {file.name},"
+    return f"Please report it, with the traceback that is in {file.name}"
 
 
-def _version(package: str) -> str:
+def _tracker() -> str:
+    """Where to: the address of [project.urls] in pyproject.toml, if this is an installed package."""
     try:
-        return version(package)
+        urls = metadata("para-jax").get_all("Project-URL") or []
     except PackageNotFoundError:
-        return "is not installed"
+        urls = []
+    addresses = dict(url.split(", ", 1) for url in urls)
+    return f"{addresses['Repository']}/issues" if "Repository" in addresses else "the project's issue tracker"

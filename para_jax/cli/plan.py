@@ -167,6 +167,8 @@ def report(made: dict[str, Any]) -> list[str]:
     ]
     if made["estimated"]:
         lines.append("Compiled for CPUs: arguments are exact; temporaries, peak and collectives are estimates.")
+    if made["attention"]["refused"]:
+        lines.append(f"{made['attention']['refused']}; planned with attention={made['attention']['kernel']!r} instead.")
     if best["programs"]:
         lines += ["", common.table(*memory_table(best["programs"]))]
         timed = [program for program in best["programs"] if program["time"]]

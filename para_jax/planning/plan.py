@@ -10,7 +10,7 @@ from para_jax.planning.chips import Chip, Topology
 from para_jax.planning.compiling import Program
 from para_jax.planning.hlo import total
 from para_jax.planning.job import Job
-from para_jax.planning.programs import backbone_shapes, check, compile_job, step_of
+from para_jax.planning.programs import attention, backbone_shapes, check, compile_job, step_of
 from para_jax.planning.roofline import assumptions, estimate
 from para_jax.planning.search import Candidate, candidate, candidates, remedies
 from para_jax.planning.topology import devices as devices_of
@@ -35,12 +35,14 @@ def plan(
       tries: how many meshes and batches that fit are compared, and how many remedies that help are looked for.
       show: takes a line of progress.
 
-    Returns `fits`, `plan` (the best that fits, else the least that does not), `others`, `remedies`, `assumptions`.
+    Returns `fits`, `plan` (the best that fits, else the least that does not), `others`, `remedies`, `assumptions`, and
+    `attention`: the kernel, and what is wrong with the chips' own if it does not compile.
     Raises ParaJaxError for a mesh that does not fit, or no way to compile for these chips.
 
     To be called in a process of its own (`planning/process.py`), which knows no other devices.
     """
     devices, chip = devices_of(topology), topology.chip
+    kernel = attention(jobs[0], devices[0])
     if mesh is None:
         found = candidates(jobs, devices, chip)
     else:
@@ -65,6 +67,7 @@ def plan(
         "plan": best,
         "others": [one for one in tried if one is not best],
         "remedies": ways,
+        "attention": {"kernel": kernel.kernel, "refused": kernel.why if kernel.refused else ""},
         "assumptions": assumptions(chip),
     }
 

@@ -16,9 +16,10 @@ from jax.sharding import PartitionSpec as P
 
 from para_jax.adapters.adapter import abstract_layers
 from para_jax.adapters.bank import AdapterBank, Group
+from para_jax.backbones.choice import Choice, choose
 from para_jax.backbones.config import BackboneConfig
 from para_jax.backbones.decoder import Backbone
-from para_jax.backbones.options import Attention
+from para_jax.backbones.kernels import Kernel
 from para_jax.convert import checkpoint
 from para_jax.data.batches import Batch
 from para_jax.data.examples import Example
@@ -54,13 +55,17 @@ def own_mesh(mesh: Mesh) -> Mesh | None:
 
 def backbone_shapes(job: Job, mesh: Mesh) -> Backbone:
     """The backbone's shapes with the placements that loading gives them; layers stacked, as on accelerators."""
-    return _backbone(job.config, job.dtype, job.quantize, mesh)
+    kernel = attention(job, mesh.devices.flat[0]).kernel
+    return _backbone(job.config, job.dtype, job.quantize, kernel, mesh)
+
+
+def attention(job: Job, device: Any) -> Choice:
+    """The attention kernel that loading chooses on such a device. CPUs stand for GPUs, and do not have theirs."""
+    return choose("auto", job.config, jnp.dtype(job.dtype), device)
 
 
 @lru_cache(maxsize=64)
-def _backbone(config: BackboneConfig, dtype: Any, quantize: Any, mesh: Mesh) -> Backbone:
-    # CPUs stand for GPUs, and do not have their kernel.
-    kernel: Attention = "splash" if mesh.devices.flat[0].platform == "tpu" else "plain"
+def _backbone(config: BackboneConfig, dtype: Any, quantize: Any, kernel: Kernel, mesh: Mesh) -> Backbone:
     found = checkpoint.backbone_shapes(config, dtype, True, quantize, kernel, own_mesh(mesh))
     # One device has no mesh, and has to be named all the same: it is not the one that is here.
     return found if mesh.size > 1 else _placed(found, NamedSharding(mesh, P()))

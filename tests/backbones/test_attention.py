@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from para_jax import Backbone, BackboneConfig, ParaJaxError
+from para_jax import Backbone, BackboneConfig
 from para_jax.backbones import attention as plain
 from para_jax.backbones.attention import Seen, attention
-from para_jax.backbones.kernels import choose, fused, prompt_attention, splash
+from para_jax.backbones.kernels import fused, prompt_attention, splash
 from para_jax.sharding import make_mesh
-from tests.helpers import SMALL, family_backbone, family_fields
+from tests.helpers import family_backbone, family_fields
 
 B, K, G, HD = 3, 2, 2, 16
 
@@ -141,18 +141,6 @@ def test_a_backbone_that_uses_it(stacked: bool) -> None:
     mask = jnp.asarray(np.arange(9)[None] >= np.array([[0], [4]]))
     ours, theirs = (np.asarray(b(tokens, mask=mask)) for b in backbones)
     assert np.abs(ours - theirs)[np.asarray(mask)].max() < 1e-5 * np.abs(theirs).max()
-
-
-def test_the_choice() -> None:
-    assert choose("auto", SMALL, jnp.dtype("float32")) == "plain"  # on a CPU
-    with pytest.raises(ParaJaxError, match=r"unknown attention 'flash'; did you mean 'splash'\?"):
-        choose("flash", SMALL, jnp.dtype("float32"))
-    with pytest.raises(ParaJaxError, match=r"'cudnn' has no float32, only bfloat16; choose attention='plain'"):
-        choose("cudnn", SMALL, jnp.dtype("float32"))
-    with pytest.raises(ParaJaxError, match="runs on NVIDIA GPUs, not on cpu"):
-        choose("cudnn", SMALL, jnp.dtype("bfloat16"))
-    with pytest.raises(ParaJaxError, match="soft-capping"):
-        choose("cudnn", BackboneConfig.from_hf(family_fields("gemma2")), jnp.dtype("bfloat16"))
 
 
 COMPILE = """

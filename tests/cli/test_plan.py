@@ -69,6 +69,22 @@ def test_it_does_not_fit(tmp_path, capsys) -> None:
     assert "does not fit v5e:1x1, 19." in printed and "What would make it fit:\n  --quantize int8: " in printed
 
 
+@pytest.mark.slow
+def test_a_kernel_that_does_not_compile(tmp_path, capsys, monkeypatch) -> None:
+    """Heads that the chip's vector memory has no room for: planned with plain attention, and said."""
+    wide = {"model_type": "llama", "vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    wide |= {"num_attention_heads": 1, "head_dim": 512, "max_position_embeddings": 2048}
+    (tmp_path / "config.json").write_text(json.dumps(wide))
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_scoped_vmem_limit_kib=5120")
+    arguments = ["--model", str(tmp_path), "--topology", "v5e:1x1", "--mode", "decode", "--rows", "1", "--length", "64"]
+    out = tmp_path / "plan.json"
+    assert main(["plan", *arguments, "--new-tokens", "16", "--dtype", "float32", "--json", str(out)]) == 0
+    made = json.loads(out.read_text())
+    assert made["attention"]["kernel"] == "plain"
+    assert made["attention"]["refused"].startswith("attention='splash' does not compile for TPU v5 lite with jax ")
+    assert f"{made['attention']['refused']}; planned with attention='plain' instead.\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -1,8 +1,10 @@
 """The notebooks: both halves of a pair say the same, and they run from the first cell to the last."""
 
+import ast
 import base64
 import json
 import runpy
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -34,8 +36,30 @@ def test_both_halves_say_the_same(name):
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_the_badge_opens_this_notebook(name):
     text = (COLAB / f"{name}.py").read_text()
-    here = f"https://colab.research.google.com/github/{PAIR['REPOSITORY']}/blob/main/colab/{name}.ipynb"
-    assert f"]({here})" in text and PAIR["addressed"](text) == text, "run python colab/pair.py"
+    here = f"https://colab.research.google.com/github/{PAIR['OWN']}/blob/main/colab/{name}.ipynb"
+    assert f"]({here})" in text and PAIR["completed"](text) == text, "run python colab/pair.py"
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_the_first_cell_installs_para_jax(name):
+    """The same in every notebook, once, before anything imports JAX; Colab shows its form and hides its text."""
+    codes = [c for c in nbformat.read(COLAB / f"{name}.ipynb", as_version=4).cells if c.cell_type == "code"]
+    assert codes[0].source == PAIR["install_cell"]() and codes[0].metadata["cellView"] == "form"
+    assert not any(PAIR["INSTALL"] in cell.source for cell in codes[1:])
+    nodes = ast.parse(codes[0].source).body
+    modules = [node.names[0].name for node in nodes if isinstance(node, ast.Import)]
+    modules += [str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)]
+    assert {module.partition(".")[0] for module in modules} - {"jax"} <= sys.stdlib_module_names
+
+
+def test_the_address_stands_in_one_place():
+    """In pyproject.toml, and in what is made from it."""
+    root = COLAB.parent
+    folders = [root, *(root / name for name in ("para_jax", "colab", "docs", "tests", "train", "benchmarks"))]
+    files = [path for folder in folders for path in (folder.iterdir() if folder is root else folder.rglob("*"))]
+    texts = (path for path in files if path.suffix in {".py", ".md", ".toml", ".ipynb", ".json"})
+    made = {COLAB / f"{name}{end}" for name in NOTEBOOKS for end in (".py", ".ipynb")}
+    assert {path for path in texts if PAIR["OWN"] in path.read_text()} == made | {root / "pyproject.toml"}
 
 
 @pytest.mark.slow

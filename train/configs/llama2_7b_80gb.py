@@ -1,7 +1,7 @@
 """LLaMA-2 7B on one GPU of 80 GB, bfloat16: the model and the tasks of the paper.
 
     huggingface-cli login   # the model asks for its licence
-    pip install 'para-jax[cuda,data]'
+    pip install 'para-jax[cuda13,data]'
     python train/finetune.py llama2_7b_80gb --out runs/llama-7b
 
 13.5 GB of weights; three tenants of 8.9M parameters each with their moments take 0.3 GB.

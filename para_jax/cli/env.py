@@ -1,0 +1,164 @@
+"""What a report of a problem needs: versions, devices, kernels and why these, the cache, disk and memory.
+
+It never fails: what is missing, or does not start, is said. JAX is started in a process of its own, which takes the
+accelerator for that long. In a notebook that has it, call `para_jax.cli.env.environment` instead.
+
+  para-jax env
+  para-jax env --model DIR --json env.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from para_jax import machine
+from para_jax.cli import common
+from para_jax.cli.outputs import check_files
+from para_jax.errors import one_line
+from para_jax.files import write_json
+
+PACKAGES = (
+    "para-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "safetensors", "transformers", "numpy", "libtpu",
+    "jax-cuda12-plugin", "jax-cuda13-plugin",
+)  # fmt: skip
+LLAMA = (128256, 4096, 14336, 32, 32, 8, 128)  # the shapes of Llama 3 8B, in the order of BackboneConfig
+WAIT = 180  # seconds for JAX to start, and to compile a kernel that it has not met before
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        metavar="DIR",
+        help="whose kernels: a folder or hub id with config.json (default: a model with the shapes of Llama 3 8B)",
+    )
+    parser.add_argument("--json", metavar="OUT.json", help="write it")
+    parser.add_argument("--overwrite", action="store_true", help="replace --json if it exists")
+
+
+def run(args: argparse.Namespace) -> int:
+    check_files(args, "json")
+    found = environment(args.model)
+    print("\n".join(lines(found)))
+    if args.json:
+        write_json(args.json, found)
+        print(f"all of it in {args.json}")
+    return 0
+
+
+def environment(model: str | None = None) -> dict[str, Any]:
+    """What `para-jax env` prints, as JSON has it; None for what is not there.
+
+    JAX is asked in this process if it is loaded already, and else in one of its own.
+
+    >>> environment()["devices"][0]["platform"] in ("cpu", "gpu", "tpu")
+    True
+    """
+    asked = of_jax(model) if "jax" in sys.modules else _asked_aside(model)
+    return {
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "versions": {name: machine.installed(name) or None for name in PACKAGES},
+        "accelerator": machine.accelerator() or None,
+        "nvidia_driver": machine.nvidia_driver() or None,
+        **asked,
+        "cache": _held(asked["cache"]),
+        "disk_free": {path: _free(path) for path in (os.path.abspath(""), asked["cache"]) if path},
+        "host": {"cores": os.cpu_count(), **machine.host_memory()},
+    }
+
+
+def of_jax(model: str | None = None) -> dict[str, Any]:
+    """The part of it that JAX knows, which starts here and takes its devices."""
+    found: dict[str, Any] = {"problem": None, "devices": [], "kernels": {}, "cache": None}
+    try:
+        import jax
+
+        from para_jax.backbones.choice import choose
+        from para_jax.backbones.config import BackboneConfig
+        from para_jax.backbones.options import compute_dtype
+        from para_jax.compile_cache import folder
+
+        found["cache"] = None if (place := folder()) is None else str(place)
+        kind = machine.accelerator()
+        if kind and (why := machine.unseen(kind)):
+            found["problem"] = f"this is a {kind.upper()} runtime, but JAX does not see it because {why}"
+        found["devices"] = [
+            {"platform": d.platform, "kind": d.device_kind, "bytes": (d.memory_stats() or {}).get("bytes_limit")}
+            for d in jax.local_devices()
+        ]
+        # transformers reads a config.json, and takes ten seconds to be imported where torch is there too.
+        config = BackboneConfig(*LLAMA) if model is None else common.load_config(model)
+        choice = choose("auto", config, compute_dtype("auto"))
+        found["kernels"]["attention"] = {"kernel": choice.kernel, "why": choice.why}
+    except Exception as error:
+        found["problem"] = found["problem"] or one_line(error)
+    return found
+
+
+def _asked_aside(model: str | None) -> dict[str, Any]:
+    code = "import json, sys; from para_jax.cli.env import of_jax; print(json.dumps(of_jax(sys.argv[1] or None)))"
+    # A GPU's memory is left to those who work.
+    given = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TPU_LOG_DIR": "disabled", **os.environ}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code, model or ""], capture_output=True, text=True, env=given, timeout=WAIT
+        )
+    except subprocess.TimeoutExpired:
+        problem = f"JAX did not start within {WAIT} seconds"
+    else:
+        if done.returncode == 0:
+            return json.loads(done.stdout.splitlines()[-1])
+        last = "; ".join(done.stderr.strip().splitlines()[-3:])
+        problem = f"JAX did not start: its process ended with code {done.returncode}, and said: {last}"
+    return {"problem": problem, "devices": [], "kernels": {}, "cache": None}
+
+
+def _held(folder: str | None) -> dict[str, Any] | None:
+    if folder is None:
+        return None
+    sizes = [path.stat().st_size for path in Path(folder).glob("*") if path.is_file()]
+    return {"folder": folder, "files": len(sizes), "bytes": sum(sizes)}
+
+
+def _free(path: str) -> int | None:
+    """Bytes that are free where a folder is, or will be."""
+    try:
+        there = next(at for at in (Path(path).absolute(), *Path(path).absolute().parents) if at.exists())
+        return shutil.disk_usage(there).free
+    except (OSError, StopIteration):
+        return None
+
+
+def lines(found: dict[str, Any]) -> list[str]:
+    """It for people to read."""
+    from para_jax.cli.methods import human
+
+    def of(size: int | None) -> str:
+        return "unknown" if size is None else human(size)
+
+    versions = [f"{name} {version}" for name, version in found["versions"].items() if version]
+    missing = [name for name, version in found["versions"].items() if not version]
+    host, cache, kernels = found["host"], found["cache"], found["kernels"]
+    devices = [f"{d['kind']} ({d['platform']}), {of(d['bytes'])}" for d in found["devices"]]
+    return [
+        f"python {found['python']} on {found['system']}",
+        ", ".join(versions),
+        *([f"not installed: {', '.join(missing)}"] if missing else []),
+        *([f"driver: NVIDIA {found['nvidia_driver']}"] if found["nvidia_driver"] else []),
+        *(f"devices: {devices.count(one)} x {one} of memory" for one in dict.fromkeys(devices)),
+        *(f"{name}: {one['kernel']} ({one['why']})" for name, one in kernels.items()),
+        "compiled programs: not kept"
+        if cache is None
+        else f"compiled programs: {cache['files']} files, {human(cache['bytes'])}, in {cache['folder']}",
+        *(f"disk: {of(free)} free in {path}" for path, free in found["disk_free"].items()),
+        f"host: {host['cores']} cores, {of(host['memory_available'])} of {of(host['memory'])} of memory available",
+        *([f"problem: {found['problem']}"] if found["problem"] else []),
+    ]

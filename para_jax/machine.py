@@ -1,0 +1,109 @@
+"""What a machine has, asked of the system and not of JAX, which takes an accelerator when it is asked.
+
+The notebooks' first cell has a copy of some of these functions (colab/pair.py), from before this package is installed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+from glob import glob
+from importlib.metadata import PackageNotFoundError, version
+
+
+def accelerator() -> str:
+    """The accelerator that a machine has, or that its notebook was opened with: "tpu", "gpu" or none, "".
+
+    Colab says which of its runtimes this is, even where the device itself cannot be seen.
+
+    >>> accelerator() in ("tpu", "gpu", "")
+    True
+    """
+    if os.environ.get("COLAB_TPU_1VM") or os.environ.get("TPU_ACCELERATOR_TYPE", "").startswith(("v", "tpu")):
+        return "tpu"
+    if os.environ.get("COLAB_GPU", "0") not in ("", "0") or nvidia_driver():
+        return "gpu"
+    return "tpu" if glob("/dev/accel*") or glob("/dev/vfio/[0-9]*") else ""
+
+
+def nvidia_driver() -> str:
+    """The version of NVIDIA's driver; none, "", where there is no such GPU."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.partition("\n")[0].strip() if done.returncode == 0 else ""
+
+
+def cuda_extra(driver: str) -> str:
+    """The extra of para-jax with the CUDA libraries that a driver can run: those of CUDA 13 need driver 580.
+
+    >>> cuda_extra("550.54.15"), cuda_extra("580.65.06")
+    ('cuda12', 'cuda13')
+    """
+    return "cuda13" if int(driver.partition(".")[0] or 0) >= 580 else "cuda12"
+
+
+def host_memory() -> dict[str, int | None]:
+    """Bytes of the host's memory, and how many are available; None, where the system does not say.
+
+    >>> sorted(host_memory())
+    ['memory', 'memory_available']
+    """
+    found: dict[str, int | None] = {"memory": None, "memory_available": None}
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            sizes = dict(line.split(":") for line in file)
+    except (OSError, ValueError):
+        return found
+    for name, of in (("memory", "MemTotal"), ("memory_available", "MemAvailable")):
+        if of in sizes:
+            found[name] = 1024 * int(sizes[of].split()[0])
+    return found
+
+
+def installed(name: str) -> str:
+    """The version of a package; none, "", if it is not installed."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return ""
+
+
+def unseen(kind: str) -> str:
+    """Why JAX does not see an accelerator of this kind; nothing, "", if it does, or if none is there.
+
+    JAX starts here, and takes its devices.
+    """
+    import jax
+
+    said: list[logging.LogRecord] = []
+    listening = logging.Handler()
+    listening.emit = said.append  # type: ignore[method-assign, assignment]
+    logging.getLogger("jax").addHandler(listening)
+    try:
+        if kind in ("", jax.default_backend()):
+            return ""
+    except RuntimeError as error:  # JAX_PLATFORMS names what does not start
+        return str(error).partition("\n")[0]
+    finally:
+        logging.getLogger("jax").removeHandler(listening)
+    if asked := jax.config.values["jax_platforms"]:
+        return f"JAX_PLATFORMS={asked} leaves it out"
+    try:
+        jax.devices({"gpu": "cuda"}.get(kind, kind))
+    except RuntimeError as error:
+        if "failed to initialize" in str(error):
+            return str(error).partition("\n")[0]
+    plugins = {"tpu": ("libtpu",), "gpu": ("jax-cuda12-plugin", "jax-cuda13-plugin")}[kind]
+    if not any(map(installed, plugins)):
+        return f"{' or '.join(plugins)} is not installed"
+    driver = nvidia_driver()
+    if kind == "gpu" and installed("jax-cuda13-plugin") and cuda_extra(driver) == "cuda12":
+        return f"jax-cuda13-plugin needs NVIDIA's driver 580 or later, and there is {driver or 'none'}"
+    for record in said:
+        if record.levelno >= logging.WARNING:
+            return str(record.exc_info[1] if record.exc_info else record.getMessage()).partition("\n")[0]
+    return "its plugin did not start; what JAX said when it started tells why"

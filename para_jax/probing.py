@@ -1,0 +1,133 @@
+"""Whether a compiler takes a kernel: tried once, before the kernel is chosen, with an answer that is kept on disk.
+
+A kernel is handed to a compiler that comes in another package (libtpu, cuDNN), in a form that its version may not know,
+and it may need more of a chip's memory than there is. Only the compiler can tell, and it takes seconds to do so.
+Answers are small files in the folder of compiled programs (compile_cache.py), one for each set of versions, device and
+kernel.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from jax.stages import Traced
+
+from para_jax import __version__, compile_cache
+from para_jax.errors import ParaJaxError
+from para_jax.files import write_json
+
+# What an answer depends on besides the program.
+PACKAGES = (
+    "jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13",
+)  # fmt: skip
+FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
+# Of a device or a machine that is busy, and not of the kernel.
+PASSING = re.compile(r"\b(UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED)\b")
+LONGEST = 160  # letters of a compiler's words
+# What a compiler says, and what makes it take the kernel.
+REMEDIES = (
+    (r"Mosaic module|Unsupported version", "jax 0.10.2 with libtpu 0.0.42.1 compiles it"),
+    (r"[Vv]mem", "it needs more of the chip's vector memory than there is, which no upgrade changes"),
+    (r"[Cc][Uu][Dd][Nn][Nn]", "a newer nvidia-cudnn may compile it"),
+    (r"", "a newer jax may compile it"),
+)
+
+
+def refusal(kernel: str, about: Mapping[str, Any], trace: Callable[[], Traced], device: Any) -> str:
+    """Why the compiler for a device does not take a kernel, and which upgrade it takes; nothing, if it compiles.
+
+    Args:
+      kernel: its name.
+      about: as JSON has it, all that the program depends on: sizes, dtypes, blocks.
+      trace: traces a program for shapes on `device`, with each form of the kernel that will run, forward and backward.
+      device: of this process, or of a topology.
+
+    Raises what the compiler raises if the device or the machine is busy, which says nothing of the kernel.
+    """
+    described = {
+        "kernel": kernel,
+        **about,
+        "device": device.device_kind,
+        "platform": device.client.platform_version,
+        "para-jax": __version__,
+        **versions(),
+        **{name: os.environ[name] for name in FLAGS if name in os.environ},
+    }
+    return _answer(json.dumps(described, sort_keys=True), trace)
+
+
+def versions() -> dict[str, str]:
+    """The packages that compile, as far as they are installed.
+
+    >>> list(versions())[:2]
+    ['jax', 'jaxlib']
+    """
+    found = {}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+_answers: dict[str, str] = {}
+
+
+def _answer(described: str, trace: Callable[[], Traced]) -> str:
+    if described not in _answers:
+        path = _file(described)
+        answer = None if path is None else _kept(path, described)
+        if answer is None:
+            answer = _tried(trace)
+            if path is not None:
+                with suppress(ParaJaxError):  # it is found again
+                    write_json(path, {"of": json.loads(described), "refusal": answer})
+        _answers[described] = answer
+    return _answers[described]
+
+
+def _file(described: str) -> Path | None:
+    folder = compile_cache.folder()
+    name = f"kernel-{hashlib.sha256(described.encode()).hexdigest()[:32]}.json"
+    return None if folder is None else folder / name
+
+
+def _kept(path: Path, described: str) -> str | None:
+    """The answer in a file; None, if there is none or it is damaged."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        answer, same = found["refusal"], found["of"] == json.loads(described)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return answer if same and isinstance(answer, str) else None
+
+
+def _tried(trace: Callable[[], Traced]) -> str:
+    try:
+        trace().lower().compile()
+    except Exception as error:  # compilers raise anything
+        words = _first_line(error)
+        if PASSING.search(words) or isinstance(error, MemoryError):
+            raise
+        return f"{words}; {next(remedy for said, remedy in REMEDIES if re.search(said, words))}"
+    return ""
+
+
+def _first_line(error: Exception) -> str:
+    r"""What a compiler says first.
+
+    >>> _first_line(RuntimeError("INTERNAL: E1001: TooMuch:\nneeds 8 MB\nof 4 MB"))
+    'INTERNAL: E1001: TooMuch: needs 8 MB'
+    >>> _first_line(NotImplementedError())
+    'NotImplementedError'
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    words = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return words if len(words) <= LONGEST else f"{words[:LONGEST]}..."
