@@ -26,7 +26,7 @@ from para_jax.errors import one_line
 from para_jax.files import write_json
 
 PACKAGES = (
-    "para-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "safetensors", "transformers", "numpy", "libtpu",
+    "para-jax", "jax", "jaxlib", "flax", "optax", "safetensors", "transformers", "numpy", "libtpu",
     "jax-cuda12-plugin", "jax-cuda13-plugin",
 )  # fmt: skip
 LLAMA = (128256, 4096, 14336, 32, 32, 8, 128)  # the shapes of Llama 3 8B, in the order of BackboneConfig
