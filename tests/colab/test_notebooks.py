@@ -62,16 +62,21 @@ def test_the_address_stands_in_one_place():
     assert {path for path in texts if PAIR["OWN"] in path.read_text()} == made | {root / "pyproject.toml"}
 
 
-@pytest.mark.slow
-def test_para_finetune(tmp_path, monkeypatch):
+def ran(name: str, folder: Path, monkeypatch) -> tuple[list[bytes], str]:
+    """The pictures of a notebook that ran from top to bottom, and what it printed."""
     monkeypatch.delenv("MPLBACKEND", raising=False)  # pictures go into the notebook
-    notebook = nbformat.read(COLAB / "para_finetune.ipynb", as_version=4)
-    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
-
+    notebook = nbformat.read(COLAB / f"{name}.ipynb", as_version=4)
+    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(folder)}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
     pictures = [base64.b64decode(o.data["image/png"]) for o in outputs if "image/png" in o.get("data", {})]
-    assert len(pictures) == 4 and all(p.startswith(b"\x89PNG") and len(p) > 10_000 for p in pictures)
-    text = "".join(o.text for o in outputs if o.output_type == "stream" and o.name == "stdout")
+    assert all(p.startswith(b"\x89PNG") and len(p) > 10_000 for p in pictures)
+    return pictures, "".join(o.text for o in outputs if o.output_type == "stream" and o.name == "stdout")
+
+
+@pytest.mark.slow
+def test_para_finetune(tmp_path, monkeypatch):
+    pictures, text = ran("para_finetune", tmp_path, monkeypatch)
+    assert len(pictures) == 4
     assert "no plan: libtpu" in text if find_spec("libtpu") is None else "fits v5e:1x1" in text
     accuracy = {line.split()[0]: int(line.split()[1][:-1]) for line in text.splitlines() if line.endswith("%")}
     assert set(accuracy) == {"mood", "place", "question", "question-lora"}
@@ -84,3 +89,26 @@ def test_para_finetune(tmp_path, monkeypatch):
     assert lora["peft_type"] == "LORA" and (tmp_path / "para-finetune-adapters.zip").is_file()
     report = json.loads((tmp_path / "para-finetune" / "report.json").read_text())
     assert {tenant["state"] for tenant in report["tenants"].values()} == {"done"}
+
+
+@pytest.mark.slow
+def test_your_model(tmp_path, monkeypatch):
+    pictures, text = ran("your_model", tmp_path, monkeypatch)
+    assert len(pictures) == 2
+    exact = {line.split()[0]: int(line.split()[3][:-2]) for line in text.splitlines() if " exact match " in line}
+    assert exact["bare"] < 5 and exact["para"] > 80 and exact["lora"] > 50, exact
+    assert "your-model/lora: LORA" in text and {"your-model-para.zip", "your-model-lora.zip"} <= {
+        path.name for path in tmp_path.iterdir()
+    }
+    difference = float(text.partition("largest difference of logits: ")[2].partition(",")[0])
+    assert difference < 1e-4, "peft computes the same"
+
+
+@pytest.mark.slow
+def test_many_tenants(tmp_path, monkeypatch):
+    pictures, text = ran("many_tenants", tmp_path, monkeypatch)
+    assert len(pictures) == 3
+    assert [line.split()[0] for line in text.splitlines() if " rows: bare " in line] == ["1", "8", "64"]
+    sizes = {line.partition(":")[0]: line.split() for line in text.splitlines() if "a request in flight" in line}
+    assert float(sizes["PARA r=12"][-2]) < float(sizes["LoRA r=16"][-2]) / 20
+    assert "turn 2: 0 programs compiled" in text
