@@ -26,8 +26,8 @@ CORE_REQUIREMENTS = (
 # Each may import those before it and itself.
 LAYERS = (
     "errors", "compat", "checks", "files", "progress", "torch_files", "compile_cache", "compiling", "memory",
-    "adjustment", "sharding", "distributed", "adapters", "backbones", "convert", "data", "training", "importance", "decoding",
-    "evaluation", "serving", "planning", "cli", "__main__",
+    "adjustment", "sharding", "distributed", "adapters", "backbones", "convert", "data", "training", "importance",
+    "decoding", "evaluation", "serving", "planning", "cli", "__main__",
 )  # fmt: skip
 # Imports that point the other way, inside a function of a class that a newcomer calls first.
 EXCEPTIONS = {
