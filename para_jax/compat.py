@@ -1,6 +1,6 @@
-"""What differs between the versions of JAX, Flax and transformers that para_jax runs on (pyproject.toml has the oldest).
+"""What differs between the versions of JAX, Flax and transformers that para_jax runs on.
 
-Each line ends with the version from which on it is not needed.
+Each line ends with the version from which on it is not needed. pyproject.toml has the oldest versions.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from flax import nnx
 List: Any = getattr(nnx, "List", list)  # flax 0.12.0
 Dict: Any = getattr(nnx, "Dict", dict)  # flax 0.12.0
 
-# What transformers puts beside the settings of RoPE for each type of layers, where the model lacks layers of a type.
+# What transformers puts beside the settings of RoPE for each type of layer, where the model lacks layers of a type.
 ADDED_ROPE = ("rope_type", "default")  # transformers 5.18.0
 # What Gemma 1's config.json says for the tanh approximation.
 GEMMA_ACTIVATIONS = {"gelu": "gelu_pytorch_tanh"}  # transformers 5.18.0
 
 
 def drop_fields(*names: str) -> Any:
-    """These names as `register_dataclass` wants them, which drops each letter of a name that is not in a list."""
+    """These names for `register_dataclass`, which drops each letter of a name that is not in a list of its own."""
     return names if jax.__version_info__ >= (0, 10, 0) else [names]  # jax 0.10.0
 
 
@@ -35,8 +35,9 @@ def varying(x: Any, axis: str) -> Any:
 
 def unregister_event_duration_listener(callback: Callable[..., None]) -> None:
     """`jax.monitoring` no longer calls this function."""
-    if not hasattr(jax.monitoring, "unregister_event_duration_listener"):
+    if hasattr(jax.monitoring, "unregister_event_duration_listener"):
+        jax.monitoring.unregister_event_duration_listener(callback)
+    else:
         from jax._src import monitoring
 
-        return monitoring._unregister_event_duration_listener_by_callback(callback)  # jax 0.8.1
-    jax.monitoring.unregister_event_duration_listener(callback)
+        monitoring._unregister_event_duration_listener_by_callback(callback)  # jax 0.8.1

@@ -24,8 +24,8 @@ MORE_BUILDERS = ("text", "question_answering", "summarization", "translate", "te
 def table(source: str, data_dir: str | Path | None = None) -> Table:
     """The rows of NAME[/CONFIG][:SPLIT]; the split is train unless it is given, and may be sliced: train[:90%].
 
-    Data that is not in `data_dir` is downloaded and prepared there. Raises ParaJaxError if TFDS is not installed or does
-    not load, for an unknown name, config or split, and where the data is not there and cannot be had.
+    Data that is not in `data_dir` is downloaded and prepared there. Raises ParaJaxError if TFDS is not installed or
+    does not load, for an unknown name, config or split, and where the data is not there and cannot be had.
     """
     tfds = _loaded(source)
     name, _, split = source.partition(":")

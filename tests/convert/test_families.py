@@ -231,7 +231,7 @@ MATTERS: list[tuple[str, dict[str, Any], str]] = [
     # What is in settings of RoPE is read, wherever they stand.
     ("Gemma 3 1B", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5, which gemma3_text has no code for"),
     ("Gemma 3 1B", {"rope_parameters": {"rope_theta": 1.0}}, "full_attention, sliding_attention beside rope_theta"),
-    ("Gemma 2 9B", {"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "in config.json are for full_attention"),
+    ("Gemma 2 9B", {"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "config.json are for full_attention"),
     ("Llama 2 7B", {"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "full_attention beside rope_theta"),
     ("Llama 2 7B", {"rope_scaling": {"type": "linear", "factor": 2.0, "beta_fast": 8}}, "understood ['beta_fast']"),
     ("Llama 2 7B", {"rope_parameters": {"rope_theta": 1e4, "rope_type": None}}, "rope_type in config.json None"),

@@ -2,8 +2,8 @@
 
     python3.13 tests/images/pin.py pip-freeze.txt --source "googlecolab/backend-info, 2026-08-19" > colab-cpu.txt
 
-FREEZE is what `pip freeze` printed in the image, or - for standard input. Run this with the image's version of Python, on
-which requirements depend. pip says what para_jax needs. What the image lacks, test tools and torch stay free.
+FREEZE is what `pip freeze` printed in the image, or - for standard input. Run this with the image's version of Python,
+on which requirements depend. pip says what para_jax needs. What the image lacks, test tools and torch stay free.
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ def resolved(wanted: list[str], constraints: list[str]) -> set[str]:
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
         file.write("\n".join(constraints))
         file.flush()
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed", "--report", "-"]
-        done = subprocess.run([*command, "-c", file.name, *wanted], check=True, text=True, stdout=subprocess.PIPE)
+        options = ["--quiet", "--dry-run", "--ignore-installed", "--report", "-", "-c", file.name]
+        command = [sys.executable, "-m", "pip", "install", *options, *wanted]
+        done = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE)
     return {canonical(item["metadata"]["name"]) for item in json.loads(done.stdout)["install"]}
 
 
