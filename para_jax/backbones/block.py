@@ -12,7 +12,7 @@ from flax import nnx
 
 from para_jax.backbones import rope
 from para_jax.backbones.config import BackboneConfig, Experts
-from para_jax.backbones.experts import through_experts
+from para_jax.backbones.experts import gated, through_experts
 from para_jax.backbones.linear import QUANTIZED, Weight, product, rms_norm
 
 if TYPE_CHECKING:
@@ -96,6 +96,11 @@ class Block(nnx.Module):
                 setattr(self, name, nnx.Param(whole))
                 setattr(self, f"{name}_scale", nnx.Param(scale))
 
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of matmuls' inputs. Weights may be quantized; norms are in it always."""
+        return (self.attention_norm if self.config.pre_norm else self.attention_post_norm).dtype
+
     def __call__(
         self,
         x_btd: Float[Array, "b t d"],
@@ -103,7 +108,7 @@ class Block(nnx.Module):
         angles: tuple[Float[Array, "b t rotated"], Float[Array, "b t rotated"]],
         attend: Callable[[Array, Array, Array], Array],
     ) -> Float[Array, "b t d"]:
-        """One layer.
+        """One layer. In float16 the residual stream, and what is added to it, is float32 (`Backbone.residual_dtype`).
 
         `adjust` takes a site's name, its input and its output and returns the output adjusted. `attend` takes
         q (b, t, k, g, hd) and k, v (b, t, k, hd) of these tokens and returns (b, t, k * g * hd).
@@ -121,16 +126,18 @@ class Block(nnx.Module):
         v = adjust("v_proj", normed, v.reshape(b, t, -1)).reshape(b, t, k, hd)
         q = rope.rotate(q, *angles).reshape(b, t, k, g, hd)
         mixed = attend(q, rope.rotate(k_, *angles), v)
-        out = adjust("o_proj", mixed, self._product("out", mixed))
+        out = adjust("o_proj", mixed, self._product("out", mixed, x_btd.dtype))
         x_btd = x_btd + (self._norm("attention_post_norm", out) if c.post_norm else out)
 
-        normed = self._norm("mlp_norm", x_btd) if c.pre_norm else x_btd
-        out = self._dense(normed, adjust) if c.experts is None else self._mixture(normed, adjust, c.experts)
+        normed = (self._norm("mlp_norm", x_btd) if c.pre_norm else x_btd).astype(self.dtype)
+        feed_forward = self._dense if c.experts is None else partial(self._mixture, c.experts)
+        out = feed_forward(normed, adjust, x_btd.dtype)
         return x_btd + (self._norm("mlp_post_norm", out) if c.post_norm else out)
 
     def attention_input(self, x_btd: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         """What the attention projections see of the residual stream."""
-        return self._norm("attention_norm", x_btd) if self.config.pre_norm else x_btd
+        normed = self._norm("attention_norm", x_btd) if self.config.pre_norm else x_btd
+        return normed.astype(self.dtype)
 
     def _norm(self, name: str, x: Array) -> Array:
         return rms_norm(x, getattr(self, name)[...], self.config.rms_norm_eps, self.config.norm_offset)
@@ -139,10 +146,10 @@ class Block(nnx.Module):
         scale = getattr(self, f"{name}_scale", None)
         return getattr(self, name)[...], None if scale is None else scale[...]
 
-    def _product(self, name: str, x: Float[Array, "b t i"]) -> Float[Array, "b t *o"]:
-        """x through one of the projections, its bias included."""
-        y, bias = product(x, *self._weight(name), flat=self.mesh is None), getattr(self, f"{name}_bias", None)
-        return y if bias is None else y + jnp.expand_dims(bias[...], (0, 1))
+    def _product(self, name: str, x: Float[Array, "b t i"], dtype: Any = None) -> Float[Array, "b t *o"]:
+        """x through one of the projections, its bias included; in x's dtype unless one is given."""
+        y, bias = product(x, *self._weight(name), dtype, self.mesh is None), getattr(self, f"{name}_bias", None)
+        return y if bias is None else y + jnp.expand_dims(bias[...].astype(y.dtype), (0, 1))
 
     def _heads(self, norm: str, x_btf: Float[Array, "b t features"]) -> Float[Array, "b t heads hd"]:
         """Queries or keys by heads, normed as the family does."""
@@ -150,17 +157,19 @@ class Block(nnx.Module):
         x = x.reshape(*x.shape[:2], -1, self.config.head_dim)
         return self._norm(norm, x) if self.config.qk_norm == "head" else x
 
-    def _dense(self, normed: Array, adjust: Callable[[str, Array, Array], Array]) -> Array:
+    def _dense(self, normed: Array, adjust: Callable[[str, Array, Array], Array], dtype: Any) -> Array:
         # Split before the halves are laid end to end: on a mesh each device has a part of both.
         gate, up = (x[:, :, 0] for x in jnp.split(self._product("gate_up", normed), 2, axis=2))
         gate, up = adjust("gate_proj", normed, gate), adjust("up_proj", normed, up)
-        inner = ACTIVATIONS[self.config.hidden_act](gate) * up
-        return adjust("down_proj", inner, self._product("down", inner))
+        inner = gated(ACTIVATIONS[self.config.hidden_act], gate, up)
+        return adjust("down_proj", inner, self._product("down", inner, dtype))
 
-    def _mixture(self, normed: Array, adjust: Callable[[str, Array, Array], Array], experts: Experts) -> Array:
+    def _mixture(
+        self, experts: Experts, normed: Array, adjust: Callable[[str, Array, Array], Array], dtype: Any
+    ) -> Array:
         """Every token goes through its likeliest experts; the up projection of all of them is scaled alike."""
         # A scale and no product of this token alone: taken of ones, in float32, which has no rounding to lose.
         scale = adjust("up_proj", normed, jnp.ones((*normed.shape[:2], experts.width), jnp.float32))
         chance = jax.nn.softmax(product(normed, self.router[...], dtype=jnp.float32), axis=-1)
         act, weights = ACTIVATIONS[self.config.hidden_act], (self._weight("gate_up"), self._weight("down"))
-        return through_experts(normed, chance, scale, *weights, experts, act, self.mesh).astype(normed.dtype)
+        return through_experts(normed, chance, scale, *weights, experts, act, self.mesh).astype(dtype)

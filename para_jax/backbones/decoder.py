@@ -19,7 +19,7 @@ from flax import nnx
 from para_jax.adapters.bank import AdapterBank, batch_rows
 from para_jax.adapters.method import Prompt
 from para_jax.adapters.rows import Rows, Tenant
-from para_jax.adjustment import Adjustment
+from para_jax.adjustment import Adjustment, wide
 from para_jax.backbones import rope
 from para_jax.backbones.attention import Seen
 from para_jax.backbones.block import Block
@@ -97,7 +97,8 @@ class Backbone(nnx.Module):
 
         Args:
           path_or_hub_id: a folder, or a hub id that is downloaded.
-          dtype: of weights and computation; "auto" is bfloat16 on TPU and GPU, float32 on CPU.
+          dtype: of weights and computation; "auto" is bfloat16 on TPU and GPU, but float16 on an NVIDIA GPU before
+            Ampere, and float32 on CPU. With float16 all but weights, cache and what enters matmuls is float32.
           stacked: whether layers are stacked and scanned or kept apart and unrolled; by default as is fastest.
           quantize: "int8" or "int4" for the projections of the layers, quantised while they are read
             (docs/backbone.md). Embeddings, head and norms stay in `dtype`, and so does computation.
@@ -118,6 +119,11 @@ class Backbone(nnx.Module):
     @property
     def dtype(self) -> jnp.dtype:
         return self.embed.dtype
+
+    @property
+    def residual_dtype(self) -> jnp.dtype:
+        """Of the residual stream: float32 if computation is in float16, else the same as that."""
+        return wide(self.dtype)
 
     def __call__(
         self,
@@ -184,7 +190,7 @@ class Backbone(nnx.Module):
         def body(carry: Any, layer: Any, block: Block, adapters: Any) -> tuple[Any, Adjustment]:
             x, cache = carry
             adjustment = rows.prepare(adapters, layer, Prompt(x, block.attention_input(x), prompt_masks))
-            adjustment = adjustment.astype(x.dtype)
+            adjustment = adjustment.astype(self.dtype)
             new: list[Array] = []
 
             def adjust(site: str, x: Array, y: Array) -> Array:
@@ -262,11 +268,12 @@ class Backbone(nnx.Module):
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
     def _embedded(self, tokens_bt: Int[Array, "b t"]) -> Float[Array, "b t d"]:
-        x, scale = self.embed[...][tokens_bt], self.config.embedding_scale
+        x, scale = self.embed[...][tokens_bt].astype(self.residual_dtype), self.config.embedding_scale
         return x if scale == 1 else x * jnp.asarray(scale, x.dtype)
 
     def _final_norm(self, x_btd: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-        return rms_norm(x_btd, self.norm[...], self.config.rms_norm_eps, self.config.norm_offset)
+        normed = rms_norm(x_btd, self.norm[...], self.config.rms_norm_eps, self.config.norm_offset)
+        return normed.astype(self.dtype)
 
     def _attend(self, layer: int | Int[Array, ""], kernel: Kernel, q: Array, k: Array, v: Array, seen: Seen) -> Array:
         """Attention as the layer's kind has it."""

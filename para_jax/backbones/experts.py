@@ -13,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
 
+from para_jax.adjustment import wide
 from para_jax.backbones.config import Experts
 from para_jax.backbones.linear import KEEP_PRODUCTS, Weight, dequantized
 from para_jax.compat import varying
@@ -92,10 +93,20 @@ def _on_one(
     x = x_btd.reshape(b * t, d)[source_n]
     gate, up = jnp.split(grouped_product(x, gate_up, sizes), 2, axis=-1)
     up = (up * scale_btf.reshape(b * t, -1)[source_n]).astype(x.dtype)
-    inner = act(gate.astype(x.dtype)) * up
+    inner = gated(act, gate.astype(x.dtype), up)
     out = grouped_product(inner, down, sizes) * weight.reshape(-1)[order_n][:, None]
     place_n = jnp.zeros_like(order_n).at[order_n].set(jnp.arange(order_n.size, dtype=order_n.dtype))
     return jnp.sum(out[place_n].reshape(b, t, experts.per_token, d), axis=2)
+
+
+def gated(act: Callable[[Any], Any], gate: Float[Array, "*b f"], up: Float[Array, "*b f"]) -> Float[Array, "*b f"]:
+    """act(gate) * up, in their own dtype; computed in float32 if that is float16.
+
+    >>> gated(jax.nn.relu, jnp.float16([-1, 300]), jnp.float16([2, 100])).tolist()
+    [-0.0, 30000.0]
+    """
+    between = wide(gate.dtype)
+    return (act(gate.astype(between)) * up.astype(between)).astype(gate.dtype)
 
 
 def grouped_product(x: Float[Array, "n i"], weights: Weight, sizes: Int[Array, " e"]) -> Float[Array, "n o"]:

@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
-from para_jax.errors import ParaJaxError
+from para_jax.errors import unknown
 
-Dtype = Literal["auto", "float32", "bfloat16"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantize = Literal["int8", "int4"]
 Attention = Literal["auto", "plain", "cudnn", "splash"]
 Remat = Literal["none", "layers", "products"]
 
 
 def compute_dtype(dtype: Dtype) -> jnp.dtype:
-    """The dtype of weights and computation; "auto" is bfloat16 on TPU and GPU, float32 on CPU."""
+    """The dtype of weights and of matmuls' inputs; "auto" is what this device multiplies fast.
+
+    That is float32 on a CPU, float16 on an NVIDIA GPU before Ampere, such as a T4, and bfloat16 on all others.
+    """
     if dtype == "auto":
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    if dtype not in ("float32", "bfloat16"):
-        raise ParaJaxError(f"dtype {dtype!r} is not supported; choose auto, float32 or bfloat16")
+        dtype = _own_dtype()
+    if dtype not in get_args(Dtype):
+        raise unknown("dtype", dtype, get_args(Dtype))
     return jnp.dtype(dtype)
+
+
+def _own_dtype() -> Dtype:
+    if jax.default_backend() == "cpu":
+        return "float32"
+    try:
+        capability = tuple(int(part) for part in jax.local_devices()[0].compute_capability.split("."))
+    except (AttributeError, ValueError):  # a TPU has none, an AMD GPU has a name
+        return "bfloat16"
+    # GPUs before Ampere have no bfloat16 units: XLA widens each bfloat16 matmul's inputs to float32, weights included.
+    return "float16" if capability < (8, 0) else "bfloat16"
 
 
 def default_remat() -> Remat:

@@ -50,9 +50,10 @@ def add_model(parser: argparse.ArgumentParser, processes: bool = True) -> None:
     add_compile_cache(parser)
     parser.add_argument(
         "--dtype",
-        choices=("auto", "float32", "bfloat16"),
+        choices=("auto", "float32", "bfloat16", "float16"),
         default="auto",
-        help="of weights and computation (default: bfloat16 on TPU and GPU, float32 on CPU)",
+        help="of weights and computation (default: bfloat16 on TPU and GPU, float16 on a GPU before Ampere, "
+        "float32 on CPU)",
     )
     parser.add_argument(
         "--mesh",

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from para_jax.backbones.config import BackboneConfig
 
 RANKS = (8, 16, 64)
-COMPUTE = ("bfloat16", "float32")
+COMPUTE = ("bfloat16", "float16", "float32")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -91,7 +91,9 @@ def _read(folder: Path, shapes: Backbone, check_finite: bool = False) -> Backbon
         @cache  # several devices may have the same
         def made(*ends: tuple[int, int]) -> tuple[np.ndarray, ...]:
             ours = np.empty([stop - start for start, stop in ends], "float32" if few else compute)
-            entry.block(tensors, tuple(slice(*x) for x in ends), out=ours)
+            with np.errstate(over="ignore"):  # looked for in the next line
+                entry.block(tensors, tuple(slice(*x) for x in ends), out=ours)
+            _check_range(folder, entry, tensors, ours)
             if check_finite and not np.isfinite(ours.astype(np.float32)).all():
                 raise ParaJaxError(f"{folder}: {', '.join(p.name for p in entry.parts)} has values that are no number")
             return quantized(ours, QUANTIZED[quantize]) if few and quantize is not None else (ours,)
@@ -120,6 +122,18 @@ def _read(folder: Path, shapes: Backbone, check_finite: bool = False) -> Backbon
         for layer in layers:
             leaves |= dict(leaf for entry in inside[layer] for leaf in read(entry, f"blocks.{layer}."))
     return jax.tree.unflatten(jax.tree.structure(shapes), [leaves[name] for name in abstract])
+
+
+def _check_range(folder: Path, entry: Entry, tensors: list[np.ndarray], ours: np.ndarray) -> None:
+    """Raises ParaJaxError if float16 cannot hold what `ours` was made of."""
+    if ours.dtype != np.float16 or not np.isinf(ours).any():
+        return
+    with np.errstate(over="ignore"):
+        beyond = [p.name for p, x in zip(entry.parts, tensors, strict=True) if np.isinf(x.astype(np.float16)).any()]
+    raise ParaJaxError(
+        f"{folder}: {', '.join(beyond)} has weights beyond float16's range, which ends at 65504; load it in float32 "
+        "(--dtype float32)"
+    )
 
 
 def backbone_shapes(

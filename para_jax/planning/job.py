@@ -41,7 +41,7 @@ class Job:
     micro_batch_tokens: int | None = None
     remat: Remat = "layers"
     quantize: Literal["int8", "int4"] | None = None
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:

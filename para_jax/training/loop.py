@@ -255,6 +255,12 @@ class Run:
         checkpoints.wait()
         return self._turn() is None
 
+    @property
+    def hint(self) -> str:
+        """Another reason for what is NaN or infinite."""
+        narrow = "The reason may be float16's range, which ends at 65504: try --dtype float32"
+        return f". {narrow}" if self.backbone.dtype == np.float16 else ""
+
     def _resting(self, step: int) -> set[str]:
         # That a tenant failed is known one step late; a resumed run, which knows it at once, waits as long.
         known = self.watch.known
@@ -310,7 +316,9 @@ class Run:
         for name, norm in said["grad_norm"].items():
             if not math.isfinite(norm) and not self.failed[name]:
                 self.failed[name] = step
-                self.show(f"step {step}: {name}'s gradient is NaN or infinite; it stops here, the others go on")
+                self.show(
+                    f"step {step}: {name}'s gradient is NaN or infinite; it stops here, the others go on{self.hint}"
+                )
         left = self.schedule.left(self.taken, self._resting(step + 1))
         self.progress.update(step, step + left, tokens, said["loss"])
         line = {"step": step, "tokens": tokens, **said, **({"dev_loss": dict(looks)} if looks else {})}
@@ -362,7 +370,7 @@ class Run:
         if blind:
             raise ParaJaxError(
                 f"the loss of {', '.join(blind[:5])} on dev rows was always NaN or infinite, so no adapter was kept; "
-                "look at these rows, or try a lower --lr. The others are done and saved"
+                f"look at these rows, or try a lower --lr{self.hint}. The others are done and saved"
             )
         broken = {name: step for name, step in self.failed.items() if step}
         if broken:
@@ -370,8 +378,8 @@ class Run:
             more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
             others = len(self.failed) - len(broken)
             raise ParaJaxError(
-                f"the gradient of {listed}{more} was NaN or infinite; try a lower --lr, or look at the rows. "
-                f"{others} other tenant{'s are' if others != 1 else ' is'} done and saved in {out}"
+                f"the gradient of {listed}{more} was NaN or infinite; try a lower --lr, or look at the "
+                f"rows{self.hint}. {others} other tenant{'s are' if others != 1 else ' is'} done and saved in {out}"
             )
 
 

@@ -157,6 +157,19 @@ def test_weights_that_are_no_numbers(folder: Path) -> None:
         Backbone.from_pretrained(folder, check_finite=True)
 
 
+def test_weights_that_float16_cannot_hold(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.self_attn.k_proj.weight"][3, 4] = -65520.0
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    Backbone.from_pretrained(folder, dtype="float32")
+    words = r": model\.layers\.1\.self_attn\.k_proj\.weight has weights beyond float16's range.*\(--dtype float32\)"
+    with pytest.raises(ParaJaxError, match=words):
+        Backbone.from_pretrained(folder, dtype="float16")
+    tensors["model.layers.1.self_attn.k_proj.weight"][3, 4] = 65504.0
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert Backbone.from_pretrained(folder, dtype="float16").dtype == jnp.float16
+
+
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_few_bits_are_the_nearest(name: str) -> None:
     bits = QUANTIZED[name]

@@ -42,13 +42,20 @@ def slopes(layers, rows, backbone, tokens, mask):
     return jnp.sum(jnp.sin(hidden))
 
 
-MODELS = [(False, "para"), (True, "para"), (False, "lora"), (True, "others"), (False, "mixed")]
+MODELS = [
+    (False, "para", "float32"),
+    (True, "para", "float32"),
+    (False, "lora", "float32"),
+    (True, "others", "float32"),
+    (False, "mixed", "float32"),
+    (True, "mixed", "float16"),
+]
 
 
-@pytest.fixture(scope="module", params=MODELS, ids=lambda p: f"{p[1]}-{'stacked' if p[0] else 'unrolled'}")
+@pytest.fixture(scope="module", params=MODELS, ids=lambda p: f"{p[1]}-{'stacked' if p[0] else 'unrolled'}-{p[2]}")
 def model(request: pytest.FixtureRequest):
-    stacked, kind = request.param
-    backbone = random_backbone(seed=4, stacked=stacked)
+    stacked, kind, dtype = request.param
+    backbone = jax.tree.map(lambda x: x.astype(dtype), random_backbone(seed=4, stacked=stacked))
     first, second = BANKS[kind]
     configs = {"a": first, "b": first, "c": second, "d": second}
     return backbone, random_bank(configs, backbone.config, seed=5, scale=0.3)

@@ -378,8 +378,8 @@ def test_no_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "torch" / "config.json").write_bytes((checkpoint / "config.json").read_bytes())
     with says("has no weights", "neither model.safetensors nor pytorch_model.bin"):
         Backbone.from_pretrained(tmp_path / "torch")
-    with says("dtype 'float16' is not supported", "bfloat16"):
-        Backbone.from_pretrained(checkpoint, dtype="float16")
+    with says("unknown dtype 'float64'", "did you mean 'float16'", "bfloat16, float16, float32"):
+        Backbone.from_pretrained(checkpoint, dtype="float64")
 
 
 DAMAGE: list[tuple[str, bytes, tuple[str, ...]]] = [

@@ -113,6 +113,24 @@ def test_one_that_fails_leaves_the_others_alone(backbone, tmp_path) -> None:
     assert "t2" not in lines_of(tmp_path / "broken")[-1]["loss"]
 
 
+def test_beyond_float16s_range_is_said_at_the_first_step(tmp_path) -> None:
+    """gate * up of one inner feature, which float16 cannot hold and float32 can."""
+    backbone = jax.tree.map(lambda x: x, random_backbone())
+    for block in backbone.blocks:
+        block.gate_up[...] = block.gate_up[...].at[:, 5].mul(2000)
+    half, said, lines = jax.tree.map(lambda x: x.astype("float16"), backbone), [], []
+    told = "step 1: t0's gradient is NaN or infinite; it stops here, the others go on. "
+    reason = "The reason may be float16's range, which ends at 65504: try --dtype float32"
+    run = {"names": NAMES[:1], "settings": {"t0": Settings(steps=6)}}
+    with pytest.raises(ParaJaxError, match=rf"t0 \(step 1\) was NaN or infinite; .*{reason}\. 0 other tenants"):
+        tune(half, tmp_path / "half", **run, show=said.append, loggers=[lambda line: lines.append((line, [*said]))])
+    (first, by_then), _ = lines  # the second step has begun by then
+    assert math.isnan(first["loss"]["t0"])
+    assert told + reason in by_then
+    tune(backbone, tmp_path / "exact", **run)
+    assert all(line["loss"]["t0"] < 1e3 for line in lines_of(tmp_path / "exact"))
+
+
 WATCHED = {
     "t0": Settings(steps=12, lr=0.3, eval_every=1, patience=2),
     "t1": Settings(steps=6, lr=1e-2, eval_every=2),
@@ -149,9 +167,10 @@ def test_the_best_adapter_is_kept_and_patience_ends(backbone, tmp_path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", [1, 4, 7])
-def test_stopped_and_resumed(backbone, tmp_path, step) -> None:
+@pytest.mark.parametrize(("step", "dtype"), [(1, "float32"), (4, "float32"), (4, "float16"), (7, "float32")])
+def test_stopped_and_resumed(backbone, tmp_path, step, dtype) -> None:
     """SIGTERM at any step: the files afterwards are those of a run that was left alone, to the last bit."""
+    backbone = jax.tree.map(lambda x: x.astype(dtype), backbone)
     watched(backbone, tmp_path / "whole", tenants_per_step=2)
 
     def stop(line) -> None:

@@ -22,7 +22,7 @@ from para_jax.training import optimizer, state, step
 from para_jax.training.optimizer import Settings
 from para_jax.training.places import Layout
 from para_jax.training.programs import Parts, explained
-from tests.helpers import SMALL, random_adapter, random_backbone
+from tests.helpers import METHODS, SMALL, random_adapter, random_backbone
 
 ROWS = [
     [Example.of((5, 6, 7), (8, 9, 0)), Example.of((3, 4, 5, 6, 7, 8), (9, 0))],
@@ -170,6 +170,27 @@ def test_bfloat16_backbone_trains_float32_adapters():
     for x, y in zip(jax.tree.leaves(gradient), jax.tree.leaves(exact), strict=True):
         assert x.dtype == jnp.float32
         assert float(jnp.vdot(x, y) / (jnp.linalg.norm(x) * jnp.linalg.norm(y))) > 0.95
+
+
+def test_float16_gradients_do_not_underflow():
+    """Of a million response tokens, what a token gives a hidden state is less than 1e-6, where float16 has few bits."""
+    configs = {"a": METHODS["para"], "b": METHODS["lora"]}
+    bank = AdapterBank.stack({n: random_adapter(c, SMALL, i, 0.1) for i, (n, c) in enumerate(configs.items())}, SMALL)
+    batch = dataclasses.replace(BATCH, count=np.full((1, 2), 10**6, np.int32))
+    rules = state.stack_settings(bank, dict.fromkeys("ab", Settings()))
+    taken, slots = state.TrainState.create(bank).taken, state.slots_of(bank, "ab")
+    exact, half = (
+        step.accumulate(
+            jax.tree.map(lambda x, d=dtype: x.astype(d), random_backbone()), bank, taken, rules,
+            state.Sums.create(bank, 1, 2), batch, slots,
+        )
+        for dtype in ("float32", "float16")
+    )  # fmt: skip
+    np.testing.assert_allclose(half.loss, exact.loss, rtol=2e-3)
+    for x, y in zip(jax.tree.leaves(half.gradient), jax.tree.leaves(exact.gradient), strict=True):
+        assert x.dtype == jnp.float32
+        assert float(jnp.vdot(x, y) / (jnp.linalg.norm(x) * jnp.linalg.norm(y))) > 0.999
+        np.testing.assert_allclose(jnp.linalg.norm(x), jnp.linalg.norm(y), rtol=1e-2)
 
 
 @pytest.mark.slow
