@@ -29,7 +29,7 @@ def drop_fields(*names: str) -> Any:
 def varying(x: Any, axis: str) -> Any:
     """The same values, marked as different on each device of this axis (in `jax.shard_map`)."""
     if not hasattr(jax.lax, "pcast"):
-        return jax.lax.pvary(x, axis)  # jax 0.8.2
+        return jax.lax.pvary(x, axis)  # type: ignore[attr-defined,unused-ignore]  # jax 0.8.2
     return jax.lax.pcast(x, axis, to="varying")
 
 
@@ -40,4 +40,5 @@ def unregister_event_duration_listener(callback: Callable[..., None]) -> None:
     else:
         from jax._src import monitoring
 
-        monitoring._unregister_event_duration_listener_by_callback(callback)  # jax 0.8.1
+        own: Any = monitoring
+        own._unregister_event_duration_listener_by_callback(callback)  # jax 0.8.1
