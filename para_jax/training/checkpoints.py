@@ -132,7 +132,9 @@ class Checkpoints:
         whole = [step for step in steps if step not in self._broken and _manifests(self.folder / str(step))]
         for step in steps:
             if len(whole) >= self.keep and step < whole[-self.keep]:
-                remove(self.folder / str(step))
+                folder = self.folder / str(step)
+                for path in [*folder.glob(MANIFEST.format("*")), folder]:  # half of it does not count
+                    remove(path)
 
     @contextmanager
     def _explained(self, step: int, state: Any) -> Iterator[None]:
@@ -173,10 +175,11 @@ class Checkpoints:
         return dict(_manifest(self.folder / str(step), 0)["beside"])
 
     def files(self, step: int, under: str) -> dict[str, Path]:
-        """The files of this name, or in this folder, that were kept with a state, by name; none if it is not whole."""
+        """The files of this name, or in this folder, that were kept with a state, by name; those that are left."""
         folder = self.folder / str(step)
         names = [name for about in _manifests(folder)[:1] for name in about["files"] if step not in self._broken]
-        return {name: folder / name for name in names if name == under or name.startswith(f"{under}/")}
+        wanted = {name: folder / name for name in names if name == under or name.startswith(f"{under}/")}
+        return {name: path for name, path in wanted.items() if path.is_file()}
 
     def restore(self, like: Any, step: int) -> Any:
         """A state, as and where `like` is.
