@@ -19,15 +19,6 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Key
 
 
-def wide(dtype: jnp.dtype) -> jnp.dtype:
-    """float32 for float16, whose range ends at 65504; any other dtype as it is.
-
-    >>> wide(jnp.dtype("float16")), wide(jnp.dtype("bfloat16"))
-    (dtype('float32'), dtype(bfloat16))
-    """
-    return jnp.dtype("float32") if dtype == jnp.float16 else dtype
-
-
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LowRank:
@@ -43,8 +34,8 @@ class LowRank:
     def __call__(self, x: Float[Array, "b t inputs"]) -> Float[Array, "b t outputs"]:
         """The change of the site's output, float32."""
         n, (b, t, _) = self.down.shape[0], x.shape
-        x = x.reshape(n, b // n * t, -1)
-        thin = jnp.einsum("nti,nri->ntr", x, self.down, preferred_element_type=jnp.float32).astype(self.up.dtype)
+        x = x.astype(self.down.dtype).reshape(n, b // n * t, -1)
+        thin = jnp.einsum("nti,nri->ntr", x, self.down, preferred_element_type=jnp.float32).astype(x.dtype)
         return jnp.einsum("ntr,nor->nto", thin, self.up, preferred_element_type=jnp.float32).reshape(b, t, -1)
 
 
@@ -161,12 +152,8 @@ class Adjustment:
         return Adjustment(offsets, pairs=self.pairs)
 
     def astype(self, dtype: jnp.dtype) -> Adjustment:
-        """The form in which it waits for the tokens: two bytes a number in bfloat16.
-
-        With float16 only `down`, which multiplies float16 inputs, is in it; the rest is float32.
-        """
-        offsets, later = jax.tree.map(lambda x: x.astype(wide(dtype)), (self.offsets, self.later))
-        pairs = {s: LowRank(p.down.astype(dtype), p.up.astype(wide(dtype))) for s, p in self.pairs.items()}
+        """The form in which it waits for the tokens: two bytes a number in bfloat16."""
+        offsets, later, pairs = jax.tree.map(lambda x: x.astype(dtype), (self.offsets, self.later, self.pairs))
         return Adjustment(offsets, later, pairs, self.dropout)
 
 

@@ -114,14 +114,13 @@ def test_half_precision_is_what_waits() -> None:
     assert jax.tree.structure(waiting) == jax.tree.structure(made)
 
 
-def test_what_is_summed_waits_in_float32_if_float16_is_asked_for() -> None:
-    """float16 ends at 65504, which inputs times `down` may pass; y is of the residual stream's dtype."""
-    made = Adjustment({"q_proj": draw(B, OUTPUTS)}, pairs={"q_proj": pair_of(B)})
-    waiting = made.astype(jnp.dtype("float16"))
-    x, y = jnp.asarray(1e4 * X), jnp.asarray(Y)
-    found, exact = waiting.apply("q_proj", x.astype(jnp.float16), y), made.apply("q_proj", x, y)
-    np.testing.assert_allclose(found, exact, rtol=5e-3, atol=5e-3 * np.abs(exact).max())
+def test_inputs_in_float16_are_multiplied_in_the_pairs_dtype() -> None:
+    """Inputs times `down`, and the change, may be beyond 65504, where float16 ends."""
+    made = Adjustment(pairs={"q_proj": pair_of(B)})
+    x, y = jnp.asarray(3e4 * X / np.abs(X).max()), jnp.asarray(Y)
+    found, exact = made.apply("q_proj", x.astype(jnp.float16), y), made.apply("q_proj", x, y)
     assert np.abs(exact).max() > 65504
+    np.testing.assert_allclose(found, exact, rtol=5e-3, atol=5e-3 * np.abs(exact).max())
 
 
 def test_the_identity_is_free() -> None:

@@ -19,7 +19,7 @@ from flax import nnx
 from para_jax.adapters.bank import AdapterBank, batch_rows
 from para_jax.adapters.method import Prompt
 from para_jax.adapters.rows import Rows, Tenant
-from para_jax.adjustment import Adjustment, wide
+from para_jax.adjustment import Adjustment
 from para_jax.backbones import rope
 from para_jax.backbones.attention import Seen
 from para_jax.backbones.block import Block
@@ -28,7 +28,7 @@ from para_jax.backbones.choice import choose
 from para_jax.backbones.config import BackboneConfig
 from para_jax.backbones.kernels import Kernel, prompt_attention
 from para_jax.backbones.linear import KEEP_PRODUCTS, QUANTIZED, product, rms_norm
-from para_jax.backbones.options import Attention, Dtype, Quantize, Remat, compute_dtype, default_stacked
+from para_jax.backbones.options import Attention, Dtype, Quantize, Remat, compute_dtype, default_stacked, wide
 from para_jax.backbones.packed import Segments
 from para_jax.compat import List
 from para_jax.errors import ParaJaxError, unknown
@@ -122,7 +122,7 @@ class Backbone(nnx.Module):
 
     @property
     def residual_dtype(self) -> jnp.dtype:
-        """Of the residual stream: float32 if computation is in float16, else the same as that."""
+        """Of the residual stream and of Adjustments: float32 if computation is in float16, else the same as that."""
         return wide(self.dtype)
 
     def __call__(
@@ -190,7 +190,7 @@ class Backbone(nnx.Module):
         def body(carry: Any, layer: Any, block: Block, adapters: Any) -> tuple[Any, Adjustment]:
             x, cache = carry
             adjustment = rows.prepare(adapters, layer, Prompt(x, block.attention_input(x), prompt_masks))
-            adjustment = adjustment.astype(self.dtype)
+            adjustment = adjustment.astype(x.dtype)
             new: list[Array] = []
 
             def adjust(site: str, x: Array, y: Array) -> Array:

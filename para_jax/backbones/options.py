@@ -27,6 +27,15 @@ def compute_dtype(dtype: Dtype) -> jnp.dtype:
     return jnp.dtype(dtype)
 
 
+def wide(dtype: jnp.dtype) -> jnp.dtype:
+    """float32 for float16, whose range ends at 65504; any other dtype as it is.
+
+    >>> wide(jnp.dtype("float16")), wide(jnp.dtype("bfloat16"))
+    (dtype('float32'), dtype(bfloat16))
+    """
+    return jnp.dtype("float32") if dtype == jnp.float16 else dtype
+
+
 def _own_dtype() -> Dtype:
     if jax.default_backend() == "cpu":
         return "float32"

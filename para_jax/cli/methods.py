@@ -105,12 +105,13 @@ def cost(config: MethodConfig, shape: BackboneShape, dtype: str = "bfloat16") ->
 
     from para_jax.adapters.adapter import abstract_layers
     from para_jax.adapters.method import Prompt
+    from para_jax.backbones.options import wide
 
     def prepared(layers: Any) -> list[Any]:
         hidden = jnp.zeros((1, shape.hidden_size), dtype)
         prompt = Prompt(hidden, hidden, jnp.ones((1,), bool))
         return [
-            jax.tree.map(lambda x, i=i: x[i], layers).prepare(prompt, i).settled().astype(jnp.dtype(dtype))
+            jax.tree.map(lambda x, i=i: x[i], layers).prepare(prompt, i).settled().astype(wide(jnp.dtype(dtype)))
             for i in range(shape.num_hidden_layers)
         ]
 

@@ -34,9 +34,9 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int, Key
 
 
-# What float16 losses are multiplied by, and their gradients divided by: hidden states' gradients are mostly below 6e-5,
-# from where on float16 loses bits.
-LOSS_SCALE = 2.0**13
+# In float16 each response token's loss is multiplied by it, and the gradient divided by it: those of hidden states would
+# underflow. It is of a token and not of the mean over a tenant's tokens, of which there may be 4 or 4 million.
+LOSS_SCALE = 128.0
 
 
 @partial(jax.jit, static_argnames=("shards", "remat"), donate_argnames=("sums",))
@@ -72,14 +72,18 @@ def accumulate(
         name, step = (jnp.repeat(sum(x), batch.repeats) for x in zip(*known, strict=True))  # zero for other groups'
         rows = replace(rows, keys_bt=_token_keys(seed, name, step, batch))
 
-    scale = LOSS_SCALE if backbone.dtype == jnp.float16 else 1.0
+    scale_gn = None
+    if backbone.dtype == jnp.float16:
+        scale_gn = LOSS_SCALE * jnp.maximum(jnp.asarray(batch.count), 1).astype(jnp.float32)
 
     def loss(layers: Any) -> tuple[Array, Array]:
         loss_gn = loss_of(backbone, replace(rows, layers=layers), batch, remat)
-        return scale * jnp.sum(loss_gn), loss_gn
+        return jnp.sum(loss_gn if scale_gn is None else scale_gn * loss_gn), loss_gn
 
     (_, loss_gn), gradient = jax.value_and_grad(loss, has_aux=True)(rows.layers)
-    gradient = jax.tree.map(lambda x: x / scale, gradient)
+    if scale_gn is not None:
+        scale_ge = _entries(scale_gn, batch.place, 1)
+        gradient = jax.tree.map(lambda x: x / scale_ge.reshape(-1, *[1] * (x.ndim - 1)), gradient)
     first, added = by_place(gradient, jnp.asarray(batch.place), n)
 
     def add(total: Array, part: Array) -> Array:
@@ -92,10 +96,10 @@ def accumulate(
     return after if mesh is None else jax.lax.with_sharding_constraint(after, sums_sharding(after, mesh))
 
 
-def _entries(slots_gn: Any, place_ge: Any, none: int) -> Int[Array, "g e"]:
-    """The slot of each adapter entry; `none` where its place is past the last."""
-    slots_gn = jnp.pad(jnp.asarray(slots_gn), [(0, 0), (0, 1)], constant_values=none)
-    return jnp.take_along_axis(slots_gn, jnp.asarray(place_ge), axis=1)
+def _entries(x_gn: Any, place_ge: Any, none: int) -> Array:
+    """What each adapter entry (g, e) takes of its place, such as a slot; `none` where its place is past the last."""
+    x_gn = jnp.pad(jnp.asarray(x_gn), [(0, 0), (0, 1)], constant_values=none)
+    return jnp.take_along_axis(x_gn, jnp.asarray(place_ge), axis=1)
 
 
 def _token_keys(seed: Any, name_b: Array, step_b: Array, batch: Batch) -> Key[Array, "b t"]:

@@ -66,17 +66,13 @@ def test_the_residual_stream_may_exceed_float16s_range() -> None:
 
 
 def test_what_waits_between_tokens() -> None:
-    """The cache is float16, and so is the half of a low-rank pair that meets float16 inputs; the rest is float32."""
+    """The cache is float16. Adjustments are few numbers, and those of real models may be large: float32."""
     backbone = jax.tree.map(lambda x: x.astype("float16"), random_backbone())
     bank = random_bank(FAMILY_METHODS, backbone.config)
     prefill = jax.eval_shape(lambda: backbone.prefill(TOKENS, np.ones(TOKENS.shape, bool), bank.rows(TENANTS), 12))
     _, state = prefill
     assert {x.dtype for x in (*state.cache.keys, *state.cache.values)} == {jnp.dtype("float16")}
-    for adjustment in state.adjustments:
-        assert {x.dtype for x in adjustment.offsets.values()} == {jnp.dtype("float32")}
-        assert {(p.down.dtype, p.up.dtype) for p in adjustment.pairs.values()} == {
-            (jnp.dtype("float16"), jnp.dtype("float32"))
-        }
+    assert {x.dtype for x in jax.tree.leaves(state.adjustments)} == {jnp.dtype("float32")}
 
 
 @pytest.mark.parametrize(
