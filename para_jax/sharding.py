@@ -26,7 +26,7 @@ from para_jax.errors import ParaJaxError, unknown
 
 if TYPE_CHECKING:
     from jax import Array
-    from jaxtyping import Float
+    from jaxtyping import Float, Int
 
     from para_jax.backbones.config import BackboneConfig
 
@@ -199,6 +199,22 @@ def rows_axes(mesh: Mesh, rows: int) -> tuple[str, ...] | None:
 def row_sharding(mesh: Mesh, rows: int) -> NamedSharding:
     """Of arrays whose first axis is so many rows: split, or whole everywhere if they do not divide."""
     return NamedSharding(mesh, P(rows_axes(mesh, rows)))
+
+
+def embedded(embed_vd: Float[Array, "v d"], tokens_bt: Int[Array, "b t"], mesh: Mesh | None) -> Float[Array, "b t d"]:
+    """The embeddings of tokens, with the rows split over the mesh.
+
+    The table stays where it is. Every device looks up the features that it has, for all rows of its part of `data`,
+    and the devices of `fsdp` then exchange features for rows. Only `split_rows` after the lookup would go wrong: the
+    compiler would make the embeddings of all rows whole on every device.
+    """
+    if mesh is None:
+        return embed_vd[tokens_bt]
+    rows = None if rows_axes(mesh, tokens_bt.shape[0]) is None else "data"
+    features = spec("embed", embed_vd.shape, mesh)[1]
+    tokens_bt = jax.lax.with_sharding_constraint(tokens_bt, NamedSharding(mesh, P(rows)))
+    own = jax.lax.with_sharding_constraint(embed_vd[tokens_bt], NamedSharding(mesh, P(rows, None, features)))
+    return split_rows(own, mesh)
 
 
 def split_rows(x: Float[Array, "b ..."], mesh: Mesh | None) -> Float[Array, "b ..."]:

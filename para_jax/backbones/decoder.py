@@ -32,7 +32,7 @@ from para_jax.backbones.options import Attention, Dtype, Quantize, Remat, comput
 from para_jax.backbones.packed import Segments
 from para_jax.compat import List
 from para_jax.errors import ParaJaxError, unknown
-from para_jax.sharding import gathered, split_rows
+from para_jax.sharding import embedded, gathered, split_rows
 
 if TYPE_CHECKING:
     from jax import Array
@@ -208,7 +208,7 @@ class Backbone(nnx.Module):
                 cache = cache.write(layer, column, *new)
             return (x, cache), adjustment.settled()
 
-        carry = (split_rows(self._embedded(tokens_bt), self.mesh), cache)
+        carry = (self._embedded(tokens_bt), cache)
         (x, cache), adjustments = self._over_layers(body, carry, self._layered(rows.per_layer()), remat)
         if cache is not None:
             cache = cache.admit(mask_bt)
@@ -250,7 +250,7 @@ class Backbone(nnx.Module):
             x_btd = block(x_btd, adjustment.apply, self._of_kind(layer, angles), attend)
             return (split_rows(x_btd, self.mesh), after[0]), None
 
-        carry = (split_rows(self._embedded(token_b[:, None]), self.mesh), cache)
+        carry = (self._embedded(token_b[:, None]), cache)
         (x_btd, cache), _ = self._over_layers(body, carry, state.adjustments)
         return self.logits(self._final_norm(x_btd))[:, 0], DecodeState(cache, state.adjustments)
 
@@ -268,7 +268,8 @@ class Backbone(nnx.Module):
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
     def _embedded(self, tokens_bt: Int[Array, "b t"]) -> Float[Array, "b t d"]:
-        x, scale = self.embed[...][tokens_bt].astype(self.residual_dtype), self.config.embedding_scale
+        x, scale = embedded(self.embed[...], tokens_bt, self.mesh), self.config.embedding_scale
+        x = x.astype(self.residual_dtype)
         return x if scale == 1 else x * jnp.asarray(scale, x.dtype)
 
     def _final_norm(self, x_btd: Float[Array, "b t d"]) -> Float[Array, "b t d"]:

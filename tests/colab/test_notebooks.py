@@ -13,10 +13,13 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from para_jax import BackboneConfig, FanLoraConfig, tiny_backbone_path
+
 COLAB = Path(__file__).parents[2] / "colab"
 PAIR = runpy.run_path(str(COLAB / "pair.py"))
 pytestmark = pytest.mark.usefixtures("optimized")
 NOTEBOOKS = [path.stem for path in PAIR["sources"]()]
+SHOWN = ["fanlora", "mesh"]  # those that were run with pair.py --run
 
 
 def test_the_pairs_are_known():
@@ -27,7 +30,7 @@ def test_the_pairs_are_known():
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_both_halves_say_the_same(name):
     text, paired = (COLAB / f"{name}.py").read_text(), (COLAB / f"{name}.ipynb").read_text()
-    assert paired == PAIR["notebook"](text), "run python colab/pair.py"
+    assert paired == PAIR["notebook"](text, paired), "run python colab/pair.py"
     again = jupytext.writes(jupytext.reads(paired, fmt="ipynb"), fmt="py:percent")
     assert again.partition("\n# %%")[2] == text.partition("\n# %%")[2], "the .ipynb gives the .py back"
     nbformat.validate(nbformat.reads(paired, as_version=4))
@@ -62,15 +65,42 @@ def test_the_address_stands_in_one_place():
     assert {path for path in texts if PAIR["OWN"] in path.read_text()} == made | {root / "pyproject.toml"}
 
 
+@pytest.mark.parametrize("name", SHOWN)
+def test_its_pictures_can_be_read_without_running(name):
+    """They were made by a run of these very cells, and are small."""
+    cells = [c for c in nbformat.read(COLAB / f"{name}.ipynb", as_version=4).cells if c.cell_type == "code"]
+    assert pictures(cells) and all(len(picture) < 100_000 for picture in pictures(cells))
+    assert not any("figure," in c.source or "Image(" in c.source for c in cells if not pictures([c]))
+    assert not any(output.output_type == "error" for cell in cells for output in cell.outputs)
+
+
+def test_outputs_stay_with_their_cells():
+    """A run keeps what cells print and draw; afterwards a cell keeps it until its source changes."""
+    head, print_, draw = "# %% [markdown]\n# A title.\n\n", "# %%\nprint(2 + 2)\n\n", "# %%\n3 * 3\n"
+    ran = PAIR["executed"](PAIR["notebook"](head + print_ + draw))
+    assert PAIR["notebook"](head + print_ + draw, ran) == ran
+    changed = PAIR["notebook"](head.replace("A", "Another") + "# %%\nx = 1\n\n" + print_ + draw.replace("9", "8"), ran)
+    _, new, kept, also = nbformat.reads(changed, as_version=4).cells
+    assert new.outputs == [] and kept.outputs[0].text == "4\n" and also.outputs[0].data == {"text/plain": "9"}
+    one = nbformat.reads(PAIR["notebook"](print_.replace("2 +", "3 +"), ran), as_version=4).cells[0]
+    assert one.outputs == [], "its source is another"
+
+
+def pictures(cells: list[nbformat.NotebookNode]) -> list[bytes]:
+    """What these cells drew."""
+    outputs = [output for cell in cells for output in cell.get("outputs", ())]
+    return [base64.b64decode(o.data["image/png"]) for o in outputs if "image/png" in o.get("data", {})]
+
+
 def ran(name: str, folder: Path, monkeypatch) -> tuple[list[bytes], str]:
     """The pictures of a notebook that ran from top to bottom, and what it printed."""
     monkeypatch.delenv("MPLBACKEND", raising=False)  # pictures go into the notebook
     notebook = nbformat.read(COLAB / f"{name}.ipynb", as_version=4)
-    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(folder)}}).execute()
+    NotebookClient(notebook, timeout=1200, resources={"metadata": {"path": str(folder)}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
-    pictures = [base64.b64decode(o.data["image/png"]) for o in outputs if "image/png" in o.get("data", {})]
-    assert all(p.startswith(b"\x89PNG") and len(p) > 10_000 for p in pictures)
-    return pictures, "".join(o.text for o in outputs if o.output_type == "stream" and o.name == "stdout")
+    drawn = pictures(notebook.cells)
+    assert all(p.startswith(b"\x89PNG") and len(p) > 10_000 for p in drawn)
+    return drawn, "".join(o.text for o in outputs if o.output_type == "stream" and o.name == "stdout")
 
 
 @pytest.mark.slow
@@ -112,3 +142,32 @@ def test_many_tenants(tmp_path, monkeypatch):
     sizes = {line.partition(":")[0]: line.split() for line in text.splitlines() if "a request in flight" in line}
     assert float(sizes["PARA r=12"][-2]) < float(sizes["LoRA r=16"][-2]) / 20
     assert "turn 2: 0 programs compiled" in text
+
+
+@pytest.mark.slow
+def test_fanlora(tmp_path, monkeypatch):
+    drawn, text = ran("fanlora", tmp_path, monkeypatch)
+    assert len(drawn) == 3
+    exact = {line.split()[0]: int(line.split()[1][:-1]) for line in text.splitlines() if "% exact" in line}
+    assert list(exact) == ["everywhere", "critical", "random-0", "random-1", "random-2"]
+    assert exact["everywhere"] > 80 and min(exact.values()) > 10
+    config = BackboneConfig.from_pretrained(tiny_backbone_path())
+    kept = FanLoraConfig.load(tmp_path / "fanlora" / "fanlora.json")
+    assert [len(sites) for sites in kept.kept(config)] == [2] * 4
+    assert f"{kept.size(config):,} parameters; LoRA on every module has 74,752" in text
+    ours, theirs = (text.partition(f"{who}:")[2].splitlines()[0].strip() for who in ("para_jax", "peft"))
+    assert ours == theirs and ours.startswith("Where ")
+
+
+@pytest.mark.slow
+def test_mesh(tmp_path, monkeypatch):
+    monkeypatch.delenv("JAX_NUM_CPU_DEVICES", raising=False)
+    drawn, text = ran("mesh", tmp_path, monkeypatch)
+    assert len(drawn) == 2 and "1 x cpu is not eight devices: simulating eight" in text and "8 x cpu, simulated" in text
+    assert "stopped and saved after step" in text and "resuming after step" in text
+    assert float(text.partition("largest relative difference of a loss: ")[2].split()[0]) < 1e-2
+    assert "24 of 24 answers are those of one device" in text
+    table = [line.split() for line in text.partition("weights as the devices here hold them")[2].splitlines()[2:5]]
+    assert [row[0] for row in table] == ["fsdp=8", "data=2,fsdp=2,tensor=2", "data=4,tensor=2"]
+    for _, planned, held, tuning, decoding in table:
+        assert float(planned) == float(held) < min(float(tuning), float(decoding))
