@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int, Key
 
 
-# In float16 each response token's loss is multiplied by it, and the gradient divided by it: those of hidden states would
-# underflow. It is of a token and not of the mean over a tenant's tokens, of which there may be 4 or 4 million.
+# In float16 each response token's loss is multiplied by it, and the gradient divided by it: those of hidden states
+# would underflow. It is of a token and not of the mean over a tenant's tokens, of which there may be 4 or 4 million.
 LOSS_SCALE = 128.0
 
 
