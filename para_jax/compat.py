@@ -21,6 +21,11 @@ ADDED_ROPE = ("rope_type", "default")  # transformers 5.18.0
 GEMMA_ACTIVATIONS = {"gelu": "gelu_pytorch_tanh"}  # transformers 5.18.0
 
 
+def compiles_ahead() -> bool:
+    """Whether programs can be compiled for a TPU that is not here; an older jaxlib crashes when it has done so."""
+    return jax.__version_info__ >= (0, 8, 0)  # jax 0.8.0
+
+
 def drop_fields(*names: str) -> Any:
     """These names for `register_dataclass`, which drops each letter of a name that is not in a list of its own."""
     return names if jax.__version_info__ >= (0, 10, 0) else [names]  # jax 0.10.0

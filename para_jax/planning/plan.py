@@ -13,6 +13,7 @@ from para_jax.planning.job import Job
 from para_jax.planning.programs import attention, backbone_shapes, check, compile_job, step_of
 from para_jax.planning.roofline import assumptions, estimate
 from para_jax.planning.search import Candidate, candidate, candidates, remedies
+from para_jax.planning.topology import check_jax
 from para_jax.planning.topology import devices as devices_of
 from para_jax.sharding import make_mesh
 
@@ -41,6 +42,7 @@ def plan(
 
     To be called in a process of its own (`planning/process.py`), which knows no other devices.
     """
+    check_jax(topology)
     devices, chip = devices_of(topology), topology.chip
     kernel = attention(jobs[0], devices[0])
     if mesh is None:

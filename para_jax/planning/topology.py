@@ -7,8 +7,18 @@ from typing import Any
 
 import jax
 
+from para_jax.compat import compiles_ahead
 from para_jax.errors import ParaJaxError
 from para_jax.planning.chips import Topology
+
+
+def check_jax(topology: Topology) -> None:
+    """Raises ParaJaxError if this jax cannot compile for such chips."""
+    if topology.chip.kind == "tpu" and not compiles_ahead():
+        raise ParaJaxError(
+            f"jax {jax.__version__} cannot compile for TPUs that are not here; jax 0.8 and later can: pip install "
+            '"para-jax[tpu]" in an environment of its own'
+        )
 
 
 def environment(topology: Topology) -> dict[str, str]:

@@ -11,11 +11,12 @@ import pytest
 from para_jax import BackboneConfig, ParaConfig, ParaJaxError
 from para_jax.planning import plan as planning
 from para_jax.planning import process
-from para_jax.planning.chips import CHIPS, Topology
+from para_jax.planning.chips import CHIPS, Topology, parse_topology
 from para_jax.planning.job import Job
 from para_jax.planning.process import plan_aside
 from para_jax.planning.programs import step_of
 from para_jax.planning.search import candidates, mesh_name, remedies
+from para_jax.planning.topology import check_jax
 from para_jax.sharding import make_mesh
 from tests.helpers import SMALL
 
@@ -219,6 +220,14 @@ def test_mesh_names() -> None:
     devices = jax.devices()
     assert mesh_name(make_mesh("fsdp=4,tensor=2", devices)) == "fsdp=4,tensor=2"
     assert mesh_name(make_mesh({}, devices[:1])) == "data=1"
+
+
+def test_a_jax_that_compiles_for_no_tpu_that_is_not_here(monkeypatch) -> None:
+    """jax 0.7.2 crashes when it has compiled such a program; GPUs are planned on CPUs."""
+    monkeypatch.setattr(jax, "__version_info__", (0, 7, 2))
+    with pytest.raises(ParaJaxError, match=r"cannot compile for TPUs that are not here; jax 0\.8 and later can"):
+        planning.plan([Job(SMALL, PARA, length=16)], parse_topology("v5e:1x1"))
+    check_jax(parse_topology("gpu:h100x8"))
 
 
 def test_a_compiler_that_breaks_down(monkeypatch) -> None:
