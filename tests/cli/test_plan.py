@@ -66,7 +66,7 @@ def test_it_does_not_fit(tmp_path, capsys) -> None:
     assert prefill["problem"].startswith("Ran out of memory") and prefill["peak"] > made["hbm"]
     assert [way["change"] for way in made["remedies"]] == ["--quantize int8"]
     printed = capsys.readouterr().out
-    assert "does not fit v5e:1x1, 19." in printed and "What would make it fit:\n  --quantize int8: " in printed
+    assert "does not fit v5e:1x1, 18." in printed and "What would make it fit:\n  --quantize int8: " in printed
 
 
 @pytest.mark.slow
