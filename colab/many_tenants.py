@@ -335,51 +335,48 @@ def asked(kind, rows):
 # %% [markdown]
 # ## Time
 #
-# A step's time is the difference between answers of 48 and of 34 tokens, over the 14 steps between: prompts are not
-# in it, nor is compiling. The median of five is drawn, and the range of all five. A CPU with other work to do is not
-# a quiet place to measure; look at the range before at the line.
+# Every row gets an answer of 48 tokens. The answer's time over its tokens is what is drawn; the prompt, 17 tokens, is
+# in it, and compiling is not. The best of five is taken, and the kinds take turns, so that other work on the machine
+# falls on all of them.
 
 # %%
-FEW, MANY = 34, 48  # one program decodes both
+NEW = 48
 PROMPT = "It was a dark night, and the captain of the ship had not slept for"
 
 
-def step_ms(kind, rows, repeats=5):
-    """Milliseconds of a decode step, several times."""
-    bank, tenants = asked(kind, rows)
-
-    def seconds(tokens):
-        began = time.perf_counter()
-        found = complete(
-            backbone, tokenizer, [PROMPT] * rows, bank=bank, tenants=tenants, max_new_tokens=tokens, eos_token_id=()
-        )
-        assert all(len(one.tokens) == tokens for one in found)
-        return time.perf_counter() - began
-
-    seconds(MANY), seconds(FEW)  # compiles
-    return [1e3 * (seconds(MANY) - seconds(FEW)) / (MANY - FEW) for _ in range(repeats)]
+def token_ms(asked_by, rows):
+    """Milliseconds of a new token of all rows together."""
+    bank, tenants = asked_by
+    began = time.perf_counter()
+    found = complete(
+        backbone, tokenizer, [PROMPT] * rows, bank=bank, tenants=tenants, max_new_tokens=NEW, eos_token_id=()
+    )
+    assert all(len(one.tokens) == NEW for one in found)
+    return 1e3 * (time.perf_counter() - began) / NEW
 
 
 KINDS = ("bare", *METHODS, "mixed")
-measured = {}
+best = {}
 for rows in TENANTS:
-    for kind in KINDS:
-        measured[kind, rows] = step_ms(kind, rows)
-    print(f"{rows:4} rows: " + ", ".join(f"{kind} {np.median(measured[kind, rows]):.2f} ms" for kind in KINDS))
+    askers = {kind: asked(kind, rows) for kind in KINDS}
+    for turn in range(6):  # the first compiles
+        for kind, asker in askers.items():
+            seconds = token_ms(asker, rows)
+            if turn:
+                best[kind, rows] = min(seconds, best.get((kind, rows), seconds))
+    print(f"{rows:4} rows: " + ", ".join(f"{kind} {best[kind, rows]:.2f} ms" for kind in KINDS))
 
 # %%
 COLOURS = dict(zip(KINDS, ("black", "C0", "C1", "C2"), strict=True))
 figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2), layout="constrained")
 for kind in KINDS:
-    times = np.array([measured[kind, rows] for rows in TENANTS])
-    middle = np.median(times, axis=1)
-    style = {"color": COLOURS[kind], "marker": "o", "label": kind}
-    left.plot(TENANTS, middle, **style)
-    left.fill_between(TENANTS, times.min(axis=1), times.max(axis=1), color=COLOURS[kind], alpha=0.12)
-    bare = np.median([measured["bare", rows] for rows in TENANTS], axis=1)
-    right.plot(TENANTS, middle / bare, **style)
-left.set(title="A decode step", ylabel="milliseconds", yscale="log")
-right.set(title="... over the bare model's", ylabel="ratio of medians")
+    times = np.array([best[kind, rows] for rows in TENANTS])
+    bare = np.array([best["bare", rows] for rows in TENANTS])
+    for axes, values in ((left, times), (right, times / bare)):
+        axes.plot(TENANTS, values, color=COLOURS[kind], marker="o", label=kind)
+left.set(title="A new token of all rows", ylabel="milliseconds", yscale="log")
+right.set(title="... over the bare model's", ylabel="ratio")
+right.set_ylim(bottom=0)
 for axes in (left, right):
     axes.set_xscale("log", base=2)
     axes.set(xlabel="tenants in the batch, one row each", xticks=TENANTS, xticklabels=TENANTS)
@@ -399,7 +396,7 @@ plt.show()
 # %%
 figure, axes = plt.subplots(figsize=(9, 3.8), layout="constrained")
 for i, kind in enumerate(KINDS):
-    rates = [1e3 * rows / np.median(measured[kind, rows]) for rows in TENANTS]
+    rates = [1e3 * rows / best[kind, rows] for rows in TENANTS]
     bars = axes.bar(np.arange(len(TENANTS)) + (i - 1.5) * 0.2, rates, 0.19, color=COLOURS[kind], label=kind)
     axes.bar_label(bars, [f"{rate:,.0f}" for rate in rates], fontsize=7, rotation=45, padding=2)
 axes.set(xticks=range(len(TENANTS)), xticklabels=TENANTS, xlabel="tenants in the batch", ylabel="tokens a second")
@@ -477,7 +474,7 @@ rows = TENANTS[1]
 for turn in range(2):
     some = AdapterBank.create({f"customer {turn}.{i}": METHODS["PARA r=12"] for i in range(rows)}, config, seed=turn)
     compiled.clear()
-    complete(backbone, tokenizer, [PROMPT] * rows, bank=some, tenants=list(some.names), max_new_tokens=FEW)
+    complete(backbone, tokenizer, [PROMPT] * rows, bank=some, tenants=list(some.names), max_new_tokens=NEW)
     print(f"{rows} new tenants, turn {turn + 1}: {len(compiled)} programs compiled")
 
 # %% [markdown]
