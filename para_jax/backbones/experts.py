@@ -102,8 +102,8 @@ def _on_one(
 def gated(act: Callable[[Any], Any], gate: Float[Array, "*b f"], up: Float[Array, "*b f"]) -> Float[Array, "*b f"]:
     """act(gate) * up, in their own dtype; computed in float32 if that is float16.
 
-    >>> gated(jax.nn.relu, jnp.float16([-1, 300]), jnp.float16([2, 100])).tolist()
-    [-0.0, 30000.0]
+    >>> gated(jax.nn.relu, jnp.float16([2, 300]), jnp.float16([2, 100])).tolist()
+    [4.0, 30000.0]
     """
     between = wide(gate.dtype)
     return (act(gate.astype(between)) * up.astype(between)).astype(gate.dtype)

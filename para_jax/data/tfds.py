@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -63,6 +64,10 @@ def table(source: str, data_dir: str | Path | None = None) -> Table:
 
 def _loaded(source: str) -> Any:
     """TFDS, with all its builders of texts."""
+    # It logs the traceback of what it cannot import, which is said in one line below.
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
     try:
         import tensorflow_datasets as tfds
 
@@ -75,6 +80,8 @@ def _loaded(source: str) -> Any:
             f"tfds:{source} needs TensorFlow Datasets, which does not load: {str(error).partition('. ')[0]}. If its "
             "tensorflow-metadata is too new for this protobuf: pip install 'tensorflow-metadata<1.18'"
         ) from error
+    finally:
+        logger.setLevel(level)
     return tfds
 
 

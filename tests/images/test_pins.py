@@ -40,7 +40,7 @@ def test_the_lowest_that_are_admitted_are_tested() -> None:
     """In the image whose tests run in .ci/run."""
     image = held(FOLDER / "colab-tpu.txt")
     lowest = {x.name: Version(next(iter(x.specifier)).version) for x in CORE}
-    named = ("jax", "flax", "optax", "orbax-checkpoint", "transformers")
+    named = ("jax", "flax", "optax", "transformers")
     assert {name: image[name] for name in named} == {name: lowest[name] for name in named}
 
 
