@@ -386,8 +386,9 @@ plt.show()
 
 # %% [markdown]
 # PARA's line lies on the bare model's: a step reads a few vectors a row, beside all of the model's weights. LoRA's
-# rises, because each row reads matrices of its own. The larger the model, the more its own weights hide what a few
-# rows of LoRA cost; the more rows, the less they do.
+# rises, because each row reads matrices of its own. A mixed batch computes both kinds, each for its own rows, and costs
+# no less than LoRA alone. The larger the model, the more its own weights hide what a few rows of LoRA cost; the more
+# rows, the less they do.
 #
 # ## Tokens a second
 #
