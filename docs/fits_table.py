@@ -1,4 +1,4 @@
-"""Prints the table of docs/colab.md: what fits the accelerators of Colab and Kaggle, from `para_jax.planning`.
+"""Prints a table of what fits the accelerators of Colab and Kaggle, from `para_jax.planning`.
 
     python docs/fits_table.py > table.md
 
