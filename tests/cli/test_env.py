@@ -82,7 +82,7 @@ def test_an_accelerator_that_is_not_seen(runtime: dict[str, str], why: str) -> N
     quiet = {**for_topology(parse_topology("v5e:1x1")), "JAX_PLATFORMS": "cpu"}
     printed, _ = env(**{**quiet, "TPU_ACCELERATOR_TYPE": "", **runtime})
     assert problem(printed).startswith(why)
-    assert "versions" not in printed and "jax 0." in printed
+    assert not printed.startswith("{") and "jax 0." in printed
 
 
 @pytest.mark.parametrize(
