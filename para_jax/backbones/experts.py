@@ -121,7 +121,9 @@ def grouped_product(x: Float[Array, "n i"], weights: Weight, sizes: Int[Array, "
     # A TPU's product wants the inputs in front. Left to itself, the compiler turns all layers' weights before the token
     # loop, which takes the memory of all experts again; so it turns them a layer at a time.
     ready = with_layout_constraint(stored, Layout(tuple(range(stored.ndim))))
-    per_output = scale is not None and scale.shape[-1] == 1
+    # A scale for each row and output is fewer bytes than widened weights where rows are few, as in decoding.
+    few = 2 * x.shape[0] <= stored.shape[0] * stored.shape[-1]
+    per_output = scale is not None and scale.shape[-1] == 1 and few
     if scale is not None:
         ready = ready.astype(x.dtype) if per_output else dequantized(ready, scale, x.dtype)
     numbers = jax.lax.RaggedDotDimensionNumbers(
