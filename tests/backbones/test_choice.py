@@ -138,7 +138,8 @@ def test_answers_that_cannot_be_kept(folder: str, tmp_path: Path) -> None:
 def test_the_stock_pair_of_colab(tmp_path: Path) -> None:
     """jax 0.7.2 with libtpu 0.0.21.1 compiles no Pallas kernel: what is said, and which upgrade is named."""
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "stock"], check=True)
-    python, pair = tmp_path / "stock" / "bin" / "python", ("jax==0.7.2", "jaxlib==0.7.2", "libtpu==0.0.21.1")
+    python = tmp_path / "stock" / "bin" / "python"
+    pair = ("jax==0.7.2", "jaxlib==0.7.2", "libtpu==0.0.21.1", "flax==0.11.2")
     install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *pair]
     subprocess.run(install, check=True, capture_output=True)
     here = str(Path(compile_cache.__file__).parents[1])
