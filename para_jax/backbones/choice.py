@@ -12,6 +12,7 @@ from jax.sharding import SingleDeviceSharding
 
 from para_jax.backbones.attention import Seen
 from para_jax.backbones.kernels import LANES, TILE, Kernel, prompt_attention
+from para_jax.backbones.options import cuda_capability
 from para_jax.errors import ParaJaxError, unknown
 from para_jax.probing import refusal, versions
 
@@ -86,9 +87,8 @@ def _lacks(kernel: Kernel, config: BackboneConfig, dtype: jnp.dtype, device: Any
         return f"has no {dtype}, only bfloat16"
     if device.platform != "gpu":
         return f"runs on NVIDIA GPUs, not on {device.platform}"
-    try:
-        capability = tuple(int(part) for part in device.compute_capability.split("."))
-    except (AttributeError, ValueError):
+    capability = cuda_capability(device)
+    if capability is None:
         return "runs on NVIDIA GPUs"
     if capability < (8, 0):
         return "wants an Ampere GPU or a later one"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -39,12 +39,17 @@ def wide(dtype: jnp.dtype) -> jnp.dtype:
 def _own_dtype() -> Dtype:
     if jax.default_backend() == "cpu":
         return "float32"
-    try:
-        capability = tuple(int(part) for part in jax.local_devices()[0].compute_capability.split("."))
-    except (AttributeError, ValueError):  # a TPU has none, an AMD GPU has a name
-        return "bfloat16"
+    capability = cuda_capability(jax.local_devices()[0])
     # GPUs before Ampere have no bfloat16 units: XLA widens each bfloat16 matmul's inputs to float32, weights included.
-    return "float16" if capability < (8, 0) else "bfloat16"
+    return "float16" if capability is not None and capability < (8, 0) else "bfloat16"
+
+
+def cuda_capability(device: Any) -> tuple[int, ...] | None:
+    """The compute capability of an NVIDIA GPU, such as (7, 5) of a T4; None for any other device."""
+    try:
+        return tuple(int(part) for part in device.compute_capability.split("."))
+    except (AttributeError, ValueError):  # a TPU has none, an AMD GPU has a name
+        return None
 
 
 def default_remat() -> Remat:

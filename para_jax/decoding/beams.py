@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from para_jax.backbones.decoder import Backbone, DecodeState
-from para_jax.decoding.loop import Ending, Generated, Prompts
+from para_jax.decoding.loop import Ending, Generated, Prompts, finite
 from para_jax.decoding.sampling import Sampler, seen_tokens
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ class _Carry(NamedTuple):
     open: _Open
     finished: _Finished
     done_b: Bool[Array, " b"]
+    finite_b: Bool[Array, " b"]
     step: Int[Array, ""]
     state: DecodeState
 
@@ -137,7 +138,8 @@ def _advance(
     worst_b = jnp.where(jnp.all(finished.taken_bn, axis=1), finished.score_bn[:, -1], -jnp.inf)
     done_b = carry.done_b | (hoped_b <= worst_b) | jnp.all(hit_bk, axis=1)
     done_b = done_b | (scoring.when_full & jnp.all(finished.taken_bn, axis=1))
-    return _Carry(going, finished, done_b, length, carry.state)
+    finite_b = carry.done_b | jnp.all(finite(logits_bv).reshape(b, n), axis=1)
+    return _Carry(going, finished, done_b | ~finite_b, carry.finite_b & finite_b, length, carry.state)
 
 
 @partial(jax.jit, static_argnames=("room", "beams", "keep"))
@@ -176,7 +178,8 @@ def search(
     )
     free_bn = jnp.zeros((b, n), bool)
     finished = _Finished(jnp.full((b, n), RULED_OUT), tokens_bnt, zeros_bn, free_bn, free_bn)
-    carry = _Carry(going, finished, ending.limit_b == 0, jnp.zeros((), jnp.int32), state.repeated(n))
+    step, finite_b = jnp.zeros((), jnp.int32), jnp.ones((b,), bool)
+    carry = _Carry(going, finished, ending.limit_b == 0, finite_b, step, state.repeated(n))
     sampler = jax.tree.map(lambda x: x[of_row], sampler)
 
     def body(carry: _Carry) -> _Carry:
@@ -187,5 +190,6 @@ def search(
         return _advance(carry._replace(state=state), logits_bv, sampler, ending, scoring, keep)
 
     carry = _advance(carry, logits_bv[of_row], sampler, ending, scoring, keep)
-    finished = jax.lax.while_loop(lambda c: ~jnp.all(c.done_b), body, carry).finished
-    return Generated(finished.tokens_bnt[:, 0], finished.count_bn[:, 0], finished.stopped_bn[:, 0])
+    carry = jax.lax.while_loop(lambda c: ~jnp.all(c.done_b), body, carry)
+    tokens_bnt, count_bn, stopped_bn = carry.finished.tokens_bnt, carry.finished.count_bn, carry.finished.stopped_bn
+    return Generated(tokens_bnt[:, 0], count_bn[:, 0], stopped_bn[:, 0], carry.finite_b)

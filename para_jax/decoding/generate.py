@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.stages import Traced
 
@@ -120,7 +121,7 @@ def complete(
 
     Returns the completions of the rows that are not skipped. Raises ParaJaxError for a prompt that is empty or no text
     in UTF-8, a prompt and new tokens that exceed the context, a setting out of its range or without a value for every
-    row, an unknown tenant, and beams that are to draw.
+    row, an unknown tenant, beams that are to draw, and logits that are NaN or infinite.
 
     >>> from para_jax import Backbone, complete, tiny_backbone_path
     >>> from transformers import AutoTokenizer
@@ -183,7 +184,8 @@ def complete(
                 keep = max(2, 1 + len(batch.kind.eos)) * num_beams
                 given = sampler, ending, scoring, batch.prompts, batch.room, num_beams, keep
                 generated = beams.search(weights, logits, state, *given)
-            tokens_bt, count_b, stopped_b = whole(generated, weights.mesh)
+            tokens_bt, count_b, stopped_b, finite_b = whole(generated, weights.mesh)
+            _check_finite(batch, finite_b, tenants, weights.dtype)
             for i, tokens, count, stopped in zip(batch.rows, tokens_bt, count_b, stopped_b, strict=False):
                 completions[int(i)] = _completion(batch.kind, tokens[:count].tolist(), bool(stopped))
             done = skip + len(completions)
@@ -283,6 +285,23 @@ def _compile(
     ahead.begin((key, "prefill"), lambda: loop.prefill.trace(shapes, batch.prompts, rows, batch.length))
     ahead.begin((key, "run"), trace_run)
     return key
+
+
+def _check_finite(batch: _Batch, finite_b: np.ndarray, tenants: Sequence[Tenant], dtype: jnp.dtype) -> None:
+    """Raises ParaJaxError for a row whose logits were not finite. Rows that only fill the batch do not count."""
+    broken = batch.rows[~finite_b[: len(batch.rows)]]
+    if not broken.size:
+        return
+    tenant = tenants[broken.min()]
+    if dtype == jnp.float16:
+        why = "float16 ends at 65504, which this model may exceed: choose dtype float32 or bfloat16"
+    elif tenant is not None:
+        why = "see whether the prompt without an adapter has them too; if not, the adapter's weights are too large"
+    else:
+        why = "the backbone's weights may be damaged: para-jax convert --check looks for NaN and infinite ones"
+    whose = "without an adapter" if tenant is None else f"of {tenant}"
+    more = f" and {len(broken) - 1} more of its batch" if len(broken) > 1 else ""
+    raise ParaJaxError(f"the logits of prompt {broken.min() + 1} ({whose}){more} are NaN or infinite; {why}")
 
 
 def _completion(kind: _Kind, ids: list[int], stopped: bool) -> Completion:

@@ -74,12 +74,18 @@ class Prompts(NamedTuple):
 
 
 class Generated(NamedTuple):
-    """What a batch has generated: `count_b` tokens in each row, and whether the row came to an end by
-    itself."""
+    """What a batch has generated.
+
+    Attributes:
+      count_b: how many tokens each row has.
+      stopped_b: whether the row came to an end by itself.
+      finite_b: whether its logits were numbers. A row ends where they are NaN or infinite.
+    """
 
     tokens_bt: Int[Array, "b t"]
     count_b: Int[Array, " b"]
     stopped_b: Bool[Array, " b"]
+    finite_b: Bool[Array, " b"]
 
 
 class _Carry(NamedTuple):
@@ -90,6 +96,15 @@ class _Carry(NamedTuple):
     seen_bv: Bool[Array, "b v"] | None
     step: Int[Array, ""]
     state: DecodeState
+
+
+def finite(logits_bv: Float[Array, "b v"]) -> Bool[Array, " b"]:
+    """Whether a token can be chosen from a row's logits: none is NaN, and one is a number.
+
+    >>> finite(jnp.array([[1.0, -jnp.inf], [1.0, jnp.nan], [jnp.inf, 1.0]])).tolist()
+    [True, False, False]
+    """
+    return jnp.isfinite(jnp.max(logits_bv, axis=1))
 
 
 @partial(jax.jit, static_argnames="length")
@@ -118,22 +133,24 @@ def run(
         token_b = sampler.choose(logits_bv, carry.seen_bv, carry.step)
         stop_b, ends_b = ending.after(carry.stop_b, token_b)
         seen_bv = None if carry.seen_bv is None else carry.seen_bv.at[jnp.arange(b), token_b].set(True)
+        finite_b = finite(logits_bv)
         written_b1 = jnp.where(carry.done_b, 0, token_b)[:, None]
         generated = Generated(
             jax.lax.dynamic_update_slice(carry.generated.tokens_bt, written_b1, (0, carry.step)),
             jnp.where(carry.done_b, carry.generated.count_b, carry.step + 1),
             carry.generated.stopped_b | (ends_b & ~carry.done_b),
+            carry.generated.finite_b & (finite_b | carry.done_b),
         )
-        done_b = carry.done_b | ends_b | (generated.count_b >= ending.limit_b)
+        done_b = carry.done_b | ends_b | ~finite_b | (generated.count_b >= ending.limit_b)
         return _Carry(generated, done_b, token_b, stop_b, seen_bv, carry.step + 1, carry.state)
 
     def body(carry: _Carry) -> _Carry:
         logits_bv, state = backbone.decode(carry.token_b, carry.state)
         return advance(carry._replace(state=state), logits_bv)
 
-    nothing = Generated(jnp.zeros((b, room), jnp.int32), jnp.zeros((b,), jnp.int32), jnp.zeros((b,), bool))
+    count_b = jnp.zeros((b,), jnp.int32)
     carry = _Carry(
-        generated=nothing,
+        generated=Generated(jnp.zeros((b, room), jnp.int32), count_b, jnp.zeros((b,), bool), jnp.ones((b,), bool)),
         done_b=ending.limit_b == 0,
         token_b=jnp.zeros((b,), jnp.int32),
         stop_b=ending.start(b),
