@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from para_jax.checks import COUNT
 from para_jax.cli import common
@@ -80,8 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         choices=("bfloat16", "float16", "float32"),
-        default="bfloat16",
-        help="of computation (default: bfloat16)",
+        help="of computation (default: bfloat16; of a t4, float16)",
     )
     parser.add_argument(
         "--tries",
@@ -98,8 +97,8 @@ def run(args: argparse.Namespace) -> int:
     check_files(args, "json")
     from para_jax.planning.chips import parse_topology
 
-    parse_topology(args.topology)
-    jobs = jobs_of(args)
+    chip = parse_topology(args.topology).chip
+    jobs = jobs_of(args, chip.dtype)
 
     from para_jax.planning.process import plan_aside
 
@@ -118,8 +117,8 @@ def run(args: argparse.Namespace) -> int:
     return 0 if made["fits"] else 1
 
 
-def jobs_of(args: argparse.Namespace) -> list[Job]:
-    """A job for each of `--rows`."""
+def jobs_of(args: argparse.Namespace, dtype: Literal["bfloat16", "float16"]) -> list[Job]:
+    """A job for each of `--rows`, computed in `dtype` unless `--dtype` names another."""
     from para_jax.cli.finetune import method_configs
     from para_jax.planning.job import Job
 
@@ -152,7 +151,7 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
             micro_batch_tokens=args.micro_batch_tokens,
             remat=args.remat or "layers",
             quantize=args.quantize,
-            dtype=args.dtype,
+            dtype=args.dtype or dtype,
         )
         for rows in every
     ]

@@ -19,11 +19,12 @@ class Chip:
     Attributes:
       hbm: bytes that a program may use. Of a TPU it is what libtpu says when a program asks for more, a little below
         the memory on the label.
-      flops: bfloat16 operations a second, dense, at the peak.
+      flops: operations a second in `dtype`, dense, at the peak.
       hbm_rate: bytes a second from and to its memory.
       link_rate: bytes a second that it sends to its neighbours along one axis of the slice, in both directions
-        together; of a GPU, over NVLink.
+        together; of a GPU, over NVLink (a T4: PCIe).
       axes: how many axes a slice of them has.
+      dtype: what it multiplies fast, and so computes in unless asked (`compute_dtype`).
     """
 
     name: str
@@ -34,6 +35,7 @@ class Chip:
     axes: int
     source: str
     kind: Literal["tpu", "gpu"] = "tpu"
+    dtype: Literal["bfloat16", "float16"] = "bfloat16"
 
 
 # The vendors give what all links of a chip carry in both directions. A ring along one axis sends through two of a
@@ -46,6 +48,7 @@ CHIPS = {
         Chip("v5e", int(15.75 * GIB), 197e12, 8.19e11, 1e11, 2, _TPU + "v5e"),
         Chip("v5p", int(95.74 * GIB), 459e12, 2.765e12, 2e11, 3, _TPU + "v5p"),
         Chip("v6e", int(31.25 * GIB), 918e12, 1.64e12, 2e11, 2, _TPU + "v6e"),
+        Chip("t4", 15 * GIB, 65e12, 3.2e11, 1.6e10, 1, _NVIDIA + "tesla-t4", "gpu", "float16"),
         Chip("a100", 80 * 10**9, 312e12, 2.039e12, 3e11, 1, _NVIDIA + "a100", "gpu"),
         Chip("h100", 80 * 10**9, 989e12, 3.35e12, 4.5e11, 1, _NVIDIA + "h100", "gpu"),
         Chip("h200", 141 * 10**9, 989e12, 4.8e12, 4.5e11, 1, _NVIDIA + "h200", "gpu"),

@@ -70,6 +70,16 @@ def test_it_does_not_fit(tmp_path, capsys) -> None:
 
 
 @pytest.mark.slow
+def test_a_t4_computes_in_float16(tmp_path) -> None:
+    """As `compute_dtype` chooses for it, unless another is named."""
+    for options, dtype in ([], "float16"), (["--dtype", "float32"], "float32"):
+        out = tmp_path / f"{dtype}.json"
+        sizes = ["--mode", "decode", "--rows", "2", "--length", "16", "--new-tokens", "8"]
+        assert main(["plan", "--topology", "gpu:t4x1", *sizes, *options, "--json", str(out)]) == 0
+        assert json.loads(out.read_text())["dtype"] == dtype
+
+
+@pytest.mark.slow
 def test_a_kernel_that_does_not_compile(tmp_path, capsys, monkeypatch) -> None:
     """Heads that the chip's vector memory has no room for: planned with plain attention, and said."""
     wide = {"model_type": "llama", "vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
