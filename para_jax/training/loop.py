@@ -312,7 +312,8 @@ class Run:
         if self._pending is None:
             return
         (step, homes, tokens, values), self._pending = self._pending, None
-        said = in_order(homes, whole(values, self.layout.mesh))
+        of_turn = in_order(homes, whole(values, self.layout.mesh))
+        said = {key: {name: of[name] for name in self.examples if name in of} for key, of in of_turn.items()}
         for name, norm in said["grad_norm"].items():
             if not math.isfinite(norm) and not self.failed[name]:
                 self.failed[name] = step
@@ -352,7 +353,7 @@ class Run:
     def write_reports(self, lines: Sequence[dict[str, Any]]) -> None:
         """Draws the losses of these lines of metrics.jsonl, and writes the report."""
         if can_draw(self.show):
-            plot_losses(lines, self.out / PLOT, f"{len(self.examples)} tenants tuned on one backbone")
+            plot_losses(lines, self.out / PLOT)
         known, bank = self.watch.known, self.state.bank
         settings, taken, failed = self.settings, self.taken, self.failed
         write_report(self.out, lines, self.backbone, bank, settings, known, taken, failed, self.progress)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from para_jax.files import Growing, replacing
@@ -130,36 +131,50 @@ def can_draw(show: Callable[[str], None]) -> bool:
     return False
 
 
-def plot_losses(lines: Sequence[dict[str, Any]], path: Path, title: str) -> None:
-    """Draws every tenant's loss against the step, faint as it was and bold as a moving average."""
-    from matplotlib.figure import Figure
+def plot_losses(lines: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draws every tenant's loss against the step (`loss_figure`), if there are any lines."""
+    if lines:
+        save_figure(loss_figure(lines), path)
 
-    if not lines:
-        return
+
+def loss_figure(lines: Sequence[dict[str, Any]]) -> Any:
+    """A matplotlib figure of every tenant's loss: thin at each step, thick as a moving average, dotted on dev rows.
+
+    The axis is logarithmic if the losses, all above zero, differ more than tenfold: the first steps' are often so large
+    that nothing would be seen of the others.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
+
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     names = list(dict.fromkeys(name for line in lines for name in line["loss"]))
+    width = max(1, len(lines) // 20)
+    drawn = []
     for i, name in enumerate(names):
         own = [line for line in lines if line["loss"].get(name) is not None]
         steps, losses = [line["step"] for line in own], [line["loss"][name] for line in own]
-        width = max(1, len(own) // 50)
-        color = f"C{i % 10}"
+        drawn += losses
         if len(names) <= 10:
-            axes.plot(steps, losses, color=color, alpha=0.2, linewidth=0.8)
-        smooth = [
-            sum(losses[max(0, j - width + 1) : j + 1]) / (j + 1 - max(0, j - width + 1)) for j in range(len(losses))
-        ]
-        axes.plot(steps, smooth, color=color, label=name if len(names) <= 20 else None)
+            axes.plot(steps, losses, color=f"C{i}", alpha=0.35, linewidth=0.8)
+        smooth = [fmean(losses[max(0, j - width + 1) : j + 1]) for j in range(len(losses))]
+        axes.plot(steps, smooth, color=f"C{i % 10}", label=name if len(names) <= 20 else None)
         looks = [(line["step"], line["dev_loss"][name]) for line in lines if (line.get("dev_loss") or {}).get(name)]
         if looks and len(names) <= 20:
-            axes.plot(*zip(*looks, strict=True), color=color, linestyle=":", marker="o", markersize=3)
-    dotted = any(line.get("dev_loss") for line in lines) and len(names) <= 20
-    title = f"{title} (dotted: dev rows)" if dotted else title
-    axes.set(xlabel="step", ylabel="loss (nats a response token)", title=title, ylim=(0, None))
+            axes.plot(*zip(*looks, strict=True), color=f"C{i % 10}", linestyle=":", marker="o", markersize=3)
+    said = ["thin: each step"] * (len(names) <= 10) + [f"thick: mean of {width} steps"]
+    said += ["dotted: dev rows"] * (any(line.get("dev_loss") for line in lines) and len(names) <= 20)
+    axes.set(xlabel=f"step ({', '.join(said)})", ylabel="loss (cross-entropy, nats per response token)")
+    if drawn and 0 < 10 * min(drawn) < max(drawn):
+        axes.set_yscale("log", subs=())
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+    else:
+        axes.set_ylim(0, None)
     if len(names) <= 20:
         axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    save_figure(figure, path)
+    return figure
 
 
 def save_figure(figure: Any, path: Path) -> None:

@@ -153,13 +153,11 @@ class Programs:
 
     def __str__(self) -> str:
         """What is compiled, for a person."""
-        count = len(self._parts.shapes)
-        steps = f"{count} micro-batch{'es' if count > 1 else ''} and an update"
-        dev = f", {count} for dev rows" if self._parts.dev else ""
-        more = len(self._compiling) - count * (2 if self._parts.dev else 1) - 2
-        return (
-            f"{len(self._compiling)} programs ({steps}{dev}, a digest of the weights, {more} that copy what is saved)"
-        )
+        steps = len(self._parts.shapes) + 1
+        dev = steps - 1 if self._parts.dev else 0
+        looks = f"{dev} for dev rows, " if dev else ""
+        total = len(self._compiling)
+        return f"{total} programs ({steps} for the steps, {looks}{total - steps - dev} for saving)"
 
     def __enter__(self) -> Programs:
         self._compiling.__enter__()

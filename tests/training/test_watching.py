@@ -51,6 +51,13 @@ def metrics(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+def test_tenants_keep_their_order(backbone, tmp_path):
+    """That of the caller in every line, whatever the methods."""
+    for names in (("acme", "globex"), ("globex", "acme")):
+        run(backbone, tmp_path / names[0], steps=1, names=names, dev=())
+        assert [list(line[key]) for line in metrics(tmp_path / names[0]) for key in ("loss", "lr")] == [[*names]] * 2
+
+
 # TensorBoard
 
 
