@@ -32,11 +32,12 @@
 
 # %% cellView="form"
 # @title Install para_jax
-# The package index's name of it, a git address, or a wheel's path: one that was uploaded, or is on a mounted Drive.
+# Where to install from: a name on PyPI, a git address, or the path of a wheel (uploaded, or on a mounted Drive).
 SOURCE = "para-jax"  # @param ["para-jax", "git+https://github.com/para-jax/para_jax"] {"allow-input": true}
 
-# This cell is the same in every notebook: colab/pair.py makes it from colab/install.py. The runtime keeps its packages;
-# only where a TPU's JAX compiles no kernels is it upgraded, to versions that keep numpy.
+# This cell is the same in every notebook (colab/pair.py writes it from colab/install.py). It installs what is missing
+# and leaves the runtime's packages as they are, with one exception: on a TPU whose JAX cannot compile Pallas kernels it
+# upgrades jax, jaxlib, libtpu and flax. It never changes numpy.
 import importlib
 import json
 import logging
@@ -131,9 +132,9 @@ def unseen(kind: str) -> str:
 
 UPGRADE = ("jax==0.10.2", "jaxlib==0.10.2", "libtpu==0.0.42.1", "flax==0.12.8")
 PLUGINS = ("jax-cuda12-plugin", "jax-cuda13-plugin")
-KEPT = ("jax", "jaxlib", "libtpu", "flax", "numpy", *PLUGINS)  # nothing but UPGRADE changes them
+KEPT = ("jax", "jaxlib", "libtpu", "flax", "numpy", *PLUGINS)  # only UPGRADE changes them
 RESTART = "restart the session (Runtime > Restart session; on Kaggle Run > Restart), then run this cell again"
-# The smallest kernel, compiled for a TPU that need not be there: the one that is here is not taken.
+# Compiles the smallest kernel for a TPU. It needs no TPU, and does not occupy one that is here.
 KERNEL = """
 try:
     import jax
@@ -153,30 +154,30 @@ AHEAD = {
 
 
 class Stopped(SystemExit):
-    """Ends this cell, and what would run behind it, with a message in place of a traceback."""
+    """Ends this cell and stops "Run all", with a message instead of a traceback."""
 
 
 def refused():
-    """What the compiler for TPUs says to a kernel; nothing, "", if it compiles."""
+    """Why the TPU compiler refuses a kernel; "" if it compiles."""
     done = subprocess.run([sys.executable, "-c", KERNEL], capture_output=True, text=True, env={**os.environ, **AHEAD})
     ended = f"the compiler ended with code {done.returncode}" if done.returncode else ""
     return ended or (done.stdout.strip().splitlines() or [""])[-1]
 
 
 def pip(*arguments, kept=KEPT):
-    """Installs with pip, which leaves some packages as they are. Returns what it says if it fails."""
+    """Installs with pip, without changing the packages in `kept`. Returns pip's error; "" if it succeeds."""
     with tempfile.TemporaryDirectory() as folder:
         pins, log = Path(folder, "pins"), Path(folder, "log")
         pins.write_text("".join(f"{name}=={installed(name)}\n" for name in kept if installed(name)))
         options = ["--quiet", "--no-input", "--disable-pip-version-check", "--retries", "1", "--constraint", str(pins)]
         command = [sys.executable, "-m", "pip", "install", *options, *arguments]
         with log.open("w") as output:
-            # In a session of its own: interrupting the cell leaves no half package.
+            # In a session of its own, so that interrupting the cell does not leave a package half installed.
             process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
             try:
                 process.wait()
             except KeyboardInterrupt:
-                print("pip ends what it has begun, then the cell stops")
+                print("pip finishes first, then the cell stops")
                 process.wait()
                 raise
         importlib.invalidate_caches()
@@ -186,7 +187,7 @@ def pip(*arguments, kept=KEPT):
 
 
 def current():
-    """Whether para_jax is installed from SOURCE already; of the package index, in the version that SOURCE names."""
+    """Whether para_jax is already installed from SOURCE, in the version that SOURCE names."""
     try:
         found = distribution("para-jax")
     except PackageNotFoundError:
@@ -203,7 +204,7 @@ def current():
 
 
 def unmet():
-    """What para_jax requires that is missing, or too old."""
+    """The requirements of para_jax that are missing or too old."""
     from pip._vendor.packaging.requirements import Requirement
 
     for one in map(Requirement, requires("para-jax") or ()):
@@ -214,20 +215,20 @@ def unmet():
 
 
 def install(kind):
-    """Installs what is missing for an accelerator of this kind. Raises Stopped if it cannot."""
+    """Installs what is missing for this kind of accelerator. Raises Stopped if it cannot."""
     if SOURCE.endswith(".whl") and not Path(SOURCE).is_file():
         raise Stopped(f"there is no {SOURCE}; upload it, or mount Drive if it is there (google.colab.drive.mount)")
-    # A session that could not have the upgrade goes on without, however often its cells are run.
+    # A session in which the upgrade failed does not try again.
     trouble = refused() if kind == "tpu" and not globals().get("gone_on") else ""
     extra = f"[{cuda_extra(nvidia_driver())}]" if kind == "gpu" and not any(map(installed, PLUGINS)) else ""
     if (trouble or extra) and "jax" in sys.modules:
-        why = f"it compiles no kernels ({trouble})" if trouble else "it has no CUDA plugin"
-        raise Stopped(f"JAX has to be changed ({why}), and it is loaded; nothing was changed. So {RESTART}")
+        why = f"it cannot compile kernels: {trouble}" if trouble else "it has no CUDA plugin"
+        raise Stopped(f"JAX has to be changed ({why}), but it is already loaded. Nothing was changed; {RESTART}")
     if trouble:
-        print(f"jax {installed('jax')} with libtpu {installed('libtpu')} compiles no kernels: {trouble}")
+        print(f"jax {installed('jax')} with libtpu {installed('libtpu')} cannot compile kernels: {trouble}")
         if failed := pip(*UPGRADE, kept=("numpy",)) or refused():
             globals()["gone_on"] = True
-            print(f"{', '.join(UPGRADE)} would, but: {failed}. Attention goes on without its kernel, which is slower")
+            print(f"{', '.join(UPGRADE)} could not be installed: {failed}. Attention runs without its kernel: slower")
     fresh = not current()
     failed = pip("--force-reinstall", "--no-deps", SOURCE) if fresh else ""
     needs = [] if failed else [*unmet()]
@@ -237,11 +238,11 @@ def install(kind):
         python, having = sys.version.partition(" ")[0], {name: installed(name) for name in KEPT if installed(name)}
         beside = ", ".join([f"Python {python}", *map(" ".join, having.items())])
         failed = f"it needs {', '.join(needs)}; {failed}" if needs else failed
-        raise Stopped(f"{SOURCE} cannot be installed beside {beside}: {failed}. Choose another SOURCE, or runtime")
+        raise Stopped(f"{SOURCE} cannot be installed beside {beside}: {failed}. Choose another SOURCE or runtime")
     if fresh:
         print(f"{SOURCE} was installed")
     if fresh and "para_jax" in sys.modules:
-        raise Stopped(f"another para_jax is loaded. So {RESTART}")
+        raise Stopped(f"another para_jax is already loaded; {RESTART}")
 
 
 def versions():
@@ -255,11 +256,11 @@ for name, new in sorted(changed.items()):
     print(f"{name} {before[name]} -> {new}" if name in before else f"{name} {new} is new")
 print(f"para-jax {installed('para-jax')} is ready")
 if loaded := [name for name in changed if name in before and name.replace("-", "_") in sys.modules]:
-    raise Stopped(f"{', '.join(loaded)} was loaded before it was changed. So {RESTART}")
+    raise Stopped(f"{', '.join(loaded)} was loaded before it was changed; {RESTART}")
 if why := unseen(kind):
     raise Stopped(
         f"this is a {kind.upper()} runtime, but JAX sees only the CPU because {why}. If another notebook or process "
-        f"has the {kind.upper()}, end it; then {RESTART}. `!para-jax env` prints what a report of the problem needs"
+        f"has the {kind.upper()}, end it; then {RESTART}. To report the problem, add what `!para-jax env` prints"
     )
 import jax
 
