@@ -13,30 +13,35 @@
 # ---
 
 # %% [markdown]
+# %% [markdown]
 # # Your model, your rows
 #
 # [![Open-in-Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/para-jax/para_jax/blob/main/colab/your_model.ipynb)
 #
-# This notebook tunes an adapter for a checkpoint of yours on rows of yours:
+# This notebook fine-tunes a model of yours on rows of yours, with two methods at once:
 #
-# 1. the checkpoint is a folder, also one on Drive, or a name on the Hugging Face hub;
-# 2. the rows are a JSONL or CSV file, or a data set of the hub;
-# 3. held-out rows are scored before and after, against the bare model;
-# 4. you chat with the tuned model;
-# 5. you download the adapter;
-# 6. the same is done with LoRA, and opened with Hugging Face's `peft` where it is installed.
+# - **PARA, Prompt-Aware Representation Adjustment** ([paper](https://arxiv.org/abs/2502.01033)): in each layer a small
+#   network reads the hidden state of the prompt's last token and makes vectors. They scale Q, V and the feed-forward
+#   up projection for all tokens.
+# - **LoRA**: low-rank matrices are added to the Q and V projections. It is here for comparison.
 #
-# As it is, it runs without any file of yours: a tiny model and rows that come with the package. "Run all" waits for
-# nobody; uploads and Drive are switches that are off. With the tiny model on two CPU cores it takes about three
-# minutes.
+# The model's weights stay as they are. What is trained is an **adapter**, one for each method. para_jax calls whoever
+# has an adapter a **tenant**, because many users or tasks can share one model; here the tenants are `para` and `lora`.
+# Their **rank** is the width of PARA's networks, and of LoRA's matrices.
+#
+# You get scores of the model before and after, answers to a question of yours, and adapters to download. Without any
+# settings, "Run all" takes about two minutes on two CPU cores: it tunes a small model that comes with the package and
+# was trained on novels, to turn a sentence into a question. `The captain returns to the bank now.` becomes
+# `Where is the captain?`
 
 # %% cellView="form"
 # @title Install para_jax
-# The package index's name of it, a git address, or a wheel's path: one that was uploaded, or is on a mounted Drive.
+# Where to install from: a name on PyPI, a git address, or the path of a wheel (uploaded, or on a mounted Drive).
 SOURCE = "para-jax"  # @param ["para-jax", "git+https://github.com/para-jax/para_jax"] {"allow-input": true}
 
-# This cell is the same in every notebook: colab/pair.py makes it from colab/install.py. The runtime keeps its packages;
-# only where a TPU's JAX compiles no kernels is it upgraded, to versions that keep numpy.
+# This cell is the same in every notebook (colab/pair.py writes it from colab/install.py). It installs what is missing
+# and leaves the runtime's packages as they are, with one exception: on a TPU whose JAX cannot compile Pallas kernels it
+# upgrades jax, jaxlib, libtpu and flax. It never changes numpy.
 import importlib
 import json
 import logging
@@ -131,9 +136,9 @@ def unseen(kind: str) -> str:
 
 UPGRADE = ("jax==0.10.2", "jaxlib==0.10.2", "libtpu==0.0.42.1", "flax==0.12.8")
 PLUGINS = ("jax-cuda12-plugin", "jax-cuda13-plugin")
-KEPT = ("jax", "jaxlib", "libtpu", "flax", "numpy", *PLUGINS)  # nothing but UPGRADE changes them
+KEPT = ("jax", "jaxlib", "libtpu", "flax", "numpy", *PLUGINS)  # only UPGRADE changes them
 RESTART = "restart the session (Runtime > Restart session; on Kaggle Run > Restart), then run this cell again"
-# The smallest kernel, compiled for a TPU that need not be there: the one that is here is not taken.
+# Compiles the smallest kernel for a TPU. It needs no TPU, and does not occupy one that is here.
 KERNEL = """
 try:
     import jax
@@ -153,30 +158,30 @@ AHEAD = {
 
 
 class Stopped(SystemExit):
-    """Ends this cell, and what would run behind it, with a message in place of a traceback."""
+    """Ends this cell and stops "Run all", with a message instead of a traceback."""
 
 
 def refused():
-    """What the compiler for TPUs says to a kernel; nothing, "", if it compiles."""
+    """Why the TPU compiler refuses a kernel; "" if it compiles."""
     done = subprocess.run([sys.executable, "-c", KERNEL], capture_output=True, text=True, env={**os.environ, **AHEAD})
     ended = f"the compiler ended with code {done.returncode}" if done.returncode else ""
     return ended or (done.stdout.strip().splitlines() or [""])[-1]
 
 
 def pip(*arguments, kept=KEPT):
-    """Installs with pip, which leaves some packages as they are. Returns what it says if it fails."""
+    """Installs with pip, without changing the packages in `kept`. Returns pip's error; "" if it succeeds."""
     with tempfile.TemporaryDirectory() as folder:
         pins, log = Path(folder, "pins"), Path(folder, "log")
         pins.write_text("".join(f"{name}=={installed(name)}\n" for name in kept if installed(name)))
         options = ["--quiet", "--no-input", "--disable-pip-version-check", "--retries", "1", "--constraint", str(pins)]
         command = [sys.executable, "-m", "pip", "install", *options, *arguments]
         with log.open("w") as output:
-            # In a session of its own: interrupting the cell leaves no half package.
+            # In a session of its own, so that interrupting the cell does not leave a package half installed.
             process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
             try:
                 process.wait()
             except KeyboardInterrupt:
-                print("pip ends what it has begun, then the cell stops")
+                print("pip finishes first, then the cell stops")
                 process.wait()
                 raise
         importlib.invalidate_caches()
@@ -186,7 +191,7 @@ def pip(*arguments, kept=KEPT):
 
 
 def current():
-    """Whether para_jax is installed from SOURCE already; of the package index, in the version that SOURCE names."""
+    """Whether para_jax is already installed from SOURCE, in the version that SOURCE names."""
     try:
         found = distribution("para-jax")
     except PackageNotFoundError:
@@ -203,7 +208,7 @@ def current():
 
 
 def unmet():
-    """What para_jax requires that is missing, or too old."""
+    """The requirements of para_jax that are missing or too old."""
     from pip._vendor.packaging.requirements import Requirement
 
     for one in map(Requirement, requires("para-jax") or ()):
@@ -214,20 +219,20 @@ def unmet():
 
 
 def install(kind):
-    """Installs what is missing for an accelerator of this kind. Raises Stopped if it cannot."""
+    """Installs what is missing for this kind of accelerator. Raises Stopped if it cannot."""
     if SOURCE.endswith(".whl") and not Path(SOURCE).is_file():
         raise Stopped(f"there is no {SOURCE}; upload it, or mount Drive if it is there (google.colab.drive.mount)")
-    # A session that could not have the upgrade goes on without, however often its cells are run.
+    # A session in which the upgrade failed does not try again.
     trouble = refused() if kind == "tpu" and not globals().get("gone_on") else ""
     extra = f"[{cuda_extra(nvidia_driver())}]" if kind == "gpu" and not any(map(installed, PLUGINS)) else ""
     if (trouble or extra) and "jax" in sys.modules:
-        why = f"it compiles no kernels ({trouble})" if trouble else "it has no CUDA plugin"
-        raise Stopped(f"JAX has to be changed ({why}), and it is loaded; nothing was changed. So {RESTART}")
+        why = f"it cannot compile kernels: {trouble}" if trouble else "it has no CUDA plugin"
+        raise Stopped(f"JAX has to be changed ({why}), but it is already loaded. Nothing was changed; {RESTART}")
     if trouble:
-        print(f"jax {installed('jax')} with libtpu {installed('libtpu')} compiles no kernels: {trouble}")
+        print(f"jax {installed('jax')} with libtpu {installed('libtpu')} cannot compile kernels: {trouble}")
         if failed := pip(*UPGRADE, kept=("numpy",)) or refused():
             globals()["gone_on"] = True
-            print(f"{', '.join(UPGRADE)} would, but: {failed}. Attention goes on without its kernel, which is slower")
+            print(f"{', '.join(UPGRADE)} could not be installed: {failed}. Attention runs without its kernel: slower")
     fresh = not current()
     failed = pip("--force-reinstall", "--no-deps", SOURCE) if fresh else ""
     needs = [] if failed else [*unmet()]
@@ -237,11 +242,11 @@ def install(kind):
         python, having = sys.version.partition(" ")[0], {name: installed(name) for name in KEPT if installed(name)}
         beside = ", ".join([f"Python {python}", *map(" ".join, having.items())])
         failed = f"it needs {', '.join(needs)}; {failed}" if needs else failed
-        raise Stopped(f"{SOURCE} cannot be installed beside {beside}: {failed}. Choose another SOURCE, or runtime")
+        raise Stopped(f"{SOURCE} cannot be installed beside {beside}: {failed}. Choose another SOURCE or runtime")
     if fresh:
         print(f"{SOURCE} was installed")
     if fresh and "para_jax" in sys.modules:
-        raise Stopped(f"another para_jax is loaded. So {RESTART}")
+        raise Stopped(f"another para_jax is already loaded; {RESTART}")
 
 
 def versions():
@@ -255,11 +260,11 @@ for name, new in sorted(changed.items()):
     print(f"{name} {before[name]} -> {new}" if name in before else f"{name} {new} is new")
 print(f"para-jax {installed('para-jax')} is ready")
 if loaded := [name for name in changed if name in before and name.replace("-", "_") in sys.modules]:
-    raise Stopped(f"{', '.join(loaded)} was loaded before it was changed. So {RESTART}")
+    raise Stopped(f"{', '.join(loaded)} was loaded before it was changed; {RESTART}")
 if why := unseen(kind):
     raise Stopped(
         f"this is a {kind.upper()} runtime, but JAX sees only the CPU because {why}. If another notebook or process "
-        f"has the {kind.upper()}, end it; then {RESTART}. `!para-jax env` prints what a report of the problem needs"
+        f"has the {kind.upper()}, end it; then {RESTART}. To report the problem, add what `!para-jax env` prints"
     )
 import jax
 
@@ -270,24 +275,43 @@ print(f"jax {jax.__version__} sees {jax.device_count()} x {jax.devices()[0].devi
 #
 # | setting | what it takes |
 # |---|---|
-# | `MODEL` | a folder with `config.json` and `*.safetensors`, or a name on the hub; empty for the tiny model |
-# | `ROWS` | `rows.jsonl`, `rows.csv`, `hf:OWNER/NAME` of the hub; empty for rows that ship with the package |
-# | `TEMPLATE` | for other columns than `prompt` and `response`: one that ships, such as `squad`, or a JSON file |
-# | `DRIVE` | mount Google Drive, so that `MODEL`, `ROWS` and `OUT` may be paths under `/content/drive/MyDrive` |
-# | `UPLOAD` | choose a file of rows on your computer |
+# | `MODEL` | a name on the Hugging Face hub, or a folder with `config.json` and the weights; empty: the small model |
+# | `ROWS` | `rows.jsonl`, `rows.csv`, or a data set of the hub, `hf:OWNER/NAME`; empty: the task above |
+# | `TEMPLATE` | only for rows with other columns: how to make a prompt and a response of them (below) |
+# | `OUT` | the folder of this run |
+# | `DRIVE` | mount Google Drive; then `MODEL`, `ROWS` and `OUT` may be paths in `/content/drive/MyDrive` |
+# | `UPLOAD`, `DOWNLOAD` | upload a file of rows from your computer; download the adapters at the end |
+# | `QUANTIZE` | `int8` or `int4` makes the frozen model smaller in memory |
+# | `STEPS` | 0: two passes over the rows, but 100 to 1000 steps; with the small model 100 |
+# | `LR` | the learning rate; 0: 1e-3, with the small model 1e-2 |
+# | `RANK` | PARA's rank; LoRA gets the rank at which it has as many parameters |
+# | `MAX_LENGTH` | the most tokens of a prompt with its response |
 #
-# A row is `{"prompt": ..., "response": ...}`, or a chat, `{"messages": [...]}`. For a gated model, visit its page on
-# the hub, accept its terms, and put a token into a Colab secret named `HF_TOKEN`.
+# **Rows.** A row is `{"prompt": "...", "response": "..."}`, or a chat, `{"messages": [...]}`, which the model's chat
+# template writes. A prompt goes to the model as it is, without the chat template. In JSONL and CSV files, any other
+# column is an error. Of a data set of the hub the split `train` is taken, or the one you name: `hf:OWNER/NAME:SPLIT`.
+# `TEMPLATE` is the name of a template that comes with the package, such as `squad`
+# ([all of them](https://github.com/para-jax/para_jax/blob/main/docs/data.md)), or a JSON file like
+# `{"prompt": "{{title}}\nSection:", "response": "{{label}}"}`.
+#
+# **Running again.** If the tuning was interrupted, run the cells again: it continues. If the runtime was lost, this
+# needs an `OUT` on Drive. `OUT` belongs to one model, one set of rows and one set of settings. If you change any of
+# these, choose another `OUT`; otherwise the tuning cell stops and says what differs.
+#
+# **Gated models.** Accept the terms on the model's page, and put your token into a Colab secret named `HF_TOKEN`.
 
 # %%
-MODEL = ""  # @param ["", "Qwen/Qwen2.5-0.5B-Instruct", "HuggingFaceTB/SmolLM2-135M-Instruct"] {"allow-input": true}
+MODEL = ""  # @param ["", "HuggingFaceTB/SmolLM2-135M-Instruct", "Qwen/Qwen2.5-0.5B-Instruct"] {"allow-input": true}
 ROWS = ""  # @param {"type": "string"}
 TEMPLATE = ""  # @param {"type": "string"}
 OUT = "your-model"  # @param {"type": "string"}
 DRIVE = False  # @param {"type": "boolean"}
 UPLOAD = False  # @param {"type": "boolean"}
+DOWNLOAD = False  # @param {"type": "boolean"}
 QUANTIZE = "none"  # @param ["none", "int8", "int4"]
 STEPS = 0  # @param {"type": "integer"}
+LR = 0.0  # @param {"type": "number"}
+RANK = 12  # @param {"type": "integer"}
 MAX_LENGTH = 512  # @param {"type": "integer"}
 
 # %%
@@ -303,198 +327,193 @@ if UPLOAD:
 # %% [markdown]
 # ## The model
 #
-# Only its `config.json` is read at first. It says whether the model fits this device, before anything large is
-# downloaded.
+# First the size, from `config.json` alone: nothing large is downloaded if the weights take more than 70% of the
+# device's memory. The rest is for tuning and answering. If that runs out of memory, the error says what helps.
 
 # %%
-import random
-from pathlib import Path
-
 import jax
 
-from para_jax import (
-    AdapterBank,
-    Backbone,
-    BackboneConfig,
-    LoraConfig,
-    ParaConfig,
-    Settings,
-    complete,
-    encode_rows,
-    end_tokens,
-    evaluate,
-    finetune,
-    load_tokenizer,
-    read_rows,
-    tiny_backbone_path,
-)
+from para_jax import Backbone, BackboneConfig, load_tokenizer, tiny_backbone_path
 
 MODEL = MODEL or tiny_backbone_path()
 config, device = BackboneConfig.from_pretrained(MODEL), jax.devices()[0]
 memory = (device.memory_stats() or {}).get("bytes_limit")
-BYTES = {"none": 4 if device.platform == "cpu" else 2, "int8": 1, "int4": 0.5}
-weights = {name: config.size * size for name, size in BYTES.items()}
+small = config.size < 1e8
+
+
+def weight_bytes(quantize):
+    model = jax.eval_shape(lambda: Backbone(config, jax.random.key(0), quantize=quantize, attention="plain"))
+    return sum(x.size * (0.5 if x.dtype == "int4" else x.dtype.itemsize) for x in jax.tree.leaves(model))
+
+
 print(f"{config.family}, {config.size / 1e6:,.0f}M parameters, on {device.device_kind}")
-for name, size in weights.items():
-    room = "" if memory is None else f" of {memory / 1e9:.1f} GB" + (", too much" if size > 0.8 * memory else "")
-    print(f"  quantize={name}: weights of at most {size / 1e9:.2f} GB{room}")
-if memory is not None and weights[QUANTIZE] > 0.8 * memory:
-    raise SystemExit("This model does not fit. Choose a smaller one, or set QUANTIZE to what the list above says fits.")
+sizes = {"none": weight_bytes(None), "int8": weight_bytes("int8"), "int4": weight_bytes("int4")}
+for name, size in sizes.items():
+    room = "" if memory is None else f" of {memory / 1e6:,.0f} MB" + (": too much" if size > 0.7 * memory else "")
+    print(f"  QUANTIZE={name}: {size / 1e6:,.0f} MB of weights{room}")
+if memory is not None and sizes[QUANTIZE] > 0.7 * memory:
+    raise SystemExit("This model does not fit. Choose a smaller one, or a QUANTIZE that fits.")
 
 # %%
-quantize = None if QUANTIZE == "none" else QUANTIZE
-backbone = Backbone.from_pretrained(MODEL, stacked=True, quantize=quantize)
+backbone = Backbone.from_pretrained(MODEL, stacked=True, quantize=None if QUANTIZE == "none" else QUANTIZE)
 tokenizer = load_tokenizer(MODEL)
-small = config.size < 1e8
-STEPS = STEPS or (100 if small else 200)
 
 # %% [markdown]
 # ## The rows
 #
-# What is malformed, too long, or has a key that nobody reads is an error that names the file and the line. A tenth of
-# the rows, 200 at the most, is held out. They are never learnt from.
+# A malformed row is an error that names the file and the line. Prompts that are too long are cut at their beginning. A
+# tenth of the rows, at most 100, is held out: it is not trained on, and is used for the scores.
 
 # %%
+import random
+
+from para_jax import encode_rows, end_tokens, read_rows
+from para_jax.data.quickstart import quickstart_rows
+
 if ROWS:
     rows = read_rows(ROWS, TEMPLATE or None)
 else:
-    from para_jax.data.quickstart import quickstart_rows
-
     rows = [(f"row {i}", row) for i, row in enumerate(quickstart_rows(train=1500)[0]["question"], 1)]
 random.Random(0).shuffle(rows)
-held = max(1, min(200, len(rows) // 10))
-length = min(MAX_LENGTH, config.max_position_embeddings)
-eos = end_tokens(config, tokenizer)
+held = max(1, min(100, len(rows) // 10))
+length, eos = min(MAX_LENGTH, config.max_position_embeddings), end_tokens(config, tokenizer)
 test = encode_rows(rows[:held], tokenizer, eos, length, truncate=True, keep_texts=True)
 train = encode_rows(rows[held:], tokenizer, eos, length, truncate=True)
-print(f"{len(train):,} examples to learn from, {len(test)} held out; the longest has {max(map(len, train))} tokens")
+print(f"{len(train):,} examples to train on, {len(test)} held out; the longest has {max(map(len, train))} tokens")
 print(f"{test[0].prompt[-300:]!r} -> {test[0].response[:200]!r}")
 
 # %% [markdown]
 # ## Tuning
 #
-# The model's weights stay as they are. Two adapters learn from the same rows in the same steps, one by PARA and one
-# by LoRA. If this cell is interrupted, run it again: it goes on where it stopped. After a runtime was lost, `OUT` on
-# Drive has what is needed to go on.
-
-# %%
-configs = {"para": ParaConfig(r=12), "lora": LoraConfig(r=8)}
-for name, method in configs.items():
-    print(f"{name}: {method.size(config):,} parameters")
-bank = finetune(
-    backbone,
-    AdapterBank.create(configs, config),
-    dict.fromkeys(configs, train),
-    {name: Settings.checked(steps=STEPS, lr=1e-2 if small else 1e-3) for name in configs},
-    OUT,
-    rows=min(8, len(train)),
-    checkpoint_every=50,
-    resume=True,
-)
+# A step takes rows for both adapters through the model. They learn from the same rows, each in an order of its own,
+# and do not influence each other.
 
 # %%
 from IPython.display import Image
 
+from para_jax import AdapterBank, LoraConfig, ParaConfig, Settings, finetune
+
+batch = min(8, len(train))  # rows of each adapter in a step
+steps = STEPS or (100 if small else max(100, min(1000, 2 * len(train) // batch)))
+rate = LR or (1e-2 if small else 1e-3)
+para = ParaConfig(r=RANK)
+rank = max(1, round(para.size(config) / LoraConfig(r=1).size(config)))
+configs = {"para": para, "lora": LoraConfig(r=rank, lora_alpha=2 * rank)}
+for name, method in configs.items():
+    print(f"{name}: r={method.r}, {method.size(config):,} parameters")
+print(f"{steps} steps of {batch} rows: {steps * batch / len(train):.1f} passes over the rows")
+bank = AdapterBank.create(configs, config)
+settings = dict.fromkeys(configs, Settings.checked(steps=steps, lr=rate))
+data = dict.fromkeys(configs, train)
+bank = finetune(backbone, bank, data, settings, OUT, rows=batch, checkpoint_every=50, resume=True)
+
+# %% [markdown]
+# Both losses should fall and then level off. If they do not fall, try another `LR`; if they rise or jump, a smaller
+# one.
+
+# %%
 Image(f"{OUT}/loss.png")
 
 # %% [markdown]
 # ## Before and after
 #
-# The held-out rows, answered by the bare model, and with each adapter. Exact match counts answers that are the
-# response, word for word; F1 gives credit for words in common, which suits longer answers.
-
-# %%
-NEW = max(8, min(128, 8 + max(len(e.response_ids) for e in test)))
-some = test[:100]
-decoder = backbone if jax.default_backend() == "tpu" else Backbone.from_pretrained(MODEL, quantize=quantize)
-before = evaluate(decoder, tokenizer, {"bare": some}, None, max_new_tokens=NEW)
-after = evaluate(decoder, tokenizer, dict.fromkeys(configs, some), bank, max_new_tokens=NEW)
-scores = {**before, **after}
-for name, of in scores.items():
-    print(f"{name:5} exact match {of['exact_match']:.0%}, F1 {of['token_f1']:.2f}")
+# The held-out rows, answered by the model as it was (`bare`) and with each adapter. *Exact match* counts answers that
+# are the response, word for word. *F1* compares the words of both, which suits longer answers. Do not rank the two
+# methods by this: it is one run with one learning rate.
 
 # %%
 import matplotlib.pyplot as plt
 import numpy as np
 
+from para_jax import evaluate
+
+most = max(8, min(128, 8 + max(len(row.response_ids) for row in test)))  # tokens of an answer
+scores = evaluate(backbone, tokenizer, {"bare": test}, None, max_new_tokens=most)
+scores |= evaluate(backbone, tokenizer, dict.fromkeys(configs, test), bank, max_new_tokens=most)
 figure, axes = plt.subplots(figsize=(6.5, 3.4), layout="constrained")
-for i, (key, label) in enumerate({"exact_match": "exact match", "token_f1": "F1 of words"}.items()):
-    bars = axes.bar(np.arange(len(scores)) + 0.4 * i - 0.2, [of[key] for of in scores.values()], 0.38, label=label)
-    axes.bar_label(bars, fmt="%.2f", fontsize=9)
-axes.set(xticks=range(len(scores)), xticklabels=scores, ylim=(0, 1.12), title=f"{len(some)} held-out rows")
+for i, (name, color) in enumerate({"bare": "0.6", "para": "C0", "lora": "C1"}.items()):
+    shares = [100 * scores[name]["exact_match"], 100 * scores[name]["token_f1"]]
+    print(f"{name:5} exact match {shares[0]:.1f}%, F1 {shares[1]:.1f}%")
+    axes.bar_label(axes.bar(np.arange(2) + 0.27 * (i - 1), shares, 0.25, label=name, color=color), fmt="%.0f")
+axes.set(xticks=[0, 1], xticklabels=["exact match", "F1 of words"], ylabel=f"score on {len(test)} held-out rows (%)")
+axes.set_ylim(0, 115)
 axes.spines[["top", "right"]].set_visible(False)
-axes.legend(frameon=False, loc="upper left")
+figure.legend(frameon=False, loc="outside right upper")
 plt.show()
 
 # %%
-for i in range(min(3, len(some))):
-    print(f"\n{some[i].prompt[-300:]}\n  expected: {some[i].response[:200]!r}")
+for i in range(min(3, len(test))):
+    print(f"\n{test[i].prompt[-300:]}\n  expected: {test[i].response[:200]!r}")
     for name, of in scores.items():
         print(f"  {name:8}: {of['predictions'][i]['prediction'][:200]!r}")
 
 # %% [markdown]
-# ## Chat
+# ## Ask it
 #
-# Set `ASK` to a question of yours and run this cell. A model with a chat template gets it as a chat, others as plain
-# text.
+# Set `ASK` and run this cell. The text becomes a prompt in the way the rows did: as it is, or through the chat template
+# if your rows are chats, with the system message of the first row. An adapter answers well only what looks like its
+# rows. Every question stands alone; earlier ones are not remembered.
 
 # %%
+from para_jax import complete
+
 ASK = "The vexed maid runs to the prison at this moment."  # @param {"type": "string"}
 
-
-def answer(text, tenant):
-    """The answer with an adapter, or with None the bare model's."""
-    if tokenizer.chat_template is not None:
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
-        )
-        text = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return complete(decoder, tokenizer, [text], bank=bank, tenants=[tenant], max_new_tokens=64)[0].text.strip()
-
-
-for tenant in (None, *configs):
-    print(f"{tenant or 'bare':5} {answer(ASK, tenant)}")
+like = rows[0][1]
+row = {"prompt": ASK, "system": like.get("system")}
+if chat := like.get("messages"):
+    system = [message for message in chat[:1] if message["role"] == "system"]
+    row = {"messages": [*system, {"role": "user", "content": ASK}], "system": like.get("system")}
+(asked,) = encode_rows([("ASK", row)], tokenizer, eos, need_response=False)
+tenants = [None, *configs]
+prompts = [asked.prompt_ids.tolist()] * len(tenants)
+answers = complete(backbone, tokenizer, prompts, bank=bank, tenants=tenants, max_new_tokens=most)
+for tenant, answer in zip(tenants, answers, strict=True):
+    print(f"{tenant or 'bare':5} {answer.text.strip()}")
 
 # %% [markdown]
-# ## Download
+# ## Keep the adapters
 #
-# `OUT` has a folder for each adapter: LoRA's opens in `peft`, and both open in para_jax
-# (`para_jax.load_adapter`, `para-jax generate --adapters`).
+# `OUT` has a folder for each adapter, and this cell packs each into a file. In Colab, set `DOWNLOAD`, or download them
+# in the Files panel on the left. para_jax reads both (`para_jax.load_adapter`, `para-jax generate --adapters`), and
+# Hugging Face's PEFT reads LoRA's.
 
 # %%
-import json
 import shutil
+from pathlib import Path
 
 for name in configs:
     folder = Path(OUT, name)
-    kind = json.loads((folder / "adapter_config.json").read_text())["peft_type"]
-    print(f"{folder}: {kind}, {sum(f.stat().st_size for f in folder.iterdir()) / 1e3:.0f} kB")
+    print(f"{folder}: {sum(file.stat().st_size for file in folder.iterdir()) / 1e3:.0f} kB")
     packed = shutil.make_archive(f"{OUT}-{name}", "zip", folder)
-    if UPLOAD:  # somebody is there
+    if DOWNLOAD:
+        from google.colab import files
+
         files.download(packed)
 
 # %% [markdown]
-# ## The same adapter in peft
+# ## The same adapter in PEFT
 #
-# Where torch and peft are installed, as on Colab, the LoRA adapter opens there and gives the same logits.
+# If torch and peft are installed, as on Colab, the LoRA adapter is opened there, and its logits are compared with ours
+# in float32. Models from 1B parameters are left out: this takes two copies of the model in float32.
 
 # %%
 from importlib.util import find_spec
 
 if find_spec("torch") is None or find_spec("peft") is None:
-    print("torch or peft is not installed here: pip install torch peft")
-elif not small:
-    print("skipped: a second copy of a large model would not fit beside the first")
+    print("not compared: torch or peft is not installed")
+elif config.size >= 1e9:
+    print("not compared: the model is too large")
 else:
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    ids = tokenizer(ASK)["input_ids"]
+    ids = np.array([asked.prompt_ids])
     theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(MODEL, dtype="float32"), f"{OUT}/lora")
     with torch.no_grad():
-        expected = theirs(input_ids=torch.tensor([ids])).logits[0].numpy()
-    plain = Backbone.from_pretrained(MODEL, dtype="float32")
-    found = plain(np.array([ids], np.int32), bank=bank, tenants=["lora"])[0]
+        expected = theirs(input_ids=torch.tensor(ids, dtype=torch.int64)).logits[0].numpy()
+    with jax.default_matmul_precision("float32"):
+        found = Backbone.from_pretrained(MODEL, dtype="float32")(ids, bank=bank, tenants=["lora"])[0]
     difference, largest = np.abs(np.asarray(found) - expected).max(), np.abs(expected).max()
     print(f"largest difference of logits: {difference:.1e}, where the largest is {largest:.1f}")

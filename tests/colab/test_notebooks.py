@@ -105,7 +105,7 @@ def ran(name: str, folder: Path, monkeypatch) -> tuple[list[bytes], str]:
 @pytest.mark.slow
 def test_para_finetune(tmp_path, monkeypatch):
     pictures, text = ran("para_finetune", tmp_path, monkeypatch)
-    assert len(pictures) == 4
+    assert len(pictures) == 3
     assert "no plan: libtpu" in text if find_spec("libtpu") is None else "fits v5e:1x1" in text
     accuracy = {line.split()[0]: int(line.split()[1][:-1]) for line in text.splitlines() if line.endswith("%")}
     assert set(accuracy) == {"mood", "place", "question", "question-lora"}
@@ -124,11 +124,11 @@ def test_para_finetune(tmp_path, monkeypatch):
 def test_your_model(tmp_path, monkeypatch):
     pictures, text = ran("your_model", tmp_path, monkeypatch)
     assert len(pictures) == 2
-    exact = {line.split()[0]: int(line.split()[3][:-2]) for line in text.splitlines() if " exact match " in line}
-    assert exact["bare"] < 5 and exact["para"] > 80 and exact["lora"] > 50, exact
-    assert "your-model/lora: LORA" in text and {"your-model-para.zip", "your-model-lora.zip"} <= {
-        path.name for path in tmp_path.iterdir()
-    }
+    exact = {line.split()[0]: float(line.split()[3][:-2]) for line in text.splitlines() if " exact match " in line}
+    assert exact["bare"] < 5 and exact["para"] > 80 and exact["lora"] > 80, exact
+    asked = dict(line.split(maxsplit=1) for line in text.splitlines() if line.startswith(("para  ", "lora  ")))
+    assert asked["para"] == asked["lora"] == "Where is the maid?", "a question is asked as the rows are written"
+    assert {"your-model-para.zip", "your-model-lora.zip"} <= {path.name for path in tmp_path.iterdir()}
     difference = float(text.partition("largest difference of logits: ")[2].partition(",")[0])
     assert difference < 1e-4, "peft computes the same"
 
