@@ -192,4 +192,5 @@ def search(
     carry = _advance(carry, logits_bv[of_row], sampler, ending, scoring, keep)
     carry = jax.lax.while_loop(lambda c: ~jnp.all(c.done_b), body, carry)
     tokens_bnt, count_bn, stopped_bn = carry.finished.tokens_bnt, carry.finished.count_bn, carry.finished.stopped_bn
-    return Generated(tokens_bnt[:, 0], count_bn[:, 0], stopped_bn[:, 0], carry.finite_b)
+    count_b = jnp.where(carry.finite_b, count_bn[:, 0], 0)
+    return Generated(tokens_bnt[:, 0], count_b, stopped_bn[:, 0], carry.finite_b)

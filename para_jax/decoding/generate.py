@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -39,12 +40,13 @@ class Completion:
     Attributes:
       text: the tokens as text, special tokens left out, up to the stop string if there is one.
       tokens: all ids that were generated, those of a stop string included, without the eos token.
-      finish_reason: "stop" at an eos token or a stop string, "length" at max_new_tokens.
+      finish_reason: "stop" at an eos token or a stop string, "length" at max_new_tokens, "error" where the logits are
+        NaN or infinite: there the text ends.
     """
 
     text: str
     tokens: list[int]
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "error"]
 
 
 def generate(backbone: Backbone, tokenizer: Any, prompts: Sequence[str | Sequence[int]], **options: Any) -> list[str]:
@@ -121,7 +123,8 @@ def complete(
 
     Returns the completions of the rows that are not skipped. Raises ParaJaxError for a prompt that is empty or no text
     in UTF-8, a prompt and new tokens that exceed the context, a setting out of its range or without a value for every
-    row, an unknown tenant, beams that are to draw, and logits that are NaN or infinite.
+    row, an unknown tenant, and beams that are to draw. A warning of `logging` names a prompt whose logits are NaN or
+    infinite.
 
     >>> from para_jax import Backbone, complete, tiny_backbone_path
     >>> from transformers import AutoTokenizer
@@ -185,9 +188,9 @@ def complete(
                 given = sampler, ending, scoring, batch.prompts, batch.room, num_beams, keep
                 generated = beams.search(weights, logits, state, *given)
             tokens_bt, count_b, stopped_b, finite_b = whole(generated, weights.mesh)
-            _check_finite(batch, finite_b, tenants, weights.dtype)
-            for i, tokens, count, stopped in zip(batch.rows, tokens_bt, count_b, stopped_b, strict=False):
-                completions[int(i)] = _completion(batch.kind, tokens[:count].tolist(), bool(stopped))
+            _warn_of_broken(batch, finite_b, tenants, weights.dtype)
+            for i, tokens, count, *end in zip(batch.rows, tokens_bt, count_b, stopped_b, finite_b, strict=False):
+                completions[int(i)] = _completion(batch.kind, tokens[:count].tolist(), *map(bool, end))
             done = skip + len(completions)
             if on_window is not None and (done % window == 0 or done == n):
                 on_window([completions[i] for i in range((done - 1) // window * window, done)])
@@ -287,8 +290,8 @@ def _compile(
     return key
 
 
-def _check_finite(batch: _Batch, finite_b: np.ndarray, tenants: Sequence[Tenant], dtype: jnp.dtype) -> None:
-    """Raises ParaJaxError for a row whose logits were not finite. Rows that only fill the batch do not count."""
+def _warn_of_broken(batch: _Batch, finite_b: np.ndarray, tenants: Sequence[Tenant], dtype: jnp.dtype) -> None:
+    """Names the first row whose logits are NaN or infinite. Rows that only fill the batch do not count."""
     broken = batch.rows[~finite_b[: len(batch.rows)]]
     if not broken.size:
         return
@@ -301,15 +304,21 @@ def _check_finite(batch: _Batch, finite_b: np.ndarray, tenants: Sequence[Tenant]
         why = "the backbone's weights may be damaged: para-jax convert --check looks for NaN and infinite ones"
     whose = "without an adapter" if tenant is None else f"of {tenant}"
     more = f" and {len(broken) - 1} more of its batch" if len(broken) > 1 else ""
-    raise ParaJaxError(f"the logits of prompt {broken.min() + 1} ({whose}){more} are NaN or infinite; {why}")
+    logging.getLogger(__name__).warning(
+        "the logits of prompt %d (%s)%s are NaN or infinite, and its text ends there; %s",
+        broken.min() + 1,
+        whose,
+        more,
+        why,
+    )
 
 
-def _completion(kind: _Kind, ids: list[int], stopped: bool) -> Completion:
-    tokens = ids[:-1] if stopped and ids[-1] in kind.eos else ids
+def _completion(kind: _Kind, ids: list[int], stopped: bool, finite: bool) -> Completion:
+    tokens = ids[:-1] if stopped and ids and ids[-1] in kind.eos else ids
     text = kind.tokenizer.decode(tokens, skip_special_tokens=True)
     if kind.stops is not None:
         text = kind.stops.cut(text, tokens)
-    return Completion(text, tokens, "stop" if stopped else "length")
+    return Completion(text, tokens, "error" if not finite else "stop" if stopped else "length")
 
 
 def _flush_right(ids: list[np.ndarray], most: int) -> loop.Prompts:

@@ -79,7 +79,7 @@ class Generated(NamedTuple):
     Attributes:
       count_b: how many tokens each row has.
       stopped_b: whether the row came to an end by itself.
-      finite_b: whether its logits were numbers. A row ends where they are NaN or infinite.
+      finite_b: whether its logits were finite. A row ends before the first token whose logits are not.
     """
 
     tokens_bt: Int[Array, "b t"]
@@ -137,7 +137,7 @@ def run(
         written_b1 = jnp.where(carry.done_b, 0, token_b)[:, None]
         generated = Generated(
             jax.lax.dynamic_update_slice(carry.generated.tokens_bt, written_b1, (0, carry.step)),
-            jnp.where(carry.done_b, carry.generated.count_b, carry.step + 1),
+            jnp.where(carry.done_b | ~finite_b, carry.generated.count_b, carry.step + 1),
             carry.generated.stopped_b | (ends_b & ~carry.done_b),
             carry.generated.finite_b & (finite_b | carry.done_b),
         )

@@ -14,6 +14,7 @@ from transformers import LlamaForCausalLM
 
 from para_jax import ParaConfig, ParaJaxError, complete, generate, tiny_backbone_path
 from para_jax.decoding import loop
+from para_jax.decoding.generate import Completion
 from para_jax.decoding.sampling import Sampler
 from tests.decoding.conftest import PROMPTS, Reference
 from tests.helpers import random_backbone, random_bank
@@ -288,27 +289,32 @@ def test_errors_say_what_is_wrong(backbone, tokenizer, wrong, message):
 
 
 @pytest.mark.parametrize("num_beams", [1, 2])
-def test_logits_that_are_no_numbers(backbone, tokenizer, num_beams):
-    """The row and its tenant are named; of a batch the first such row."""
+def test_logits_that_are_no_numbers(backbone, tokenizer, num_beams, caplog):
+    """The prompt and its tenant are named, and its text ends; the others go on."""
     bank = random_bank({"good": ParaConfig(r=3), "huge": ParaConfig(r=3)}, backbone.config)
     huge = jax.tree.map(lambda x: x.at[1].mul(1e30), bank.groups[0].stack)
     bank = dataclasses.replace(bank, groups=(dataclasses.replace(bank.groups[0], stack=huge),))
     tenants, options = ["good", None, "huge", "huge"], {**GREEDY, "num_beams": num_beams}
-    said = r"logits of prompt 3 \(of huge\) and 1 more of its batch are NaN or infinite; see whether"
-    with pytest.raises(ParaJaxError, match=said):
-        complete(backbone, tokenizer, PROMPTS, bank=bank, tenants=tenants, **options)
-    fine = complete(backbone, tokenizer, PROMPTS[:2], bank=bank, tenants=tenants[:2], **options)
-    bank_of_one = random_bank({"good": ParaConfig(r=3)}, backbone.config)
-    assert fine == complete(backbone, tokenizer, PROMPTS[:2], bank=bank_of_one, tenants=tenants[:2], **options)
+    rows = complete(backbone, tokenizer, PROMPTS, bank=bank, tenants=tenants, **options)
+    assert caplog.messages == [
+        "the logits of prompt 3 (of huge) and 1 more of its batch are NaN or infinite, and its text ends there; see "
+        "whether the prompt without an adapter has them too; if not, the adapter's weights are too large"
+    ]
+    assert rows[2:] == [Completion("", [], "error")] * 2
+    only_good = random_bank({"good": ParaConfig(r=3)}, backbone.config)
+    assert rows[:2] == complete(backbone, tokenizer, PROMPTS[:2], bank=only_good, tenants=tenants[:2], **options)
+    assert len(caplog.messages) == 1
 
 
 @pytest.mark.parametrize(("dtype", "way_out"), [("float32", "convert --check"), ("float16", "choose dtype float32")])
-def test_logits_that_stop_being_numbers(tokenizer, dtype, way_out):
+def test_logits_that_stop_being_numbers(tokenizer, dtype, way_out, caplog):
     backbone = jax.tree.map(lambda x: x.astype(dtype), random_backbone(3, tie_word_embeddings=False))
     (first,) = complete(backbone, tokenizer, PROMPTS[:1], max_new_tokens=1, eos_token_id=())[0].tokens
     assert first not in PROMPTS[0]
     damaged = jax.tree.map(lambda x: x, backbone)
     damaged.embed[...] = backbone.embed[...].at[first].set(jnp.inf)
-    assert complete(damaged, tokenizer, PROMPTS[:1], max_new_tokens=1, eos_token_id=())[0].tokens == [first]
-    with pytest.raises(ParaJaxError, match=rf"\(without an adapter\) are NaN or infinite; .*{way_out}"):
-        complete(damaged, tokenizer, PROMPTS[:1], max_new_tokens=2, eos_token_id=())
+    assert complete(damaged, tokenizer, PROMPTS[:1], max_new_tokens=1, eos_token_id=())[0].finish_reason == "length"
+    assert not caplog.messages
+    (row,) = complete(damaged, tokenizer, PROMPTS[:1], max_new_tokens=5, eos_token_id=())
+    assert (row.tokens, row.finish_reason) == ([first], "error")
+    assert "prompt 1 (without an adapter) are NaN or infinite" in caplog.text and way_out in caplog.text

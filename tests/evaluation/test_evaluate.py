@@ -129,7 +129,7 @@ def test_nan_chooses_nothing(world, caplog):
         assert scores["choice_accuracy"] == 0.0
         assert [(p["choice"], p["log_likelihoods"]) for p in scores["predictions"]] == [(None, [None, None])] * 2
         assert "NaN" not in json.dumps(both) and None not in both["globex"]["predictions"][0]["log_likelihoods"]
-        (record,) = [record.getMessage() for record in caplog.records if "NaN" in record.getMessage()]
+        (record,) = [record.getMessage() for record in caplog.records if "NaN likelihoods" in record.getMessage()]
         assert record.startswith(
             "acme: NaN likelihoods, by which no choice is the likeliest, in 2 of 2 rows with choices"
         )
