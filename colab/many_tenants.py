@@ -460,8 +460,8 @@ plt.show()
 #   behind reading the model's own weights. The more rows, the larger its share; the larger the model, the later this
 #   happens.
 # - **mixed** runs one program for all rows. Rows without LoRA go through the same low-rank matmuls, with zeros for
-#   matrices, and all rows are scaled. So a mixed batch costs what a batch of LoRA costs, and PARA's share on top. If
-#   speed matters, keep LoRA's requests in batches of their own.
+#   matrices, and all rows are scaled. So a mixed batch costs at least what a batch of LoRA costs; the scaling comes on
+#   top. If speed matters, keep LoRA's requests in batches of their own.
 #
 # Larger models: [docs/study.md](https://github.com/para-jax/para_jax/blob/main/docs/study.md#decoding) has these
 # methods with 97.5M parameters on a CPU; [the README](https://github.com/para-jax/para_jax/blob/main/README.md#speed)
