@@ -13,24 +13,34 @@
 # ---
 
 # %% [markdown]
-# # FanLoRA: LoRA where it matters
+# # FanLoRA: LoRA only where it matters
 #
 # [![Open-in-Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/para-jax/para_jax/blob/main/colab/fanlora.ipynb)
 #
-# LoRA adds a low-rank pair of matrices to linear modules of a frozen model. Which modules? All of them is the safe
-# choice, but every pair is read again for every token that is decoded, and every tenant has its own. FanLoRA (Tian et
-# al., EMNLP 2024) finds out once which modules matter, and later tasks tune only those:
+# **LoRA**, [low-rank adaptation](https://arxiv.org/abs/2106.09685), tunes a language model without changing its
+# weights. A *module* is one weight matrix of a layer: `q_proj`, `k_proj`, `v_proj`, `o_proj`, `gate_proj`, `up_proj` or
+# `down_proj`. Beside each chosen module stand two thin matrices, and what they compute is added to its output. Their
+# thin side is the *rank* `r`.
 #
-# - (a) tune LoRA on **every** linear module, on a mixture of tasks;
-# - (b) score every module of every layer: how much worse is the adapter without it?
+# One model can serve many **tenants**: customers or tasks, each with an adapter of its own. Each request then reads its
+# own thin matrices for every token, so the number of modules decides what LoRA costs.
+#
+# **FanLoRA** (["Fantastic LoRAs and Where to Find Them in Large Language Model
+# Fine-tuning"](https://aclanthology.org/2024.emnlp-industry.38), EMNLP 2024) finds out once which modules matter, and
+# tunes later tasks on these modules only:
+#
+# - (a) tune LoRA on every module, on a mixture of tasks;
+# - (b) score every module on rows that were not tuned on;
 # - (c) keep the most critical modules of each layer;
-# - (d) tune a **new task** with this setting.
+# - (d) tune new tasks on these.
 #
-# The paper's own score could not be read, so the score here is that of ALoRA, by the same group;
-# [docs/fanlora.md](https://github.com/para-jax/para_jax/blob/main/docs/fanlora.md) says what is the paper's and what is
-# a choice of ours. At the end the setting is compared with LoRA everywhere, and with as many modules chosen at random.
+# We could read the paper's abstract, but not its text, so we do not know its score. The score used here comes from
+# [ALoRA](https://arxiv.org/abs/2403.16187), by the same group.
+# [docs/fanlora.md](https://github.com/para-jax/para_jax/blob/main/docs/fanlora.md) lists what is the paper's and what
+# is our choice.
 #
-# On a CPU with two cores and the tiny model that ships with the package this takes about two minutes.
+# It takes about three minutes on two CPU cores with the tiny model that comes with the package. For a larger model
+# choose a GPU or TPU runtime.
 
 # %% cellView="form"
 # @title Install para_jax
@@ -271,8 +281,21 @@ print(f"jax {jax.__version__} sees {jax.device_count()} x {jax.devices()[0].devi
 # %% [markdown]
 # ## Model and rows
 #
-# The rows are made by the package: one-sentence stories and three tasks. *mood* names the feeling and *place* copies
-# the place; both are the mixture. *question* turns the story into a question, and is the new task.
+# The tiny model was trained on novels and knows no task. The rows are one-sentence stories that the package makes, with
+# three tasks. *mood* names the feeling and *place* copies the place; they are the mixture. *question* asks where the
+# person is; it is the new task.
+#
+# | setting | what it is |
+# |---|---|
+# | `MODEL` | a folder or a name on the Hugging Face hub; empty is the tiny model |
+# | `KEEP` | how many modules of each layer are kept, of seven. Fewer decode faster, and the choice matters more |
+# | `OUT` | a folder for results |
+#
+# A folder belongs to one choice of settings. With others, `finetune` refuses to go on there and says why: choose
+# another `OUT`.
+#
+# For tasks of your own, replace `train` and `held_out` by lists of rows `{"prompt": ..., "response": ...}`;
+# [your_model](https://github.com/para-jax/para_jax/blob/main/colab/your_model.ipynb) shows how files are read.
 
 # %%
 MODEL = ""  # @param {"type": "string", "placeholder": "a folder or a name of the hub; empty: the tiny model"}
@@ -283,18 +306,17 @@ import jax
 
 from para_jax import Backbone, encode_rows, end_tokens, load_tokenizer, tiny_backbone_path
 from para_jax.data.quickstart import quickstart_rows
-from para_jax.memory import keep_freed_memory
 
-keep_freed_memory()
 MODEL = MODEL or tiny_backbone_path()
+# Layers in one stack: tuning compiles one layer and not all of them.
 backbone, tokenizer = Backbone.from_pretrained(MODEL, stacked=True), load_tokenizer(MODEL)
 config = backbone.config
 SMALL = config.size < 1e8
-STEPS = 120 if SMALL else 300
+STEPS = 80 if SMALL else 300
 LR = 1e-2 if SMALL else 2e-4  # a starting point: what suits a model is found by trying
-R = 4
+R = 2 if SMALL else 8
 
-train, held_out = quickstart_rows(seed=0, train=1500, held_out=120)
+train, held_out = quickstart_rows(seed=0, train=1500, held_out=130)
 eos = end_tokens(config, tokenizer)
 
 
@@ -308,9 +330,9 @@ for task in train:
 print(f"{config.size / 1e6:.1f}M parameters in {config.num_hidden_layers} layers, on {jax.devices()[0].device_kind}")
 
 # %% [markdown]
-# ## (a) LoRA on every linear module, tuned on the mixture
+# ## (a) LoRA on every module, tuned on the mixture
 #
-# If this cell is interrupted, running it again goes on where it stopped.
+# Each step takes 16 rows. If this cell is interrupted, run it again: it goes on where it stopped.
 
 # %%
 from para_jax import AdapterBank, LoraConfig, Settings, finetune
@@ -329,126 +351,221 @@ mixture = finetune(
 # %% [markdown]
 # ## (b) Every module scored
 #
-# The score is an ablation. S(M) is the negative loss of the adapter with all its modules M on rows that it was not
-# tuned on. The importance of module m is S(M) - S(M without m) + S(only m): what is lost without it, and how far it
-# comes alone. That is two forward passes for each module; sixteen such variants run as one pass.
+# The score switches modules off. S is the negative loss of the adapter on held-out rows, so more is better. The
+# importance of a module m adds two answers:
+#
+#     S(all modules) - S(all without m)      how much worse does it get without m?
+#     S(only m)                              how good is m alone?
+#
+# That is two variants of the adapter for each module, and one with all of them. They are evaluated 16 at a time. S(only
+# m) is a negative number that can outweigh the first part, so importance is mostly negative: only differences between
+# modules count.
+#
+# The rows are scored in two halves. Where both halves choose the same modules, the choice does not hang on a few rows.
 
 # %%
 from para_jax.importance.scores import importance
 
-scores = importance("ablation", backbone, mixture, [*encoded(held_out, "mood", "place")][::4])
+halves = []
+for start in (0, 1):
+    rows = {task: held_out[task][start:30:2] for task in ("mood", "place")}
+    halves.append(importance("ablation", backbone, mixture, encoded(rows, "mood", "place"), show=print))
+scores = sum(halves) / 2  # (layers, modules)
 
 # %% [markdown]
 # ## (c) The most critical modules of each layer
 #
-# Colour is importance, the numbers are nats a response token, and what is kept has a frame. S(only m) is a negative
-# loss, so that all numbers may be negative; what counts is the order within a layer.
+# All adapters of this comparison get about as many parameters as LoRA on every module has at rank `R`: with fewer
+# modules the rank is higher. The setting is a small file, `fanlora.json`, which later tasks of the same model load.
+
+# %%
+from para_jax import FanLoraConfig
+from para_jax.importance.select import keep_number, plot_importance
+
+BUDGET = everywhere.size(config)
+
+
+def setting(kept):
+    """LoRA on these modules of each layer, at the rank that comes nearest to the budget."""
+    r = max(1, round(BUDGET / FanLoraConfig.of(kept, config, r=1).size(config)))
+    return FanLoraConfig.of(kept, config, r=r, lora_alpha=r)
+
+
+kept = keep_number(scores, config, KEEP)
+setting(kept).save(f"{OUT}/fanlora.json", overwrite=True)
+for layer, sites in enumerate(kept):
+    print(f"layer {layer}: {', '.join(sites)}")
+agreed = sum(a == b for a, b in zip(*(keep_number(half, config, KEEP) for half in halves), strict=True))
+print(f"in {agreed} of {len(kept)} layers both halves of the rows choose the same modules")
+
+# %% [markdown]
+# Modules are compared within their layer. So the picture shows how far each lies above the least important module of
+# its layer, in nats (the unit of the loss) per response token. Kept modules have a frame.
 
 # %%
 from IPython.display import Image
 
-from para_jax import FanLoraConfig
-from para_jax.importance.select import keep_number, plot_importance
-
-kept = keep_number(scores, config, KEEP)
-critical = FanLoraConfig.of(kept, config, r=R, lora_alpha=R)
-critical.save(f"{OUT}/fanlora.json", overwrite=True)
-plot_importance(scores, kept, config, f"{OUT}/importance.png", "importance on mood and place; framed: kept")
-for layer, sites in enumerate(kept):
-    print(f"layer {layer}: {', '.join(sites)}")
-print(f"{critical.size(config):,} parameters; LoRA on every module has {everywhere.size(config):,}")
+above = scores - scores.min(axis=1, keepdims=True)
+label = "nats above the layer's least"
+plot_importance(above, kept, config, f"{OUT}/importance.png", "importance on mood and place; framed: kept", label)
 Image(f"{OUT}/importance.png")
 
 # %% [markdown]
 # ## (d) The new task
 #
-# Five tenants learn *question* in the same steps, each as if it were alone: LoRA everywhere, the critical modules, and
-# three settings with as many modules of each layer, but drawn at random. Nothing of *question* was used to choose the
-# modules. There are half as many steps, so that not all of them get everything right.
+# Five adapters learn *question*, each independent of the others, in one run: the same rows, the same steps, the same
+# learning rate, and nearly the same number of parameters.
+#
+# | adapter | modules of each layer |
+# |---|---|
+# | everywhere | all, at a low rank |
+# | critical | the most critical: FanLoRA |
+# | least critical | those with the lowest scores |
+# | random-0, random-1 | drawn at random |
+#
+# Scoring saw no row of *question*. The stories that it saw are not used for the test below either.
 
 # %%
-methods = {"everywhere": everywhere, "critical": critical}
-for seed in range(3):
-    drawn = keep_number(importance("random", backbone, mixture, seed=seed), config, KEEP)
-    methods[f"random-{seed}"] = FanLoraConfig.of(drawn, config, r=R, lora_alpha=R)
+methods = {
+    "everywhere": everywhere,
+    "critical": FanLoraConfig.load(f"{OUT}/fanlora.json"),
+    "least critical": setting(keep_number(-scores, config, KEEP)),
+}
+for seed in range(2):
+    drawn = importance("random", backbone, mixture, seed=seed)
+    methods[f"random-{seed}"] = setting(keep_number(drawn, config, KEEP))
+for name, method in methods.items():
+    print(f"{name:14} rank {method.r:2}, {method.size(config):,} parameters")
 bank = finetune(
     backbone,
     AdapterBank.create(methods, config, seed=0),
     dict.fromkeys(methods, encoded(train, "question")),
-    dict.fromkeys(methods, Settings.checked(steps=STEPS // 2, lr=LR)),
+    dict.fromkeys(methods, Settings.checked(steps=STEPS, lr=LR)),
     f"{OUT}/question",
     rows=8,
     resume=True,
 )
 
-# %%
-Image(f"{OUT}/question/loss.png")
-
 # %% [markdown]
-# How many questions about held-out stories are exactly right? The words of these stories were never combined so in
-# tuning. A CPU decodes faster with the layers apart, so there the model is read once more.
+# The loss of each step, and its mean over ten neighbouring steps (the heavy line). Lower is better; a line that falls
+# earlier learns with fewer rows.
 
 # %%
-from para_jax import evaluate
-from para_jax.backbones.options import default_stacked
+import json
+from pathlib import Path
 
-decoder = backbone if default_stacked() else Backbone.from_pretrained(MODEL)
-tests = dict.fromkeys(methods, encoded(held_out, "question")[:80])
-results = evaluate(decoder, tokenizer, tests, bank, max_new_tokens=12, batch_size=200)
-for name, method in methods.items():
-    print(f"{name:11} {results[name]['exact_match']:.0%} exact, {method.size(config):,} parameters")
-
-# %%
 import matplotlib.pyplot as plt
+import numpy as np
 
-figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3), sharey=True, layout="constrained")
-colors = ["C0" if name == "everywhere" else "C1" if name == "critical" else "0.7" for name in methods]
-bars = left.barh(list(methods), [100 * results[name]["exact_match"] for name in methods], color=colors)
-left.bar_label(bars, fmt="%.0f %%", padding=3)
-left.set(title="exact on 80 held-out rows", xlim=(0, 118), xticks=[])
-bars = right.barh(list(methods), [method.size(config) / 1e3 for method in methods.values()], color=colors)
-right.bar_label(bars, fmt="%.1f k", padding=3)
-right.set(title="parameters, read again for every token", xticks=[])
-right.margins(x=0.18)
-left.invert_yaxis()
-for axes in (left, right):
-    axes.spines[["top", "right", "bottom"]].set_visible(False)
-    axes.tick_params(length=0)
+COLOURS = dict(zip(("untuned", *methods), ("0.6", "C1", "C0", "C3", "C2", "C4"), strict=True))
+lines = [json.loads(line) for line in Path(OUT, "question", "metrics.jsonl").read_text().splitlines()]
+figure, axes = plt.subplots(figsize=(9, 3.6), layout="constrained")
+for name in methods:
+    loss, width = np.array([line["loss"][name] for line in lines]), 10
+    axes.plot(np.arange(1, len(loss) + 1), loss, color=COLOURS[name], alpha=0.2, linewidth=1)
+    mean = np.convolve(loss, np.ones(width) / width, "valid")
+    axes.plot(np.arange(len(mean)) + (width + 1) / 2, mean, color=COLOURS[name], linewidth=2, label=name)
+axes.set(title="tuning on question", xlabel="step", ylabel="loss, nats per response token", ylim=(0, None))
+axes.spines[["top", "right"]].set_visible(False)
+axes.legend(frameon=False)
 plt.show()
 
 # %% [markdown]
-# **What this can show.** That the four steps run, what they cost, and which modules this tiny model used for these
-# tasks. **What it cannot show** is that the critical modules are better than random ones: there is one seed of tuning,
-# 80 rows (where a difference of ten points may be luck), a model of four layers, and three tasks of one kind. The three
-# random settings say how much luck there is in a choice. On a CPU *critical* lay among them (44 % against 29, 49 and 55
-# %), and LoRA everywhere, which has more than twice the parameters, was far ahead after as many steps. For a claim,
-# tune with several seeds on your own tasks, and search the learning rate of each method.
-# [docs/study.md](https://github.com/para-jax/para_jax/blob/main/docs/study.md) compares the methods so.
+# ## How many answers are right?
+#
+# An answer is right if it is the expected question, word for word. The words of these stories were tuned on, but not in
+# these combinations. The model without an adapter is asked too.
+
+# %%
+from para_jax import complete, evaluate
+from para_jax.backbones.options import default_stacked
+
+# For decoding, a CPU and a GPU want each layer's weights apart. A TPU takes the stack as it is.
+decoder = backbone if default_stacked() else Backbone.from_pretrained(MODEL)
+test = encoded({"question": held_out["question"][30:]}, "question")
+results = evaluate(decoder, tokenizer, {"untuned": test}, None, max_new_tokens=12, batch_size=len(test))
+results |= evaluate(decoder, tokenizer, dict.fromkeys(methods, test), bank, max_new_tokens=12, batch_size=250)
+right = {name: results[name]["exact_match"] for name in COLOURS}
+for name, share in right.items():
+    print(f"{name:14} {share:.0%} exact")
+print(f"\n{test[0].prompt}\n  {'expected':14} {test[0].response}")
+for name in COLOURS:
+    print(f"  {name:14} {results[name]['predictions'][0]['prediction'].strip()}")
+
+# %% [markdown]
+# ## What decoding costs
+#
+# Fewer modules mean fewer matmuls for each token: that is FanLoRA's reason. Here 32 rows, each with its own copy of the
+# adapter, get 32 new tokens. The time includes the prompt and no compiling; it is the best of five rounds. All settings
+# with `KEEP` modules cost alike, so *critical* stands for them.
+
+# %%
+import time
+
+timed, given = ("untuned", "everywhere", "critical"), {"max_new_tokens": 32, "eos_token_id": ()}
+seconds = {name: [] for name in timed}
+for _ in range(6):
+    for name in timed:
+        began = time.perf_counter()
+        tenants = [None if name == "untuned" else name] * 32
+        complete(decoder, tokenizer, [test[0].prompt] * 32, bank=bank, tenants=tenants, **given)
+        seconds[name].append(time.perf_counter() - began)
+step_ms = {name: 1e3 * min(times[1:]) / 32 for name, times in seconds.items()}  # the first round compiles
+
+figure, panels = plt.subplots(1, 3, figsize=(12, 2.8), sharey=True, layout="constrained")
+names, colours = list(COLOURS), list(COLOURS.values())
+share = [100 * right[name] for name in names]
+size = [methods[name].size(config) / 1e3 if name in methods else 0 for name in names]
+cost = [step_ms.get(name, 0) for name in names]
+titles = (f"exact answers to {len(test)} held-out rows", "adapter parameters, thousands", "ms per new token, 32 rows")
+for axes, values, title, form in zip(
+    panels, (share, size, cost), titles, ("{:.0f} %", "{:.1f}", "{:.2f}"), strict=True
+):
+    bars = axes.barh(names, values, color=colours)
+    absent = "like critical" if axes is panels[2] else form.format(0)
+    axes.bar_label(bars, [form.format(x) if x else absent for x in values], padding=3)
+    axes.set(title=title, xticks=[])
+    axes.margins(x=0.2)
+    axes.spines[["top", "right", "bottom"]].set_visible(False)
+    axes.tick_params(length=0)
+panels[0].invert_yaxis()
+plt.show()
+
+# %% [markdown]
+# Read the first panel like this. *least critical* below the others: the score finds modules that are of little use.
+# *critical* among the *random* ones: it does not find better ones than luck does, on this task. *everywhere* ahead:
+# with so few parameters, many modules at a low rank learn faster than few at a high rank. The third panel is what one
+# pays for it at every token.
+#
+# **What this shows:** that the four steps run, what they cost, and which modules one tiny model used for these tasks.
+# **What it does not show:** how the methods rank on other models. It is one seed, a hundred rows (a difference of ten
+# points may be luck), four layers if the model is the tiny one, one learning rate for all, and three tasks of one kind.
+# For a claim, tune with several seeds on your own tasks and choose each method's learning rate.
+# [docs/study.md](https://github.com/para-jax/para_jax/blob/main/docs/study.md) does so for six tasks: at equal size
+# FanLoRA matched LoRA on some and lost on others, and decoded faster.
 #
 # ## The adapter in PEFT
 #
-# What was tuned is LoRA with modules of its own in each layer, which PEFT can say too: its folder lists the full path
-# of every module.
+# What was tuned is LoRA with modules of its own in each layer. Hugging Face's PEFT opens its folder, which lists each
+# module's path from `layers` on. Are the answers the same?
 
 # %%
 import importlib.util
-import json
-from pathlib import Path
 
 folder = Path(OUT, "question", "critical")
 saved = json.loads((folder / "adapter_config.json").read_text())
 print(f"{saved['peft_type']}, r={saved['r']}", *sorted(saved["target_modules"]), sep="\n  ")
 
-story = held_out["question"][0]["prompt"]
-ours = results["critical"]["predictions"][0]["prediction"]
-print(f"\n{story}\n  para_jax: {ours}")
 if importlib.util.find_spec("peft") and importlib.util.find_spec("torch"):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(MODEL), folder)
-    prompt = tokenizer(story, return_tensors="pt")
-    tokens = theirs.generate(**prompt, max_new_tokens=12, do_sample=False)[0, prompt["input_ids"].shape[1] :]
-    print(f"  peft:     {tokenizer.decode(tokens, skip_special_tokens=True).strip()}")
+    for example, ours in list(zip(test, results["critical"]["predictions"], strict=True))[:3]:
+        prompt = tokenizer(example.prompt, return_tensors="pt")
+        tokens = theirs.generate(**prompt, max_new_tokens=12, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+        answer = tokenizer.decode(tokens, skip_special_tokens=True).strip()
+        print(f"\n{example.prompt}\n  expected: {example.response}")
+        print(f"  para_jax: {ours['prediction'].strip()}\n  peft:     {answer}")
 else:
-    print("  peft is not installed here: pip install peft torch")
+    print("\npeft is not installed here: pip install peft torch")

@@ -13,21 +13,30 @@
 # ---
 
 # %% [markdown]
-# # What a tenant costs
+# # What serving one more adapter costs
 #
 # [![Open-in-Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/para-jax/para_jax/blob/main/colab/many_tenants.ipynb)
 #
-# Many customers share one frozen language model. Each has an adapter, and all of them are answered in one batch. What
-# does that cost, beside the bare model?
+# Many customers share one frozen language model. Each customer is a **tenant**: it has an *adapter*, a small set of
+# weights that were tuned for it. One batch answers requests of many tenants, one in each row. What do the adapters
+# cost, compared with the bare model?
 #
-# - **PARA** reads an adapter once, at the prompt, and makes three vectors a layer of it. Each later token is scaled
-#   by these vectors.
-# - **LoRA** reads the pair of low-rank matrices of every module again at every token.
+# - **PARA**, [Prompt-Aware Representation Adjustment](https://arxiv.org/abs/2502.01033): in each layer, a small network
+#   reads the prompt once and makes three vectors. They scale the outputs of the query, value and feed-forward up
+#   projections. Later tokens need these vectors only, not the adapter.
+# - **LoRA**, [low-rank adaptation](https://arxiv.org/abs/2106.09685): beside each chosen weight matrix of the model
+#   stand two thin matrices, and what they compute is added. They are read again for every token. Here they are not
+#   merged into the model, because each row has its own.
 #
-# This notebook measures both on the device that it runs on: the time of a decode step, and the memory, for 1 to 256
-# tenants in a batch (64 on a CPU). Every row of a batch has a tenant of its own.
+# The *rank* `r` is the thin side of these matrices, and the inner width of PARA's network: an adapter's size grows with
+# it.
 #
-# On two CPU cores, with the tiny model that comes with the package, it takes about three minutes.
+# The notebook measures the time of a decode step on the device that it runs on, and calculates the memory, for 1 to 256
+# tenants (1 to 64 on a CPU). It does not compare how well the methods learn:
+# [docs/study.md](https://github.com/para-jax/para_jax/blob/main/docs/study.md) does.
+#
+# It takes about two minutes on two CPU cores, with the tiny model that comes with the package. That model shows how to
+# measure. Its figures say little about a large model on your accelerator: choose a GPU or TPU runtime and set `MODEL`.
 
 # %% cellView="form"
 # @title Install para_jax
@@ -267,6 +276,14 @@ print(f"jax {jax.__version__} sees {jax.device_count()} x {jax.devices()[0].devi
 
 # %% [markdown]
 # ## Settings
+#
+# `MODEL` is a folder or a name on the Hugging Face hub, of [one of these
+# architectures](https://github.com/para-jax/para_jax/blob/main/docs/families.md); empty is the tiny model. For a gated
+# model, accept the terms on its page and put a token into a Colab secret or an environment variable named `HF_TOKEN`.
+# The device chooses the dtype: float32 on a CPU, float16 on a T4, bfloat16 on newer GPUs and on TPUs.
+#
+# `TENANTS` lists how many tenants share a batch. Each new number compiles its own programs, so more numbers take
+# longer.
 
 # %%
 import time
@@ -285,199 +302,252 @@ from para_jax import (
     load_tokenizer,
     tiny_backbone_path,
 )
+from para_jax.backbones.options import compute_dtype
+from para_jax.cli.methods import cost
+from para_jax.machine import host_memory
 
 MODEL = ""  # @param ["", "Qwen/Qwen2.5-0.5B", "HuggingFaceTB/SmolLM2-135M"] {"allow-input": true}
 TENANTS = ""  # @param {"type": "string", "placeholder": "1, 8, 64, 256"}
 
 MODEL = MODEL or tiny_backbone_path()
 config, device = BackboneConfig.from_pretrained(MODEL), jax.devices()[0]
+dtype = compute_dtype("auto")
 TENANTS = TENANTS or ("1, 8, 64" if device.platform == "cpu" else "1, 8, 64, 256")
-TENANTS = [int(n) for n in TENANTS.split(",")]
-print(f"{config.size / 1e6:.0f}M parameters, {config.num_hidden_layers} layers, on {device.device_kind}")
+TENANTS = sorted({int(n) for n in TENANTS.split(",")})
+print(f"{config.size / 1e6:.0f}M parameters, {config.num_hidden_layers} layers, {dtype}, on {device.device_kind}")
 
 # %% [markdown]
-# An adapter of either method for this model. The ranks are those that their papers use. `para-jax methods` prints
-# such a table for any model.
+# ## The adapters
+#
+# | name | what it is |
+# |---|---|
+# | PARA | rank 12, which gives LLaMA-2 7B the 8.9M parameters that PARA's paper reports |
+# | LoRA, all modules | rank 16 on all seven weight matrices of a layer, a common choice |
+# | LoRA, PARA's size | only on the query and value projections, with about as many parameters as PARA |
+#
+# *Stored* is the adapter itself, in float32. *In use* is what one request keeps while it is answered, and what a decode
+# step reads for its row: PARA's vectors, or LoRA's matrices in the dtype of computation.
 
 # %%
-METHODS = {"PARA r=12": ParaConfig(r=12), "LoRA r=16": LoraConfig(r=16, target_modules="all-linear")}
-for name, method in METHODS.items():
-    size = method.size(config)
-    print(f"{name}: {size:,} parameters, {size / config.size:.2%} of the model's; {4 * size / 1e6:.1f} MB in float32")
+one = LoraConfig(r=1, target_modules=("q_proj", "v_proj"))
+METHODS = {
+    "PARA": ParaConfig(r=12),
+    "LoRA, all modules": LoraConfig(r=16, target_modules="all-linear"),
+    "LoRA, PARA's size": LoraConfig(
+        r=round(ParaConfig(r=12).size(config) / one.size(config)), target_modules=("q_proj", "v_proj")
+    ),
+}
+costs = {name: cost(method, config, str(dtype)) for name, method in METHODS.items()}
+print(f"{'':18} rank  parameters  of the model's     stored     in use")
+for name, c in costs.items():
+    print(
+        f"{name:18} {METHODS[name].r:4} {c.parameters:11,} {c.parameters / config.size:15.2%} "
+        f"{c.stored / 1e6:7.2f} MB {c.in_flight / 1e6:7.2f} MB"
+    )
 
 # %% [markdown]
-# ## The tenants
+# What does not fit into memory is left out. While the adapters are made there are two copies of each. Later there is
+# one, and a second for the rows that are being answered, next to the keys and values of all tokens.
+
+# %%
+PROMPT = "It was a dark night, and the captain of the ship had not slept for"
+NEW = 48  # tokens of an answer
+
+weights = dtype.itemsize * config.size
+keys_and_values = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
+a_tenant = sum(2 * c.stored + c.in_flight for c in costs.values()) + 96 * keys_and_values
+memory = (device.memory_stats() or {}).get("bytes_limit") or host_memory()["memory_available"] or float("inf")
+fit = [n for n in TENANTS if weights + n * a_tenant < 0.8 * memory]
+for n in TENANTS:
+    if n not in fit:
+        need = (weights + n * a_tenant) / 1e9
+        print(f"TENANTS={n} is left out: it needs about {need:.1f} GB, and there are {memory / 1e9:.1f} GB")
+if not fit:
+    raise SystemExit("Nothing fits. Choose a smaller model, fewer tenants, or a device with more memory.")
+TENANTS, most = fit, max(fit)
+
+# %% [markdown]
+# One *bank* holds the adapters of all tenants. They are untrained: speed does not depend on their values, and untrained
+# adapters all give the bare model's answer, which makes the answers equally long.
 #
-# One bank holds all adapters, stacked. They are fresh here, which changes no time: an adapter's numbers are read
-# whatever they are.
-#
-# `mixed` has both kinds in one batch, and rows with no adapter at all. Each kind is computed for its own rows.
+# In a `mixed` batch a third of the rows use PARA, a third LoRA on all modules, and a third no adapter. It needs two
+# rows at least.
 
 # %%
 backbone, tokenizer = Backbone.from_pretrained(MODEL), load_tokenizer(MODEL)
-most = max(TENANTS)
-names = {kind: [f"{kind}, tenant {i}" for i in range(most)] for kind in METHODS}
-banks = {kind: AdapterBank.create(dict.fromkeys(of, METHODS[kind]), config) for kind, of in names.items()}
+names = {kind: [f"{kind} {i}" for i in range(most)] for kind in METHODS}
+bank = AdapterBank.create({name: METHODS[kind] for kind in METHODS for name in names[kind]}, config)
+KINDS = ("bare model", "PARA", "LoRA, PARA's size", "LoRA, all modules", "mixed")
+MIXED = ("PARA", "LoRA, all modules", "bare model")
 
 
-def asked(kind, rows):
-    """The bank and each row's tenant."""
-    if kind == "bare":
-        return None, [None] * rows
-    if kind != "mixed":
-        return banks[kind], names[kind][:rows]
-    third = -(-rows // 3)
-    chosen = [of[:third] for of in names.values()]
-    configs = {name: METHODS[kind] for kind, of in zip(METHODS, chosen, strict=True) for name in of}
-    rows_of = [name for both in zip(*chosen, [None] * third, strict=True) for name in both]
-    return AdapterBank.create(configs, config), rows_of[:rows]
+def tenants_of(kind, rows):
+    """The tenant of each row; None is the bare model."""
+    kinds = [MIXED[i % 3] if kind == "mixed" else kind for i in range(rows)]
+    return [None if k == "bare model" else names[k][i] for i, k in enumerate(kinds)]
 
 
 # %% [markdown]
-# ## Time
+# ## Time of a decode step
 #
-# Every row gets an answer of 48 tokens. The answer's time over its tokens is what is drawn; the prompt, 17 tokens, is
-# in it, and compiling is not. The best of five is taken, and the kinds take turns, so that other work on the machine
-# falls on all of them.
+# A decode step makes one new token for every row. To time it, the batch is answered twice: once with 48 tokens for each
+# row, and once only up to the first token. The difference is 47 decode steps, without the prompt. Compiling is not in
+# it, because the first round is not counted. The kinds take turns for several rounds, so that other work on the machine
+# disturbs all of them alike.
 
 # %%
-NEW = 48
-PROMPT = "It was a dark night, and the captain of the ship had not slept for"
+ROUNDS, SECONDS = 8, 10  # so many rounds, and more until so many seconds are over: small batches are quick
+first = complete(backbone, tokenizer, [PROMPT], max_new_tokens=1, eos_token_id=())[0].tokens[0]
 
 
-def token_ms(asked_by, rows):
-    """Milliseconds of a new token of all rows together."""
-    bank, tenants = asked_by
+def seconds(kind, rows, eos):
+    """Time of answering a batch; `eos` are the tokens that end an answer, () for none."""
+    given = {"bank": bank, "tenants": tenants_of(kind, rows), "max_new_tokens": NEW, "eos_token_id": eos}
     began = time.perf_counter()
-    found = complete(
-        backbone, tokenizer, [PROMPT] * rows, bank=bank, tenants=tenants, max_new_tokens=NEW, eos_token_id=()
-    )
-    assert all(len(one.tokens) == NEW for one in found)
-    return 1e3 * (time.perf_counter() - began) / NEW
+    complete(backbone, tokenizer, [PROMPT] * rows, **given)
+    return time.perf_counter() - began
 
 
-KINDS = ("bare", *METHODS, "mixed")
-best = {}
+measured = {}  # kind, rows -> milliseconds of a step: of the fastest round, and the median of the rounds
 for rows in TENANTS:
-    askers = {kind: asked(kind, rows) for kind in KINDS}
-    for turn in range(6):  # the first compiles
-        for kind, asker in askers.items():
-            seconds = token_ms(asker, rows)
-            if turn:
-                best[kind, rows] = min(seconds, best.get((kind, rows), seconds))
-    print(f"{rows:4} rows: " + ", ".join(f"{kind} {best[kind, rows]:.2f} ms" for kind in KINDS))
+    kinds = [kind for kind in KINDS if rows > 1 or kind != "mixed"]
+    rounds, began = [], time.perf_counter()
+    while len(rounds) <= ROUNDS or time.perf_counter() - began < SECONDS:
+        rounds.append([(seconds(k, rows, ()), seconds(k, rows, (first,))) for k in kinds])
+    for kind, (whole, short) in zip(kinds, np.array(rounds[1:]).transpose(1, 2, 0), strict=True):
+        steps = 1e3 * (whole - short.min()) / (NEW - 1)
+        measured[kind, rows] = np.array([steps.min(), np.median(steps)])
+    print(f"{rows:4} rows, ms a step: " + ", ".join(f"{kind} {measured[kind, rows][0]:.2f}" for kind in kinds))
+
+# %% [markdown]
+# A point is the fastest round, which other work on the machine disturbed least. The bar at the point ends at the median
+# of the rounds: a long bar means a disturbed measurement, and differences within the bars may be noise. Left: look at
+# how far the lines are apart. Right: the same times divided by the bare model's, so that 1 is "costs nothing".
 
 # %%
-COLOURS = dict(zip(KINDS, ("black", "C0", "C1", "C2"), strict=True))
+COLOURS = dict(zip(KINDS, ("black", "C0", "C2", "C1", "C4"), strict=True))
+
+
+def drawn(axes, kind, values_of):
+    """A line with the spread over the rounds; the kinds stand side by side so that no point hides another."""
+    counts = [rows for rows in TENANTS if (kind, rows) in measured]
+    fastest, median = np.array([values_of(kind, rows) for rows in counts]).T
+    at = [TENANTS.index(rows) + 0.05 * (KINDS.index(kind) - 2) for rows in counts]
+    axes.plot(at, fastest, color=COLOURS[kind], marker="o", markersize=5, label=kind)
+    axes.vlines(at, fastest, median, color=COLOURS[kind], linewidth=3, alpha=0.5)
+
+
 figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2), layout="constrained")
 for kind in KINDS:
-    times = np.array([best[kind, rows] for rows in TENANTS])
-    bare = np.array([best["bare", rows] for rows in TENANTS])
-    for axes, values in ((left, times), (right, times / bare)):
-        axes.plot(TENANTS, values, color=COLOURS[kind], marker="o", label=kind)
-left.set(title="A new token of all rows", ylabel="milliseconds", yscale="log")
-right.set(title="... over the bare model's", ylabel="ratio")
-right.set_ylim(bottom=0)
+    drawn(left, kind, lambda kind, rows: measured[kind, rows])
+    drawn(right, kind, lambda kind, rows: measured[kind, rows] / measured["bare model", rows])
+left.set(title="one decode step of the whole batch", ylabel="milliseconds")
+right.set(title="the same, divided by the bare model's", ylabel="times the bare model's")
+right.axhline(1, color="0.8", linewidth=1, zorder=0)
 for axes in (left, right):
-    axes.set_xscale("log", base=2)
-    axes.set(xlabel="tenants in the batch, one row each", xticks=TENANTS, xticklabels=TENANTS)
+    axes.set(xlabel="tenants in the batch, one row each", xticks=range(len(TENANTS)), xticklabels=TENANTS)
+    axes.set_ylim(bottom=0)
+    axes.margins(y=0.08)
     axes.spines[["top", "right"]].set_visible(False)
 left.legend(frameon=False)
 plt.show()
 
 # %% [markdown]
-# PARA's line lies on the bare model's: a step reads a few vectors a row, beside all of the model's weights. LoRA's
-# rises, because each row reads matrices of its own. A mixed batch computes both kinds, each for its own rows, and costs
-# no less than LoRA alone. The larger the model, the more its own weights hide what a few rows of LoRA cost; the more
-# rows, the less they do.
+# What to expect:
 #
-# ## Tokens a second
+# - **PARA** adds a multiplication by a few vectors. Its line should lie on the bare model's, within the noise.
+# - **LoRA** multiplies every row by matrices of its own, which have to be read from memory. With few rows this hides
+#   behind reading the model's own weights. The more rows, the larger its share; the larger the model, the later this
+#   happens.
+# - **mixed** runs one program for all rows. Rows without LoRA go through the same low-rank matmuls, with zeros for
+#   matrices, and all rows are scaled. So a mixed batch costs at least what a batch of LoRA costs; the scaling comes on
+#   top. If speed matters, keep LoRA's requests in batches of their own.
 #
-# The same figures as the papers show them: what a device answers in a second.
+# Larger models: [docs/study.md](https://github.com/para-jax/para_jax/blob/main/docs/study.md#decoding) has these
+# methods with 97.5M parameters on a CPU; [the README](https://github.com/para-jax/para_jax/blob/main/README.md#speed)
+# has the bare model and PARA in LLaMA-2 7B's shape on an H100.
+#
+# ## Tokens per second
+#
+# The same points as a rate, the way that papers show it: new tokens of all rows in a second. Longer is better. Each
+# panel has its own scale.
 
 # %%
-figure, axes = plt.subplots(figsize=(9, 3.8), layout="constrained")
-for i, kind in enumerate(KINDS):
-    rates = [1e3 * rows / best[kind, rows] for rows in TENANTS]
-    bars = axes.bar(np.arange(len(TENANTS)) + (i - 1.5) * 0.2, rates, 0.19, color=COLOURS[kind], label=kind)
-    axes.bar_label(bars, [f"{rate:,.0f}" for rate in rates], fontsize=7, rotation=45, padding=2)
-axes.set(xticks=range(len(TENANTS)), xticklabels=TENANTS, xlabel="tenants in the batch", ylabel="tokens a second")
-axes.set(yscale="log", title="Decoding, all rows together")
-axes.margins(y=0.18)
-axes.spines[["top", "right"]].set_visible(False)
-axes.legend(frameon=False, loc="upper left")
+figure, panels = plt.subplots(1, len(TENANTS), figsize=(12, 2.8), sharey=True, squeeze=False, layout="constrained")
+for axes, rows in zip(panels[0], TENANTS, strict=True):
+    rates = [1e3 * rows / measured.get((kind, rows), [np.nan])[0] for kind in KINDS]
+    bars = axes.barh(KINDS, np.nan_to_num(rates), color=COLOURS.values())
+    axes.bar_label(
+        bars, ["needs 2 rows" if np.isnan(rate) else f"{rate:,.0f}" for rate in rates], padding=3, fontsize=9
+    )
+    axes.set(title=f"{rows} tenants" if rows > 1 else "1 tenant", xticks=[], xlabel="tokens per second")
+    axes.margins(x=0.22)
+    axes.spines[["top", "right", "bottom"]].set_visible(False)
+    axes.tick_params(length=0)
+panels[0][0].invert_yaxis()
 plt.show()
 
 # %% [markdown]
 # ## Memory
 #
-# A tenant is stored in the bank, and while one of its requests is answered there is a second thing: what was made of
-# the adapter for this request. For PARA these are the vectors; for LoRA, its matrices once more, in the dtype of
-# computation. The model's weights and the cache of keys and values are the same for all.
-
-
-# %%
-def megabytes(tree):
-    return sum(x.nbytes for x in jax.tree.leaves(tree)) / 1e6
-
-
-def in_flight(kind):
-    """Megabytes of one request's prepared adapter, from shapes alone."""
-    rows = banks[kind].rows(names[kind][:1])
-    tokens = jax.ShapeDtypeStruct((1, 16), np.int32)
-    mask = jax.ShapeDtypeStruct((1, 16), np.bool_)
-    state = jax.eval_shape(lambda b, t, m, r: b.prefill(t, m, r, 16)[1], backbone, tokens, mask, rows)
-    return sum(np.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state.adjustments)) / 1e6
-
-
-stored = {kind: megabytes(banks[kind]) / most for kind in METHODS}
-flying = {kind: in_flight(kind) for kind in METHODS}
-weights = megabytes(backbone)
-print(f"the model: {weights:,.1f} MB")
-for kind in METHODS:
-    print(f"{kind}: a tenant stored {stored[kind]:.3f} MB, a request in flight {flying[kind]:.4f} MB")
+# These figures are calculated from the shapes of the arrays, not measured. A bar is what the device holds while each
+# tenant is answered in one row: the model's weights, the stored adapters, and what the requests have in use. The cache
+# of keys and values is left out; it is the same for all kinds.
 
 # %%
-figure, axes = plt.subplots(figsize=(9, 3.6), layout="constrained")
-for kind in METHODS:
-    axes.plot(TENANTS, [n * stored[kind] for n in TENANTS], color=COLOURS[kind], label=f"{kind}, stored")
-    axes.plot(
-        TENANTS,
-        [n * flying[kind] for n in TENANTS],
-        color=COLOURS[kind],
-        marker="o",
-        ls="--",
-        label=f"{kind}, in flight",
+figure, axes = plt.subplots(figsize=(9, 3.8), layout="constrained")
+unit, size = ("GB", 1e9) if weights > 1e9 else ("MB", 1e6)
+shown = [kind for kind in KINDS if kind != "mixed"]
+for i, kind in enumerate(shown):
+    stored, in_use = (
+        np.array(TENANTS) * getattr(costs[kind], part) / size if kind in costs else np.zeros(len(TENANTS))
+        for part in ("stored", "in_flight")
     )
-axes.axhline(weights, color="black", linewidth=1)
-axes.annotate("the model's weights", (TENANTS[0], weights), va="bottom", fontsize=9)
-axes.set_xscale("log", base=2)
-axes.set(
-    yscale="log", xlabel="tenants", xticks=TENANTS, xticklabels=TENANTS, ylabel="MB", title="Memory of all tenants"
-)
+    at = np.arange(len(TENANTS)) + 0.2 * (i - 1.5)
+    axes.bar(at, weights / size, 0.18, color="0.85", label=None if i else "the model's weights")
+    axes.bar(at, stored, 0.18, weights / size, color=COLOURS[kind], label=f"{kind}: stored" if kind in costs else None)
+    axes.bar(
+        at,
+        in_use,
+        0.18,
+        weights / size + stored,
+        color=COLOURS[kind],
+        alpha=0.5,
+        label=f"{kind}: in use" if kind in costs else None,
+    )
+    axes.bar_label(axes.containers[-1], [f"{x:,.3g}" for x in weights / size + stored + in_use], fontsize=8, padding=2)
+axes.set(xlabel="tenants, one row each", xticks=range(len(TENANTS)), xticklabels=TENANTS, ylabel=unit)
+axes.set_title("memory, from left to right: " + ", ".join(shown), fontsize=10)
+axes.margins(y=0.1)
 axes.spines[["top", "right"]].set_visible(False)
 axes.legend(frameon=False, fontsize=9)
 plt.show()
 
 # %% [markdown]
-# ## A new tenant costs no compilation
+# LoRA has its matrices twice, stored and in use; PARA's vectors are too small to see. Two adapters of the same size
+# differ in use: compare PARA with *LoRA, PARA's size*.
 #
-# Programs depend on how many rows there are and how long their prompts may be, not on who asks. So another tenant of
-# the same kind, never seen before, is answered by the program that is there.
+# ## New tenants compile nothing
+#
+# Programs depend on how many rows a batch has, on how long prompts and answers may be, and on how many places the bank
+# has. They do not depend on who asks. Here all tenants are replaced by others.
 
 # %%
 compiled = []
 jax.monitoring.register_event_duration_secs_listener(
-    lambda name, seconds, **_: (
-        compiled.append(seconds) if name == "/jax/core/compile/backend_compile_duration" else None
-    )
+    lambda name, seconds, **_: compiled.append(name) if name == "/jax/core/compile/backend_compile_duration" else None
 )
-rows = TENANTS[1]
-for turn in range(2):
-    some = AdapterBank.create({f"customer {turn}.{i}": METHODS["PARA r=12"] for i in range(rows)}, config, seed=turn)
+for turn in (1, 2):
+    newcomers = {f"newcomer {turn}.{i}": METHODS["PARA"] for i in range(most)}
+    others = AdapterBank.create(newcomers, config, seed=turn)
     compiled.clear()
-    complete(backbone, tokenizer, [PROMPT] * rows, bank=some, tenants=list(some.names), max_new_tokens=NEW)
-    print(f"{rows} new tenants, turn {turn + 1}: {len(compiled)} programs compiled")
+    complete(backbone, tokenizer, [PROMPT] * most, bank=others, tenants=list(newcomers), max_new_tokens=NEW)
+    print(f"{most} new tenants, turn {turn}: {len(compiled)} programs compiled")
 
 # %% [markdown]
-# The first turn may compile what takes rows out of a bank of this size; the second compiles nothing.
+# A bank that is full doubles its places when a tenant is added with `bank.add`; then one small program, which takes the
+# batch's rows out of the bank, is compiled once more. `AdapterBank.create(..., capacity=256)` reserves places from the
+# start.
+#
+# [your_model](https://github.com/para-jax/para_jax/blob/main/colab/your_model.ipynb) tunes adapters on your own rows;
+# `AdapterBank.load` reads adapters from folders, those of Hugging Face's PEFT included.

@@ -17,18 +17,28 @@
 #
 # [![Open-in-Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/para-jax/para_jax/blob/main/colab/mesh.ipynb)
 #
-# A model that does not fit one chip is split over several. This notebook splits one over eight, as Kaggle's TPU v5e-8
-# has them. Where there are fewer, eight simulated CPU devices take their place: the same programs with the same
-# collectives, only no faster. It
+# A model that does not fit on one chip is split over several. A **mesh** says how: it arranges the devices along named
+# axes, and each axis splits something else. This notebook
 #
-# 1. puts a model on a mesh, and says what each device holds;
-# 2. tunes two tenants on it, stops in the middle, goes on **on another mesh**, and compares the losses with those of
-#    one device;
-# 3. decodes both tenants in one batch on a third mesh;
-# 4. plans: what the compiler says a device needs, beside what the devices hold;
-# 5. counts what moves between devices, and so says which mesh suits tuning and which suits decoding.
+# 1. puts a model on several meshes, and says what each device holds;
+# 2. tunes two adapters on one mesh, stops in the middle, and goes on **on another mesh**;
+# 3. decodes with both adapters in one batch, on a third mesh;
+# 4. plans: asks the compiler what a device needs, and compares with what the devices here hold;
+# 5. counts the bytes that move between devices, which decides which mesh suits tuning and which suits decoding.
 #
-# On a CPU with two cores and the tiny model it takes about four minutes.
+# The two adapters belong to two **tenants**, customers or tasks that share the model. One adapter is of the method
+# **PARA**, [Prompt-Aware Representation Adjustment](https://arxiv.org/abs/2502.01033): a small network in each layer
+# reads the prompt once and makes vectors that scale the outputs of the layer's projections. The other is
+# [LoRA](https://arxiv.org/abs/2106.09685): two thin matrices beside each chosen weight matrix, whose result is added.
+# The *rank* `r` is the inner width of PARA's network and the thin side of LoRA's matrices. There is one of each to show
+# that both methods share a run and a batch.
+#
+# **Eight devices.** Kaggle's *TPU VM v5e-8* has eight chips: choose it under Settings, Accelerator, and switch Internet
+# on, or attach a wheel of para_jax as a dataset and give its path below. Anywhere else, eight simulated CPU devices
+# take their place. They run the same programs with the same communication, but share one processor, so they are slower
+# than one device.
+#
+# It takes about three minutes on two CPU cores with the tiny model that comes with the package.
 
 # %% cellView="form"
 # @title Install para_jax
@@ -267,21 +277,29 @@ import jax
 print(f"jax {jax.__version__} sees {jax.device_count()} x {jax.devices()[0].device_kind}")
 
 # %% [markdown]
-# ## Eight devices
+# ## Settings
 #
-# The number of simulated devices has to be set before JAX starts its devices, and the cell above has started them. So
-# they are cleared first. With an accelerator of fewer than eight devices this notebook leaves it alone and uses the
-# CPU: a mesh of one device would have nothing to show.
+# | setting | what it is |
+# |---|---|
+# | `MODEL` | a folder or a name on the Hugging Face hub; empty is the tiny model |
+# | `OUT` | a folder for the runs, of one model: with another, `finetune` refuses to go on there |
+# | `COMPARE` | also run on one device and compare. Switch it off for a model that does not fit on one device |
+#
+# Run all twice, and the tuning runs are found finished: nothing is stopped or resumed the second time.
+#
+# JAX has started its devices in the cell above. To simulate eight, they are cleared and JAX starts again on the CPU.
 
 # %%
 MODEL = ""  # @param {"type": "string", "placeholder": "a folder or a name of the hub; empty: the tiny model"}
 OUT = "mesh"  # @param {"type": "string"}
+COMPARE = True  # @param {"type": "boolean"}
 
 import jax
 from jax.extend.backend import clear_backends
 
 if len(jax.devices()) != 8:
-    print(f"{len(jax.devices())} x {jax.devices()[0].device_kind} is not eight devices: simulating eight on the CPU")
+    print(f"this notebook needs eight devices, and here is {len(jax.devices())} x {jax.devices()[0].device_kind}.")
+    print("It simulates eight on the CPU; an accelerator that is here is not used.")
     clear_backends()
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
@@ -289,41 +307,63 @@ devices = jax.devices()
 SIMULATED = devices[0].platform == "cpu"
 print(f"{len(devices)} x {devices[0].device_kind}{', simulated' if SIMULATED else ''}")
 
-# %% [markdown]
-# ## A mesh
-#
-# A mesh gives the devices coordinates. Three axes have names:
-#
-# | axis | rows of a batch | weights |
-# |---|---|---|
-# | `data` | split | whole on every device |
-# | `fsdp` | split | split over features; gathered for each layer when it runs |
-# | `tensor` | whole | split over heads and inner features; partial sums are added up |
-#
-# `data` saves no memory for weights and moves nothing in a layer. `fsdp` saves it and moves weights. `tensor` saves it
-# and moves hidden states. `from_pretrained` reads each device's part straight to it.
-
 # %%
 from para_jax import Backbone, BackboneConfig, auto_mesh, load_tokenizer, make_mesh, tiny_backbone_path
-from para_jax.memory import keep_freed_memory
+from para_jax.backbones.options import compute_dtype
+from para_jax.machine import host_memory
 
-keep_freed_memory()
 MODEL = MODEL or tiny_backbone_path()
-config, tokenizer = BackboneConfig.from_pretrained(MODEL), load_tokenizer(MODEL)
-MESHES = ["fsdp=8", "data=2,fsdp=2,tensor=2", "data=4,tensor=2"]
-held = {}
-for text in MESHES:
-    split = Backbone.from_pretrained(MODEL, stacked=True, mesh=make_mesh(text))
-    held[text] = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(split))
-    print(f"{text:24} {held[text] / 1e6:6.2f} MB of weights on each device")
-alone = Backbone.from_pretrained(MODEL, stacked=True)
-whole = sum(x.nbytes for x in jax.tree.leaves(alone))
-print(f"{'one device':24} {whole / 1e6:6.2f} MB")
+config, tokenizer, dtype = BackboneConfig.from_pretrained(MODEL), load_tokenizer(MODEL), compute_dtype("auto")
+whole = config.size * dtype.itemsize
+print(f"{config.size / 1e6:,.1f}M weights in {config.num_hidden_layers} layers: {whole / 1e6:,.2f} MB in {dtype}")
+print(f"attention has {config.num_attention_heads} query heads and {config.num_key_value_heads} key/value heads")
+memory = (devices[0].memory_stats() or {}).get("bytes_limit") or host_memory()["memory_available"]
+if COMPARE and memory and whole > 0.4 * memory:
+    print(f"one device has {memory / 1e9:.1f} GB, which is too little for a comparison with one device: it is left out")
+    COMPARE = False
 
 # %% [markdown]
-# ## Tuning on one device
+# ## What each device holds
 #
-# The rows are made by the package: one-sentence stories, and for each tenant its own answer.
+# Three axes have names, and `fsdp=4,tensor=2` is a mesh of 4 x 2 devices:
+#
+# | axis | rows of a batch | weights | what it costs |
+# |---|---|---|---|
+# | `data` | split | a full copy on every device | memory |
+# | `fsdp` | split | split; a layer's weights are gathered when it runs | weights move |
+# | `tensor` | not split | split by heads and inner features | hidden states move: partial sums are all-reduced |
+#
+# Devices that differ along `data` or `fsdp` have other rows; devices that differ only along `tensor` work on the same
+# rows. `auto_mesh` chooses a mesh for tuning and one for decoding; a third here uses all three axes. `from_pretrained`
+# reads each device's part from the file, and no device ever holds more.
+
+
+# %%
+def text_of(sizes):
+    return ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1)
+
+
+FOR_TUNING, FOR_DECODING = text_of(auto_mesh(config, 8)), text_of(auto_mesh(config, 8, tuning=False))
+ALL_AXES = "data=2,fsdp=2,tensor=2" if config.num_key_value_heads % 2 == 0 else "data=2,fsdp=4"
+print(f"auto_mesh: {FOR_TUNING} for tuning, {FOR_DECODING} for decoding\n")
+held = {}
+for text in dict.fromkeys((FOR_TUNING, ALL_AXES, FOR_DECODING)):
+    # Layers in one stack: tuning compiles one layer and not all of them.
+    split = Backbone.from_pretrained(MODEL, stacked=True, mesh=make_mesh(text))
+    held[text] = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(split))
+    print(f"{text:24} {held[text] / 1e6:8.2f} MB of weights on each device, {held[text] / whole:.1%} of the model")
+
+# %% [markdown]
+# A weight is split over `fsdp` times `tensor` devices, so the share is one over their product. It can be a little more,
+# because small weights such as norms are on every device. Adapters and their optimizer state are small: in this run
+# they are either whole on every device or each tenant is on devices of its own, whatever leaves fewer places empty
+# ([docs/finetuning.md](https://github.com/para-jax/para_jax/blob/main/docs/finetuning.md#meshes)).
+#
+# ## Tuning
+#
+# The rows are one-sentence stories that the package makes. The tenant *place* learns to answer with the place,
+# *question* to ask where the person is. Each step takes eight rows of each tenant. For rows of your own, make `rows` of
+# a file, as [your_model](https://github.com/para-jax/para_jax/blob/main/colab/your_model.ipynb) does.
 
 # %%
 from para_jax import AdapterBank, LoraConfig, ParaConfig, Settings, encode_rows, end_tokens, finetune
@@ -339,41 +379,49 @@ examples = {
 STEPS = 40
 settings = dict.fromkeys(methods, Settings.checked(steps=STEPS, lr=1e-2 if config.size < 1e8 else 5e-4))
 given = {"rows": 8, "resume": True}
+fresh = AdapterBank.create(methods, config, seed=0)
 
-expected = finetune(alone, AdapterBank.create(methods, config, seed=0), examples, settings, f"{OUT}/alone", **given)
+if COMPARE:
+    alone = Backbone.from_pretrained(MODEL, stacked=True)
+    finetune(alone, fresh, examples, settings, f"{OUT}/alone", **given)
 
 # %% [markdown]
 # ## The same on a mesh, stopped, and resumed on another
 #
-# The first half runs on `data=2,fsdp=2,tensor=2`. Then the run gets Ctrl-C, as if somebody pressed the stop button; it
-# saves the step that is on its way and ends. The second half runs on `fsdp=8`, from the checkpoint of the first: each
-# array goes from the devices that had it to those that now want it, and the rows come in the same order.
+# The first half runs on the mesh with all three axes. In the middle the notebook sends itself Ctrl-C, as if somebody
+# pressed the stop button: `finetune` saves the step that it is working on and ends. The second half runs on the mesh
+# that `auto_mesh` chose, from the checkpoint of the first. Rows come in the same order as without the stop.
+#
+# Simulated devices take turns on the same processor, and a mesh cuts the few rows of this example into smaller pieces
+# with more padding. So there are fewer tokens per second than on one device. Real devices work at the same time.
 
 # %%
 import signal
 
 
 def press_stop(line):
-    """Called with each step's metrics."""
+    """`finetune` calls this with the metrics of each step."""
     if line["step"] == STEPS // 2:
         signal.raise_signal(signal.SIGINT)
 
 
-split = Backbone.from_pretrained(MODEL, stacked=True, mesh=make_mesh("data=2,fsdp=2,tensor=2"))
-fresh, half = AdapterBank.create(methods, config, seed=0), STEPS // 2 + 1
+split = Backbone.from_pretrained(MODEL, stacked=True, mesh=make_mesh(ALL_AXES))
+half = STEPS // 2 + 1  # the step that Ctrl-C lets end, unless it comes later
 try:
     finetune(split, fresh, examples, settings, f"{OUT}/split", loggers=[press_stop], **given)
 except KeyboardInterrupt as stopped:
-    print(stopped)
     half = stopped.step
+    print(f"stopped and saved after step {half}; the next cell goes on from there")
 
 # %%
-split = Backbone.from_pretrained(MODEL, stacked=True, mesh=make_mesh("fsdp=8"))
-bank = finetune(split, fresh, examples, settings, f"{OUT}/split", **given)
+split = Backbone.from_pretrained(MODEL, stacked=True, mesh=make_mesh(FOR_TUNING))
+bank = finetune(split, fresh, examples, settings, f"{OUT}/split", **given)  # the checkpoint takes the place of `fresh`
 
 # %% [markdown]
-# Both runs wrote a line for each step to `metrics.jsonl`. Sums are taken in another order on a mesh, so the losses
-# differ by rounding, which grows a little from step to step.
+# Both runs wrote the loss of each step to `metrics.jsonl`. Left: the thin line, on the meshes, should lie on the pale
+# one, on one device; the dotted line is where the mesh changed. Right: a mesh adds numbers in another order, which
+# changes their last digits, and each update carries that on. So a difference may grow with the steps, and should stay
+# far below a hundredth. A step without any difference has no point.
 
 # %%
 import json
@@ -382,65 +430,73 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
-losses = {}
-for run in ("alone", "split"):
+
+def losses(run, name):
     lines = [json.loads(line) for line in Path(OUT, run, "metrics.jsonl").read_text().splitlines()]
-    losses[run] = {name: np.array([line["loss"][name] for line in lines]) for name in methods}
+    return np.array([line["loss"][name] for line in lines])
+
+
 steps = np.arange(1, STEPS + 1)
-figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.4), layout="constrained")
+figure, (left, right) = plt.subplots(1, 2, figsize=(12, 3.6), layout="constrained")
 worst = 0.0
 for i, name in enumerate(methods):
-    one, several = losses["alone"][name], losses["split"][name]
-    left.plot(steps, one, color=f"C{i}", alpha=0.35, linewidth=6, label=f"{name}, one device")
+    several = losses("split", name)
+    if COMPARE:
+        one = losses("alone", name)
+        apart = abs(several - one) / one
+        left.plot(steps, one, color=f"C{i}", alpha=0.3, linewidth=7, label=f"{name}, one device")
+        right.semilogy(steps, np.where(apart > 0, apart, np.nan), color=f"C{i}", marker=".", label=name)
+        worst = max(worst, float(np.max(apart)))
     left.plot(steps, several, color=f"C{i}", linewidth=1.5, label=f"{name}, eight devices")
-    right.semilogy(steps, np.maximum(abs(several - one) / one, 1e-9), color=f"C{i}", label=name)
-    worst = max(worst, float(np.max(abs(several - one) / one)))
-left.set(title="loss", xlabel="step", ylabel="nats a response token", ylim=(0, None))
-right.set(title=f"relative difference, at most {worst:.0e}", xlabel="step", ylim=(1e-9, 1))
-for axes in (left, right):
+left.set(title="loss", xlabel="step", ylabel="nats per response token", ylim=(0, None))
+right.set(title="difference between eight devices and one", xlabel="step", ylabel="difference / loss")
+for axes in (left, right) if COMPARE else (left,):
     axes.axvline(half + 0.5, color="0.6", linestyle=":")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-right.text(half, 0.2, "data=2,fsdp=2,tensor=2 ", ha="right", fontsize=9)
-right.text(half + 1, 0.2, " fsdp=8", fontsize=9)
+left.text(half, 0.1, f"{ALL_AXES} ", ha="right", fontsize=8)
+left.text(half + 1, 0.1, f" {FOR_TUNING}", fontsize=8)
+right.set_visible(COMPARE)
 plt.show()
-print(f"largest relative difference of a loss: {worst:.1e}")
+if COMPARE:
+    print(f"largest relative difference of a loss: {worst:.1e}")
 
 # %% [markdown]
-# ## Decoding on a mesh
+# ## Decoding
 #
-# A decode step has one token for each row. Gathering all weights for so few tokens does not pay, so decoding wants
-# `tensor`, as far as there are key/value heads to split, and `data` for the rest: `auto_mesh` says the same. Rows of
-# both tenants and of none share the batch; each device has rows of its own.
+# One batch holds rows of both tenants, and rows without an adapter. Groups of devices have different rows of it. After
+# so few steps not every answer is right; the expected one is printed beside it.
 
 # %%
 from para_jax import complete
-from para_jax.backbones.options import default_stacked
 
-sizes = auto_mesh(config, 8, tuning=False)
-decoder = Backbone.from_pretrained(MODEL, mesh=make_mesh(sizes))
+decoder = Backbone.from_pretrained(MODEL, mesh=make_mesh(FOR_DECODING))
 askers = [None, *methods]
-batch = [(row["prompt"], asker) for row in held_out["place"][:8] for asker in askers]
-prompts, tenants = [prompt for prompt, _ in batch], [asker for _, asker in batch]
+batch = [(i, asker) for i in range(8) for asker in askers]
+prompts, tenants = [held_out["place"][i]["prompt"] for i, _ in batch], [asker for _, asker in batch]
 answers = complete(decoder, tokenizer, prompts, bank=bank, tenants=tenants, max_new_tokens=12)
-print(f"{len(batch)} rows on {', '.join(f'{axis}={size}' for axis, size in sizes.items())}")
-for (prompt, asker), answer in list(zip(batch, answers, strict=True))[:6]:
+print(f"{len(batch)} rows on {FOR_DECODING}")
+for (i, asker), prompt, answer in list(zip(batch, prompts, answers, strict=True))[:6]:
     if asker is None:
         print(f"\n{prompt}")
-    print(f"    {asker or '(bare model)':14} {answer.text.strip()}")
+    expected = f"   (expected: {held_out[asker][i]['response']})" if asker else ""
+    print(f"    {asker or 'no adapter':12} {answer.text.strip()}{expected}")
 
-single = alone if default_stacked() else Backbone.from_pretrained(MODEL)
-same = complete(single, tokenizer, prompts, bank=bank, tenants=tenants, max_new_tokens=12)
-equal = sum(a.text == b.text for a, b in zip(answers, same, strict=True))
-print(f"\n{equal} of {len(batch)} answers are those of one device")
+if COMPARE:
+    same = complete(Backbone.from_pretrained(MODEL), tokenizer, prompts, bank=bank, tenants=tenants, max_new_tokens=12)
+    equal = sum(a.text == b.text for a, b in zip(answers, same, strict=True))
+    print(f"\n{equal} of {len(batch)} answers are, letter for letter, those of one device")
 
 # %% [markdown]
 # ## Plan and measured
 #
-# `para-jax plan` compiles the programs for chips that need not be there and reads what the compiler says. It runs
-# beside this notebook, with `JAX_PLATFORMS=cpu`, and does not touch the devices that the notebook holds. With libtpu
-# (it comes with `para-jax[tpu]`) the plan is for eight v5e chips. Without, it is for eight H100s, for which the
-# programs are compiled for a CPU: what goes in is exact then, the rest an estimate.
+# `para-jax plan` compiles the programs for chips that need not be here, and reads from the compiler what a device
+# needs. It uses neither the devices nor the weights of this notebook. With the package libtpu (`pip install
+# "para-jax[tpu]"`) the plan is for eight v5e chips. Without it, the plan is for eight H100 GPUs and the programs are
+# compiled for a CPU: the sizes of weights are exact then, and the rest is an estimate.
+#
+# - Tuning: 2 tenants x 8 rows x 32 tokens = 512 tokens in a step.
+# - Decoding: 24 rows in all, with prompts of 32 tokens. A step makes one new token for each row.
 
 # %%
 import importlib.util
@@ -450,71 +506,95 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 TOPOLOGY = "v5e:2x4" if importlib.util.find_spec("libtpu") else "gpu:h100x8"
+MESHES = list(dict.fromkeys((FOR_TUNING, FOR_DECODING)))
 Path(OUT, "plans").mkdir(exist_ok=True)
-common = ["--model", MODEL, "--topology", TOPOLOGY, "--dtype", str(decoder.dtype), "--tenants", "2", "--overwrite"]
+common = ["--model", MODEL, "--topology", TOPOLOGY, "--dtype", str(dtype), "--tenants", "2"]
 ways = {"train": ["--rows", "8", "--length", "32"], "decode": ["--rows", "24", "--length", "32", "--new-tokens", "16"]}
-jobs = [(mode, mesh, f"{OUT}/plans/{mode}-{i}.json") for mode in ways for i, mesh in enumerate(MESHES)]
 
 
-def plan(mode, mesh, file):
+def plan(job):
+    """The plan of a mode and a mesh; None, and what was said, if there is none."""
+    mode, mesh = job
+    file = Path(OUT, "plans", f"{mode}-{mesh}.json")
+    file.unlink(missing_ok=True)
     command = [sys.executable, "-m", "para_jax", "plan", *common, "--mode", mode, "--mesh", mesh, *ways[mode]]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([*command, "--json", file], env=environment, capture_output=True, text=True)
-    return json.loads(Path(file).read_text()) if done.returncode in (0, 1) and Path(file).exists() else done.stderr
+    done = subprocess.run([*command, "--json", str(file)], env=environment, capture_output=True, text=True)
+    made = json.loads(file.read_text()).get("plan") if file.exists() else None
+    if made is None:
+        print(f"no plan of {mode} on {mesh}: {(done.stderr.strip() or done.stdout.strip()).splitlines()[-1]}")
+    return made
 
 
+jobs = [(mode, mesh) for mode in ways for mesh in MESHES]
 with ThreadPoolExecutor(2) as pool:
-    plans = dict(zip(((mode, mesh) for mode, mesh, _ in jobs), pool.map(lambda job: plan(*job), jobs), strict=True))
-print(f"MB of a device, planned for {TOPOLOGY}, and weights as the devices here hold them:")
+    plans = {job: made for job, made in zip(jobs, pool.map(plan, jobs), strict=True) if made}
+print(f"MB of a device, planned for {TOPOLOGY}; held: the weights on a device of this notebook")
 print(f"{'':24} {'weights: plan':>14} {'held':>8} {'peak of tuning':>16} {'of decoding':>12}")
 for mesh in MESHES:
-    tuning, decoding = plans["train", mesh]["plan"], plans["decode", mesh]["plan"]
-    figures = tuning["weights"], held[mesh], tuning["peak"], decoding["peak"]
-    print(
-        f"{mesh:24} {figures[0] / 1e6:14.2f} {figures[1] / 1e6:8.2f} {figures[2] / 1e6:16.2f} {figures[3] / 1e6:12.2f}"
-    )
+    if {("train", mesh), ("decode", mesh)} <= set(plans):
+        tuning, decoding = plans["train", mesh], plans["decode", mesh]
+        figures = [x / 1e6 for x in (tuning["weights"], held[mesh], tuning["peak"], decoding["peak"])]
+        print("{:24} {:14.2f} {:8.2f} {:16.2f} {:12.2f}".format(mesh, *figures))
 if (said := devices[0].memory_stats()) and "peak_bytes_in_use" in said:
-    print(
-        f"the first device had at most {said['peak_bytes_in_use'] / 1e6:.2f} MB in use, of all that this notebook did"
-    )
+    print(f"the first device had at most {said['peak_bytes_in_use'] / 1e6:.2f} MB in use, in all of this notebook")
 else:
-    print("simulated devices do not say what their peak was; TPUs and GPUs do")
+    print("these devices do not say what their peak was; TPUs and GPUs do")
 
 # %% [markdown]
+# The first two columns should agree. The *peak* also has adapters, optimizer state, activations and the cache of keys
+# and values.
+#
 # ## Which mesh for what
 #
-# A plan lists each program's collectives with the bytes that a device sends. Of tuning that is a micro-batch and the
-# update, of decoding one step, a token for each of 24 rows.
+# A plan lists the bytes that each device sends to others. For tuning the picture counts one micro-batch, which holds
+# the rows of this step, and the update of the adapters; for decoding it counts one step. Both panels have the same
+# scale; shorter is better.
+
 
 # %%
-moved = {
-    key: sum(
-        of["bytes"] for p in made["plan"]["programs"] if p["name"] != "prefill" for of in p["collectives"].values()
-    )
-    for key, made in plans.items()
-}
-figure, panels = plt.subplots(1, 2, figsize=(11, 2.6), sharey=True, layout="constrained")
-for axes, (mode, title) in zip(panels, (("train", "a tuning step"), ("decode", "a decode step")), strict=True):
-    sent = [moved[mode, mesh] / 1e3 for mesh in MESHES]
-    least = min(sent)
-    bars = axes.barh(MESHES, sent, color=["C2" if x == least else "0.75" for x in sent])
-    axes.bar_label(bars, fmt="{:,.0f} kB", padding=4)
-    axes.set(title=f"{title}: sent by a device", xticks=[])
+def sent(mode, mesh, update=True):
+    """Megabytes that a device sends, and NaN where there is no plan."""
+    if (mode, mesh) not in plans:
+        return float("nan")
+    names = {"decode"} if mode == "decode" else {"micro_batch", "update"} if update else {"micro_batch"}
+    programs = [program for program in plans[mode, mesh]["programs"] if program["name"] in names]
+    return sum(of["bytes"] for program in programs for of in program["collectives"].values()) / 1e6
+
+
+figure, panels = plt.subplots(1, 2, figsize=(11, 2.4), sharex=True, sharey=True, layout="constrained")
+for axes, mode, title in zip(panels, ways, ("a tuning step of 512 tokens", "a decode step of 24 rows"), strict=True):
+    values = [sent(mode, mesh) for mesh in MESHES]
+    bars = axes.barh(MESHES, np.nan_to_num(values), color=["C2", "C4"])
+    axes.bar_label(bars, ["no plan" if np.isnan(x) else f"{x:,.3g} MB" for x in values], padding=4)
+    axes.set(title=title, xticks=[], xlabel="sent by a device")
     axes.margins(x=0.2)
     axes.spines[["top", "right", "bottom"]].set_visible(False)
     axes.tick_params(length=0)
 panels[0].invert_yaxis()
 plt.show()
 
+fsdp = auto_mesh(config, 8)["fsdp"]
+gathered = config.size * (fsdp - 1) / fsdp / 1e6
+print(f"To gather all weights once, a device sends {fsdp - 1}/{fsdp} of {config.size / 1e6:,.1f}M numbers:")
+print(f"{2 * gathered:,.1f} MB if a number moves as two bytes, {4 * gathered:,.1f} MB as four.")
+if FOR_DECODING != FOR_TUNING and (per_step := sent("train", FOR_DECODING, update=False)) > 0:
+    tokens = 512 * sent("train", FOR_TUNING, update=False) / per_step
+    print(f"With more than about {tokens:,.0f} tokens in a micro-batch, {FOR_TUNING} sends less than {FOR_DECODING}.")
+
 # %% [markdown]
-# **Decoding** wants `tensor` and `data`: a step has one token a row, so that partial sums of hidden states are small,
-# while `fsdp` gathers every weight for these few tokens (with the tiny model 7 MB instead of 55 kB).
+# How to read the bars:
 #
-# **Tuning** is a trade. What `fsdp` sends does not depend on the rows: it is the weights, a layer at a time. What
-# `tensor` sends grows with the tokens of a step. The step planned here has only 512 tokens, so `tensor` sends least in
-# tuning too; but a device of `data=4,tensor=2` holds four times the weights of one of `fsdp=8`, and key/value heads
-# limit how far `tensor` goes (two here). A large model with thousands of tokens a device is tuned with `fsdp`, which is
-# what `auto_mesh` chooses.
+# - **`fsdp` in decoding** gathers every weight once in each step. A TPU multiplies float32 weights as bfloat16 by
+#   default, so the compiler sends two bytes for each number.
+# - **`fsdp` in tuning** gathers every layer twice, for the forward and for the backward pass, so it sends about twice
+#   as much. This does not depend on how many rows there are. The update adds the adapters' gradients.
+# - **`tensor`** adds up hidden states, twice a layer in each pass. That grows with the number of tokens: next to
+#   nothing for a decode step with one token a row, and more than `fsdp` from the number of tokens on that is printed
+#   above (a linear estimate from the plans).
 #
-# These are bytes that the compiler's programs send. No time was measured on a TPU, and simulated devices share two
-# cores: their speed says nothing.
+# So **decoding** wants `tensor`, as far as there are key/value heads to split, and `data` for the rest. **Tuning**
+# usually has thousands of tokens in a step and wants `fsdp`, which also leaves the smallest part of the weights on each
+# device. `auto_mesh` chooses this way. A small step, like the one here, is the exception: it sends less with `tensor`.
+#
+# These are bytes in compiled programs. No time was measured on TPUs, and the speed of simulated devices says nothing.

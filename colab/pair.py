@@ -63,7 +63,7 @@ def addressed(text: str) -> str:
     ... # doctest: +ELLIPSIS
     'https://github.com/others/theirs and https://github.com/.../blob/main/docs/study.md'
     """
-    own = r"(github(?:\.com)?)/[\w.-]+/[\w.-]+(?=/blob/main/(?:colab|docs)/)"
+    own = r"(github(?:\.com)?)/[\w.-]+/[\w.-]+(?=/blob/main/(?:colab/|docs/|README))"
     return re.sub(own, lambda match: f"{match[1]}/{OWN}", text)
 
 

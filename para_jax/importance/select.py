@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -86,9 +87,17 @@ def _kept(places: Sequence[Sequence[int]], shape: BackboneShape) -> Kept:
 
 
 def plot_importance(
-    scores_ls: Float[np.ndarray, "layers sites"], kept: Kept, shape: BackboneShape, path: str | Path, title: str
+    scores_ls: Float[np.ndarray, "layers sites"],
+    kept: Kept,
+    shape: BackboneShape,
+    path: str | Path,
+    title: str,
+    label: str = "importance",
 ) -> None:
-    """Draws a layer x module heat map as a PNG: importance as colour, the kept modules in a frame."""
+    """Draws a layer x module heat map as a PNG: importance as colour, the kept modules in a frame.
+
+    `label` says what the colours are. The numbers have the decimals that three digits of their range need.
+    """
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
@@ -98,13 +107,17 @@ def plot_importance(
     figure = Figure(figsize=(7.5, 1.2 + (0.42 if few else 0.2) * layers), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(scores_ls, aspect="auto", cmap="viridis")
-    figure.colorbar(image, label="importance")
-    middle = (scores_ls.min() + scores_ls.max()) / 2
+    figure.colorbar(image, label=label)
+    spread = float(np.ptp(scores_ls))
+    decimals = max(0, 2 - math.floor(math.log10(spread))) if spread else 0
     for layer in range(layers):
         for i, name in enumerate(names):
             if few:
-                color = "white" if scores_ls[layer, i] < middle else "black"
-                axes.text(i, layer, f"{scores_ls[layer, i]:.3g}", ha="center", va="center", color=color, fontsize=8)
+                # White on what is darker than the middle grey, as the eye sees it.
+                red, green, blue, _ = image.cmap(image.norm(scores_ls[layer, i]))
+                color = "white" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.5 else "black"
+                number = f"{scores_ls[layer, i]:.{decimals}f}"
+                axes.text(i, layer, number, ha="center", va="center", color=color, fontsize=8)
             if name in kept[layer]:
                 frame = Rectangle((i - 0.46, layer - 0.44), 0.92, 0.88, fill=False, edgecolor="#e8442f", linewidth=2.2)
                 axes.add_patch(frame)

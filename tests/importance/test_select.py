@@ -84,3 +84,20 @@ def test_the_picture_frames_what_is_kept(tmp_path, monkeypatch: pytest.MonkeyPat
     middles = {(round(p.get_y() + p.get_height() / 2), round(p.get_x() + p.get_width() / 2)) for p in axes.patches}
     assert middles == {(layer, SITES.index(site)) for layer, sites in enumerate(kept) for site in sites}
     assert [label.get_text() for label in axes.get_xticklabels()] == SITES
+
+
+def test_the_pictures_numbers_can_be_read(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many decimals everywhere as the range needs; dark on the light colours, light on the dark ones."""
+    from matplotlib.figure import Figure
+
+    drawn: list[Figure] = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: (drawn.append(figure), save(figure, *a, **k)))
+    for scores in (SCORES, SCORES / 1000, 0 * SCORES):
+        label = "nats above the layer's least"
+        plot_importance(scores, keep_number(scores, SMALL, 2), SMALL, tmp_path / "map.png", "a title", label)
+    assert drawn[0].axes[1].get_ylabel() == label
+    decimals = [{len(text.get_text().partition(".")[2]) for text in figure.axes[0].texts} for figure in drawn]
+    assert decimals[1] == {next(iter(decimals[0])) + 3} and decimals[2] == {0}
+    color = {float(text.get_text()): text.get_color() for text in drawn[0].axes[0].texts}
+    assert color[min(color)] == "white" and color[max(color)] == "black", "viridis ends in yellow"
