@@ -45,13 +45,13 @@ def write_checkpoint(folder: Path, family: str, dtype: str, layers: int, shards:
     from safetensors.numpy import save_file
 
     from para_jax import BackboneConfig
-    from para_jax.convert.families import entries
+    from para_jax.parameters import table
 
     fields = {**FIELDS[family], "num_hidden_layers": layers, "dtype": dtype}
     config = BackboneConfig.from_hf(fields)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(fields))
-    parts = [p for layer in (None, *range(layers)) for e in entries(config, layer) for p in e.parts]
+    parts = [p for layer in (None, *range(layers)) for e in table(config, layer) for p in e.parts]
     rng = np.random.default_rng(0)
     where = {}
     for shard in range(shards):

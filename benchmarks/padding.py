@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 
 from para_jax import tiny_backbone_path
-from para_jax.backbones.config import BackboneConfig
 from para_jax.cli.common import table
+from para_jax.config import BackboneConfig
 from para_jax.convert.tokenizer import load_tokenizer
 from para_jax.data.buffers import Example, Examples
 from para_jax.data.examples import read_examples

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from para_jax.backbones.block import ACTIVATIONS
 from para_jax.backbones.rope import TYPES
-from para_jax.convert.families import FAMILIES
+from para_jax.families.table import FAMILIES
 
 
 def lines() -> Iterator[str]:

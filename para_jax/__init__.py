@@ -16,7 +16,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "AdapterBank": "para_jax.adapters.bank",
     "Backbone": "para_jax.backbones.decoder",
-    "BackboneConfig": "para_jax.backbones.config",
+    "BackboneConfig": "para_jax.config",
     "Completion": "para_jax.decoding.generate",
     "FanLoraConfig": "para_jax.adapters.fanlora",
     "IA3Config": "para_jax.adapters.ia3",
@@ -51,8 +51,8 @@ if TYPE_CHECKING:
     from para_jax.adapters.ia3 import IA3Config as IA3Config
     from para_jax.adapters.lora import LoraConfig as LoraConfig
     from para_jax.adapters.para import ParaConfig as ParaConfig
-    from para_jax.backbones.config import BackboneConfig as BackboneConfig
     from para_jax.backbones.decoder import Backbone as Backbone
+    from para_jax.config import BackboneConfig as BackboneConfig
     from para_jax.convert.checkpoint import save_backbone as save_backbone
     from para_jax.convert.merging import merge_adapter as merge_adapter
     from para_jax.convert.tokenizer import end_tokens as end_tokens

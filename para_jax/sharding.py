@@ -1,6 +1,6 @@
 """Meshes of devices, and which axis of every array is split over which axis of a mesh.
 
-One place says what the axes of the backbone's weights mean and where each meaning goes:
+The table of parameters gives every weight logical axes; here is where each of them goes:
 
     data    rows of a batch only
     fsdp    rows of a batch, and one axis of every large weight, which is gathered for its product
@@ -23,30 +23,23 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from para_jax.errors import ParaJaxError, unknown
+from para_jax.families.architecture import SITE_AXES, Architecture
+from para_jax.parameters import VOCABULARY, Axes
 
 if TYPE_CHECKING:
     from jax import Array
     from jaxtyping import Float, Int
 
-    from para_jax.backbones.config import BackboneConfig
-
 AXES = ("data", "fsdp", "tensor")
 
-# The meaning of every axis of a weight, by its name in the backbone.
-MEANINGS: dict[str, tuple[str | None, ...]] = {
-    "embed": ("vocab", "model"),
-    "head": ("vocab", "model"),
-    "qkv": ("kv_heads", None, None, "model"),
-    "qkv_bias": ("kv_heads", None, None),
-    "out": ("model", "heads"),
-    "gate_up": (None, "inner", "model"),
-    "gate_up_bias": (None, "inner"),
-    "down": ("model", "inner"),
-    # With experts, these have their axis in front.
-    "experts.gate_up": (None, None, "inner", "model"),
-    "experts.down": (None, "model", "inner"),
+# Which axis of a mesh each logical axis of a weight is split over (`para_jax/parameters.py`).
+MESH_AXES: Mapping[str | None, str] = {
+    "vocab": "tensor",
+    "kv_heads": "tensor",
+    "heads": "tensor",
+    "inner": "tensor",
+    "model": "fsdp",
 }
-PLACES = {"vocab": "tensor", "kv_heads": "tensor", "heads": "tensor", "inner": "tensor", "model": "fsdp"}
 
 
 def parse_mesh(text: str) -> dict[str, int]:
@@ -79,7 +72,7 @@ def make_mesh(sizes: Mapping[str, int] | str, devices: Any = None) -> Mesh:
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
-def auto_mesh(config: BackboneConfig, devices: int, tuning: bool = True) -> dict[str, int]:
+def auto_mesh(config: Architecture, devices: int, tuning: bool = True) -> dict[str, int]:
     """Axis sizes that suit a backbone and so many devices.
 
     While tuning, weights are split over all devices, as far as their features divide, and gathered a layer at a time:
@@ -113,7 +106,7 @@ def own_mesh(mesh: Mesh) -> Mesh:
     return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def check_mesh(config: BackboneConfig, mesh: Mesh) -> None:
+def check_mesh(config: Architecture, mesh: Mesh) -> None:
     """Raises ParaJaxError, naming the size and its nearest divisor, if a backbone cannot be split so."""
     tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
     inner = config.intermediate_size if config.experts is None else config.experts.width
@@ -127,39 +120,22 @@ def check_mesh(config: BackboneConfig, mesh: Mesh) -> None:
             raise ParaJaxError(f"{axis}={parts} does not divide the backbone's {size} {what}; choose {axis}={near}")
 
 
-def spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
-    """Where the axes of a weight go: `blocks.3.qkv`, `blocks.qkv` with the layers in front, or `embed`.
+def spec(axes: Axes, shape: tuple[int, ...], mesh: Mesh) -> P:
+    """Where the axes of a weight go, by its logical axes; stacked weights have the layers in front.
 
-    What is small (norms, routers, biases of o_proj and down_proj) is on every device, and so is an axis that its mesh
-    axis does not divide, such as an odd vocabulary.
+    An axis that its mesh axis does not divide, such as an odd vocabulary, is whole on every device.
+
+    >>> mesh = make_mesh("fsdp=1")
+    >>> spec(("vocab", "model"), (64, 8), mesh), spec(("model", "heads"), (4, 8, 8), mesh)
+    (P('tensor', 'fsdp'), P(None, 'fsdp', 'tensor'))
     """
-    leaf, scale = name.rpartition(".")[2].removesuffix("_scale"), name.endswith("_scale")
-    layers = name.startswith("blocks.") and name.count(".") == 1
-    own = shape[1:] if layers else shape
-    meanings = MEANINGS.get(leaf, ())
-    if len(meanings) + 1 == len(own):
-        meanings = MEANINGS.get(f"experts.{leaf}", ())
-    if len(meanings) != len(own):
-        return P()
-    if scale:  # one for each group of inputs
-        meanings = (*meanings[:-1], None)
-    axes = [PLACES.get(meaning or "") for meaning in meanings]
+    layers = len(shape) - len(axes)
+    found = [MESH_AXES.get(axis) for axis in axes]
     split = [
-        axis if axis is not None and n % mesh.shape[axis] == 0 else None for axis, n in zip(axes, own, strict=True)
+        axis if axis is not None and n % mesh.shape[axis] == 0 else None
+        for axis, n in zip(found, shape[layers:], strict=True)
     ]
-    return P(*([None] if layers else []), *split)
-
-
-# Of each site's projection, what its inputs and outputs mean.
-SITES = {
-    "q_proj": ("model", "heads"),
-    "k_proj": ("model", "kv_heads"),
-    "v_proj": ("model", "kv_heads"),
-    "o_proj": ("heads", "model"),
-    "gate_proj": ("model", "inner"),
-    "up_proj": ("model", "inner"),
-    "down_proj": ("inner", "model"),
-}
+    return P(*[None] * layers, *split) if any(split) else P()
 
 
 def adapter_spec(name: str, shape: tuple[int, ...], mesh: Mesh, tenants: tuple[str, ...] | None) -> P:
@@ -170,20 +146,20 @@ def adapter_spec(name: str, shape: tuple[int, ...], mesh: Mesh, tenants: tuple[s
     """
     path = name.split(".")
     axes: list[Any] = [tenants, *[None] * (len(shape) - 1)]
-    if path[-1] in SITES and len(shape) > 2:
-        inputs, outputs = SITES[path[-1]]
+    if path[-1] in SITE_AXES and len(shape) > 2:
+        inputs, outputs = SITE_AXES[path[-1]]
         # LoRA's pairs are down (r, inputs) and up (outputs, r); what has one axis scales outputs.
-        meaning, at = (inputs, 3) if path[-2] == "down" else (outputs, 2)
-        axis = PLACES.get(meaning)
+        logical, at = (inputs, 3) if path[-2] == "down" else (outputs, 2)
+        axis = MESH_AXES.get(logical)
         if axis == "tensor" and shape[at] % mesh.shape[axis] == 0:
             axes[at] = axis
     return P(*axes)
 
 
-def gathered(weight: Array, name: str, mesh: Mesh) -> Array:
+def gathered(weight: Array, axes: Axes, mesh: Mesh) -> Array:
     """A weight that is whole over `fsdp`."""
-    axes = [None if axis == "fsdp" else axis for axis in spec(name, weight.shape, mesh)]
-    return jax.lax.with_sharding_constraint(weight, NamedSharding(mesh, P(*axes)))
+    kept = [None if axis == "fsdp" else axis for axis in spec(axes, weight.shape, mesh)]
+    return jax.lax.with_sharding_constraint(weight, NamedSharding(mesh, P(*kept)))
 
 
 def row_shards(mesh: Mesh | None) -> int:
@@ -211,7 +187,7 @@ def embedded(embed_vd: Float[Array, "v d"], tokens_bt: Int[Array, "b t"], mesh: 
     if mesh is None:
         return embed_vd[tokens_bt]
     rows = None if rows_axes(mesh, tokens_bt.shape[0]) is None else "data"
-    features = spec("embed", embed_vd.shape, mesh)[1]
+    features = spec(VOCABULARY, embed_vd.shape, mesh)[1]
     tokens_bt = jax.lax.with_sharding_constraint(tokens_bt, NamedSharding(mesh, P(rows)))
     own = jax.lax.with_sharding_constraint(embed_vd[tokens_bt], NamedSharding(mesh, P(rows, None, features)))
     return split_rows(own, mesh)

@@ -15,8 +15,8 @@ from para_jax import IA3Config, LoraConfig, ParaConfig
 from para_jax.adapters.adapter import Adapter, abstract_layers, named_leaves
 from para_jax.adapters.bank import AdapterBank
 from para_jax.adapters.method import MethodConfig
-from para_jax.backbones.config import BackboneConfig
 from para_jax.backbones.decoder import Backbone
+from para_jax.config import BackboneConfig
 from para_jax.data.examples import Example
 from para_jax.data.packing import Shape
 from para_jax.training.places import Layout, in_order

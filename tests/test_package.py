@@ -26,15 +26,10 @@ CORE_REQUIREMENTS = (
 # Each may import those before it and itself.
 LAYERS = (
     "errors", "compat", "hub", "checks", "mounts", "files", "locks", "machine", "progress", "torch_files",
-    "compile_cache", "probing", "compiling", "memory", "adjustment", "sharding", "distributed", "adapters", "backbones",
-    "convert", "data", "training", "importance", "decoding", "evaluation", "serving", "planning", "cli", "__main__",
+    "compile_cache", "probing", "compiling", "memory", "quantization", "families", "parameters", "config", "sharding",
+    "distributed", "adjustment", "adapters", "convert", "backbones", "data", "training", "importance", "decoding",
+    "evaluation", "serving", "planning", "cli", "__main__",
 )  # fmt: skip
-# Imports that point the other way, inside a function of a class that a newcomer calls first.
-EXCEPTIONS = {
-    ("sharding.py", "backbones"),  # names a type
-    ("backbones/decoder.py", "convert"),  # Backbone.from_pretrained reads files
-    ("backbones/config.py", "convert"),  # so does BackboneConfig, whose size is that of its files' tensors
-}
 
 
 def run(code: str, *arguments: str) -> str:
@@ -208,35 +203,76 @@ def test_files_are_written_in_one_place() -> None:
 # Which way imports point
 
 
-def imported(path: Path) -> Iterator[str]:
-    """The modules of the package that a file imports anywhere in it, in full."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+def name_of(path: Path) -> str:
+    """A file's module."""
+    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+
+
+FILES = {name_of(path): path for path in MODULES if path != PACKAGE / "__init__.py"}
+
+
+def imported(tree: ast.AST) -> Iterator[str]:
+    """The modules of the package that are imported anywhere in a piece of code."""
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: imports are written in full"
+            assert node.level == 0, "imports are written in full"
             names = [f"{node.module}.{alias.name}" for alias in node.names]
         else:
             continue
         for name in names:
             if name.partition(".")[0] == "para_jax":
-                public = name.removeprefix("para_jax.")
-                yield para_jax._PUBLIC.get(public, name)
+                name = para_jax._PUBLIC.get(name.removeprefix("para_jax."), name)
+                yield name if name in FILES else name.rpartition(".")[0]
+
+
+TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
+IMPORTS = {name: {other for other in imported(tree) if other not in (name, "para_jax")} for name, tree in TREES.items()}
 
 
 def test_imports_point_upward() -> None:
-    """A file imports from the layers before its own; the exceptions are all there is, and all of them are used."""
-    pointing_down = set()
-    for path in MODULES:
-        relative = path.relative_to(PACKAGE)
-        if relative == Path("__init__.py"):
-            continue  # names everything, imports nothing until it is used
-        own = LAYERS.index(relative.parts[0].removesuffix(".py"))
-        for name in imported(path):
-            layer = name.split(".")[1] if "." in name else ""
-            if layer in LAYERS:
-                if LAYERS.index(layer) > own:
-                    pointing_down.add((relative.as_posix(), layer))
-            else:
-                assert layer in {"", "__version__", "tiny_backbone_path"}, f"{relative} imports {name}"
-    assert pointing_down == EXCEPTIONS
+    """A file imports from the layers before its own, to name a type or inside a function, too."""
+    for name, others in IMPORTS.items():
+        own = LAYERS.index(name.split(".")[1])
+        below = {other for other in others if LAYERS.index(other.split(".")[1]) > own}
+        assert not below, f"{name} imports {below}, which builds on it"
+
+
+def test_imports_make_no_circle() -> None:
+    done: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, f"a circle: {' -> '.join((*path[path.index(name) :], name))}"
+        if name not in done:
+            for other in IMPORTS[name]:
+                visit(other, (*path, name))
+            done.add(name)
+
+    for name in IMPORTS:
+        visit(name, ())
+
+
+def loaded(name: str) -> set[str]:
+    """The heavy packages that come with a module."""
+    if name not in _LOADED:
+        top = ast.Module([node for node in TREES[name].body if isinstance(node, ast.Import | ast.ImportFrom)], [])
+        own = {alias.name for node in top.body if isinstance(node, ast.Import) for alias in node.names}
+        own |= {node.module or "" for node in top.body if isinstance(node, ast.ImportFrom)}
+        _LOADED[name] = {x for x in (package.partition(".")[0] for package in own) if x in HEAVY}
+        _LOADED[name] |= {x for other in imported(top) if other in FILES for x in loaded(other)}
+    return _LOADED[name]
+
+
+HEAVY = {"jax", "flax", "numpy", "optax", "transformers", "ml_dtypes"}
+_LOADED: dict[str, set[str]] = {}
+
+
+def test_only_heavy_modules_are_imported_inside_functions() -> None:
+    """And only by a module that is light itself, so that `para-jax --help` is quick."""
+    for name, tree in TREES.items():
+        for function in ast.walk(tree):
+            if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
+                for other in imported(function):
+                    heavy = other == "para_jax" or (loaded(other) and not loaded(name))
+                    assert heavy, f"{name}: {function.name} imports {other}; do so at the top of the file"

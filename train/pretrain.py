@@ -21,8 +21,8 @@ import numpy as np
 import optax
 
 from para_jax.adapters.rows import Rows
-from para_jax.backbones.config import BackboneConfig
 from para_jax.backbones.decoder import Backbone
+from para_jax.config import BackboneConfig
 from para_jax.convert.checkpoint import save_backbone
 from para_jax.convert.tokenizer import load_tokenizer
 from para_jax.files import write_json

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from para_jax.adapters.adapter import Adapter
+from para_jax.adapters.files import load_adapter
 from para_jax.adapters.method import BackboneShape, MethodConfig
 from para_jax.adapters.rows import Rows, Tenant, strengths_of
 from para_jax.errors import ParaJaxError, unknown
@@ -100,8 +101,6 @@ class AdapterBank:
         check_finite: bool = True,
     ) -> AdapterBank:
         """Reads each tenant's folder as `load_adapter` does, which has the same `check_finite` and raises the same."""
-        from para_jax.adapters.files import load_adapter
-
         adapters = {name: load_adapter(path, shape, check_finite=check_finite) for name, path in folders.items()}
         return cls.stack(adapters, shape, capacity)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from para_jax.adapters.lora import LoraConfig, Module
-from para_jax.adapters.method import BackboneShape, config_from_dict
+from para_jax.adapters.method import BackboneShape, from_fields
 from para_jax.errors import ParaJaxError, unknown
 from para_jax.files import write_json
 
@@ -115,7 +115,7 @@ class FanLoraConfig(LoraConfig):
         if method != cls.method:
             raise ParaJaxError(f'{path} is no FanLoRA setting: it has no "method": "{cls.method}"')
         try:
-            return config_from_dict(method, fields)
+            return from_fields(cls, fields)
         except (TypeError, ValueError) as error:  # ParaJaxError is one
             raise ParaJaxError(f"{path}: {error}") from error
 

@@ -17,9 +17,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from para_jax import __version__
 from para_jax.adapters import peft
 from para_jax.adapters.adapter import Adapter, abstract_layers, mismatches, named_leaves
-from para_jax.adapters.method import BackboneShape, config_from_dict, methods
+from para_jax.adapters.method import BackboneShape
+from para_jax.adapters.registry import METHODS, config_from_dict
 from para_jax.adapters.weights import CONFIG, WEIGHTS, Weights, read_config, read_weights, refuse_nonfinite
 from para_jax.errors import ParaJaxError, unknown
 from para_jax.files import as_json, new_folder, safetensors, write_file
@@ -45,7 +47,6 @@ def save_adapter(
     Raises ParaJaxError if the folder exists and `overwrite` is False or it holds no adapter, if it cannot be
     written, or if the adapter does not fit `base`.
     """
-    from para_jax import __version__
 
     adapter.check(base)
     of_adapter: Any = adapter.config
@@ -113,9 +114,9 @@ def load_adapter(folder: str | Path, shape: BackboneShape, *, check_finite: bool
     folder = Path(folder).expanduser()
     fields = read_config(folder)
     method = fields["peft_type"].lower()
-    if method.upper() not in peft.CONFIGS and method not in methods():
+    if method.upper() not in peft.CONFIGS and method not in METHODS:
         merge = f"; or {peft.MERGE}" if method.upper() in peft.MERGEABLE else ""
-        raise ParaJaxError(f"{folder}: {unknown('method', method, methods())}{merge}")
+        raise ParaJaxError(f"{folder}: {unknown('method', method, METHODS)}{merge}")
     weights = read_weights(folder)
     template = load_chat_template(folder)
     if method.upper() in peft.CONFIGS:

@@ -24,8 +24,9 @@ import numpy as np
 
 from para_jax.adapters.ia3 import FEEDFORWARD, IA3Config, is_input
 from para_jax.adapters.lora import LoraConfig, Module
-from para_jax.adapters.method import BackboneShape, Site
+from para_jax.adapters.method import BackboneShape
 from para_jax.adapters.targets import peft_path
+from para_jax.families.architecture import Site
 
 Config = LoraConfig | IA3Config
 Tensors = Mapping[str, np.ndarray]

@@ -1,15 +1,16 @@
-"""What a method has to provide, and the methods there are."""
+"""What a method has to provide; `adapters/registry.py` has the methods there are."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 import jax
 
 from para_jax.adjustment import Adjustment
 from para_jax.errors import ParaJaxError, unknown
+from para_jax.families.architecture import Site
 
 if TYPE_CHECKING:
     from flax import nnx
@@ -19,21 +20,6 @@ if TYPE_CHECKING:
 
 # Modules of a causal language model that are outside its layers.
 OUTSIDE = ("embed_tokens", "lm_head")
-
-
-class Site(NamedTuple):
-    """A projection `y = x W^T` with x (..., inputs) and y (..., outputs), and where it is in a layer.
-
-    `linear` is False where one name stands for the projections of many experts, whose outputs may be scaled and
-    nothing else: a token goes through several of them. `fused` is the place of the one module that transformers has
-    for several sites, whose outputs stand there in the order of `sites`; empty, if there is none.
-    """
-
-    inputs: int
-    outputs: int
-    path: str
-    linear: bool = True
-    fused: str = ""
 
 
 class BackboneShape(Protocol):
@@ -100,6 +86,9 @@ class MethodConfig(Protocol):
     def __hash__(self) -> int: ...
 
 
+M = TypeVar("M", bound=MethodConfig)
+
+
 def as_targets(target_modules: Iterable[str], option: str = "target_modules") -> tuple[str, ...]:
     """The targets as a tuple. Raises ParaJaxError for a single string, whose letters nobody means, or a repeated name.
 
@@ -140,31 +129,17 @@ def no_site(
     return ParaJaxError(f"{unknown(f'entry of {option}', entry, known)}. Take it out, or name one of these")
 
 
-def methods() -> dict[str, type[Any]]:
-    """Every method by the name that adapter_config.json and the command line use."""
-    from para_jax.adapters.fanlora import FanLoraConfig
-    from para_jax.adapters.ia3 import IA3Config
-    from para_jax.adapters.lora import LoraConfig
-    from para_jax.adapters.para import ParaConfig
+def from_fields(config: type[M], fields: Mapping[str, Any]) -> M:
+    """A method's config with these fields as JSON has them. Raises ParaJaxError for an unknown option.
 
-    return {config.method: config for config in (ParaConfig, LoraConfig, IA3Config, FanLoraConfig)}
-
-
-def config_from_dict(method: str, fields: Mapping[str, Any]) -> Any:
-    """The method's config with these fields as JSON has them. Raises ParaJaxError for an unknown name or option.
-
-    >>> config_from_dict("para", {"r": 4, "target_modules": ["q_proj"]}).target_modules
-    ('q_proj',)
-    >>> config_from_dict("lora", {"rank_pattern": {"q_proj": 2}}).rank_pattern
+    >>> from para_jax import LoraConfig
+    >>> from_fields(LoraConfig, {"r": 4, "rank_pattern": {"q_proj": 2}}).rank_pattern
     (('q_proj', 2),)
     """
-    if method not in methods():
-        raise unknown("method", method, methods())
-    config = methods()[method]
     known = [f.name for f in dataclasses.fields(config)]
     for name in fields:
         if name not in known:
-            raise unknown(f"option of method {method!r}", name, known)
+            raise unknown(f"option of method {config.method!r}", name, known)
     return config(**{name: _hashable(value) for name, value in fields.items()})
 
 

@@ -17,8 +17,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from para_jax.adapters.method import BackboneShape, Site
+from para_jax.adapters.method import BackboneShape
 from para_jax.errors import ParaJaxError
+from para_jax.families.architecture import Site
 
 PREFIX = "base_model.model."
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}

@@ -22,8 +22,9 @@ from para_jax.adapters.fit import MERGE, check_fits
 from para_jax.adapters.fused import as_transformers, by_name, join, modules_of, split
 from para_jax.adapters.ia3 import IA3Config, is_input
 from para_jax.adapters.lora import INITIALISATIONS, LoraConfig
-from para_jax.adapters.method import OUTSIDE, BackboneShape, config_from_dict
+from para_jax.adapters.method import OUTSIDE, BackboneShape
 from para_jax.adapters.names import At, as_peft
+from para_jax.adapters.registry import config_from_dict
 from para_jax.adapters.targets import ALL_LINEAR, matched, module_path, names_module, peft_path
 from para_jax.adapters.weights import Weights
 from para_jax.errors import ParaJaxError

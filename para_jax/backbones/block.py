@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -11,17 +12,18 @@ import jax.numpy as jnp
 from flax import nnx
 
 from para_jax.backbones import rope
-from para_jax.backbones.config import BackboneConfig, Experts
 from para_jax.backbones.experts import gated, through_experts
-from para_jax.backbones.linear import QUANTIZED, Weight, product, rms_norm
+from para_jax.backbones.linear import Weight, product, rms_norm
+from para_jax.config import BackboneConfig
+from para_jax.families.architecture import Experts
+from para_jax.parameters import SCALE
 
 if TYPE_CHECKING:
     from jax import Array
     from jax.sharding import Mesh
     from jaxtyping import Float
 
-Activation = Callable[[Any], Any]
-ACTIVATIONS: dict[str, Activation] = {
+FUNCTIONS: dict[str, Callable[[Any], Any]] = {
     "silu": jax.nn.silu,
     "gelu": partial(jax.nn.gelu, approximate=False),
     "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
@@ -30,76 +32,27 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 
 
-class Block(nnx.Module):
-    """One Transformer layer. Weights, with k key/value heads of g query heads each, hd features a head:
+@dataclass(frozen=True)
+class Block:
+    """One Transformer layer. Its weights have the names and shapes of `para_jax.parameters.table`.
+
+    With k key/value heads of g query heads each, and hd features a head, most layers have
 
     attention_norm (d,), qkv (k, g + 2, hd, d), out (d, k * g * hd), mlp_norm (d,), gate_up (2, f, d), down (d, f).
 
-    Each is (outputs, inputs) in its last axis. With `quantize` these projections are whole numbers of few bits, and
-    qkv_scale, out_scale, gate_up_scale and down_scale (..., groups) are what to multiply them by.
-
-    Where the config asks for them: attention_post_norm and mlp_post_norm (d,); q_norm and k_norm, (hd,) or as wide
-    as all heads; qkv_bias (k, g + 2, hd), out_bias (d,), gate_up_bias (2, f), down_bias (d,). With e experts: router
-    (e, d), gate_up (e, 2, f, d), down (e, d, f).
+    Each is (outputs, inputs) in its last axes. Where a projection is quantized, `qkv_scale` (k, g + 2, hd, groups) and
+    so on are what its integers are multiplied by. With e experts there are router (e, d), gate_up (e, 2, f, d) and
+    down (e, d, f). `mesh` has the devices that share the weights.
     """
 
-    def __init__(
-        self,
-        config: BackboneConfig,
-        dtype: jnp.dtype,
-        key: Array,
-        quantize: str | None = None,
-        mesh: Mesh | None = None,
-    ):
-        """Random weights; `mesh` has the devices that share them."""
-        d, f, hd, k = config.hidden_size, config.intermediate_size, config.head_dim, config.num_key_value_heads
-        g = config.num_attention_heads // k
-        keys = jax.random.split(key, 4)
-
-        def normal(key: Array, *shape: int) -> nnx.Param:
-            return nnx.Param((0.02 * jax.random.normal(key, shape, jnp.float32)).astype(dtype))
-
-        def norm(size: int) -> nnx.Param:
-            return nnx.Param(jnp.full((size,), 1.0 - config.norm_offset, dtype))
-
-        def zeros(*shape: int) -> nnx.Param:
-            return nnx.Param(jnp.zeros(shape, dtype))
-
-        self.config, self.mesh = config, mesh
-        if config.pre_norm:
-            self.attention_norm, self.mlp_norm = norm(d), norm(d)
-        if config.post_norm:
-            self.attention_post_norm, self.mlp_post_norm = norm(d), norm(d)
-        if config.qk_norm != "none":
-            heads = (1, 1) if config.qk_norm == "head" else (k * g, k)
-            self.q_norm, self.k_norm = norm(heads[0] * hd), norm(heads[1] * hd)
-        shapes = {"qkv": (k, g + 2, hd, d), "out": (d, k * g * hd)}
-        if "q_proj" in config.biases:
-            self.qkv_bias = zeros(k, g + 2, hd)
-        if "o_proj" in config.biases:
-            self.out_bias = zeros(d)
-        if config.experts is None:
-            shapes |= {"gate_up": (2, f, d), "down": (d, f)}
-            if "up_proj" in config.biases:
-                self.gate_up_bias, self.down_bias = zeros(2, f), zeros(d)
-        else:
-            e, f = config.experts.count, config.experts.width
-            self.router = normal(jax.random.fold_in(key, 4), e, d)
-            shapes |= {"gate_up": (e, 2, f, d), "down": (e, d, f)}
-        for (name, shape), one in zip(shapes.items(), keys, strict=True):
-            if quantize is None:
-                setattr(self, name, normal(one, *shape))
-            else:
-                bits = QUANTIZED[quantize]
-                whole = jax.random.randint(one, shape, -bits.most, bits.most + 1, jnp.int8).astype(bits.dtype)
-                scale = jnp.full((*shape[:-1], bits.groups(shape[-1])), 0.035 / bits.most, bits.scale_dtype)
-                setattr(self, name, nnx.Param(whole))
-                setattr(self, f"{name}_scale", nnx.Param(scale))
+    config: BackboneConfig
+    weights: Mapping[str, nnx.Param]
+    mesh: Mesh | None = None
 
     @property
     def dtype(self) -> jnp.dtype:
         """Of matmuls' inputs. Weights may be quantized; norms are in it always."""
-        return (self.attention_norm if self.config.pre_norm else self.attention_post_norm).dtype
+        return self.weights["attention_norm" if self.config.pre_norm else "attention_post_norm"].dtype
 
     def __call__(
         self,
@@ -140,15 +93,15 @@ class Block(nnx.Module):
         return normed.astype(self.dtype)
 
     def _norm(self, name: str, x: Array) -> Array:
-        return rms_norm(x, getattr(self, name)[...], self.config.rms_norm_eps, self.config.norm_offset)
+        return rms_norm(x, self.weights[name][...], self.config.rms_norm_eps, self.config.norm_offset)
 
     def _weight(self, name: str) -> Weight:
-        scale = getattr(self, f"{name}_scale", None)
-        return getattr(self, name)[...], None if scale is None else scale[...]
+        scale = self.weights.get(f"{name}{SCALE}")
+        return self.weights[name][...], None if scale is None else scale[...]
 
     def _product(self, name: str, x: Float[Array, "b t i"], dtype: Any = None) -> Float[Array, "b t *o"]:
         """x through one of the projections, its bias included; in x's dtype unless one is given."""
-        y, bias = product(x, *self._weight(name), dtype, self.mesh is None), getattr(self, f"{name}_bias", None)
+        y, bias = product(x, *self._weight(name), dtype, self.mesh is None), self.weights.get(f"{name}_bias")
         return y if bias is None else y + jnp.expand_dims(bias[...].astype(y.dtype), (0, 1))
 
     def _heads(self, norm: str, x_btf: Float[Array, "b t features"]) -> Float[Array, "b t heads hd"]:
@@ -161,7 +114,7 @@ class Block(nnx.Module):
         # Split before the halves are laid end to end: on a mesh each device has a part of both.
         gate, up = (x[:, :, 0] for x in jnp.split(self._product("gate_up", normed), 2, axis=2))
         gate, up = adjust("gate_proj", normed, gate), adjust("up_proj", normed, up)
-        inner = gated(ACTIVATIONS[self.config.hidden_act], gate, up)
+        inner = gated(FUNCTIONS[self.config.hidden_act], gate, up)
         return adjust("down_proj", inner, self._product("down", inner, dtype))
 
     def _mixture(
@@ -170,6 +123,6 @@ class Block(nnx.Module):
         """Every token goes through its likeliest experts; the up projection of all of them is scaled alike."""
         # A scale and no product of this token alone: taken of ones, in float32, which has no rounding to lose.
         scale = adjust("up_proj", normed, jnp.ones((*normed.shape[:2], experts.width), jnp.float32))
-        chance = jax.nn.softmax(product(normed, self.router[...], dtype=jnp.float32), axis=-1)
-        act, weights = ACTIVATIONS[self.config.hidden_act], (self._weight("gate_up"), self._weight("down"))
+        chance = jax.nn.softmax(product(normed, self.weights["router"][...], dtype=jnp.float32), axis=-1)
+        act, weights = FUNCTIONS[self.config.hidden_act], (self._weight("gate_up"), self._weight("down"))
         return through_experts(normed, chance, scale, *weights, experts, act, self.mesh).astype(dtype)

@@ -12,7 +12,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
 
 from para_jax.adjustment import Adjustment
-from para_jax.backbones.config import BackboneConfig
+from para_jax.config import BackboneConfig
 from para_jax.sharding import rows_axes
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from para_jax.probing import refusal, versions
 if TYPE_CHECKING:
     from jax.stages import Traced
 
-    from para_jax.backbones.config import BackboneConfig
+    from para_jax.config import BackboneConfig
 
 OWN: dict[str, Kernel] = {"gpu": "cudnn", "tpu": "splash"}
 # Tokens of the rows that kernels are tried with: for splash, rows of small tiles and of large ones.

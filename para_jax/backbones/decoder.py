@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any, get_args
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding
 
+from para_jax.adapters.adapter import named_leaves
 from para_jax.adapters.bank import AdapterBank, batch_rows
 from para_jax.adapters.method import Prompt
 from para_jax.adapters.rows import Rows, Tenant
@@ -25,14 +27,17 @@ from para_jax.backbones.attention import Seen
 from para_jax.backbones.block import Block
 from para_jax.backbones.cache import Cache, DecodeState
 from para_jax.backbones.choice import choose
-from para_jax.backbones.config import BackboneConfig
 from para_jax.backbones.kernels import Kernel, prompt_attention
-from para_jax.backbones.linear import KEEP_PRODUCTS, QUANTIZED, product, rms_norm
+from para_jax.backbones.linear import KEEP_PRODUCTS, product, rms_norm
 from para_jax.backbones.options import Attention, Dtype, Quantize, Remat, compute_dtype, default_stacked, wide
 from para_jax.backbones.packed import Segments
-from para_jax.compat import List
+from para_jax.compat import Dict, List
+from para_jax.config import BackboneConfig
+from para_jax.convert.checkpoint import fetched, load_weights
 from para_jax.errors import ParaJaxError, unknown
-from para_jax.sharding import embedded, gathered, split_rows
+from para_jax.parameters import VOCABULARY, Parameter, axes, table
+from para_jax.quantization import QUANTIZED
+from para_jax.sharding import check_mesh, embedded, gathered, own_mesh, spec, split_rows
 
 if TYPE_CHECKING:
     from jax import Array
@@ -71,16 +76,12 @@ class Backbone(nnx.Module):
         self.attention = choose(attention, config, compute).kernel
         self.stacked = default_stacked() if stacked is None else stacked
         top, *layers = jax.random.split(key, 1 + config.num_hidden_layers)
-        embed, head = jax.random.split(top)
-        shape = (config.vocab_size, config.hidden_size)
-        self.embed = nnx.Param((0.02 * jax.random.normal(embed, shape, jnp.float32)).astype(compute))
-        if self.stacked:
-            self.blocks: Any = jax.vmap(lambda k: Block(config, compute, k, quantize, mesh))(jnp.stack(layers))
-        else:
-            self.blocks = List([Block(config, compute, k, quantize, mesh) for k in layers])
-        self.norm = nnx.Param(jnp.full((config.hidden_size,), 1.0 - config.norm_offset, compute))
+        outside = random_weights(table(config), config, compute, top)
+        self.embed, self.norm = outside["embed"], outside["norm"]
         if not config.tie_word_embeddings:
-            self.head = nnx.Param((0.02 * jax.random.normal(head, shape, jnp.float32)).astype(compute))
+            self.head = outside["head"]
+        make = partial(random_weights, table(config, 0), config, compute, quantize=quantize)
+        self.blocks: Any = jax.vmap(make)(jnp.stack(layers)) if self.stacked else List([make(key) for key in layers])
 
     @classmethod
     def from_pretrained(
@@ -111,10 +112,44 @@ class Backbone(nnx.Module):
         Raises ParaJaxError for what is no checkpoint, a family or an option not supported, or missing, extra or
         misshapen tensors (all of them are listed).
         """
-        # Reading files is the business of convert/, which builds on this module.
-        from para_jax.convert.checkpoint import load_backbone
+        folder, shapes = cls.opened(path_or_hub_id, dtype, stacked, quantize, attention, mesh)
+        return load_weights(folder, shapes, check_finite)
 
-        return load_backbone(path_or_hub_id, dtype, stacked, quantize, attention, check_finite, mesh)
+    @classmethod
+    def opened(
+        cls, path_or_hub_id: str | Path, dtype: Dtype, stacked: bool | None, quantize: Quantize | None,
+        attention: Attention, mesh: Mesh | None,
+    ) -> tuple[Path, Backbone]:  # fmt: skip
+        """The folder of a checkpoint, and its backbone with shapes in place of arrays."""
+        folder = fetched(path_or_hub_id)
+        config = BackboneConfig.from_folder(folder, name=str(path_or_hub_id))
+        if mesh is not None:
+            mesh = own_mesh(mesh)
+            check_mesh(config, mesh)
+        return folder, cls.abstract(config, dtype, stacked, quantize, attention, mesh)
+
+    @classmethod
+    def abstract(
+        cls,
+        config: BackboneConfig,
+        dtype: Dtype = "auto",
+        stacked: bool | None = None,
+        quantize: Quantize | None = None,
+        attention: Attention = "auto",
+        mesh: Mesh | None = None,
+    ) -> Backbone:
+        """A backbone with shapes, dtypes and shardings in place of arrays; programs can be compiled for it."""
+        make = partial(cls, config, dtype=dtype, stacked=stacked, quantize=quantize, attention=attention, mesh=mesh)
+        tree, logical = jax.eval_shape(make, jax.random.key(0)), axes(config)
+
+        def sharded(name: str, x: Any) -> jax.ShapeDtypeStruct:
+            own = logical[name.rpartition(".")[2]]
+            where = None if mesh is None else NamedSharding(mesh, spec(own, x.shape, mesh))
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+        return jax.tree.unflatten(
+            jax.tree.structure(tree), [sharded(name, x) for name, x in named_leaves(tree).items()]
+        )
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -257,7 +292,7 @@ class Backbone(nnx.Module):
     def whole_head(self) -> Float[Array, "v d"]:
         """The head as products want it: on a mesh its features are gathered, once for all products that follow."""
         head = (self.embed if self.config.tie_word_embeddings else self.head)[...]
-        return head if self.mesh is None else gathered(head, "head", self.mesh)
+        return head if self.mesh is None else gathered(head, VOCABULARY, self.mesh)
 
     def logits(
         self, hidden_btd: Float[Array, "b t d"], head: Float[Array, "v d"] | None = None
@@ -324,15 +359,43 @@ class Backbone(nnx.Module):
             raise unknown("remat", remat, get_args(Remat))
         saved = KEEP_PRODUCTS if remat == "products" else None
         again = partial(jax.checkpoint, policy=saved)
+
+        def layer(carry: Any, index: Any, weights: Any, inputs: Any) -> tuple[Any, Any]:
+            return body(carry, index, Block(self.config, weights, self.mesh), inputs)
+
         if self.stacked:
-            step = (lambda c, x: body(c, *x)) if remat == "none" else again(lambda c, x: body(c, *x))
+            step = (lambda c, x: layer(c, *x)) if remat == "none" else again(lambda c, x: layer(c, *x))
             return jax.lax.scan(step, carry, (jnp.arange(self.config.num_hidden_layers), self.blocks, inputs))
-        body = body if remat == "none" else again(body, static_argnums=(1,))
+        layer = layer if remat == "none" else again(layer, static_argnums=(1,))
         outputs = []
-        for index, block in enumerate(self.blocks):
-            carry, output = body(carry, index, block, inputs[index])
+        for index, weights in enumerate(self.blocks):
+            carry, output = layer(carry, index, weights, inputs[index])
             outputs.append(output)
         return carry, tuple(outputs)
+
+
+def random_weights(
+    parameters: Sequence[Parameter],
+    config: BackboneConfig,
+    dtype: jnp.dtype,
+    key: Array,
+    quantize: Quantize | None = None,
+) -> Any:
+    """Random values for some of the table's entries, by name; with `quantize`, integers and their scales."""
+    weights = Dict()
+    for parameter, own in zip(parameters, jax.random.split(key, len(parameters)), strict=True):
+        name, shape = parameter.name, parameter.shape
+        if parameter.quantizable and quantize is not None:
+            bits = QUANTIZED[quantize]
+            integers = jax.random.randint(own, shape, -bits.most, bits.most + 1, jnp.int8).astype(bits.dtype)
+            scale = jnp.full((*shape[:-1], bits.groups(shape[-1])), 0.035 / bits.most, bits.scale_dtype)
+            weights[name], weights[parameter.scale] = nnx.Param(integers), nnx.Param(scale)
+        elif parameter.init == "normal":
+            weights[name] = nnx.Param((0.02 * jax.random.normal(own, shape, jnp.float32)).astype(dtype))
+        else:
+            value = 0.0 if parameter.init == "zeros" else 1.0 - config.norm_offset
+            weights[name] = nnx.Param(jnp.full(shape, value, dtype))
+    return weights
 
 
 @jax.jit

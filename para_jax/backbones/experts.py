@@ -13,10 +13,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
 
-from para_jax.backbones.config import Experts
 from para_jax.backbones.linear import KEEP_PRODUCTS, Weight, dequantized
 from para_jax.backbones.options import wide
 from para_jax.compat import varying
+from para_jax.families.architecture import Experts
 from para_jax.sharding import rows_axes
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from para_jax.errors import unknown
+from para_jax.quantization import Quantize as Quantize
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Quantize = Literal["int8", "int4"]
 Attention = Literal["auto", "plain", "cudnn", "splash"]
 Remat = Literal["none", "layers", "products"]
 

@@ -13,38 +13,16 @@ the row's own, so that a row's output does not depend on its neighbours.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from para_jax.backbones.config import Rope
+from para_jax.families.architecture import Rope
 
 if TYPE_CHECKING:
     from jax import Array
     from jaxtyping import Float, Int
-
-
-class Options(NamedTuple):
-    """The options of a type of stretching, by transformers' names."""
-
-    needs: tuple[str, ...] = ()
-    may_have: tuple[str, ...] = ()
-
-
-TYPES: dict[str, Options] = {
-    "default": Options(),
-    "linear": Options(("factor",)),
-    "dynamic": Options(("factor",)),
-    "llama3": Options(("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")),
-    "yarn": Options(
-        ("factor", "original_max_position_embeddings"),
-        ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
-    ),
-    "longrope": Options(
-        ("short_factor", "long_factor", "original_max_position_embeddings"), ("factor", "attention_factor")
-    ),
-}
 
 
 def angles(

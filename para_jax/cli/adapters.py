@@ -11,7 +11,7 @@ from para_jax.errors import ParaJaxError, unknown
 
 if TYPE_CHECKING:
     from para_jax.adapters.bank import AdapterBank
-    from para_jax.backbones.config import BackboneConfig
+    from para_jax.config import BackboneConfig
 
 
 def adapter_folders(folder: str | Path, names: Sequence[str] | None = None) -> dict[str, Path]:

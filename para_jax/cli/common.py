@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from para_jax.checks import COUNT, Whole
 from para_jax.cli.options import within
-from para_jax.data.sources import FORMS
+from para_jax.compile_cache import set_up
+from para_jax.data.sources import FORMS, read_rows
 from para_jax.errors import ParaJaxError, unknown
+from para_jax.memory import keep_freed_memory
 
 if TYPE_CHECKING:
-    from para_jax.backbones.config import BackboneConfig
     from para_jax.backbones.decoder import Backbone
-    from para_jax.convert.checkpoint import Loading
+    from para_jax.backbones.loading import Loading
+    from para_jax.config import BackboneConfig
 
 T = TypeVar("T")
 Source = str | list[tuple[str, dict[str, Any]]]  # what `read_rows` takes, or what it gives
@@ -130,10 +132,8 @@ def begin_model(args: argparse.Namespace, stacked: bool | None = None) -> tuple[
     be had.
     """
     from para_jax import tiny_backbone_path
-    from para_jax.compile_cache import set_up
-    from para_jax.convert.checkpoint import Loading
+    from para_jax.backbones.loading import Loading
     from para_jax.convert.tokenizer import check_vocabulary, load_tokenizer
-    from para_jax.memory import keep_freed_memory
 
     set_up(args.compile_cache)
     start_processes(args)
@@ -180,8 +180,8 @@ def chosen_mesh(path: str, args: argparse.Namespace) -> Any:
     """The mesh of --mesh, over all devices; None on a single one."""
     import jax
 
-    from para_jax.backbones.config import CONFIG, checkpoint_folder, read_json
-    from para_jax.convert.families import config_from_hf
+    from para_jax.config import CONFIG, checkpoint_folder, read_json
+    from para_jax.families.reading import architecture_from_hf
     from para_jax.sharding import auto_mesh, make_mesh
 
     if args.mesh != "auto":
@@ -191,14 +191,14 @@ def chosen_mesh(path: str, args: argparse.Namespace) -> Any:
         return None
     tuning = args.verb not in ("generate", "evaluate")
     # The backbone is read next, and says then which keys are ignored.
-    config = config_from_hf(read_json(checkpoint_folder(path, [CONFIG]) / CONFIG), path)
+    config = architecture_from_hf(read_json(checkpoint_folder(path, [CONFIG]) / CONFIG), path)
     return make_mesh(auto_mesh(config, jax.device_count(), tuning))
 
 
 def load_config(model: str | None) -> BackboneConfig:
     """The shape of a backbone from config.json alone: a folder's, a hub id's, or that file; the tiny one's, if None."""
     from para_jax import tiny_backbone_path
-    from para_jax.backbones.config import BackboneConfig, read_json
+    from para_jax.config import BackboneConfig, read_json
 
     path = model or tiny_backbone_path()
     if Path(path).is_file():
@@ -213,7 +213,6 @@ def tenant_sources(args: argparse.Namespace, option: str = "tenant") -> dict[str
     sources, and if there is no tenant.
     """
     from para_jax.data.rows import by_tenant
-    from para_jax.data.sources import read_rows
 
     found: dict[str, Source] = dict(pairs(getattr(args, option), f"--{option}"))
     general = [value for value in args.template if "=" not in value]

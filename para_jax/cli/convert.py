@@ -16,6 +16,7 @@ from pathlib import Path
 from para_jax.cli import common
 from para_jax.cli.options import refuse
 from para_jax.cli.outputs import check_folder
+from para_jax.compile_cache import set_up
 from para_jax.errors import ParaJaxError
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -47,18 +48,19 @@ def run(args: argparse.Namespace) -> int:
     size = shard_bytes(args.shard_size or "5GB")
 
     from para_jax import Backbone, load_adapter, merge_adapter, tiny_backbone_path
-    from para_jax.backbones.config import CONFIG, read_json
-    from para_jax.compile_cache import set_up
+    from para_jax.config import CONFIG, read_json
     from para_jax.convert.adapter_tokenizer import adapter_tokenizer, has_tokenizer
     from para_jax.convert.checkpoint import fetched, save_backbone
-    from para_jax.convert.families import config_from_hf
     from para_jax.convert.tensors import open_tensors
     from para_jax.convert.tokenizer import load_tokenizer
+    from para_jax.families.reading import architecture_from_hf
 
     set_up(args.compile_cache)
     model = args.model or tiny_backbone_path()
     folder = fetched(model)
-    config_from_hf(read_json(folder / CONFIG), model)  # raises for what is not supported, before weights are looked at
+    architecture_from_hf(
+        read_json(folder / CONFIG), model
+    )  # raises for what is not supported, before weights are looked at
     dtypes = sorted(set(open_tensors(folder).dtype.values()))
     if len(dtypes) > 1 and args.dtype == "auto" and args.out is not None:
         raise ParaJaxError(f"{model} has tensors of {' and '.join(dtypes)}; say with --dtype what to write")

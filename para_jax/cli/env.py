@@ -21,7 +21,9 @@ from typing import Any
 
 from para_jax import machine
 from para_jax.cli import common
+from para_jax.cli.methods import human
 from para_jax.cli.outputs import check_files
+from para_jax.compile_cache import folder
 from para_jax.errors import one_line
 from para_jax.files import write_json
 
@@ -82,9 +84,8 @@ def of_jax(model: str | None = None) -> dict[str, Any]:
         import jax
 
         from para_jax.backbones.choice import choose
-        from para_jax.backbones.config import BackboneConfig
         from para_jax.backbones.options import compute_dtype
-        from para_jax.compile_cache import folder
+        from para_jax.config import BackboneConfig
 
         found["cache"] = None if (place := folder()) is None else str(place)
         kind = machine.accelerator()
@@ -139,7 +140,6 @@ def _free(path: str) -> int | None:
 
 def lines(found: dict[str, Any]) -> list[str]:
     """It for people to read."""
-    from para_jax.cli.methods import human
 
     def of(size: int | None) -> str:
         return "unknown" if size is None else human(size)

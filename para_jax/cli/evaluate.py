@@ -17,9 +17,10 @@ from para_jax.cli import common
 from para_jax.cli.adapters import RowTokenizers, adapter_folders, load_bank
 from para_jax.cli.options import refuse, within
 from para_jax.cli.outputs import check_data_dir, check_files
-from para_jax.data.sources import Rows
+from para_jax.data.sources import Rows, read_rows
 from para_jax.errors import ParaJaxError, unknown
 from para_jax.files import json_line, write_json, write_text
+from para_jax.progress import Pace, to_stderr
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,10 +63,8 @@ def run(args: argparse.Namespace) -> int:
     from para_jax.convert.adapter_tokenizer import ends
     from para_jax.data.examples import encode_rows
     from para_jax.data.rows import of_tenant
-    from para_jax.data.sources import read_rows
     from para_jax.distributed import first
     from para_jax.evaluation.evaluate import evaluate
-    from para_jax.progress import Pace, to_stderr
 
     if args.adapters is not None:
         adapter_folders(args.adapters, list(sources))  # raises, before the model is read

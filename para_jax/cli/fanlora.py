@@ -20,7 +20,7 @@ from para_jax.checks import COUNT, POSITIVE, SEED, Whole
 from para_jax.cli import common
 from para_jax.cli.options import ROWS, refuse, within
 from para_jax.cli.outputs import check_data_dir, check_folder
-from para_jax.data.sources import FORMS
+from para_jax.data.sources import FORMS, read_rows
 from para_jax.errors import ParaJaxError, unknown
 from para_jax.files import new_folder, write_json
 
@@ -156,7 +156,6 @@ def held_out(args: argparse.Namespace, tokenizer: Any, shape: Any) -> list[Examp
     from para_jax.convert.tokenizer import end_tokens
     from para_jax.data.examples import encode_rows
     from para_jax.data.rows import of_tenant
-    from para_jax.data.sources import read_rows
 
     length = common.row_length(args.max_length, shape)
     eos = end_tokens(shape, tokenizer)

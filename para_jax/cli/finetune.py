@@ -252,7 +252,7 @@ def method_configs(names: Sequence[str], chosen: Sequence[str], given: Sequence[
     >>> configs["a"].r, configs["b"].r, configs["b"].target_modules
     (4, 8, ('q_proj', 'o_proj'))
     """
-    from para_jax.adapters.method import config_from_dict
+    from para_jax.adapters.registry import config_from_dict
 
     wanted = common.per_tenant(["para", *chosen], "--method", names, str)
     named = {method for method in wanted.values() if not method.endswith(".json")}
@@ -283,12 +283,12 @@ def method_configs(names: Sequence[str], chosen: Sequence[str], given: Sequence[
 
 def config_from_file(path: str) -> Any:
     """A config of a JSON file such as {"method": "lora", "r": 8}. Raises ParaJaxError for any other."""
-    from para_jax.adapters.method import config_from_dict, methods
-    from para_jax.backbones.config import read_json
+    from para_jax.adapters.registry import METHODS, config_from_dict
+    from para_jax.config import read_json
 
     fields = read_json(Path(path))
     if not isinstance(fields.get("method"), str):
-        raise ParaJaxError(f'{path} has no "method"; write one of {", ".join(methods())}')
+        raise ParaJaxError(f'{path} has no "method"; write one of {", ".join(METHODS)}')
     return config_from_dict(fields.pop("method"), fields)
 
 

@@ -26,8 +26,10 @@ from para_jax.cli.adapters import RowTokenizers, adapter_folders, load_bank
 from para_jax.cli.answers import ANSWER, Answers, digest, stamps
 from para_jax.cli.options import refuse, within
 from para_jax.cli.outputs import check_files
+from para_jax.data.sources import KEYS, read_jsonl
 from para_jax.errors import ParaJaxError
 from para_jax.files import remove
+from para_jax.progress import Pace, to_stderr
 
 # Batches whose rows are sorted together, and then written.
 WINDOW = 8
@@ -63,7 +65,6 @@ def run(args: argparse.Namespace) -> int:
     check(args)
 
     from para_jax.convert.adapter_tokenizer import ends
-    from para_jax.data.sources import read_jsonl
     from para_jax.distributed import first
 
     if args.input is None:
@@ -155,7 +156,6 @@ def other_keys(placed: Sequence[tuple[str, dict[str, Any]]], source: str) -> lis
 
     Raises ParaJaxError for a key that is nearly one that is read.
     """
-    from para_jax.data.sources import KEYS
 
     others: set[str] = set()
     for place, row in placed:
@@ -190,8 +190,6 @@ def tokenizers_of(placed: Sequence[tuple[str, dict[str, Any]]], kept: RowTokeniz
 def prompts_of(placed: Sequence[tuple[str, dict[str, Any]]], tokenizers: Sequence[Any]) -> list[list[int]]:
     """Every row's prompt in tokens, by its tokenizer and its chat template."""
     from para_jax.data.examples import encode_rows
-    from para_jax.data.sources import KEYS
-    from para_jax.progress import to_stderr
 
     prompts: list[list[int]] = [[] for _ in placed]
     for spoken in {id(own): own for own in tokenizers}.values():
@@ -231,7 +229,6 @@ def answer(
     from para_jax.convert.checkpoint import fetched
     from para_jax.decoding.generate import Completion, complete
     from para_jax.distributed import by_first, first, told
-    from para_jax.progress import Pace
 
     loading, _, prompts = inputs
     shapes = loading.shapes

@@ -24,7 +24,7 @@ from para_jax.files import write_json
 
 if TYPE_CHECKING:
     from para_jax.adapters.method import BackboneShape, MethodConfig
-    from para_jax.backbones.config import BackboneConfig
+    from para_jax.config import BackboneConfig
 
 RANKS = (8, 16, 64)
 COMPUTE = ("bfloat16", "float16", "float32")

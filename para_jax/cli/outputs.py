@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from para_jax.cli.options import name_of
+from para_jax.data.sources import mixture
 from para_jax.errors import ParaJaxError
 from para_jax.mounts import check_creatable, check_mounted, way_out
 
@@ -79,7 +80,6 @@ def inputs(args: argparse.Namespace) -> dict[str, Path]:
 
 def _paths(text: str) -> Iterator[Path]:
     """What may be a path in an option's value: that of a tenant may be NAME=0.7*FILE.jsonl+0.3*hf:FOLDER:SPLIT."""
-    from para_jax.data.sources import mixture
 
     for value in (text, text.partition("=")[2]):
         try:

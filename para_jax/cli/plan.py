@@ -20,10 +20,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from para_jax.checks import COUNT
 from para_jax.cli import common
+from para_jax.cli.finetune import method_configs
+from para_jax.cli.methods import human
 from para_jax.cli.options import within
 from para_jax.cli.outputs import check_files
 from para_jax.errors import ParaJaxError
 from para_jax.files import write_json
+from para_jax.planning.chips import parse_topology
 
 if TYPE_CHECKING:
     from para_jax.planning.job import Job
@@ -95,7 +98,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     check_files(args, "json")
-    from para_jax.planning.chips import parse_topology
 
     chip = parse_topology(args.topology).chip
     jobs = jobs_of(args, chip.dtype)
@@ -119,7 +121,6 @@ def run(args: argparse.Namespace) -> int:
 
 def jobs_of(args: argparse.Namespace, dtype: Literal["bfloat16", "float16"]) -> list[Job]:
     """A job for each of `--rows`, computed in `dtype` unless `--dtype` names another."""
-    from para_jax.cli.finetune import method_configs
     from para_jax.planning.job import Job
 
     for mode, options in ONLY.items():
@@ -159,7 +160,6 @@ def jobs_of(args: argparse.Namespace, dtype: Literal["bfloat16", "float16"]) -> 
 
 def report(made: dict[str, Any]) -> list[str]:
     """A plan for people to read."""
-    from para_jax.cli.methods import human
 
     best, hbm = made["plan"], made["hbm"]
     verdict = "fits" if made["fits"] else "does not fit"
@@ -217,7 +217,6 @@ def fast(one: dict[str, Any]) -> str:
 
 
 def memory_table(programs: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    from para_jax.cli.methods import human
 
     columns = ("arguments", "outputs", "temporaries", "peak", "held")
     return ["bytes a device", *columns], [[p["name"], *(human(p[c]) for c in columns)] for p in programs]

@@ -13,7 +13,11 @@ from para_jax.checks import COUNT, POSITIVE, SEED
 from para_jax.cli import common
 from para_jax.cli.options import within
 from para_jax.cli.outputs import check_folder
+from para_jax.cli.quickstart_plot import plot
+from para_jax.data.quickstart import quickstart_rows
 from para_jax.files import write_json
+from para_jax.progress import duration
+from para_jax.training.metrics import can_draw
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,16 +46,12 @@ def run(args: argparse.Namespace) -> int:
 
     from para_jax.adapters.bank import AdapterBank
     from para_jax.adapters.para import ParaConfig
-    from para_jax.cli.quickstart_plot import plot
     from para_jax.convert.tokenizer import end_tokens
     from para_jax.data.examples import encode_rows
-    from para_jax.data.quickstart import quickstart_rows
     from para_jax.decoding.generate import complete
     from para_jax.evaluation.evaluate import evaluate
-    from para_jax.progress import duration
     from para_jax.training.claim import check_out
     from para_jax.training.loop import finetune
-    from para_jax.training.metrics import can_draw
     from para_jax.training.optimizer import Settings
 
     check_out(Path(args.out), False, args.overwrite)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from para_jax.adapters.files import TOKENIZER, load_chat_template
-from para_jax.backbones.config import BackboneConfig
+from para_jax.config import BackboneConfig
 from para_jax.convert.tokenizer import end_tokens, with_chat_template
 from para_jax.errors import ParaJaxError
 

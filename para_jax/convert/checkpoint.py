@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes  # noqa: F401  (teaches NumPy the names bfloat16 and int4)
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from para_jax.adapters.adapter import named_leaves
 from para_jax.adapters.files import TEMPLATE
-from para_jax.backbones.config import CONFIG, GENERATION, BackboneConfig, checkpoint_folder
-from para_jax.backbones.decoder import Backbone
-from para_jax.backbones.linear import QUANTIZED, quantized
-from para_jax.backbones.options import Attention, Dtype, Quantize
-from para_jax.convert.families import FAMILIES, entries, hf_fields
+from para_jax.config import CONFIG, GENERATION, BackboneConfig, checkpoint_folder
 from para_jax.convert.renamed import as_named, check_tensors
-from para_jax.convert.tables import Entry
 from para_jax.convert.tensors import INDEX, open_tensors
 from para_jax.errors import ParaJaxError, unknown
+from para_jax.families.writing import hf_fields
 from para_jax.files import as_json, copy, new_folder, safetensors, write_file
-from para_jax.sharding import check_mesh, own_mesh, spec
+from para_jax.parameters import Parameter, table
+from para_jax.quantization import QUANTIZED, Quantize, quantized
 
 FILES = ["*.json", "model*.safetensors", "tokenizer*", "*.jinja"]
 TORCH_FILES = ["*.json", "pytorch_model*.bin", "tokenizer*", "*.jinja"]
@@ -46,44 +42,33 @@ def fetched(path_or_hub_id: str | Path) -> Path:
     return folder
 
 
-def load_backbone(
-    path_or_hub_id: str | Path,
-    dtype: Dtype = "auto",
-    stacked: bool | None = None,
-    quantize: Quantize | None = None,
-    attention: Attention = "auto",
-    check_finite: bool = False,
-    mesh: Mesh | None = None,
-) -> Backbone:
-    """See `Backbone.from_pretrained`. A host holds its devices' part of the model and of one tensor, never more."""
-    folder, shapes = _opened(path_or_hub_id, mesh, dtype, stacked, quantize, attention)
-    return _read(folder, shapes, check_finite)
+class Weights(Protocol):
+    """What is known here of a `Backbone`, a pytree whose leaves have the names of `para_jax.parameters`."""
+
+    config: BackboneConfig
+    quantize: Quantize | None
+    stacked: bool
+
+    @property
+    def dtype(self) -> jnp.dtype: ...
 
 
-def _opened(path_or_hub_id: str | Path, mesh: Mesh | None, *options: Any) -> tuple[Path, Backbone]:
-    """The folder of a checkpoint, and the shapes of its backbone with these options of `backbone_shapes`."""
-    folder = fetched(path_or_hub_id)
-    config = BackboneConfig.from_folder(folder, name=str(path_or_hub_id))
-    if mesh is not None:
-        mesh = own_mesh(mesh)
-        check_mesh(config, mesh)
-    dtype, stacked, quantize, attention = options
-    return folder, backbone_shapes(config, dtype, stacked, quantize, attention, mesh)
+W = TypeVar("W", bound=Weights)
 
 
-def _read(folder: Path, shapes: Backbone, check_finite: bool = False) -> Backbone:
-    """The weights of a folder, where `shapes` says."""
+def load_weights(folder: Path, shapes: W, check_finite: bool = False) -> W:
+    """The weights of a folder, as `shapes` says. A host holds its devices' part of the model and of one tensor."""
     config, quantize, compute, stacked = shapes.config, shapes.quantize, shapes.dtype, shapes.stacked
     layers = range(config.num_hidden_layers)
-    outside, inside = entries(config), [entries(config, layer) for layer in layers]
-    table = [*outside, *(entry for layer in inside for entry in layer)]
-    names = {part.name: part.tensor_shape for entry in table for part in entry.parts}
-    files = as_named(open_tensors(folder), config, FAMILIES[config.family].names, names)
+    outside, inside = table(config), [table(config, layer) for layer in layers]
+    every = [*outside, *(entry for layer in inside for entry in layer)]
+    names = {part.name: part.tensor_shape for entry in every for part in entry.parts}
+    files = as_named(open_tensors(folder), config, names)
     check_tensors(folder, files, config, names)
     abstract = named_leaves(shapes)
     where: dict[str, Any] = {name: x.sharding for name, x in abstract.items()}
 
-    def read(entry: Entry, at: str = "") -> Iterator[tuple[str, jax.Array]]:
+    def read(entry: Parameter, at: str = "") -> Iterator[tuple[str, jax.Array]]:
         """Our tensor of this name, or what it is quantised to."""
         few = abstract[f"{at}{entry.name}"].dtype != compute
         tensors = [part.of(files.read(part.name)) for part in entry.parts]
@@ -105,7 +90,7 @@ def _read(folder: Path, shapes: Backbone, check_finite: bool = False) -> Backbon
             # A scale is of a whole row of inputs, whatever part of it a device gets.
             return made(*ends[:-1], (0, entry.shape[-1]))[which][..., index[-1]]
 
-        for which, name in enumerate((entry.name, f"{entry.name}_scale") if few else (entry.name,)):
+        for which, name in enumerate((entry.name, entry.scale) if few else (entry.name,)):
             leaf, sharding = abstract[f"{at}{name}"], where[f"{at}{name}"]
             # Transfers run in the background and hold what they copy: one at a time.
             shape = leaf.shape[leaf.ndim - len(entry.shape) :]
@@ -124,7 +109,7 @@ def _read(folder: Path, shapes: Backbone, check_finite: bool = False) -> Backbon
     return jax.tree.unflatten(jax.tree.structure(shapes), [leaves[name] for name in abstract])
 
 
-def _check_range(folder: Path, entry: Entry, tensors: list[np.ndarray], ours: np.ndarray) -> None:
+def _check_range(folder: Path, entry: Parameter, tensors: list[np.ndarray], ours: np.ndarray) -> None:
     """Raises ParaJaxError if float16 cannot hold what `ours` was made of."""
     if ours.dtype != np.float16 or not np.isinf(ours).any():
         return
@@ -134,57 +119,6 @@ def _check_range(folder: Path, entry: Entry, tensors: list[np.ndarray], ours: np
         f"{folder}: {', '.join(beyond)} has weights beyond float16's range, which ends at 65504; load it in float32 "
         "(--dtype float32)"
     )
-
-
-def backbone_shapes(
-    config: BackboneConfig,
-    dtype: Dtype = "auto",
-    stacked: bool | None = None,
-    quantize: Quantize | None = None,
-    attention: Attention = "auto",
-    mesh: Mesh | None = None,
-) -> Backbone:
-    """A backbone with the shapes, dtypes and places of its arrays in their stead; programs can be compiled for it."""
-    make = partial(Backbone, config, dtype=dtype, stacked=stacked, quantize=quantize, attention=attention, mesh=mesh)
-    tree = jax.eval_shape(make, jax.random.key(0))
-
-    def placed(name: str, x: Any) -> jax.ShapeDtypeStruct:
-        where = None if mesh is None else NamedSharding(mesh, spec(name, x.shape, mesh))
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
-
-    return jax.tree.unflatten(jax.tree.structure(tree), [placed(name, x) for name, x in named_leaves(tree).items()])
-
-
-class Loading:
-    """A backbone that is being read in a thread, so that data is read and programs are compiled meanwhile.
-
-    Attributes:
-      shapes: the backbone with shapes in place of arrays.
-
-    >>> from para_jax import tiny_backbone_path
-    >>> loading = Loading(tiny_backbone_path(), stacked=True)
-    >>> loading.shapes.embed.shape == loading.backbone().embed.shape
-    True
-    """
-
-    def __init__(
-        self,
-        path_or_hub_id: str | Path,
-        dtype: Dtype = "auto",
-        stacked: bool | None = None,
-        quantize: Quantize | None = None,
-        attention: Attention = "auto",
-        mesh: Mesh | None = None,
-    ):
-        """Begins to read; the arguments are those of `Backbone.from_pretrained`, and so are the errors."""
-        folder, self.shapes = _opened(path_or_hub_id, mesh, dtype, stacked, quantize, attention)
-        thread = ThreadPoolExecutor(1, "load")
-        self._made = thread.submit(_read, folder, self.shapes)
-        thread.shutdown(wait=False)
-
-    def backbone(self) -> Backbone:
-        """The backbone, as soon as it is read. Raises what reading raises."""
-        return self._made.result()
 
 
 def _placed(shape: tuple[int, ...], where: NamedSharding | None, block: Callable[[Any], np.ndarray]) -> jax.Array:
@@ -210,7 +144,7 @@ def _put(stack: jax.Array, x: jax.Array, layer: int, where: NamedSharding | None
 
 
 def save_backbone(
-    backbone: Backbone,
+    backbone: Weights,
     folder: str | Path,
     *,
     dtype: str | None = None,
@@ -238,9 +172,9 @@ def save_backbone(
         raise ParaJaxError("a quantised backbone has lost what its weights were; load it without quantize to write it")
     if dtype not in (None, *WRITTEN):
         raise unknown("dtype", dtype, WRITTEN)
-    table = [(layer, e) for layer in (None, *range(config.num_hidden_layers)) for e in entries(config, layer)]
+    every = [(layer, e) for layer in (None, *range(config.num_hidden_layers)) for e in table(config, layer)]
     written = np.dtype(dtype or str(backbone.dtype))
-    files = _files([(layer, entry, entry.size * written.itemsize) for layer, entry in table], shard_size)
+    files = _files([(layer, entry, entry.size * written.itemsize) for layer, entry in every], shard_size)
     with new_folder(folder, CONFIG, overwrite=overwrite) as partial_folder:
         place: dict[str, str] = {}
         for number, some in enumerate(files, 1):
@@ -255,7 +189,7 @@ def save_backbone(
             write_file(partial_folder / name, safetensors(tensors, {"format": "pt"}))
             place |= dict.fromkeys(tensors, name)
         if len(files) > 1:
-            total = sum(entry.size for _, entry in table) * written.itemsize
+            total = sum(entry.size for _, entry in every) * written.itemsize
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(place.items()))}
             write_file(partial_folder / INDEX, [as_json(index, 2).encode()])
         # auto_map names code that stands beside the original; transformers has the class.
@@ -277,13 +211,13 @@ def _copy_beside(folder: Path, like: str | Path | None, tokenizer: Any, chat_tem
         write_file(folder / TEMPLATE, [chat_template.encode()])
 
 
-def _of_layer(backbone: Backbone, leaves: dict[str, Any], layer: int, name: str) -> Any:
+def _of_layer(backbone: Weights, leaves: dict[str, Any], layer: int, name: str) -> Any:
     return leaves[f"blocks.{name}"][layer] if backbone.stacked else leaves[f"blocks.{layer}.{name}"]
 
 
-def _files(sized: list[tuple[int | None, Entry, int]], most: int) -> list[list[tuple[int | None, Entry]]]:
+def _files(sized: list[tuple[int | None, Parameter, int]], most: int) -> list[list[tuple[int | None, Parameter]]]:
     """Entries in files of at most so many bytes; one that is larger has a file of its own."""
-    files: list[list[tuple[int | None, Entry]]] = []
+    files: list[list[tuple[int | None, Parameter]]] = []
     left = 0
     for layer, entry, size in sized:
         if size > left or not files:

@@ -13,15 +13,15 @@ from para_jax.adapters.ia3 import IA3Config
 from para_jax.adapters.lora import LoraConfig
 from para_jax.adapters.peft import peft_tensors
 from para_jax.adapters.targets import peft_path
-from para_jax.backbones.decoder import Backbone
-from para_jax.convert.families import entries
+from para_jax.convert.checkpoint import W
 from para_jax.errors import ParaJaxError
+from para_jax.parameters import table
 
 if TYPE_CHECKING:
     from jax import Array
 
 
-def merge_adapter(backbone: Backbone, adapter: Adapter) -> Backbone:
+def merge_adapter(backbone: W, adapter: Adapter) -> W:
     """The backbone with a LoRA or (IA)3 adapter in its weights, for export or for serving it alone.
 
         LoRA:   W' = W + scale * B A
@@ -36,7 +36,7 @@ def merge_adapter(backbone: Backbone, adapter: Adapter) -> Backbone:
     cannot be merged: its vectors depend on the prompt.
 
     >>> import jax.numpy as jnp
-    >>> from para_jax import AdapterBank, IA3Config, tiny_backbone_path
+    >>> from para_jax import AdapterBank, Backbone, IA3Config, tiny_backbone_path
     >>> backbone = Backbone.from_pretrained(tiny_backbone_path())
     >>> bank = AdapterBank.create({"acme": IA3Config()}, backbone.config)
     >>> merged = merge_adapter(backbone, bank["acme"])
@@ -56,7 +56,7 @@ def merge_adapter(backbone: Backbone, adapter: Adapter) -> Backbone:
     leaves: dict[str, Any] = dict(named_leaves(backbone))
     for layer, modules in enumerate(config.modules(shape)):
         scales = {site: _scale(modules, site) for site in modules}
-        for entry in entries(shape, layer):
+        for entry in table(shape, layer):
             if not any(part.site in scales for part in entry.parts):
                 continue
             name = f"blocks.{entry.name}" if backbone.stacked else f"blocks.{layer}.{entry.name}"

@@ -15,8 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from para_jax.backbones.config import BackboneConfig
-from para_jax.convert.tables import Names
+from para_jax.config import BackboneConfig
 from para_jax.convert.tensors import TensorFiles
 from para_jax.errors import ParaJaxError
 
@@ -42,7 +41,7 @@ class Renamed:
         return self._files.read(stored)[index]
 
 
-def as_named(files: TensorFiles, config: BackboneConfig, names: Names, expected: Collection[str]) -> TensorFiles:
+def as_named(files: TensorFiles, config: BackboneConfig, expected: Collection[str]) -> TensorFiles:
     """The tensors of a checkpoint under the names of its family's table, `expected`, where transformers reads them so.
 
     What has a name of its own keeps it, and so does what transformers does not read.
@@ -51,7 +50,7 @@ def as_named(files: TensorFiles, config: BackboneConfig, names: Names, expected:
     places: dict[str, tuple[str, Index]] = {}
     for stored in sorted(files.shape, key=lambda name: name not in known):
         name = _of_base_model(stored, known)
-        found = dict(_of_experts(name, files.shape[stored], config, names)) or {name: ()}
+        found = dict(_of_experts(name, files.shape[stored], config)) or {name: ()}
         # Of two tensors for one place, that with the table's own name has it, and the other is not expected.
         found = {stored: ()} if found.keys() & places.keys() else found
         places |= {part: (stored, index) for part, index in found.items()}
@@ -105,12 +104,12 @@ def _of_base_model(name: str, known: Collection[str]) -> str:
     return long if long in known or re.match(r"layers\.\d+\.", name) else name
 
 
-def _of_experts(name: str, shape: tuple[int, ...], config: BackboneConfig, names: Names) -> Iterator[tuple[str, Index]]:
+def _of_experts(name: str, shape: tuple[int, ...], config: BackboneConfig) -> Iterator[tuple[str, Index]]:
     """The tensors of a mixture of experts that one of theirs holds; none, if it is no such tensor."""
     found = re.fullmatch(r"(model\.layers\.\d+)\.(?:mlp|block_sparse_moe)\.(gate|experts)\.(.+)", name)
     if config.experts is None or found is None:
         return
-    layer, which, rest = found.groups()
+    (layer, which, rest), names = found.groups(), config.names
     count, width, d, at = config.experts.count, config.experts.width, config.hidden_size, f"{layer}.{names.experts}"
     gate, up, down = names.expert
     if which == "gate":

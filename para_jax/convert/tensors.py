@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import ml_dtypes  # noqa: F401  (teaches NumPy the name bfloat16)
 import numpy as np
 
-from para_jax.backbones.config import read_json
+from para_jax.config import read_json
 from para_jax.errors import ParaJaxError
 from para_jax.torch_files import as_numpy, read_torch
 

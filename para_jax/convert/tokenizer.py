@@ -9,9 +9,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from para_jax.backbones.config import CONFIG, GENERATION, BackboneConfig, checkpoint_folder, read_json
-from para_jax.convert.families import config_from_hf
+from para_jax.config import CONFIG, GENERATION, BackboneConfig, checkpoint_folder, read_json
 from para_jax.errors import ParaJaxError, one_line
+from para_jax.families.reading import architecture_from_hf
 
 FILES = ["*.json", "tokenizer*", "*.jinja"]
 FAST, SENTENCEPIECE = "tokenizer.json", "tokenizer.model"
@@ -39,7 +39,7 @@ def load_tokenizer(path_or_hub_id: str | Path) -> Any:
     folder = checkpoint_folder(path_or_hub_id, FILES)
     fields = read_json(folder / CONFIG)
     # Read and judged here, so that transformers has no other opinion of it.
-    family = config_from_hf(fields, str(path_or_hub_id)).family
+    family = architecture_from_hf(fields, str(path_or_hub_id)).family
     made: Any = CONFIG_MAPPING[family]
     config = made(tokenizer_class=fields.get("tokenizer_class"), name_or_path=str(folder))
     problem = _missing(folder)

@@ -23,7 +23,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from para_jax.data import csv_files
+from para_jax.data import csv_files, hf
 from para_jax.data.table import Table, raise_problems
 from para_jax.data.templates import EXAMPLE, Template, shipped
 from para_jax.errors import ParaJaxError
@@ -59,8 +59,6 @@ def read_rows(source: str | Path, template: Template | str | None = None, data_d
 
         table = tfds.table(rest, data_dir)
     elif kind == "hf":
-        from para_jax.data import hf
-
         table = hf.table(rest)
     elif Path(str(source).removesuffix(".gz")).suffix.lower() in csv_files.DELIMITERS:
         table = csv_files.table(str(source).removesuffix(".gz"), _content(_file(source)))

@@ -15,11 +15,11 @@ from jax.stages import Traced
 
 from para_jax.adapters.bank import AdapterBank, batch_rows
 from para_jax.adapters.rows import Tenant
-from para_jax.backbones.config import BackboneConfig
 from para_jax.backbones.decoder import Backbone
+from para_jax.backbones.loading import Loading
 from para_jax.checks import COUNT, Number, Whole
 from para_jax.compiling import Compiling
-from para_jax.convert.checkpoint import Loading
+from para_jax.config import BackboneConfig
 from para_jax.convert.tokenizer import end_tokens
 from para_jax.decoding import beams, loop, requests
 from para_jax.decoding.sampling import Sampler

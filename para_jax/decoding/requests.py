@@ -13,8 +13,8 @@ import numpy as np
 
 from para_jax.adapters.bank import AdapterBank
 from para_jax.adapters.rows import Tenant, strengths_of
-from para_jax.backbones.config import BackboneConfig
 from para_jax.checks import Whole, check_text
+from para_jax.config import BackboneConfig
 from para_jax.decoding.sampling import Draws, Filters, Sampler
 from para_jax.errors import ParaJaxError, unknown
 

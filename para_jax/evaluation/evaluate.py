@@ -11,9 +11,9 @@ from typing import Any
 
 from para_jax.adapters.bank import AdapterBank
 from para_jax.backbones.decoder import Backbone
+from para_jax.backbones.loading import Loading
 from para_jax.checks import COUNT
 from para_jax.convert.adapter_tokenizer import ends
-from para_jax.convert.checkpoint import Loading
 from para_jax.data.examples import Example, check_ids
 from para_jax.decoding.generate import Completion, complete
 from para_jax.errors import ParaJaxError, unknown

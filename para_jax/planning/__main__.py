@@ -1,5 +1,40 @@
-"""`python -m para_jax.planning`: the process that plans are made in."""
+"""`python -m para_jax.planning`: the process that plans are made in (`planning/process.py`)."""
 
-from para_jax.planning.process import serve
+from __future__ import annotations
 
-serve()
+import json
+import os
+import sys
+import traceback
+from typing import Any
+
+from para_jax.errors import ParaJaxError
+from para_jax.planning.chips import parse_topology
+from para_jax.planning.plan import plan
+from para_jax.planning.process import job_from_json
+
+
+def serve() -> None:
+    """A request on stdin, answers on stdout, a line each."""
+    # Whatever else is printed here is none of the answers.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    def answer(**fields: Any) -> None:
+        print(json.dumps(fields), file=answers, flush=True)
+
+    request = json.load(sys.stdin)
+    try:
+        jobs = [job_from_json(fields) for fields in request["jobs"]]
+        topology = parse_topology(request["topology"])
+        made = plan(jobs, topology, request["mesh"], request["tries"], lambda line: answer(show=line))
+    except ParaJaxError as error:
+        answer(error=str(error))
+    except Exception as error:
+        answer(fault=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
+    else:
+        answer(plan=made)
+
+
+if __name__ == "__main__":
+    serve()

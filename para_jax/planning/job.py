@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from para_jax.adapters.method import MethodConfig
-from para_jax.backbones.config import BackboneConfig
-from para_jax.backbones.linear import QUANTIZED
 from para_jax.backbones.options import Remat
+from para_jax.config import BackboneConfig
 from para_jax.errors import ParaJaxError, unknown
+from para_jax.quantization import QUANTIZED
 from para_jax.training.shapes import Device
 
 MODES = ("train", "decode")

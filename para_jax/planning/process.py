@@ -9,13 +9,13 @@ import os
 import subprocess
 import sys
 import tempfile
-import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from para_jax.adapters.method import config_from_dict
-from para_jax.convert.families import config_from_hf
+from para_jax.adapters.registry import config_from_dict
+from para_jax.config import BackboneConfig
 from para_jax.errors import ParaJaxError
+from para_jax.families.reading import architecture_from_hf
 from para_jax.planning.chips import parse_topology
 from para_jax.planning.job import Job
 from para_jax.planning.topology import environment
@@ -60,32 +60,8 @@ def plan_aside(
     raise ParaJaxError(f"the compiler ended with code {process.returncode} and no plan; it said:\n  {last}")
 
 
-def serve() -> None:
-    """The other side: a request on stdin, answers on stdout, a line each."""
-    from para_jax.planning.plan import plan
-
-    # Whatever else is printed here is none of the answers.
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-
-    def answer(**fields: Any) -> None:
-        print(json.dumps(fields), file=answers, flush=True)
-
-    request = json.load(sys.stdin)
-    try:
-        jobs = [_from_json(fields) for fields in request["jobs"]]
-        topology = parse_topology(request["topology"])
-        made = plan(jobs, topology, request["mesh"], request["tries"], lambda line: answer(show=line))
-    except ParaJaxError as error:
-        answer(error=str(error))
-    except Exception as error:
-        answer(fault=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
-    else:
-        answer(plan=made)
-
-
 def _as_json(job: Job) -> dict[str, Any]:
-    """What `_from_json` makes the job of again."""
+    """What `job_from_json` makes the job of again."""
     fields = {f.name: getattr(job, f.name) for f in dataclasses.fields(job)}
     config, method = job.config, job.method
     return {
@@ -95,7 +71,7 @@ def _as_json(job: Job) -> dict[str, Any]:
     }
 
 
-def _from_json(fields: dict[str, Any]) -> Job:
+def job_from_json(fields: dict[str, Any]) -> Job:
     config, method = fields.pop("config"), fields.pop("method")
-    backbone = config_from_hf(config["hf"], config["name"])
+    backbone = BackboneConfig(**vars(architecture_from_hf(config["hf"], config["name"])))
     return Job(backbone, config_from_dict(method.pop("method"), method), **fields)

@@ -17,10 +17,9 @@ from jax.sharding import PartitionSpec as P
 from para_jax.adapters.adapter import abstract_layers
 from para_jax.adapters.bank import AdapterBank, Group
 from para_jax.backbones.choice import Choice, choose
-from para_jax.backbones.config import BackboneConfig
 from para_jax.backbones.decoder import Backbone
 from para_jax.backbones.kernels import Kernel
-from para_jax.convert import checkpoint
+from para_jax.config import BackboneConfig
 from para_jax.data.batches import Batch
 from para_jax.data.examples import Example
 from para_jax.data.packing import Shape, Sizes, micro_batches
@@ -66,7 +65,7 @@ def attention(job: Job, device: Any) -> Choice:
 
 @lru_cache(maxsize=64)
 def _backbone(config: BackboneConfig, dtype: Any, quantize: Any, kernel: Kernel, mesh: Mesh) -> Backbone:
-    found = checkpoint.backbone_shapes(config, dtype, True, quantize, kernel, own_mesh(mesh))
+    found = Backbone.abstract(config, dtype, True, quantize, kernel, own_mesh(mesh))
     # One device has no mesh, and has to be named all the same: it is not the one that is here.
     return found if mesh.size > 1 else _placed(found, NamedSharding(mesh, P()))
 

@@ -14,6 +14,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import jax
+
+from para_jax.compat import unregister_event_duration_listener
 from para_jax.errors import ParaJaxError, unknown
 from para_jax.files import write_text
 from para_jax.mounts import RESUME, naming
@@ -168,8 +171,6 @@ class Profile:
         self._state: Literal["new", "waiting", "tracing", "closed"] = "new"
 
     def __call__(self, line: Mapping[str, Any]) -> None:
-        import jax
-
         # A line is of the step before the one that the device is at.
         self._lines += 1
         if self._state == "new":
@@ -192,10 +193,6 @@ class Profile:
             self._quiet = -1
 
     def close(self) -> None:
-        import jax
-
-        from para_jax.compat import unregister_event_duration_listener
-
         state, self._state = self._state, "closed"
         if state == "tracing":
             jax.profiler.stop_trace()

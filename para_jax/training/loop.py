@@ -16,9 +16,9 @@ from para_jax.adapters.adapter import Adapter
 from para_jax.adapters.bank import AdapterBank
 from para_jax.adapters.files import save_adapter
 from para_jax.backbones.decoder import Backbone
+from para_jax.backbones.loading import Loading
 from para_jax.backbones.options import Remat
 from para_jax.checks import COUNT, KEEP, POSITIVE, SEED
-from para_jax.convert.checkpoint import Loading
 from para_jax.data.batches import Batch
 from para_jax.data.examples import Example, check_ids
 from para_jax.data.lengths import check_lengths

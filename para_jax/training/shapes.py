@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from para_jax.backbones.config import BackboneConfig
 from para_jax.checks import COUNT
+from para_jax.config import BackboneConfig
 from para_jax.data.examples import Example, Examples
 from para_jax.data.order import Mixture, order
 from para_jax.data.packing import Shape, Sizes, micro_batches, pack_step

@@ -24,7 +24,8 @@ import pytest
 from para_jax import AdapterBank, LoraConfig, ParaConfig, ParaJaxError, load_adapter, save_adapter
 from para_jax.adapters.adapter import Adapter
 from para_jax.adapters.files import CONFIG, WEIGHTS
-from para_jax.adapters.method import MethodConfig, Site
+from para_jax.adapters.method import MethodConfig
+from para_jax.families.architecture import Site
 from tests.helpers import SMALL, random_adapter
 
 

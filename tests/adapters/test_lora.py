@@ -14,7 +14,8 @@ import pytest
 from para_jax import LoraConfig, ParaJaxError
 from para_jax.adapters.adapter import Adapter, abstract_layers
 from para_jax.adapters.bank import AdapterBank
-from para_jax.adapters.method import Prompt, config_from_dict
+from para_jax.adapters.method import Prompt
+from para_jax.adapters.registry import config_from_dict
 from para_jax.adjustment import Adjustment
 from para_jax.data.examples import Example
 from para_jax.data.packing import Shape

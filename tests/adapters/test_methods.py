@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 
 from para_jax import FanLoraConfig
-from para_jax.adapters.method import MethodConfig, Prompt, methods
+from para_jax.adapters import registry
+from para_jax.adapters.method import MethodConfig, Prompt
 from tests.helpers import METHODS, SMALL, random_adapter
 
 CONFIGS = {**METHODS, "fanlora": FanLoraConfig.of([["q_proj"], ["up_proj"]], SMALL)}
 
 
 def test_every_method_is_here() -> None:
-    assert {config.method for config in CONFIGS.values()} == set(methods())
+    assert {config.method for config in CONFIGS.values()} == set(registry.METHODS)
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)

@@ -57,7 +57,7 @@ import jax, jax.numpy as jnp
 from para_jax import BackboneConfig, ParaJaxError
 from para_jax.backbones.attention import Seen
 from para_jax.backbones.choice import choose
-from para_jax.backbones.config import AttentionKind
+from para_jax.families.architecture import AttentionKind
 from para_jax.planning.chips import parse_topology
 from para_jax.planning.topology import devices
 

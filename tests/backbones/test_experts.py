@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from para_jax.backbones.config import Experts
 from para_jax.backbones.experts import through_experts
-from para_jax.backbones.linear import QUANTIZED, dequantized, quantized
+from para_jax.backbones.linear import dequantized
+from para_jax.families.architecture import Experts
+from para_jax.quantization import QUANTIZED, quantized
 from para_jax.sharding import make_mesh, spec
 
 EXPERTS, D, F = Experts(count=4, per_token=2, width=192, normalized=True), 64, 192

@@ -15,9 +15,11 @@ from transformers import AutoModelForCausalLM
 
 from para_jax import Backbone, BackboneConfig, ParaJaxError, merge_adapter
 from para_jax.adapters.adapter import named_leaves
-from para_jax.backbones.linear import QUANTIZED, dequantized, quantized
+from para_jax.backbones.linear import dequantized
 from para_jax.convert.checkpoint import save_backbone
-from para_jax.convert.families import FAMILIES, entries
+from para_jax.families.table import FAMILIES
+from para_jax.parameters import table
+from para_jax.quantization import QUANTIZED, quantized
 from para_jax.sharding import make_mesh
 from tests.helpers import FAMILY_METHODS, family_backbone, family_fields, random_adapter, random_backbone
 
@@ -252,7 +254,7 @@ def test_a_block_reads_its_part_only() -> None:
     """What lies outside of a block is not looked at: it may be no number, or not be there."""
     drawn = np.random.default_rng(0)
     for family in FAMILIES:
-        for entry in entries(BackboneConfig.from_hf(family_fields(family)), 1):
+        for entry in table(BackboneConfig.from_hf(family_fields(family)), 1):
             parts = [drawn.normal(size=part.shape).astype(np.float32) for part in entry.parts]
             ours = entry.join(parts)
             merged = len(entry.shape) - len(entry.joined)

@@ -14,9 +14,9 @@ from transformers import AutoTokenizer
 from para_jax import Backbone, BackboneConfig, ParaJaxError, complete, tiny_backbone_path
 from para_jax.cli import main
 from para_jax.convert.checkpoint import save_backbone
-from para_jax.convert.families import FAMILIES
 from para_jax.convert.tokenizer import end_tokens, load_tokenizer
 from para_jax.data.examples import encode_rows
+from para_jax.families.table import FAMILIES
 from tests.helpers import family_fields, random_backbone
 
 NONE = "neither generation_config.json nor config.json names an end token; "

@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 
 from para_jax import BackboneConfig, ParaJaxError
-from para_jax.backbones.config import AttentionKind, Rope
-from para_jax.convert.families import FAMILIES, config_from_hf, hf_fields, ignored_line
-from para_jax.convert.keys import NEUTRAL, OF_MODELS, ONLY, READ, reads
+from para_jax.families.architecture import AttentionKind, Rope
+from para_jax.families.keys import NEUTRAL, OF_MODELS, ONLY, READ, reads
+from para_jax.families.reading import architecture_from_hf, ignored_line
+from para_jax.families.table import FAMILIES
+from para_jax.families.writing import hf_fields
 
 USUAL = {"architectures": ["X"], "attention_dropout": 0.0, "initializer_range": 0.02, "transformers_version": "4.44.0",
          "torch_dtype": "bfloat16", "use_cache": True, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
@@ -260,11 +262,11 @@ def test_an_option_that_a_later_class_has(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setitem(transformers.CONFIG_MAPPING._extra_content, "llama", LaterConfig)
     fields = {**USUAL, **PUBLISHED["Llama 2 7B"][1]}
     ok = {**fields, "gated_norm": False, "scaled_residual": True, "old_gain": None, "other": 1}
-    assert config_from_hf(ok) == config_from_hf(fields)
+    assert architecture_from_hf(ok) == architecture_from_hf(fields)
     assert str(ignored_line(ok)).endswith("are ignored: other")
     for key, value in (("gated_norm", True), ("scaled_residual", False), ("old_gain", 2.0)):
         with pytest.raises(ParaJaxError, match=f"{key}={value}, which is not implemented"):
-            config_from_hf({**fields, key: value})
+            architecture_from_hf({**fields, key: value})
 
 
 @pytest.mark.parametrize("family", FAMILIES)

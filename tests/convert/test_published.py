@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import pytest
 
-from para_jax import BackboneConfig
-from para_jax.convert.checkpoint import backbone_shapes
-from para_jax.convert.families import FAMILIES, hf_fields
+from para_jax import Backbone, BackboneConfig
+from para_jax.families.table import FAMILIES
+from para_jax.families.writing import hf_fields
 
 SIZES = {
     "vocab_size": 160, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -243,7 +243,7 @@ def test_a_published_config_is_read(name: str, caplog: pytest.LogCaptureFixture)
     reader = f"transformers' {FAMILIES[config.family].architecture}"
     assert said == [f"{name}: keys that {reader} does not read are ignored: {', '.join(ignored)}"] * bool(ignored)
     assert hf_fields(config).items() >= fields.items()
-    assert sum(x.size for x in jax.tree.leaves(backbone_shapes(config, "float32"))) == config.size
+    assert sum(x.size for x in jax.tree.leaves(Backbone.abstract(config, "float32"))) == config.size
 
 
 def test_every_family_is_there() -> None:

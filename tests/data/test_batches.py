@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from para_jax.backbones.config import BackboneConfig
+from para_jax.config import BackboneConfig
 from para_jax.data.batches import make_batch
 from para_jax.data.examples import Example, Examples
 from para_jax.data.order import Mixture

@@ -13,8 +13,8 @@ import pytest
 from para_jax import AdapterBank, Backbone
 from para_jax.adapters.rows import Rows
 from para_jax.convert.checkpoint import save_backbone
-from para_jax.convert.families import FAMILIES
 from para_jax.errors import ParaJaxError
+from para_jax.families.table import FAMILIES
 from para_jax.sharding import AXES, check_mesh, make_mesh, own_mesh, row_sharding
 from tests.compilations import compilations
 from tests.helpers import FAMILY_METHODS, SMALL, family_backbone, random_adapter, random_backbone, random_bank

@@ -26,7 +26,7 @@ from para_jax import (
     load_adapter,
     save_adapter,
 )
-from para_jax.adapters.method import config_from_dict
+from para_jax.adapters.registry import config_from_dict
 from para_jax.convert.checkpoint import save_backbone
 from para_jax.evaluation.choices import choice_log_likelihoods
 from tests.helpers import SMALL, random_adapter, random_backbone

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from para_jax import load_adapter
-from para_jax.backbones.config import BackboneConfig
+from para_jax.config import BackboneConfig
 from para_jax.convert.checkpoint import save_backbone
 from tests.helpers import random_backbone
 

@@ -19,7 +19,7 @@ from para_jax.adapters.adapter import Adapter
 from para_jax.adapters.fused import as_transformers
 from para_jax.adapters.peft import peft_tensors
 from para_jax.adapters.targets import peft_path
-from para_jax.convert.families import FAMILIES
+from para_jax.families.table import FAMILIES
 from tests.parity import models
 
 # The installed peft calls this of the installed transformers.

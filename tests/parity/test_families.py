@@ -14,7 +14,7 @@ import jax
 import pytest
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
-from para_jax.convert.families import FAMILIES
+from para_jax.families.table import FAMILIES
 from tests.parity import models
 
 

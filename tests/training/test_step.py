@@ -12,11 +12,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from para_jax import Backbone, IA3Config, LoraConfig
 from para_jax.adapters.bank import AdapterBank
 from para_jax.adapters.para import ParaConfig
-from para_jax.backbones.config import Experts
 from para_jax.data.batches import make_batch
 from para_jax.data.examples import Example
 from para_jax.data.packing import Row, Shape
 from para_jax.errors import ParaJaxError
+from para_jax.families.architecture import Experts
 from para_jax.training import loss as losses
 from para_jax.training import optimizer, state, step
 from para_jax.training.optimizer import Settings

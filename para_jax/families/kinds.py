@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from para_jax.backbones.config import AttentionKind, Rope
-from para_jax.backbones.rope import TYPES
 from para_jax.compat import ADDED_ROPE
-from para_jax.convert.checks import check_rope, is_number, is_whole
-from para_jax.convert.keys import rope_code_reads
 from para_jax.errors import ParaJaxError, unknown
+from para_jax.families.architecture import ROPE_TYPES, AttentionKind, Rope
+from para_jax.families.checks import check_rope, is_number, is_whole
+from para_jax.families.keys import rope_code_reads
 
 
 def attention_kinds(config: Any, model_type: str, head_dim: int) -> list[AttentionKind]:
@@ -63,16 +62,16 @@ def _rope(parameters: Mapping[str, Any], config: Any, model_type: str, head_dim:
     share = share or getattr(config, "partial_rotary_factor", None) or 1.0
     if not is_number(theta) or theta <= 0:
         raise ParaJaxError(f"config.json has rope_theta={theta!r}, which is no number above 0")
-    if not isinstance(kind, str) or kind not in TYPES:
-        raise unknown("rope_type in config.json", kind, TYPES)
+    if not isinstance(kind, str) or kind not in ROPE_TYPES:
+        raise unknown("rope_type in config.json", kind, ROPE_TYPES)
     if not is_number(share) or not 0 < share <= 1:
         raise ParaJaxError(f"config.json has partial_rotary_factor={share!r}, which is no number above 0 and up to 1")
     if share != 1 and model_type != "phi3":
         raise ParaJaxError(f"config.json has partial_rotary_factor={share}, which {model_type} has no code for")
     if kind == "default":
         rope.pop("original_max_position_embeddings", None)
-    missing = [key for key in TYPES[kind].needs if key not in rope]
-    known = (*TYPES[kind].needs, *TYPES[kind].may_have)
+    missing = [key for key in ROPE_TYPES[kind].needs if key not in rope]
+    known = (*ROPE_TYPES[kind].needs, *ROPE_TYPES[kind].may_have)
     extra = [key for key in rope if key not in known and rope_code_reads(key)]
     if missing or extra:
         raise ParaJaxError(

@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from para_jax.convert.keys import SIZES
 from para_jax.errors import ParaJaxError, unknown
+from para_jax.families.keys import SIZES
 
 WHOLE = (
     *SIZES, "num_key_value_heads", "head_dim", "max_position_embeddings", "num_local_experts", "num_experts",

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from para_jax.errors import ParaJaxError
 
-# What `config_from_hf` reads, of one family or another.
+# What `architecture_from_hf` reads, of one family or another.
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 READ = {
     *SIZES, "num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings", "max_position_embeddings",
