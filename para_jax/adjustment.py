@@ -7,9 +7,9 @@ token. Decoding only ever sees Adjustments, so it does not know which tenant, or
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -144,6 +144,31 @@ class Adjustment:
         offsets, later = jax.tree.map(weigh, (self.offsets, self.later))
         return replace(self, offsets=offsets, later=later, pairs=pairs)
 
+    def per_row(self, change: Callable[[Array], Array]) -> Adjustment:
+        """With `change` of every array that has an entry for each row. Pairs serve several rows and stay as they are.
+
+        >>> adjustment = Adjustment({"q_proj": jnp.array([[1.0], [2.0]])})
+        >>> adjustment.per_row(lambda x: jnp.repeat(x, 2, axis=0)).offsets["q_proj"].tolist()
+        [[1.0], [1.0], [2.0], [2.0]]
+        """
+        offsets, later = jax.tree.map(change, (self.offsets, self.later))
+        return replace(self, offsets=offsets, later=later)
+
+    def at(self, site: str) -> Adjustment:
+        """The part that adjusts one site."""
+        offsets, later, pairs = ({s: x for s, x in of.items() if s == site} for of in self._parts)
+        return Adjustment(offsets, later, pairs, self.dropout)
+
+    def gated(self, gates: Mapping[str, Float[Array, ""]]) -> Adjustment:
+        """Each site's change times its gate."""
+        offsets, later = ({s: x * gates[s] for s, x in of.items()} for of in (self.offsets, self.later))
+        pairs = {s: LowRank(pair.down, pair.up * gates[s]) for s, pair in self.pairs.items()}
+        return Adjustment(offsets, later, pairs, self.dropout)
+
+    @property
+    def _parts(self) -> tuple[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any]]:
+        return self.offsets, self.later, self.pairs
+
     def settled(self) -> Adjustment:
         """The form for the tokens after the prompt, which are all alike."""
         offsets = dict(self.offsets)
@@ -153,8 +178,12 @@ class Adjustment:
 
     def astype(self, dtype: jnp.dtype) -> Adjustment:
         """The form in which it waits for the tokens: two bytes a number in bfloat16."""
-        offsets, later, pairs = jax.tree.map(lambda x: x.astype(dtype), (self.offsets, self.later, self.pairs))
+        offsets, later, pairs = jax.tree.map(lambda x: x.astype(dtype), self._parts)
         return Adjustment(offsets, later, pairs, self.dropout)
+
+
+# `out_axes` of a `jax.vmap` over rows that share their pairs: what an Adjustment has for each row has an axis of rows.
+PER_ROW: Any = Adjustment(offsets=0, later=0, pairs=None)  # type: ignore[arg-type]
 
 
 def total(adjustments: Iterable[Adjustment], *, disjoint: bool) -> Adjustment:

@@ -14,7 +14,8 @@ from typing import Literal
 
 import numpy as np
 
-from para_jax.families.architecture import ATTENTION_SITES, MLP_SITES, Architecture, Site
+from para_jax.families.architecture import ATTENTION_SITES, MLP_SITES, Architecture, Names, Site
+from para_jax.families.table import FAMILIES
 
 # The logical axes of a weight; `para_jax/sharding.py` says which axis of a mesh each is split over, None over none.
 Axes = tuple[Literal["vocab", "model", "kv_heads", "heads", "inner"] | None, ...]
@@ -168,7 +169,7 @@ def sites(config: Architecture) -> Mapping[str, Site]:
 
     Of experts it is the up projection, which one vector scales in all of them.
     """
-    d, f, names = config.hidden_size, config.intermediate_size, config.names
+    d, f, names = config.hidden_size, config.intermediate_size, names_of(config)
     q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     attention = {
         "q_proj": Site(d, q, "self_attn.q_proj", fused=names.qkv),
@@ -187,6 +188,11 @@ def sites(config: Architecture) -> Mapping[str, Site]:
     }
 
 
+def names_of(config: Architecture) -> Names:
+    """What the family calls its tensors."""
+    return FAMILIES[config.family].names
+
+
 def _whole(
     ours: str, theirs: str, shape: tuple[int, ...], axes: Axes, site: str = "", quantizable: bool = False
 ) -> Parameter:
@@ -199,7 +205,7 @@ def _norm(ours: str, theirs: str, size: int) -> Parameter:
 
 def _layer(config: Architecture, at: str) -> Iterator[Parameter]:
     d, hd, k = config.hidden_size, config.head_dim, config.num_key_value_heads
-    g, names = config.num_attention_heads // k, config.names
+    g, names = config.num_attention_heads // k, names_of(config)
 
     # With norms behind a layer's halves, the one before the second half has another name than in Llama.
     if config.pre_norm:
@@ -226,7 +232,7 @@ def _layer(config: Architecture, at: str) -> Iterator[Parameter]:
 
 
 def _dense(config: Architecture, at: str) -> Iterator[Parameter]:
-    d, f, names = config.hidden_size, config.intermediate_size, config.names
+    d, f, names = config.hidden_size, config.intermediate_size, names_of(config)
     paths = {site: f"{at}.mlp.{site}" for site in MLP_SITES}
     views = {site: (1, f) for site in MLP_SITES[:2]}
     fused = f"{at}.{names.gate_up}" if names.gate_up else ""
@@ -240,7 +246,7 @@ def _dense(config: Architecture, at: str) -> Iterator[Parameter]:
 def _experts(config: Architecture, at: str) -> Iterator[Parameter]:
     """The router, and each kind of projection of all experts in one tensor."""
     assert config.experts is not None
-    d, count, f, names = config.hidden_size, config.experts.count, config.experts.width, config.names
+    d, count, f, names = config.hidden_size, config.experts.count, config.experts.width, names_of(config)
     gate, up, down = names.expert
     yield _whole("router", f"{at}.{names.router}", (count, d), (None, None))
 

@@ -186,7 +186,7 @@ class AdapterBank:
                 strengths.append(jax.device_put(np.array([s for _, s in taken], np.float32)))
                 slots = np.array([slot for slot, _ in taken], np.int32)
                 layers.append(_gather(group.stack, slots) if mesh is None else _gather_apart(group.stack, slots, mesh))
-                rates.append(getattr(group.config, "lora_dropout", 0.0))
+                rates.append(group.config.dropout)
         composed = any(len(row) > 1 for row in places)
         return Rows(tuple(strengths), tuple(layers), tuple(rates), repeats=repeats, composed=composed)
 

@@ -21,7 +21,7 @@ from para_jax import __version__
 from para_jax.adapters import peft
 from para_jax.adapters.adapter import Adapter, abstract_layers, mismatches, named_leaves
 from para_jax.adapters.method import BackboneShape
-from para_jax.adapters.registry import METHODS, config_from_dict
+from para_jax.adapters.registry import METHODS, PEFT, config_from_dict
 from para_jax.adapters.weights import CONFIG, WEIGHTS, Weights, read_config, read_weights, refuse_nonfinite
 from para_jax.errors import ParaJaxError, unknown
 from para_jax.files import as_json, new_folder, safetensors, write_file
@@ -51,7 +51,7 @@ def save_adapter(
     adapter.check(base)
     of_adapter: Any = adapter.config
     chat_template = adapter.chat_template if chat_template is None else chat_template
-    if isinstance(adapter.config, tuple(peft.CONFIGS.values())):
+    if adapter.config.peft_type:
         config, tensors, metadata = peft.to_peft(adapter, base)
     else:
         config = {
@@ -114,12 +114,12 @@ def load_adapter(folder: str | Path, shape: BackboneShape, *, check_finite: bool
     folder = Path(folder).expanduser()
     fields = read_config(folder)
     method = fields["peft_type"].lower()
-    if method.upper() not in peft.CONFIGS and method not in METHODS:
+    if method.upper() not in PEFT and method not in METHODS:
         merge = f"; or {peft.MERGE}" if method.upper() in peft.MERGEABLE else ""
         raise ParaJaxError(f"{folder}: {unknown('method', method, METHODS)}{merge}")
     weights = read_weights(folder)
     template = load_chat_template(folder)
-    if method.upper() in peft.CONFIGS:
+    if method.upper() in PEFT:
         adapter = peft.from_peft(folder, fields, weights, shape)
     else:
         adapter = _of_ours(folder, method, fields, weights, shape)

@@ -8,16 +8,17 @@ one is scaling the other.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from para_jax.adapters.method import BackboneShape, Prompt
+from para_jax.adapters.method import BackboneShape, Joint, Place, Prompt, Tensors, sites_by_name
 from para_jax.adapters.targets import as_patterns, matched, module_path, resolve
 from para_jax.adjustment import Adjustment
 from para_jax.compat import Dict
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 FEEDFORWARD = "down_proj"
 FEEDS = "up_proj"
+VECTOR = "ia3_l"
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,11 @@ class IA3Config:
 
     method: ClassVar[str] = "ia3"
     reads_prompt: ClassVar[bool] = False
+    dropout: ClassVar[float] = 0.0
+    peft_type: ClassVar[str] = "IA3"
+    peft_lacks: ClassVar[tuple[str, ...]] = ("projection",)
+    peft_requires: ClassVar[tuple[str, ...]] = ("target_modules", "feedforward_modules")
+    peft_choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
 
     target_modules: str | tuple[str, ...] = ("k_proj", "v_proj", "down_proj")
     feedforward_modules: str | tuple[str, ...] = ("down_proj",)
@@ -78,7 +85,7 @@ class IA3Config:
         """Vectors of one are the identity; with a projection, what is added to one is zero."""
         return 0.0 if self.projection else 1.0
 
-    def modules(self, shape: BackboneShape) -> tuple[tuple[str, ...], ...]:
+    def modules(self, shape: BackboneShape) -> tuple[Mapping[str, None], ...]:
         """The targeted sites of each layer. Raises ParaJaxError for a target that matches nothing."""
         return _modules(self, shape)
 
@@ -94,6 +101,51 @@ class IA3Config:
         # Layers are alike in size, with a matrix for every site that any of them targets.
         sites = {site for layer in self.modules(shape) for site in layer}
         return shape.num_hidden_layers * self.projection * (1 + sum(_width(site, self, shape) for site in sites))
+
+    # PEFT's form: one ia3_l for each module.
+
+    def places(self, layer: int, site: str, shape: BackboneShape) -> dict[str, Place]:
+        """Of one module: ia3_l (outputs, 1), or (1, inputs) where the input is scaled."""
+        size = (1, shape.sites[site].inputs) if is_input(site, self, shape) else (shape.sites[site].outputs, 1)
+        return {VECTOR: Place(f"vectors.{site}", (layer,), size)}
+
+    def in_peft(self, layers: IA3Layer, leaves: Tensors) -> tuple[IA3Config, Tensors]:
+        """With a projection, the vectors that it comes to."""
+        if not self.projection:
+            return self, leaves
+        offsets = jax.vmap(lambda layer: layer.offsets())(layers)
+        return replace(self, projection=0), {f"vectors.{site}": 1 + np.asarray(x) for site, x in offsets.items()}
+
+    def peft_options(self) -> dict[str, Any]:
+        """All its fields but `projection`."""
+        return {key: value for key, value in asdict(self).items() if key not in self.peft_lacks}
+
+    def of_modules(self, modules: Sequence[Mapping[str, None]], shape: BackboneShape) -> IA3Config:
+        """The same with other modules."""
+        targets = sites_by_name(modules, shape)
+        forward = any(FEEDFORWARD in own for own in modules) and is_input(FEEDFORWARD, self, shape)
+        fed = tuple(target for target in targets if forward and FEEDFORWARD in target)
+        return replace(self, target_modules=targets, exclude_modules=(), feedforward_modules=fed)
+
+    def joined(self, joint: Joint, parts: Mapping[str, Tensors]) -> tuple[None, Tensors]:
+        """The vectors of all sites, with ones where a site has none."""
+        vector = np.ones((joint.outputs, 1), np.float32)
+        for site, of in parts.items():
+            vector[joint.rows[site]] = of[VECTOR]
+        return None, {VECTOR: vector}
+
+    def cut(self, joint: Joint, tensors: Tensors) -> dict[str, Tensors] | None:
+        """The vector of each site."""
+        if VECTOR not in tensors:
+            return None
+        return {site: {VECTOR: tensors[VECTOR][joint.rows[site]]} for site in joint.sites}
+
+    def merged(self, weight: np.ndarray, tensors: Tensors, module: None) -> np.ndarray:
+        """W with its rows multiplied by the vector, or its columns where the input is scaled."""
+        vector = tensors[VECTOR]
+        if weight.ndim == 1:  # a bias belongs to the output, so that scaling the input leaves it alone
+            return weight if vector.shape[0] == 1 else weight * vector[:, 0]
+        return weight * vector
 
 
 def is_input(site: str, config: IA3Config, shape: BackboneShape) -> bool:
@@ -112,7 +164,7 @@ def _width(site: str, config: IA3Config, shape: BackboneShape) -> int:
 
 
 @lru_cache(maxsize=256)
-def _modules(config: IA3Config, shape: BackboneShape) -> tuple[tuple[str, ...], ...]:
+def _modules(config: IA3Config, shape: BackboneShape) -> tuple[Mapping[str, None], ...]:
     layers = resolve(config.target_modules, shape, exclude=config.exclude_modules)
     paths = [module_path(i, site, shape) for i, sites in enumerate(layers) for site in sites]
     forward = config.feedforward_modules
@@ -133,7 +185,7 @@ def _modules(config: IA3Config, shape: BackboneShape) -> tuple[tuple[str, ...], 
                 f"feedforward_modules means {FEEDFORWARD} in some of the targeted layers and not in others, such as "
                 f"{path}; name {FEEDFORWARD} for all"
             )
-    return layers
+    return tuple(dict.fromkeys(sites) for sites in layers)
 
 
 class IA3Layer(nnx.Module):
@@ -144,7 +196,7 @@ class IA3Layer(nnx.Module):
 
     def __init__(self, config: IA3Config, shape: BackboneShape, rngs: nnx.Rngs):
         self.config = config
-        self.modules = config.modules(shape)
+        self.modules = tuple(tuple(of_layer) for of_layer in config.modules(shape))
         self.sites = tuple(site for site in shape.sites if any(site in layer for layer in self.modules))
         self.scaled = {site: FEEDS if is_input(site, config, shape) else site for site in self.sites}
         self.widths = tuple(_width(site, config, shape) for site in self.sites)

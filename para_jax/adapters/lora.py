@@ -7,9 +7,11 @@ The prompt plays no part: preparing hands the pairs on, and every token pays for
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -19,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from para_jax.adapters.method import BackboneShape, Prompt
+from para_jax.adapters.method import BackboneShape, Joint, Place, Prompt, Tensors, site_path, sites_by_name
 from para_jax.adapters.targets import as_patterns, first_match, fits_none, module_path, resolve
 from para_jax.adjustment import Adjustment, LowRank
 from para_jax.compat import Dict
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
 INITIALISATIONS = (True, False, "gaussian", "orthogonal")
 # What PEFT offers beyond these begins at the backbone's weights or at data, and most of it changes the backbone.
+A, B = "lora_A.weight", "lora_B.weight"
 
 
 class Module(NamedTuple):
@@ -69,6 +72,11 @@ class LoraConfig:
     method: ClassVar[str] = "lora"
     reads_prompt: ClassVar[bool] = False
     decays_to: ClassVar[float] = 0.0
+    peft_type: ClassVar[str] = "LORA"
+    peft_lacks: ClassVar[tuple[str, ...]] = ()
+    peft_requires: ClassVar[tuple[str, ...]] = ("target_modules",)
+    # Most others take the base's weights apart, so that the adapter is none of the base it names.
+    peft_choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {"init_lora_weights": INITIALISATIONS}
 
     r: int = 8
     lora_alpha: float = 8
@@ -113,6 +121,11 @@ class LoraConfig:
         if not isinstance(self.init_lora_weights, bool | str) or self.init_lora_weights not in INITIALISATIONS:
             raise unknown("init_lora_weights", self.init_lora_weights, [str(choice) for choice in INITIALISATIONS])
 
+    @property
+    def dropout(self) -> float:
+        """Of the inputs of pairs while training."""
+        return self.lora_dropout
+
     def modules(self, shape: BackboneShape) -> tuple[Mapping[str, Module], ...]:
         """The targeted sites of each layer. Raises ParaJaxError for a target or pattern that matches nothing."""
         return _modules(self, shape)
@@ -128,6 +141,103 @@ class LoraConfig:
             for modules in self.modules(shape)
             for site, module in modules.items()
         )
+
+    # PEFT's form: lora_A is `down`, lora_B is `up`, each of the module's own rank.
+
+    def places(self, layer: int, site: str, shape: BackboneShape) -> dict[str, Place]:
+        """Of one module: lora_A (r, inputs) and lora_B (outputs, r)."""
+        rank, of = self.modules(shape)[layer][site].rank, shape.sites[site]
+        return {
+            A: Place(f"down.{site}", np.s_[layer, :rank], (rank, of.inputs)),
+            B: Place(f"up.{site}", np.s_[layer, :, :rank], (of.outputs, rank)),
+        }
+
+    def in_peft(self, layers: LoraLayer, leaves: Tensors) -> tuple[LoraConfig, Tensors]:
+        """As LoRA, which FanLoRA is to PEFT."""
+        return LoraConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(LoraConfig)}), leaves
+
+    def peft_options(self) -> dict[str, Any]:
+        """All its fields, and no biases."""
+        patterns = {"rank_pattern": dict(self.rank_pattern), "alpha_pattern": dict(self.alpha_pattern)}
+        return {**dataclasses.asdict(self), **patterns, "bias": "none"}
+
+    def of_modules(self, modules: Sequence[Mapping[str, Module]], shape: BackboneShape) -> LoraConfig:
+        """The same with other modules, whose ranks and alphas are the commonest or in a pattern."""
+        options: dict[str, Any] = {"target_modules": sites_by_name(modules, shape), "exclude_modules": ()}
+        for name, usual, others in (("rank", "r", "rank_pattern"), ("alpha", "lora_alpha", "alpha_pattern")):
+            values = {
+                (i, site): getattr(own[site], name)
+                for i, own in enumerate(modules)
+                for site in shape.sites
+                if site in own
+            }
+            options[usual] = Counter(values.values()).most_common(1)[0][0]
+            options[others] = {
+                site
+                if all(v == value for (_, other), v in values.items() if other == site)
+                else site_path(layer, site, shape): value
+                for (layer, site), value in values.items()
+                if value != options[usual]
+            }
+        return dataclasses.replace(self, **options, layers_to_transform=None)
+
+    def joined(self, joint: Joint, parts: Mapping[str, Tensors]) -> tuple[Module, Tensors]:
+        """A of all sites stacked, or the one that they share; B in blocks, or one below the other."""
+        downs = [parts[site][A] for site in joint.sites]
+        shared = _alike(joint) and all(np.array_equal(down, downs[0]) for down in downs)
+        down = downs[0] if shared else np.concatenate(downs)
+        up = np.zeros((joint.outputs, len(down)), np.float32)
+        for site, columns in (_columns(joint, len(down)) or {}).items():
+            up[joint.rows[site], columns] = parts[site][B] * _ratio(joint, site)
+        return _of_rank(len(down), _leading(joint), self.use_rslora), {A: down, B: up}
+
+    def cut(self, joint: Joint, tensors: Tensors) -> dict[str, Tensors] | None:
+        """The pair of each site; None if the module's rank is none that `joined` makes."""
+        down, up = tensors.get(A), tensors.get(B)
+        columns = None if down is None else _columns(joint, len(down))
+        if down is None or up is None or columns is None:
+            return None
+        return {
+            site: {A: down[own], B: up[joint.rows[site], own] / (_ratio(joint, site) or 1)}
+            for site, own in columns.items()
+        }
+
+    def merged(self, weight: np.ndarray, tensors: Tensors, module: Module) -> np.ndarray:
+        """W + scale * B A. Biases stay as they are."""
+        return weight if weight.ndim == 1 else weight + np.float32(module.scale) * (tensors[B] @ tensors[A])
+
+
+def _alike(joint: Joint) -> bool:
+    """Whether the sites could have one A."""
+    return len(set(joint.sites.values())) == 1
+
+
+def _leading(joint: Joint) -> Module:
+    """The rank and scale of the site whose scale is largest, which is the module's."""
+    return max(joint.sites.values(), key=lambda pair: abs(pair.scale))
+
+
+def _columns(joint: Joint, rank: int) -> dict[str, slice] | None:
+    """What each site has of the module's rank: all of one A, or a share of it. None if there is no such rank."""
+    ranks = [pair.rank for pair in joint.sites.values()]
+    if _alike(joint) and rank == ranks[0]:
+        return dict.fromkeys(joint.sites, slice(rank))
+    ends = np.cumsum([0, *ranks]).tolist()
+    return {site: slice(*ends[i : i + 2]) for i, site in enumerate(joint.sites)} if rank == ends[-1] else None
+
+
+def _ratio(joint: Joint, site: str) -> np.float32:
+    """What B is multiplied by for the module's scale to serve this site."""
+    scale = _leading(joint).scale
+    return np.float32(joint.sites[site].scale / scale if scale else 1)
+
+
+def _of_rank(rank: int, pair: Module, rank_stabilised: bool) -> Module:
+    """The same scale with another rank."""
+    if rank == pair.rank:
+        return pair
+    alpha = pair.alpha * math.sqrt(rank / pair.rank) if rank_stabilised else pair.alpha * rank / pair.rank
+    return Module(rank, int(alpha) if alpha == int(alpha) else alpha, pair.scale)
 
 
 def _whole(value: Any) -> bool:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import jax
+import numpy as np
 
 from para_jax.adjustment import Adjustment
 from para_jax.errors import ParaJaxError, unknown
@@ -63,17 +64,23 @@ class AdapterLayer(Protocol):
 class MethodConfig(Protocol):
     """The hyper-parameters of a method: a frozen dataclass with PEFT's field names where PEFT has one.
 
-    `reads_prompt` says whether `prepare` reads the prompt. Where it does not, an adapter is the same for all prompts,
-    and all turns of a chat are learnt in one pass. `decays_to` is what weight decay pulls weights to: with all of them
-    there, the adapter is the identity.
+    Attributes:
+      reads_prompt: whether `prepare` reads the prompt. Where it does not, an adapter is the same for all prompts, and
+        all turns of a chat are learnt in one pass.
+      decays_to: what weight decay pulls weights to: with all of them there, the adapter is the identity.
+      dropout: the share of a site's inputs that is dropped while training.
+      peft_type: what PEFT calls the method, if it has it. Its config is then a `PeftMethod`.
     """
 
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
     method: ClassVar[str]
     reads_prompt: ClassVar[bool]
+    peft_type: ClassVar[str]
 
     @property
     def decays_to(self) -> float: ...
+    @property
+    def dropout(self) -> float: ...
 
     def layer(self, shape: BackboneShape, rngs: nnx.Rngs, layer: Int[Array, ""]) -> AdapterLayer:
         """Fresh weights of layer number `layer`. Of an array's shape nothing depends on it."""
@@ -84,6 +91,93 @@ class MethodConfig(Protocol):
         ...
 
     def __hash__(self) -> int: ...
+
+
+class Place(NamedTuple):
+    """Where one of PEFT's tensors, and of which shape, is in an adapter's stacked weights."""
+
+    leaf: str
+    part: tuple[Any, ...]
+    shape: tuple[int, int]
+
+
+class Joint(NamedTuple):
+    """A module of one layer that transformers has, and those of its sites that are adapted.
+
+    Attributes:
+      sites: what `PeftMethod.modules` says of each.
+      rows: the outputs of each site among the module's.
+      outputs: how many outputs the module has.
+    """
+
+    layer: int
+    module: str
+    sites: Mapping[str, Any]
+    rows: Mapping[str, slice]
+    outputs: int
+
+
+# One module's tensors, by what PEFT's names have behind the module's path.
+Tensors = Mapping[str, np.ndarray]
+
+
+class PeftMethod(MethodConfig, Protocol):
+    """A method that PEFT has too: how its adapters are written, read, merged, and joined where PEFT has one module.
+
+    Attributes:
+      peft_lacks: options that PEFT does not have.
+      peft_requires: options that PEFT may leave out, and that have to be there.
+      peft_choices: for an option, the values that are implemented.
+    """
+
+    peft_lacks: ClassVar[tuple[str, ...]]
+    peft_requires: ClassVar[tuple[str, ...]]
+    peft_choices: ClassVar[Mapping[str, tuple[Any, ...]]]
+
+    def modules(self, shape: BackboneShape) -> tuple[Mapping[str, Any], ...]:
+        """The targeted sites of each layer, and what is particular to each."""
+        ...
+
+    def places(self, layer: int, site: str, shape: BackboneShape) -> dict[str, Place]:
+        """PEFT's tensors of one module, by what their names have behind the module's path."""
+        ...
+
+    def in_peft(self, layers: Any, leaves: Tensors) -> tuple[PeftMethod, Tensors]:
+        """The config and the weights by name of an adapter in the form that PEFT has for it."""
+        ...
+
+    def peft_options(self) -> dict[str, Any]:
+        """Its part of adapter_config.json: PEFT's keys only."""
+        ...
+
+    def of_modules(self, modules: Sequence[Mapping[str, Any]], shape: BackboneShape) -> Any:
+        """A config like this one of these modules of each layer: their names, or paths where layers differ."""
+        ...
+
+    def joined(self, joint: Joint, parts: Mapping[str, Tensors]) -> tuple[Any, Tensors]:
+        """What `modules` says of a fused module, and its tensors, from those of its sites."""
+        ...
+
+    def cut(self, joint: Joint, tensors: Tensors) -> dict[str, Tensors] | None:
+        """Each site's tensors from those of its fused module; None if they have not the form for it."""
+        ...
+
+    def merged(self, weight: np.ndarray, tensors: Tensors, module: Any) -> np.ndarray:
+        """A projection's float32 weight (outputs, inputs), or its bias (outputs,), with the adapter in it."""
+        ...
+
+
+def sites_by_name(modules: Sequence[Mapping[str, Any]], shape: BackboneShape) -> tuple[str, ...]:
+    """The names of the sites that all layers have, or the paths of all if layers differ."""
+    sites = [site for site in shape.sites if any(site in own for own in modules)]
+    if all(len(own) == len(sites) for own in modules):
+        return tuple(sites)
+    return tuple(site_path(i, site, shape) for i, own in enumerate(modules) for site in sites if site in own)
+
+
+def site_path(layer: int, site: str, shape: BackboneShape) -> str:
+    """The path of a site from the layers on."""
+    return f"layers.{layer}.{shape.sites[site].path}"
 
 
 M = TypeVar("M", bound=MethodConfig)

@@ -64,6 +64,8 @@ class ParaConfig:
     method: ClassVar[str] = "para"
     reads_prompt: ClassVar[bool] = True
     decays_to: ClassVar[float] = 0.0
+    dropout: ClassVar[float] = 0.0
+    peft_type: ClassVar[str] = ""
 
     r: int = 12
     target_modules: tuple[str, ...] = ("q_proj", "v_proj", "up_proj")

@@ -10,26 +10,23 @@ import json
 import re
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 
 from para_jax.adapters.adapter import Adapter, abstract_layers, named_leaves
 from para_jax.adapters.fit import MERGE, check_fits
-from para_jax.adapters.fused import as_transformers, by_name, join, modules_of, split
-from para_jax.adapters.ia3 import IA3Config, is_input
-from para_jax.adapters.lora import INITIALISATIONS, LoraConfig
-from para_jax.adapters.method import OUTSIDE, BackboneShape
+from para_jax.adapters.fused import as_transformers, join, split
+from para_jax.adapters.method import OUTSIDE, BackboneShape, PeftMethod, Place
 from para_jax.adapters.names import At, as_peft
-from para_jax.adapters.registry import config_from_dict
+from para_jax.adapters.registry import PEFT, config_from_dict
 from para_jax.adapters.targets import ALL_LINEAR, matched, module_path, names_module, peft_path
 from para_jax.adapters.weights import Weights
 from para_jax.errors import ParaJaxError
 
-CONFIGS: dict[str, type[LoraConfig] | type[IA3Config]] = {"LORA": LoraConfig, "IA3": IA3Config}
 # Where the safetensors file says what was joined of the sites of fused projections; PEFT does not look there.
 APART = "para_jax"
 
@@ -49,36 +46,21 @@ AT_RUN_TIME = {"alora_invocation_tokens", "arrow_config"}
 OPTIONAL = {"exclude_modules", "rank_pattern", "alpha_pattern", "layers_to_transform"}
 
 
-class Place(NamedTuple):
-    """Where one of PEFT's tensors, and of which shape, is in an adapter's stacked weights."""
-
-    leaf: str
-    part: tuple[Any, ...]
-    shape: tuple[int, int]
-
-
-def places(config: LoraConfig | IA3Config, shape: BackboneShape) -> dict[str, Place]:
+def places(config: PeftMethod, shape: BackboneShape) -> dict[str, Place]:
     """PEFT's tensors by name. Raises ParaJaxError for a target that matches nothing.
 
-    >>> from para_jax import BackboneConfig, tiny_backbone_path
+    >>> from para_jax import BackboneConfig, IA3Config, tiny_backbone_path
     >>> shape = BackboneConfig.from_pretrained(tiny_backbone_path())
     >>> table = places(IA3Config(), shape)
     >>> table["base_model.model.model.layers.1.mlp.down_proj.ia3_l"]
     Place(leaf='vectors.down_proj', part=(1,), shape=(1, 704))
     """
-    found: dict[str, Place] = {}
-    for layer, modules in enumerate(config.modules(shape)):
-        for site in modules:
-            at = peft_path(layer, site, shape)
-            inputs, outputs = shape.sites[site][:2]
-            if isinstance(config, IA3Config):
-                size = (1, inputs) if is_input(site, config, shape) else (outputs, 1)
-                found[f"{at}.ia3_l"] = Place(f"vectors.{site}", (layer,), size)
-            else:
-                rank = config.modules(shape)[layer][site].rank
-                found[f"{at}.lora_A.weight"] = Place(f"down.{site}", np.s_[layer, :rank], (rank, inputs))
-                found[f"{at}.lora_B.weight"] = Place(f"up.{site}", np.s_[layer, :, :rank], (outputs, rank))
-    return found
+    return {
+        f"{peft_path(layer, site, shape)}.{name}": place
+        for layer, modules in enumerate(config.modules(shape))
+        for site in modules
+        for name, place in config.places(layer, site, shape).items()
+    }
 
 
 def peft_tensors(adapter: Adapter, shape: BackboneShape) -> dict[str, np.ndarray]:
@@ -87,24 +69,23 @@ def peft_tensors(adapter: Adapter, shape: BackboneShape) -> dict[str, np.ndarray
     Fused projections are apart. (IA)3 with a projection comes out as the vectors it makes. Raises ParaJaxError for
     other methods, which PEFT has no form for.
     """
-    config, leaves = adapter.config, {name: np.asarray(x) for name, x in adapter.tensors().items()}
-    if not isinstance(config, LoraConfig | IA3Config):
-        raise ParaJaxError(f"PEFT has no form for method {config.method!r}; it has one for lora and ia3")
-    if isinstance(config, IA3Config) and config.projection:
-        offsets = jax.vmap(lambda layer: layer.offsets())(adapter.layers)
-        leaves = {f"vectors.{site}": 1 + np.asarray(x) for site, x in offsets.items()}
-        config = replace(config, projection=0)
-    tensors = {
-        name: np.ascontiguousarray(leaves[place.leaf][place.part].reshape(place.shape))
-        for name, place in places(config, shape).items()
+    if not adapter.config.peft_type:
+        method = adapter.config.method
+        raise ParaJaxError(f"PEFT has no form for method {method!r}; it has one for {', '.join(PEFT).lower()}")
+    own: Any = adapter.config
+    config, leaves = own.in_peft(adapter.layers, {name: np.asarray(x) for name, x in adapter.tensors().items()})
+    table = places(config, shape)
+    # A layer of a lower rank, or none, is padded with what changes nothing; anything else there would be lost.
+    rest = {name: np.array(x) for name, x in leaves.items()}
+    for place in table.values():
+        rest[place.leaf][place.part] = config.decays_to
+    for name, x in rest.items():
+        if np.any(x != config.decays_to):
+            half = name.partition(".")[0]
+            raise ParaJaxError(f"{half} has weights beyond a module's rank, which must be {config.decays_to:g}")
+    return {
+        name: np.ascontiguousarray(leaves[place.leaf][place.part].reshape(place.shape)) for name, place in table.items()
     }
-    if isinstance(config, LoraConfig):
-        # A layer of a lower rank, or none, is padded with zeros; anything else there would be lost.
-        for half, name in (("down", "lora_A"), ("up", "lora_B")):
-            kept = sum(np.count_nonzero(x) for key, x in tensors.items() if name in key)
-            if kept != sum(np.count_nonzero(x) for leaf, x in leaves.items() if leaf.startswith(half)):
-                raise ParaJaxError(f"{half} has weights beyond a module's rank, which must be zero")
-    return tensors
 
 
 def to_peft(adapter: Adapter, shape: BackboneShape) -> tuple[dict[str, Any], dict[str, np.ndarray], dict[str, str]]:
@@ -113,35 +94,24 @@ def to_peft(adapter: Adapter, shape: BackboneShape) -> tuple[dict[str, Any], dic
     Raises ParaJaxError for other methods.
     """
     tensors, metadata = peft_tensors(adapter, shape), {"format": "pt"}
-    config = plain(adapter.config)
+    own: Any = adapter.config
+    config, _ = own.in_peft(adapter.layers, {})
     if (view := as_transformers(shape)) is not None:
         metadata[APART] = json.dumps(asdict(config))
         config, tensors = join(config, tensors, view)
     return peft_config(config, shape), tensors, metadata
 
 
-def plain(config: Any) -> LoraConfig | IA3Config:
-    """FanLoRA as LoRA, and (IA)3 without a projection: what PEFT has a form for."""
-    if isinstance(config, IA3Config):
-        return replace(config, projection=0)
-    return LoraConfig(**{f.name: getattr(config, f.name) for f in fields(LoraConfig)})
-
-
-def peft_config(config: LoraConfig | IA3Config, shape: BackboneShape) -> dict[str, Any]:
-    """The adapter_config.json of a LoRA or (IA)3 adapter: keys of PEFT's only, for it warns of others."""
-    options = asdict(config)
-    options["exclude_modules"] = options["exclude_modules"] or None
-    if isinstance(config, LoraConfig):
-        options |= {"rank_pattern": dict(config.rank_pattern), "alpha_pattern": dict(config.alpha_pattern)}
-        options["bias"] = "none"
-    else:
-        del options["projection"]
+def peft_config(config: PeftMethod, shape: BackboneShape) -> dict[str, Any]:
+    """The adapter_config.json of an adapter: keys of PEFT's only, for it warns of others."""
+    options = config.peft_options()
     return {
-        "peft_type": next(name for name, kind in CONFIGS.items() if isinstance(config, kind)),
+        "peft_type": config.peft_type,
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": getattr(shape, "name", "") or None,
         "inference_mode": True,
         **options,
+        "exclude_modules": options["exclude_modules"] or None,
         "fan_in_fan_out": False,
         "modules_to_save": None,
     }
@@ -171,8 +141,7 @@ def from_peft(folder: Path, config_fields: Mapping[str, Any], weights: Weights, 
         config, tensors = split(config, tensors, view, _kept(weights.metadata, config, shape))
         table = places(config, shape)
     abstract = abstract_layers(config, shape)
-    fill = np.ones if isinstance(config, IA3Config) else np.zeros
-    leaves = {name: fill(x.shape, np.float32) for name, x in named_leaves(abstract).items()}
+    leaves = {name: np.full(x.shape, config.decays_to, np.float32) for name, x in named_leaves(abstract).items()}
     for name, place in table.items():
         part = leaves[place.leaf][place.part]  # a view: what is written to it is written to the leaf
         with np.errstate(over="ignore"):  # of float64, which is looked for in the file
@@ -182,17 +151,17 @@ def from_peft(folder: Path, config_fields: Mapping[str, Any], weights: Weights, 
     )
 
 
-def _config_at(config_fields: Mapping[str, Any], shape: BackboneShape, stem: str) -> LoraConfig | IA3Config:
+def _config_at(config_fields: Mapping[str, Any], shape: BackboneShape, stem: str) -> PeftMethod:
     """The config of modules of this shape, whose patterns were written for a model with its layers at `stem`."""
     if stem != "model":
         at = At(shape, stem)
         with suppress(ParaJaxError):  # if only the names of tensors were cut, the patterns are the usual ones
             config = config_from_peft(config_fields, at)
-            return by_name(config, modules_of(config, at), at)
+            return config.of_modules(config.modules(at), at)
     return config_from_peft(config_fields, shape)
 
 
-def _kept(metadata: Mapping[str, str], config: LoraConfig | IA3Config, shape: BackboneShape) -> Any:
+def _kept(metadata: Mapping[str, str], config: PeftMethod, shape: BackboneShape) -> Any:
     """The config of what was joined, if `to_peft` made these files; what it says is checked against them."""
     try:
         kept = config_from_dict(config.method, dict(json.loads(metadata[APART])))
@@ -202,7 +171,7 @@ def _kept(metadata: Mapping[str, str], config: LoraConfig | IA3Config, shape: Ba
         return None
 
 
-def config_from_peft(config_fields: Mapping[str, Any], shape: BackboneShape) -> LoraConfig | IA3Config:
+def config_from_peft(config_fields: Mapping[str, Any], shape: BackboneShape) -> PeftMethod:
     """The config that an adapter_config.json of PEFT means.
 
     Raises ParaJaxError for what is not implemented, all keys at once; null, false, empty and PEFT's defaults pass.
@@ -213,10 +182,10 @@ def config_from_peft(config_fields: Mapping[str, Any], shape: BackboneShape) -> 
     >>> config_from_peft(written, shape).r
     4
     """
-    kind = CONFIGS[config_fields["peft_type"].upper()]
-    known = {f.name for f in fields(kind)} - {"projection"}
-    problems = [_refusal(key, value) for key, value in config_fields.items() if _refused(key, value, known)]
-    for key in ("target_modules", *(["feedforward_modules"] if kind is IA3Config else [])):
+    kind = PEFT[config_fields["peft_type"].upper()]
+    known = {f.name for f in fields(kind)} - {*kind.peft_lacks}
+    problems = [_refusal(key, value) for key, value in config_fields.items() if _refused(key, value, known, kind)]
+    for key in kind.peft_requires:
         if config_fields.get(key) is None:
             problems.append(f"{key} is missing, so that PEFT chooses by the base's architecture; write a list of names")
     targets = config_fields.get("target_modules")
@@ -259,13 +228,12 @@ def _ordered(entries: Any, paths: list[str]) -> Any:
     return tuple(sorted(entries, key=place))
 
 
-def _refused(key: str, value: Any, known: set[str]) -> bool:
+def _refused(key: str, value: Any, known: set[str], kind: type[PeftMethod]) -> bool:
     """Whether a key of PEFT's config changes the model in a way that is not implemented."""
     if key in NEUTRAL or value is None or value is False or value in ("", [], {}):
         return False
-    if key == "init_lora_weights":
-        # Most others take the base's weights apart, so that the adapter is none of the base it names.
-        return value not in INITIALISATIONS
+    if key in kind.peft_choices:
+        return value not in kind.peft_choices[key]
     if key == "layers_pattern":
         # The name of the list of layers, which is the first and only one here.
         patterns = value if isinstance(value, list) else [value]

@@ -14,6 +14,8 @@ from para_jax.errors import unknown
 
 # Every method by the name that adapter_config.json and the command line use.
 METHODS: dict[str, type[Any]] = {config.method: config for config in (ParaConfig, LoraConfig, IA3Config, FanLoraConfig)}
+# Those that PEFT has, by what it calls them. FanLoRA is LoRA to it.
+PEFT: dict[str, type[Any]] = {config.peft_type: config for config in (LoraConfig, IA3Config)}
 
 
 def config_from_dict(method: str, fields: Mapping[str, Any]) -> Any:

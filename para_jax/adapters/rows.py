@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from para_jax.adapters.method import Prompt
-from para_jax.adjustment import Adjustment, Dropout, total
+from para_jax.adjustment import PER_ROW, Adjustment, Dropout, total
 from para_jax.errors import ParaJaxError
 
 if TYPE_CHECKING:
@@ -68,20 +68,18 @@ class Rows:
             raise ParaJaxError(f"a batch of {b} rows was given the adapters of {served[0]}")
         grouped = jax.tree.map(lambda x: x.reshape(b // self.repeats, self.repeats, *x.shape[1:]), prompt)
 
-        def one(adapter: Any, prompt: Prompt) -> tuple[Any, Any]:
+        def one(adapter: Any, prompt: Prompt) -> Adjustment:
             if prompt.mask_t.ndim == 2:  # of several sequences in the row
-                each = jax.vmap(lambda mask_t: one(adapter, replace(prompt, mask_t=mask_t)), out_axes=(0, None))
+                each = jax.vmap(lambda mask_t: one(adapter, replace(prompt, mask_t=mask_t)), out_axes=PER_ROW)
                 return each(prompt.mask_t)
-            made = adapter.prepare(prompt, layer)
-            return (made.offsets, made.later), made.pairs
+            return adapter.prepare(prompt, layer)
 
         # Low-rank pairs do not depend on the prompt, and stay one for all the rows that share them.
-        prepare = jax.vmap(jax.vmap(one, in_axes=(None, 0), out_axes=(0, None)))
+        prepare = jax.vmap(jax.vmap(one, in_axes=(None, 0), out_axes=PER_ROW))
         adjustments = []
         for strength, adapters in zip(self.strengths, layers, strict=True):
-            scales, pairs = prepare(adapters, grouped)
-            offsets, later = jax.tree.map(lambda x: x.reshape(b, *x.shape[2:]), scales)
-            adjustments.append(Adjustment(offsets, later, pairs).weighted(jnp.repeat(strength, self.repeats)))
+            made = prepare(adapters, grouped).per_row(lambda x: x.reshape(b, *x.shape[2:]))
+            adjustments.append(made.weighted(jnp.repeat(strength, self.repeats)))
         adjustment = total(adjustments, disjoint=not self.composed)
         if self.keys_bt is None or not any(self.rates):
             return adjustment

@@ -123,9 +123,7 @@ class DecodeState:
         stacked = not isinstance(self.adjustments, tuple)
 
         def repeat(adjustment: Adjustment) -> Adjustment:
-            # A pair serves all the rows that come of its own.
-            offsets = jax.tree.map(lambda x: jnp.repeat(x, times, axis=1 if stacked else 0), adjustment.offsets)
-            return replace(adjustment, offsets=offsets)
+            return adjustment.per_row(lambda x: jnp.repeat(x, times, axis=1 if stacked else 0))
 
         of_row = jnp.repeat(jnp.arange(self.cache.position_b.shape[0]), times)
         adjustments = repeat(self.adjustments) if stacked else tuple(repeat(one) for one in self.adjustments)

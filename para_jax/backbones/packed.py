@@ -82,11 +82,7 @@ class Segments:
         def of_tokens(x_bsf: Array) -> Array:
             return x_bsf[:, 0] if self.count == 1 else _of_tokens(x_bsf, self.segment_bt)
 
-        offsets, later = (
-            {k: of_tokens(v) for k, v in scales.items() if k == site}
-            for scales in (adjustment.offsets, adjustment.later)
-        )
-        return replace(adjustment, offsets=offsets, later=later).apply(site, x, y, prompt_bt)
+        return adjustment.at(site).per_row(of_tokens).apply(site, x, y, prompt_bt)
 
 
 @jax.custom_vjp

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
 from para_jax.adapters.adapter import Adapter, named_leaves
-from para_jax.adapters.ia3 import IA3Config
-from para_jax.adapters.lora import LoraConfig
 from para_jax.adapters.peft import peft_tensors
 from para_jax.adapters.targets import peft_path
 from para_jax.convert.checkpoint import W
@@ -44,7 +41,7 @@ def merge_adapter(backbone: W, adapter: Adapter) -> W:
     True
     """
     config, shape = adapter.config, backbone.config
-    if not isinstance(config, LoraConfig | IA3Config):
+    if not config.peft_type:
         raise ParaJaxError(
             f"an adapter of method {config.method} cannot be merged: its vectors are made from each prompt, so no one "
             "set of weights does what it does. Serve it from a bank, or tune lora or ia3 to merge"
@@ -54,10 +51,10 @@ def merge_adapter(backbone: W, adapter: Adapter) -> W:
         raise ParaJaxError("a quantised backbone cannot be merged into; load it without quantize")
     tensors = peft_tensors(adapter, shape)
     leaves: dict[str, Any] = dict(named_leaves(backbone))
-    for layer, modules in enumerate(config.modules(shape)):
-        scales = {site: _scale(modules, site) for site in modules}
+    method: Any = config
+    for layer, modules in enumerate(method.modules(shape)):
         for entry in table(shape, layer):
-            if not any(part.site in scales for part in entry.parts):
+            if not any(part.site in modules for part in entry.parts):
                 continue
             name = f"blocks.{entry.name}" if backbone.stacked else f"blocks.{layer}.{entry.name}"
             if not isinstance(leaves[name], np.ndarray):
@@ -65,28 +62,15 @@ def merge_adapter(backbone: W, adapter: Adapter) -> W:
             ours = leaves[name][layer] if backbone.stacked else leaves[name]
             merged = []
             for part, x in zip(entry.parts, entry.split(ours.astype(np.float32)), strict=True):
-                at = peft_path(layer, part.site, shape) if part.site in scales else ""
-                with np.errstate(over="ignore", invalid="ignore"):  # which `_finite` looks for
-                    merged.append(_finite(at, x, _merged(at, x, tensors, scales[part.site])) if at else x)
+                if part.site in modules:
+                    at = peft_path(layer, part.site, shape)
+                    own = {name: tensors[f"{at}.{name}"] for name in method.places(layer, part.site, shape)}
+                    with np.errstate(over="ignore", invalid="ignore"):  # which `_finite` looks for
+                        x = _finite(at, x, method.merged(x, own, modules[part.site]))
+                merged.append(x)
             ours[...] = entry.join(merged)
     placed = [_placed(x, old) for x, old in zip(leaves.values(), jax.tree.leaves(backbone), strict=True)]
     return jax.tree.unflatten(jax.tree.structure(backbone), placed)
-
-
-def _scale(modules: Any, site: str) -> float:
-    return modules[site].scale if isinstance(modules, Mapping) else 1.0
-
-
-def _merged(at: str, weight: np.ndarray, tensors: Mapping[str, np.ndarray], scale: float) -> np.ndarray:
-    """One projection's float32 weight or bias, whose PEFT tensors broadcast against it as they are."""
-    vector = tensors.get(f"{at}.ia3_l")
-    if vector is None:
-        if weight.ndim == 1:  # LoRA leaves biases alone
-            return weight
-        return weight + np.float32(scale) * (tensors[f"{at}.lora_B.weight"] @ tensors[f"{at}.lora_A.weight"])
-    if weight.ndim == 1:  # a bias belongs to the output, so that scaling the input leaves it alone
-        return weight if vector.shape[0] == 1 else weight * vector[:, 0]
-    return weight * vector
 
 
 def _finite(at: str, old: np.ndarray, new: np.ndarray) -> np.ndarray:

@@ -18,6 +18,7 @@ import numpy as np
 from para_jax.config import BackboneConfig
 from para_jax.convert.tensors import TensorFiles
 from para_jax.errors import ParaJaxError
+from para_jax.parameters import names_of
 
 # What belongs to a decoder: a tensor of these that the family's table lacks would change what it computes.
 DECODER = re.compile(r"(model\.)?(layers|embed_tokens|norm|lm_head)\.")
@@ -109,7 +110,7 @@ def _of_experts(name: str, shape: tuple[int, ...], config: BackboneConfig) -> It
     found = re.fullmatch(r"(model\.layers\.\d+)\.(?:mlp|block_sparse_moe)\.(gate|experts)\.(.+)", name)
     if config.experts is None or found is None:
         return
-    (layer, which, rest), names = found.groups(), config.names
+    (layer, which, rest), names = found.groups(), names_of(config)
     count, width, d, at = config.experts.count, config.experts.width, config.hidden_size, f"{layer}.{names.experts}"
     gate, up, down = names.expert
     if which == "gate":

@@ -104,9 +104,6 @@ class Names(NamedTuple):
     expert: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
 
 
-LLAMA_NAMES = Names()
-
-
 class Site(NamedTuple):
     """A projection `y = x W^T` with x (..., inputs) and y (..., outputs), and where it is in a layer.
 
@@ -142,7 +139,6 @@ class Architecture:
     eos_token_ids: tuple[int, ...] = ()
     name: str = ""
     family: str = "llama"
-    names: Names = LLAMA_NAMES
     hidden_act: str = "silu"
     biases: tuple[str, ...] = ()
     qk_norm: Literal["none", "head", "all"] = "none"

@@ -63,7 +63,6 @@ def architecture_from_hf(fields: Mapping[str, Any], name: str = "") -> Architect
             "eos_token_ids": eos,
             "name": name,
             "family": model_type,
-            "names": family.names,
             "hidden_act": act,
             "biases": tuple(biased),
             "attention_scale": None if scalar is None else scalar**-0.5,

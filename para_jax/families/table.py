@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from para_jax.compat import GEMMA_ACTIVATIONS
-from para_jax.families.architecture import ATTENTION_SITES, LLAMA_NAMES, Experts, Names
+from para_jax.families.architecture import ATTENTION_SITES, Experts, Names
+
+LLAMA_NAMES = Names()
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from para_jax.adapters.adapter import Adapter
 from para_jax.adapters.lora import LoraConfig, LoraLayer
 from para_jax.adapters.method import Prompt
 from para_jax.adapters.rows import Rows
-from para_jax.adjustment import Adjustment, LowRank
+from para_jax.adjustment import Adjustment
 from para_jax.backbones.decoder import Backbone
 from para_jax.checks import COUNT, SEED
 from para_jax.data.batches import Batch, one_row_each
@@ -177,9 +177,7 @@ class Gated:
     gates: Mapping[str, Float[Array, ""]]
 
     def prepare(self, prompt: Prompt, layer: int | Int[Array, ""]) -> Adjustment:
-        made = self.lora.prepare(prompt, layer)
-        pairs = {site: LowRank(pair.down, pair.up * self.gates[site]) for site, pair in made.pairs.items()}
-        return replace(made, pairs=pairs)
+        return self.lora.prepare(prompt, layer).gated(self.gates)
 
 
 def losses(s: Scoring, gates_vls: Float[np.ndarray, "v layers sites"]) -> Float[np.ndarray, " v"]:

@@ -218,7 +218,7 @@ def _rows_of(
     own = tuple(_entries(s, batch.place, stack_size(x)) for s, x in zip(slots, stacks, strict=True))
     layers = tuple(picked(stack, s, shards, backbone.mesh) for stack, s in zip(stacks, own, strict=True))
     there: list[Any] = [s < stack_size(x) // shards for x, s in zip(stacks, own, strict=True)]
-    rates = tuple(getattr(group.config, "lora_dropout", 0.0) for group in bank.groups)
+    rates = tuple(group.config.dropout for group in bank.groups)
     strengths = tuple(x.reshape(-1).astype(jnp.float32) for x in there)
     return own, Rows(strengths, layers, rates, repeats=batch.repeats)
 

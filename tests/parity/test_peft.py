@@ -470,6 +470,6 @@ def test_weights_beyond_the_rank_are_not_lost(backbones: dict[bool, Backbone], t
     adapter = drawn(config, backbones[True].config)
     save_adapter(adapter, tmp_path / "a", backbones[True].config)
     adapter = jax.tree.map(lambda x: x + 1, adapter)
-    with pytest.raises(ParaJaxError, match="down has weights beyond a module's rank, which must be zero"):
+    with pytest.raises(ParaJaxError, match="down has weights beyond a module's rank, which must be 0"):
         save_adapter(adapter, tmp_path / "b", backbones[True].config)
     assert not (tmp_path / "b").exists()
