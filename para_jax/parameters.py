@@ -14,11 +14,9 @@ from typing import Literal
 
 import numpy as np
 
-from para_jax.families.architecture import ATTENTION_SITES, MLP_SITES, Architecture, Names, Site
+from para_jax.families.architecture import ATTENTION_SITES, MLP_SITES, Architecture, Axes, Names, Site
 from para_jax.families.table import FAMILIES
 
-# The logical axes of a weight; `para_jax/sharding.py` says which axis of a mesh each is split over, None over none.
-Axes = tuple[Literal["vocab", "model", "kv_heads", "heads", "inner"] | None, ...]
 VOCABULARY: Axes = ("vocab", "model")  # of the embeddings, and of the head
 
 

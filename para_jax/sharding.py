@@ -23,8 +23,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from para_jax.errors import ParaJaxError, unknown
-from para_jax.families.architecture import SITE_AXES, Architecture
-from para_jax.parameters import VOCABULARY, Axes
+from para_jax.families.architecture import Architecture, Axes
+from para_jax.parameters import VOCABULARY
 
 if TYPE_CHECKING:
     from jax import Array
@@ -138,22 +138,15 @@ def spec(axes: Axes, shape: tuple[int, ...], mesh: Mesh) -> P:
     return P(*[None] * layers, *split) if any(split) else P()
 
 
-def adapter_spec(name: str, shape: tuple[int, ...], mesh: Mesh, tenants: tuple[str, ...] | None) -> P:
+def adapter_spec(axes: Axes, shape: tuple[int, ...], mesh: Mesh, tenants: tuple[str, ...] | None) -> P:
     """Where the axes of a stack of adapters (tenants, layers, ...), or of their moments, go.
 
-    Features that the backbone splits over `tensor` at a site are split so in what the adapter keeps for that site
-    alone; all else is whole, but for the tenants, which may be spread.
+    `axes` are the logical axes of a layer's array. Those that the backbone splits over `tensor` are split so here; all
+    else is whole, but for the tenants, which may be spread.
     """
-    path = name.split(".")
-    axes: list[Any] = [tenants, *[None] * (len(shape) - 1)]
-    if path[-1] in SITE_AXES and len(shape) > 2:
-        inputs, outputs = SITE_AXES[path[-1]]
-        # LoRA's pairs are down (r, inputs) and up (outputs, r); what has one axis scales outputs.
-        logical, at = (inputs, 3) if path[-2] == "down" else (outputs, 2)
-        axis = MESH_AXES.get(logical)
-        if axis == "tensor" and shape[at] % mesh.shape[axis] == 0:
-            axes[at] = axis
-    return P(*axes)
+    own = spec(axes, shape[2:], mesh) if len(shape) - 2 == len(axes) else P()
+    split = [axis if axis == "tensor" else None for axis in own]
+    return P(tenants, *[None] * (len(shape) - 1 - len(split)), *split) if shape else P()
 
 
 def gathered(weight: Array, axes: Axes, mesh: Mesh) -> Array:

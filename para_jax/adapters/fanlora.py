@@ -100,6 +100,17 @@ class FanLoraConfig(LoraConfig):
         write_json(path, {"method": self.method, **dataclasses.asdict(self)})
 
     @classmethod
+    def usual(cls, shape: BackboneShape) -> Mapping[str, LoraConfig]:
+        """Two modules in each layer.
+
+        FanLoRA keeps those that matter most, which only a run can tell: here it is each module in its turn, so that
+        figures are an average.
+        """
+        sites, layers = list(shape.linear_sites), range(shape.num_hidden_layers)
+        kept = [[sites[(2 * i + j) % len(sites)] for j in (0, 1)] for i in layers]
+        return {"fanlora r=8, 2 modules a layer": cls.of(kept, shape, r=8)}
+
+    @classmethod
     def load(cls, path: str | Path) -> FanLoraConfig:
         """Reads what `save` wrote. Raises ParaJaxError for a file that is none, or has an unknown option."""
         path = Path(path)

@@ -23,6 +23,7 @@ from para_jax.adapters.targets import as_patterns, matched, module_path, resolve
 from para_jax.adjustment import Adjustment
 from para_jax.compat import Dict
 from para_jax.errors import ParaJaxError
+from para_jax.families.architecture import SITE_AXES, Axes
 
 if TYPE_CHECKING:
     from jax import Array
@@ -101,6 +102,20 @@ class IA3Config:
         # Layers are alike in size, with a matrix for every site that any of them targets.
         sites = {site for layer in self.modules(shape) for site in layer}
         return shape.num_hidden_layers * self.projection * (1 + sum(_width(site, self, shape) for site in sites))
+
+    @classmethod
+    def usual(cls, shape: BackboneShape) -> Mapping[str, IA3Config]:
+        """PEFT's targets, and those of PARA's authors. Of experts PEFT scales no input."""
+        pefts = {"ia3 k, v, down (PEFT's)": cls()} if FEEDFORWARD in shape.linear_sites else {}
+        return {
+            **pefts,
+            "ia3 q, k, up": cls(target_modules=("q_proj", "k_proj", "up_proj"), feedforward_modules=()),
+        }
+
+    def axes(self, name: str) -> Axes:
+        """Of `vectors.SITE` (outputs,), or (inputs,) where the input is scaled."""
+        site = name.rpartition(".")[2]
+        return (SITE_AXES[site][1],) if site in SITE_AXES else ()
 
     # PEFT's form: one ia3_l for each module.
 

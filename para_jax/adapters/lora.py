@@ -26,6 +26,7 @@ from para_jax.adapters.targets import as_patterns, first_match, fits_none, modul
 from para_jax.adjustment import Adjustment, LowRank
 from para_jax.compat import Dict
 from para_jax.errors import ParaJaxError, unknown
+from para_jax.families.architecture import SITE_AXES, Axes
 
 if TYPE_CHECKING:
     from jax import Array
@@ -141,6 +142,24 @@ class LoraConfig:
             for modules in self.modules(shape)
             for site, module in modules.items()
         )
+
+    @classmethod
+    def usual(cls, shape: BackboneShape) -> Mapping[str, LoraConfig]:
+        """Three ranks, on the queries and values or everywhere."""
+        targets: dict[str, Any] = {"q and v": ("q_proj", "v_proj"), "all linear": "all-linear"}
+        return {
+            f"lora r={r}, {name}": LoraConfig(r=r, target_modules=of)
+            for name, of in targets.items()
+            for r in (8, 16, 64)
+        }
+
+    def axes(self, name: str) -> Axes:
+        """Of `down.SITE` (r, inputs) and `up.SITE` (outputs, r)."""
+        *_, half, site = ["", *name.split(".")]
+        if site not in SITE_AXES:
+            return ()
+        inputs, outputs = SITE_AXES[site]
+        return (None, inputs) if half == "down" else (outputs, None)
 
     # PEFT's form: lora_A is `down`, lora_B is `up`, each of the module's own rank.
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from para_jax.adjustment import Adjustment
 from para_jax.errors import ParaJaxError, unknown
-from para_jax.families.architecture import Site
+from para_jax.families.architecture import Axes, Site
 
 if TYPE_CHECKING:
     from flax import nnx
@@ -88,6 +88,16 @@ class MethodConfig(Protocol):
 
     def size(self, shape: BackboneShape) -> int:
         """The number of parameters of an adapter."""
+        ...
+
+    @classmethod
+    def usual(cls, shape: BackboneShape) -> Mapping[str, MethodConfig]:
+        """The settings that people use, by a name for people; `para-jax methods` prints what they cost."""
+        ...
+
+    def axes(self, name: str) -> Axes:
+        """The logical axes of one of a layer's arrays, by its name, in front of which others may stand; (), if none of
+        them is split."""
         ...
 
     def __hash__(self) -> int: ...

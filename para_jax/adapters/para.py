@@ -11,6 +11,7 @@ Which statement is the paper's and which is a choice of this library stands in d
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
@@ -21,6 +22,7 @@ from flax import nnx
 from para_jax.adapters.method import BackboneShape, Prompt, as_targets, check_targets
 from para_jax.adjustment import Adjustment
 from para_jax.errors import ParaJaxError, unknown
+from para_jax.families.architecture import Axes
 
 if TYPE_CHECKING:
     from jax import Array
@@ -110,6 +112,15 @@ class ParaConfig:
         extra = widths * self.bias + d * (self.pooling == "attention")
         extra += (len(RATIONAL_NUMERATOR) + len(RATIONAL_DENOMINATOR)) * (self.activation == "rational")
         return shape.num_hidden_layers * (d * self.r + self.r * widths + extra)
+
+    @classmethod
+    def usual(cls, shape: BackboneShape) -> Mapping[str, ParaConfig]:
+        """The rank of the published adapters."""
+        return {"para r=12": cls(r=12)}
+
+    def axes(self, name: str) -> Axes:
+        """The outputs of several sites stand in one array, so that no axis can be split as the backbone's."""
+        return ()
 
 
 class ParaLayer(nnx.Module):

@@ -13,7 +13,7 @@ from para_jax.adapters.para import ParaConfig
 from para_jax.errors import unknown
 
 # Every method by the name that adapter_config.json and the command line use.
-METHODS: dict[str, type[Any]] = {config.method: config for config in (ParaConfig, LoraConfig, IA3Config, FanLoraConfig)}
+METHODS: dict[str, type[Any]] = {config.method: config for config in (ParaConfig, IA3Config, FanLoraConfig, LoraConfig)}
 # Those that PEFT has, by what it calls them. FanLoRA is LoRA to it.
 PEFT: dict[str, type[Any]] = {config.peft_type: config for config in (LoraConfig, IA3Config)}
 

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from para_jax.adapters.method import BackboneShape, MethodConfig
     from para_jax.config import BackboneConfig
 
-RANKS = (8, 16, 64)
 COMPUTE = ("bfloat16", "float16", "float32")
 
 
@@ -131,27 +130,10 @@ def step_bytes(shape: BackboneConfig, rows: int, dtype: str) -> int:
 
 
 def usual(shape: BackboneShape) -> Mapping[str, MethodConfig]:
-    """Every method at its usual settings.
+    """Every method at its usual settings."""
+    from para_jax.adapters.registry import METHODS
 
-    FanLoRA keeps the modules of each layer that matter most, which only a run can tell: here it is two a layer, each
-    module in its turn, so that the figures are an average.
-    """
-    from para_jax.adapters.ia3 import IA3Config
-    from para_jax.adapters.lora import LoraConfig
-    from para_jax.adapters.para import ParaConfig
-
-    q_v, sites, layers = ("q_proj", "v_proj"), list(shape.linear_sites), range(shape.num_hidden_layers)
-    two = [f"layers.{i}.{shape.sites[sites[(2 * i + j) % len(sites)]].path}" for i in layers for j in (0, 1)]
-    ours = IA3Config(target_modules=("q_proj", "k_proj", "up_proj"), feedforward_modules=())
-    return {
-        "para r=12": ParaConfig(r=12),
-        # Of experts PEFT scales no input.
-        **({"ia3 k, v, down (PEFT's)": IA3Config()} if "down_proj" in sites else {}),
-        "ia3 q, k, up": ours,
-        "fanlora r=8, 2 modules a layer": LoraConfig(r=8, target_modules=tuple(two)),
-        **{f"lora r={r}, q and v": LoraConfig(r=r, target_modules=q_v) for r in RANKS},
-        **{f"lora r={r}, all linear": LoraConfig(r=r, target_modules="all-linear") for r in RANKS},
-    }
+    return {name: config for method in METHODS.values() for name, config in method.usual(shape).items()}
 
 
 def human(size: float) -> str:

@@ -7,8 +7,11 @@ from typing import Any, Literal, NamedTuple
 
 ATTENTION_SITES = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_SITES = ("gate_proj", "up_proj", "down_proj")
-# The logical axes of each site's inputs and outputs (`para_jax/parameters.py`).
-SITE_AXES = {
+# The logical axes of an array; `para_jax/sharding.py` says which axis of a mesh each is split over, None over none.
+Axis = Literal["vocab", "model", "kv_heads", "heads", "inner"]
+Axes = tuple[Axis | None, ...]
+# Those of each site's inputs and outputs.
+SITE_AXES: dict[str, tuple[Axis, Axis]] = {
     "q_proj": ("model", "heads"),
     "k_proj": ("model", "kv_heads"),
     "v_proj": ("model", "kv_heads"),

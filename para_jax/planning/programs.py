@@ -166,7 +166,7 @@ def training_parts(job: Job, mesh: Mesh) -> Parts:
         layout=layout,
         state=_placed(state, shardings(state, mesh, layout.shards)),
         rules=stack_settings(bank, settings),
-        sums=_placed(sums, sums_sharding(sums, mesh)),
+        sums=_placed(sums, sums_sharding(sums, bank, mesh)),
         slots=layout.slots(bank, homes),
         places=schedule.places,
         shapes=[step_of(job, mesh).shape],

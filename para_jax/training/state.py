@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from para_jax.adapters.adapter import named_leaves
-from para_jax.adapters.bank import AdapterBank
+from para_jax.adapters.bank import AdapterBank, Group
 from para_jax.distributed import placed
 from para_jax.sharding import adapter_spec
 from para_jax.training import optimizer
@@ -101,12 +101,23 @@ def moved(tree: Any, old: Sequence[str | None], new: Sequence[str | None]) -> An
 def shardings(state: TrainState, mesh: Mesh, shards: int) -> TrainState:
     """Where each array of a state lies: tenants apart if the adapters are spread, features as in the backbone."""
     tenants = ("data", "fsdp") if shards > 1 else None
+    groups = state.bank.groups
+    of_slots, of_step = NamedSharding(mesh, P(tenants)), NamedSharding(mesh, P())
+    return TrainState(
+        cast("Any", of_step),
+        replace(state.bank, groups=tuple(replace(g, stack=_where(g, g.stack, mesh, tenants)) for g in groups)),
+        tuple(_where(group, moments, mesh, tenants) for group, moments in zip(groups, state.moments, strict=True)),
+        *(jax.tree.map(lambda _: of_slots, of) for of in (state.taken, state.failed_at)),
+    )
+
+
+def _where(group: Group, tree: Any, mesh: Mesh, tenants: tuple[str, ...] | None) -> Any:
+    """The shardings of arrays that are stacked like a group's adapters."""
 
     def of(name: str, x: Any) -> NamedSharding:
-        return NamedSharding(mesh, adapter_spec(name, x.shape, mesh, tenants) if x.ndim else P())
+        return NamedSharding(mesh, adapter_spec(group.config.axes(name), x.shape, mesh, tenants))
 
-    named = named_leaves(state)
-    return jax.tree.unflatten(jax.tree.structure(state), [of(name, x) for name, x in named.items()])
+    return jax.tree.unflatten(jax.tree.structure(tree), [of(name, x) for name, x in named_leaves(tree).items()])
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["settings", "name"], meta_fields=[])
@@ -174,14 +185,12 @@ class Sums:
         sums = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), cls.shapes(bank, groups, places))
         if mesh is None:
             return jax.device_put(sums)
-        return jax.tree.map(placed, sums, sums_sharding(sums, mesh))
+        return jax.tree.map(placed, sums, sums_sharding(sums, bank, mesh))
 
 
-def sums_sharding(sums: Any, mesh: Mesh) -> Any:
+def sums_sharding(sums: Sums, bank: AdapterBank, mesh: Mesh) -> Sums:
     """Where the arrays of Sums lie: each group's part on its own devices, features as in the backbone."""
-
-    def of(name: str, x: Any) -> NamedSharding:
-        return NamedSharding(mesh, adapter_spec(name, x.shape, mesh, ("data", "fsdp")))
-
-    named = named_leaves(sums)
-    return jax.tree.unflatten(jax.tree.structure(sums), [of(name, x) for name, x in named.items()])
+    spread = ("data", "fsdp")
+    gradient = tuple(_where(g, x, mesh, spread) for g, x in zip(bank.groups, sums.gradient, strict=True))
+    where: Any = NamedSharding(mesh, P(spread))
+    return Sums(gradient, where)

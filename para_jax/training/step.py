@@ -93,7 +93,7 @@ def accumulate(
 
     after = Sums(jax.tree.map(add, sums.gradient, added), sums.loss + loss_gn)
     mesh = backbone.mesh
-    return after if mesh is None else jax.lax.with_sharding_constraint(after, sums_sharding(after, mesh))
+    return after if mesh is None else jax.lax.with_sharding_constraint(after, sums_sharding(after, bank, mesh))
 
 
 def _entries(x_gn: Any, place_ge: Any, none: int) -> Array:
@@ -199,7 +199,7 @@ def update(
     if mesh is not None:
         after = jax.lax.with_sharding_constraint(after, shardings(after, mesh, shards))
         report = jax.lax.with_sharding_constraint(report, NamedSharding(mesh, P()))
-        zeros = jax.lax.with_sharding_constraint(zeros, sums_sharding(zeros, mesh))
+        zeros = jax.lax.with_sharding_constraint(zeros, sums_sharding(zeros, bank, mesh))
     return after, zeros, report
 
 

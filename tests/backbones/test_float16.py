@@ -57,7 +57,7 @@ def test_eight_times_as_exact_as_bfloat16(family: str) -> None:
 def test_the_residual_stream_may_exceed_float16s_range() -> None:
     """As Gemma 3's does."""
     backbone = jax.tree.map(lambda x: x, random_backbone(seed=1))
-    backbone.blocks[0].down[...] = backbone.blocks[0].down[...].at[7].mul(5e4)
+    backbone.blocks[0]["down"][...] = backbone.blocks[0]["down"][...].at[7].mul(5e4)
     seen: list[float] = []
     backbone.forward(TOKENS, *[np.ones(TOKENS.shape, bool)] * 2, Watching(seen=seen))
     assert seen[0] < 100 < 65504 < seen[1]

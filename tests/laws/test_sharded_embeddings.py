@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding
 
 from para_jax import tiny_backbone_path
 from para_jax.convert.checkpoint import save_backbone
+from para_jax.parameters import VOCABULARY
 from para_jax.sharding import embedded, make_mesh, row_sharding, spec, split_rows
 from tests.helpers import random_backbone
 
@@ -38,7 +39,7 @@ def test_what_a_lookup_moves(mesh: str, rows: int, vocabulary: int, optimized, c
     rng = np.random.default_rng(0)
     embed = jnp.asarray(rng.standard_normal((vocabulary, WIDTH), np.float32))
     tokens = jnp.asarray(rng.integers(0, vocabulary, (rows, LENGTH), np.int32))
-    there = jax.device_put(embed, NamedSharding(on, spec("embed", embed.shape, on)))
+    there = jax.device_put(embed, NamedSharding(on, spec(VOCABULARY, embed.shape, on)))
     program = jax.jit(lambda embed, tokens: 2 * split_rows(embedded(embed, tokens, on), on)).lower(
         there, jax.device_put(tokens, row_sharding(on, rows))
     )

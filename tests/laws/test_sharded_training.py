@@ -202,7 +202,9 @@ def test_what_a_layer_moves(family: str, method: MethodConfig, tmp_path) -> None
     text = parts.calls()["micro-batch 0"]().lower().compile().as_text()
     blocks, layers = there.blocks, there.config.num_hidden_layers
     # Each weight of one layer, and of it what a device has over tensor.
-    weights = [("all-gather", w.size // layers // 2) for w in (blocks.qkv, blocks.out, blocks.gate_up, blocks.down)]
+    weights = [
+        ("all-gather", w.size // layers // 2) for w in (blocks[name] for name in ("qkv", "out", "gate_up", "down"))
+    ]
     # A device's hidden states, and the gradients of its tokens' router probabilities.
     tokens = SHAPES[0].tokens
     hidden, chances = tokens * 32, tokens * 4 * (family == "mixtral")
