@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from para_jax.backbones.block import ACTIVATIONS
-from para_jax.backbones.rope import TYPES
+from para_jax.families.architecture import ACTIVATIONS, ROPE_TYPES
 from para_jax.families.table import FAMILIES
 
 
@@ -17,7 +16,7 @@ def lines() -> Iterator[str]:
         only = ", ".join(f"`{key}` = {value!r}" for key, value in family.only.items())
         yield f"| `{name}` | {family.models} | {only} |"
     yield ""
-    yield f"RoPE types: {', '.join(TYPES)}. Activations: {', '.join(ACTIVATIONS)}."
+    yield f"RoPE types: {', '.join(ROPE_TYPES)}. Activations: {', '.join(ACTIVATIONS)}."
 
 
 if __name__ == "__main__":

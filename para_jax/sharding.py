@@ -125,7 +125,7 @@ def spec(axes: Axes, shape: tuple[int, ...], mesh: Mesh) -> P:
 
     An axis that its mesh axis does not divide, such as an odd vocabulary, is whole on every device.
 
-    >>> mesh = make_mesh("fsdp=1")
+    >>> mesh = make_mesh("fsdp=1", jax.devices()[:1])
     >>> spec(("vocab", "model"), (64, 8), mesh), spec(("model", "heads"), (4, 8, 8), mesh)
     (P('tensor', 'fsdp'), P(None, 'fsdp', 'tensor'))
     """

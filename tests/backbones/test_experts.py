@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,10 +13,13 @@ from jax.sharding import NamedSharding
 from para_jax.backbones.experts import through_experts
 from para_jax.backbones.linear import dequantized
 from para_jax.families.architecture import Experts
+from para_jax.parameters import axes
 from para_jax.quantization import QUANTIZED, quantized
 from para_jax.sharding import make_mesh, spec
+from tests.helpers import SMALL
 
 EXPERTS, D, F = Experts(count=4, per_token=2, width=192, normalized=True), 64, 192
+LOGICAL = axes(dataclasses.replace(SMALL, experts=EXPERTS))
 
 
 def weights(bits: str | None) -> dict[str, tuple[np.ndarray, np.ndarray | None]]:
@@ -49,7 +54,7 @@ def test_on_a_mesh(mesh: str, rows: int, bits: str | None) -> None:
     devices, given = make_mesh(mesh), weights(bits)
     placed = {
         name: tuple(
-            None if x is None else jax.device_put(x, NamedSharding(devices, spec(at, x.shape, devices)))
+            None if x is None else jax.device_put(x, NamedSharding(devices, spec(LOGICAL[at], x.shape, devices)))
             for at, x in zip((name, f"{name}_scale"), both, strict=True)
         )
         for name, both in given.items()

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from para_jax import BackboneConfig, ParaJaxError
-from para_jax.families.architecture import AttentionKind, Rope
+from para_jax.backbones.block import FUNCTIONS
+from para_jax.families.architecture import ACTIVATIONS, AttentionKind, Rope
 from para_jax.families.keys import NEUTRAL, OF_MODELS, ONLY, READ, reads
 from para_jax.families.reading import architecture_from_hf, ignored_line
 from para_jax.families.table import FAMILIES
@@ -316,3 +317,8 @@ def test_what_the_options_mean() -> None:
     assert [smol.attention_kinds[kind].rope is None for kind in smol.kind_of_layer] == [False, False, False, True] * 9
     assert of("Llama 3.1 8B").eos_token_ids == (128001, 128008, 128009)
     assert of("Qwen3 30B-A3B").experts is not None and of("Qwen3 30B-A3B").experts.normalized
+
+
+def test_what_config_json_may_name_is_implemented() -> None:
+    """The names that are read stand at the bottom of the package, and what they mean stands above."""
+    assert {*ACTIVATIONS} == {*FUNCTIONS}
