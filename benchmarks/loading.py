@@ -97,8 +97,7 @@ def plain_read() -> dict[str, Any]:
 def loading() -> dict[str, Any]:
     import jax
 
-    from para_jax import BackboneConfig
-    from para_jax.convert.checkpoint import load_backbone
+    from para_jax import Backbone, BackboneConfig
 
     jax.block_until_ready(jax.numpy.zeros(()))
 
@@ -115,7 +114,7 @@ def loading() -> dict[str, Any]:
         sampler = threading.Thread(target=sample)
         sampler.start()
         start = time.perf_counter()
-        backbone = load_backbone(folder, dtype, stacked)
+        backbone = Backbone.from_pretrained(folder, dtype, stacked)
         jax.block_until_ready(backbone)
         seconds = time.perf_counter() - start
         done.set()

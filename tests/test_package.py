@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import subprocess
 import sys
@@ -276,3 +277,20 @@ def test_only_heavy_modules_are_imported_inside_functions() -> None:
                 for other in imported(function):
                     heavy = other == "para_jax" or (loaded(other) and not loaded(name))
                     assert heavy, f"{name}: {function.name} imports {other}; do so at the top of the file"
+
+
+# What other folders import
+
+
+def test_what_other_folders_import_is_there() -> None:
+    """Recipes, benchmarks and notebooks are not all run by the tests."""
+    missing = []
+    for folder in ("train", "benchmarks", "colab", "docs"):
+        for path in sorted((PACKAGE.parent / folder).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "para_jax":
+                    module = importlib.import_module(node.module or "")
+                    for name in (alias.name for alias in node.names):
+                        if not hasattr(module, name) and f"{node.module}.{name}" not in FILES:
+                            missing.append(f"{path.name}: {node.module}.{name}")
+    assert not missing

@@ -31,11 +31,12 @@ from para_jax.backbones.kernels import Kernel, prompt_attention
 from para_jax.backbones.linear import KEEP_PRODUCTS, product, rms_norm
 from para_jax.backbones.options import Attention, Dtype, Quantize, Remat, compute_dtype, default_stacked, wide
 from para_jax.backbones.packed import Segments
-from para_jax.compat import Dict, List
+from para_jax.backbones.weights import random_weights
+from para_jax.compat import List
 from para_jax.config import BackboneConfig
 from para_jax.convert.checkpoint import fetched, load_weights
 from para_jax.errors import ParaJaxError, unknown
-from para_jax.parameters import VOCABULARY, Parameter, axes, table
+from para_jax.parameters import VOCABULARY, axes, table
 from para_jax.quantization import QUANTIZED
 from para_jax.sharding import check_mesh, embedded, gathered, own_mesh, spec, split_rows
 
@@ -372,30 +373,6 @@ class Backbone(nnx.Module):
             carry, output = layer(carry, index, weights, inputs[index])
             outputs.append(output)
         return carry, tuple(outputs)
-
-
-def random_weights(
-    parameters: Sequence[Parameter],
-    config: BackboneConfig,
-    dtype: jnp.dtype,
-    key: Array,
-    quantize: Quantize | None = None,
-) -> Any:
-    """Random values for some of the table's entries, by name; with `quantize`, integers and their scales."""
-    weights = Dict()
-    for parameter, own in zip(parameters, jax.random.split(key, len(parameters)), strict=True):
-        name, shape = parameter.name, parameter.shape
-        if parameter.quantizable and quantize is not None:
-            bits = QUANTIZED[quantize]
-            integers = jax.random.randint(own, shape, -bits.most, bits.most + 1, jnp.int8).astype(bits.dtype)
-            scale = jnp.full((*shape[:-1], bits.groups(shape[-1])), 0.035 / bits.most, bits.scale_dtype)
-            weights[name], weights[parameter.scale] = nnx.Param(integers), nnx.Param(scale)
-        elif parameter.init == "normal":
-            weights[name] = nnx.Param((0.02 * jax.random.normal(own, shape, jnp.float32)).astype(dtype))
-        else:
-            value = 0.0 if parameter.init == "zeros" else 1.0 - config.norm_offset
-            weights[name] = nnx.Param(jnp.full(shape, value, dtype))
-    return weights
 
 
 @jax.jit

@@ -146,7 +146,7 @@ def test_few_bits_on_a_mesh(stacked: bool, tmp_path) -> None:
         Backbone.from_pretrained(tmp_path / "a", dtype="float32", stacked=stacked, quantize="int4", mesh=m)
         for m in (None, mesh)
     )
-    qkv_scale = (many.blocks if stacked else many.blocks[0]).qkv_scale[...]
+    qkv_scale = (many.blocks if stacked else many.blocks[0])["qkv_scale"][...]
     assert qkv_scale.addressable_shards[0].data.size == qkv_scale.size // 2
     ours, theirs = (np.asarray(b(jnp.asarray(batch(3)))) for b in (many, one))
     assert np.abs(ours - theirs).max() < 2e-5 * np.abs(theirs).max()
