@@ -1,16 +1,18 @@
-"""Prints a table of what fits the accelerators of Colab and Kaggle, from `para_jax.planning`.
+"""Prints what fits the accelerators of Colab and Kaggle, from `para_jax.planning`: two tables of docs/notebooks.md.
 
-    python docs/fits_table.py > table.md
+    python docs/fits_table.py models > table.md
+    python docs/fits_table.py notebooks > table.md
 
-Each line is compiled for chips that need not be here, which takes about a minute of processor time. It needs libtpu
+Each line is compiled for chips that need not be here, which takes up to a minute of processor time. It needs libtpu
 (`pip install "para-jax[tpu]"`, Linux).
 """
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
-from para_jax import BackboneConfig, LoraConfig, ParaConfig
+from para_jax import BackboneConfig, LoraConfig, ParaConfig, tiny_backbone_path
 from para_jax.planning.job import Job
 from para_jax.planning.process import plan_aside
 
@@ -51,27 +53,66 @@ LINES: list[tuple[str, str, Any, str, Any, int]] = [
     ("Llama 3.1 8B", KAGGLE, None, "PARA", "train", 8),
     ("Llama 3.1 8B", KAGGLE, None, "PARA", "decode", 64),
 ]
-PROMPT, ROW = 1024, 2048  # tokens
+PROMPT, ROW, NEW = 1024, 2048, 256  # tokens
+TINY = "the small model"
+# What the notebooks run, with the largest model that each suggests; one method stands for all, the one that takes most.
+# Notebook, model, method, mode, tenants, rows, length, new tokens.
+NOTEBOOKS: list[tuple[str, str, str, Any, int, int, int, int]] = [
+    ("para_finetune", TINY, "PARA", "train", 4, 16, 64, 0),
+    ("para_finetune", TINY, "LoRA", "decode", 4, 200, 64, 12),
+    ("para_finetune", "Qwen2.5 0.5B", "PARA", "train", 4, 16, 64, 0),
+    ("para_finetune", "Qwen2.5 0.5B", "LoRA", "decode", 4, 200, 64, 12),
+    ("your_model", "Qwen2.5 0.5B", "PARA", "train", 2, 8, 512, 0),
+    ("your_model", "Qwen2.5 0.5B", "LoRA", "decode", 2, 100, 512, 136),
+    ("many_tenants", TINY, "LoRA", "decode", 256, 256, 32, 48),
+    ("many_tenants", "Qwen2.5 0.5B", "PARA", "decode", 256, 256, 32, 48),
+    ("many_tenants", "Qwen2.5 0.5B", "LoRA", "decode", 256, 256, 32, 48),
+    ("fanlora", TINY, "LoRA", "train", 5, 16, 64, 0),
+    ("fanlora", TINY, "LoRA", "decode", 5, 250, 64, 12),
+    ("mesh", TINY, "LoRA", "train", 2, 8, 64, 0),
+    ("mesh", TINY, "LoRA", "decode", 2, 24, 64, 12),
+]
 
 
-def main() -> None:
+def described(mode: str, rows: int, tenants: int, length: int, new_tokens: int, method: str) -> str:
+    """A job in words."""
+    if mode == "decode":
+        return f"decoding {rows} rows of {tenants} tenants, {length} tokens and {new_tokens} new ones, {method}"
+    return f"a step of {rows} rows of {length} tokens of each of {tenants} tenants, {method}"
+
+
+def config_of(model: str) -> BackboneConfig:
+    """A model by its name here."""
+    return (
+        BackboneConfig.from_pretrained(tiny_backbone_path()) if model == TINY else BackboneConfig.from_hf(MODELS[model])
+    )
+
+
+def models() -> None:
+    """What fits, line by line."""
     print("| model | weights | chips | what | peak of a chip | fits |\n|---|---|---|---|---|---|")
     for model, chips, quantize, method, mode, rows in LINES:
-        length = PROMPT if mode == "decode" else ROW
-        tenants = rows if mode == "decode" else 4
-        config = BackboneConfig.from_hf(MODELS[model])
-        job = Job(config, METHODS[method], mode, tenants=tenants, rows=rows, length=length, quantize=quantize)
+        length, tenants = (PROMPT, rows) if mode == "decode" else (ROW, 4)
+        job = Job(config_of(model), METHODS[method], mode, tenants, rows, length, quantize=quantize)
         made = plan_aside([job], chips, tries=1)
         best = made["plan"]
-        what = (
-            f"decoding {rows} rows of {tenants} tenants, {PROMPT} tokens and 256 new ones, {method}"
-            if mode == "decode"
-            else f"a step of {rows} rows of {ROW} tokens of each of {tenants} tenants, {method}"
-        )
+        what = described(mode, rows, tenants, length, NEW, method)
         where = f"{chips}, {best['mesh']}" if chips == KAGGLE else chips
         weights, fits = quantize or "bfloat16", "yes" if made["fits"] else "no"
         print(f"| {model} | {weights} | {where} | {what} | {best['peak'] / 1e9:.1f} GB | {fits} |", flush=True)
 
 
+def notebooks() -> None:
+    """The programs of each notebook; those of `mesh` on Kaggle's eight chips, all others on one."""
+    print("| notebook | model | what | peak: v5e | v6e |\n|---|---|---|---|---|")
+    for notebook, model, method, mode, tenants, rows, length, new_tokens in NOTEBOOKS:
+        job = Job(config_of(model), METHODS[method], mode, tenants, rows, length, max(1, new_tokens))
+        chips = [KAGGLE, KAGGLE.replace("v5e", "v6e")] if notebook == "mesh" else [COLAB, COLAB_V6E]
+        every = [plan_aside([job], topology, tries=1) for topology in chips]
+        peaks = [f"{made['plan']['peak'] / 1e6:,.0f} MB{'' if made['fits'] else ': too much'}" for made in every]
+        what = described(mode, rows, tenants, length, new_tokens, method)
+        print(f"| {notebook} | {model} | {what} | {' | '.join(peaks)} |", flush=True)
+
+
 if __name__ == "__main__":
-    main()
+    {"models": models, "notebooks": notebooks}[sys.argv[1]]()
