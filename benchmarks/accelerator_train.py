@@ -133,9 +133,8 @@ class Running:
     def __init__(self, config: Any, case: Case):
         import numpy as np
 
-        from para_jax import AdapterBank, ParaConfig
+        from para_jax import AdapterBank, ParaConfig, Settings
         from para_jax.data.examples import Example
-        from para_jax.training.optimizer import Settings
         from para_jax.training.places import Layout, Schedule
         from para_jax.training.shapes import Device, plan_run
         from para_jax.training.state import Sums, TrainState, stack_settings

@@ -53,8 +53,7 @@ def rows_of_files(paths: list[Path], tenants: int, count: int, longest: int) -> 
     """The first rows of each file that are short enough; fewer files than tenants serve several."""
     from transformers import AutoTokenizer
 
-    from para_jax import BackboneConfig, tiny_backbone_path
-    from para_jax.data.examples import read_examples
+    from para_jax import BackboneConfig, read_examples, tiny_backbone_path
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_backbone_path())
     eos = BackboneConfig.from_pretrained(tiny_backbone_path()).eos_token_ids

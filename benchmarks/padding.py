@@ -21,15 +21,11 @@ from typing import Any
 
 import numpy as np
 
-from para_jax import tiny_backbone_path
+from para_jax import BackboneConfig, Example, Settings, load_tokenizer, read_examples, tiny_backbone_path
 from para_jax.cli.common import table
-from para_jax.config import BackboneConfig
-from para_jax.convert.tokenizer import load_tokenizer
-from para_jax.data.buffers import Example, Examples
-from para_jax.data.examples import read_examples
+from para_jax.data.buffers import Examples
 from para_jax.data.packing import Sizes, micro_batches
 from para_jax.files import write_json
-from para_jax.training.optimizer import Settings
 from para_jax.training.places import Layout
 from para_jax.training.shapes import Device, Plan, plan_run
 

@@ -55,8 +55,7 @@ def measure(model: str, books: Path, windows: int, length: int) -> dict[str, Any
     import jax.numpy as jnp
     import numpy as np
 
-    from para_jax import Backbone
-    from para_jax.convert.tokenizer import load_tokenizer
+    from para_jax import Backbone, load_tokenizer
 
     ids = load_tokenizer(model)(held_out(books), verbose=False)["input_ids"]
     rows = np.array(ids[: len(ids) // length * length], np.int32).reshape(-1, length)

@@ -35,7 +35,8 @@ def rows_of_folder(folder: Path, names: Sequence[str], tenants: int, most: int) 
 
 def made_rows(names: Sequence[str], tenants: int, most: int) -> dict[str, list[Row]]:
     """Rows of the quickstart's tenants. A prompt is one to eight stories, and the response is about the last one."""
-    from para_jax.data.quickstart import JOBS, quickstart_rows
+    from para_jax import quickstart_rows
+    from para_jax.data.quickstart import JOBS
 
     if unknown := set(names) - set(JOBS):
         raise SystemExit(f"no task is called {', '.join(sorted(unknown))}; there are {', '.join(JOBS)}")
@@ -81,9 +82,7 @@ def preparing(model: str) -> dict[str, Any]:
     from transformers import AutoTokenizer
 
     import para_jax.training.loop  # noqa: F401
-    from para_jax import BackboneConfig, LoraConfig, ParaConfig
-    from para_jax.convert.tokenizer import load_tokenizer
-    from para_jax.data.examples import read_examples
+    from para_jax import BackboneConfig, LoraConfig, ParaConfig, load_tokenizer, read_examples
 
     config, theirs = BackboneConfig.from_pretrained(model), AutoTokenizer.from_pretrained(model)
 

@@ -32,9 +32,8 @@ def worker(devices: int, axis: str, tenants: int, rows: int) -> dict[str, Any]:
     jax.config.update("jax_num_cpu_devices", devices)
     from steps import Steps
 
-    from para_jax import AdapterBank, Backbone, ParaConfig, tiny_backbone_path
+    from para_jax import AdapterBank, Backbone, ParaConfig, make_mesh, tiny_backbone_path
     from para_jax.data.examples import Example
-    from para_jax.sharding import make_mesh
 
     mesh = None if devices == 1 else make_mesh({axis: devices})
     backbone = Backbone.from_pretrained(tiny_backbone_path(), dtype="float32", stacked=True, mesh=mesh)

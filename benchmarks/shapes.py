@@ -51,8 +51,7 @@ def random_bank(config: Any, method: Any, tenants: int, scale: float = 0.2) -> A
     """Adapters far from the identity, named tenant-0, tenant-1, ..."""
     import jax
 
-    from para_jax import AdapterBank
-    from para_jax.adapters.adapter import Adapter
+    from para_jax import Adapter, AdapterBank
 
     @jax.jit
     def draw(key: Any) -> Any:
@@ -68,7 +67,7 @@ def random_bank(config: Any, method: Any, tenants: int, scale: float = 0.2) -> A
 
 def write_random(folder: Path, shape: str) -> None:
     """A random float32 checkpoint, the same for every system that is compared."""
-    from para_jax.convert.checkpoint import save_backbone
+    from para_jax import save_backbone
 
     save_backbone(random_backbone(shape, "float32", stacked=False), folder)
 

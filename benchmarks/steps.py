@@ -6,12 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from para_jax.adapters.bank import AdapterBank
-from para_jax.backbones.decoder import Backbone
+from para_jax import AdapterBank, Backbone, Settings
 from para_jax.backbones.options import Remat
 from para_jax.data.batches import Batch
 from para_jax.data.examples import Example
-from para_jax.training.optimizer import Settings
 from para_jax.training.places import Layout
 from para_jax.training.programs import Parts, Programs
 from para_jax.training.shapes import Device

@@ -304,8 +304,7 @@ OUT = "fanlora"  # @param {"type": "string"}
 
 import jax
 
-from para_jax import Backbone, encode_rows, end_tokens, load_tokenizer, tiny_backbone_path
-from para_jax.data.quickstart import quickstart_rows
+from para_jax import Backbone, encode_rows, end_tokens, load_tokenizer, quickstart_rows, tiny_backbone_path
 
 MODEL = MODEL or tiny_backbone_path()
 # Layers in one stack: tuning compiles one layer and not all of them.
@@ -364,12 +363,12 @@ mixture = finetune(
 # The rows are scored in two halves. Where both halves choose the same modules, the choice does not hang on a few rows.
 
 # %%
-from para_jax.importance.scores import importance
+from para_jax import importance_scores
 
 halves = []
 for start in (0, 1):
     rows = {task: held_out[task][start:30:2] for task in ("mood", "place")}
-    halves.append(importance("ablation", backbone, mixture, encoded(rows, "mood", "place"), show=print))
+    halves.append(importance_scores("ablation", backbone, mixture, encoded(rows, "mood", "place"), show=print))
 scores = sum(halves) / 2  # (layers, modules)
 
 # %% [markdown]
@@ -379,8 +378,7 @@ scores = sum(halves) / 2  # (layers, modules)
 # modules the rank is higher. The setting is a small file, `fanlora.json`, which later tasks of the same model load.
 
 # %%
-from para_jax import FanLoraConfig
-from para_jax.importance.select import keep_number, plot_importance
+from para_jax import FanLoraConfig, keep_number, plot_importance
 
 BUDGET = everywhere.size(config)
 
@@ -432,7 +430,7 @@ methods = {
     "least critical": setting(keep_number(-scores, config, KEEP)),
 }
 for seed in range(2):
-    drawn = importance("random", backbone, mixture, seed=seed)
+    drawn = importance_scores("random", backbone, mixture, seed=seed)
     methods[f"random-{seed}"] = setting(keep_number(drawn, config, KEEP))
 for name, method in methods.items():
     print(f"{name:14} rank {method.r:2}, {method.size(config):,} parameters")
@@ -477,8 +475,7 @@ plt.show()
 # these combinations. The model without an adapter is asked too.
 
 # %%
-from para_jax import complete, evaluate
-from para_jax.backbones.options import default_stacked
+from para_jax import complete, default_stacked, evaluate
 
 # For decoding, a CPU and a GPU want each layer's weights apart. A TPU takes the stack as it is.
 decoder = backbone if default_stacked() else Backbone.from_pretrained(MODEL)

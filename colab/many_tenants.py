@@ -298,13 +298,13 @@ from para_jax import (
     BackboneConfig,
     LoraConfig,
     ParaConfig,
+    adapter_cost,
     complete,
+    compute_dtype,
+    host_memory,
     load_tokenizer,
     tiny_backbone_path,
 )
-from para_jax.backbones.options import compute_dtype
-from para_jax.cli.methods import cost
-from para_jax.machine import host_memory
 
 MODEL = ""  # @param ["", "Qwen/Qwen2.5-0.5B", "HuggingFaceTB/SmolLM2-135M"] {"allow-input": true}
 TENANTS = ""  # @param {"type": "string", "placeholder": "1, 8, 64, 256"}
@@ -337,7 +337,7 @@ METHODS = {
         r=round(ParaConfig(r=12).size(config) / one.size(config)), target_modules=("q_proj", "v_proj")
     ),
 }
-costs = {name: cost(method, config, str(dtype)) for name, method in METHODS.items()}
+costs = {name: adapter_cost(method, config, str(dtype)) for name, method in METHODS.items()}
 print(f"{'':18} rank  parameters  of the model's     stored     in use")
 for name, c in costs.items():
     print(

@@ -308,9 +308,16 @@ SIMULATED = devices[0].platform == "cpu"
 print(f"{len(devices)} x {devices[0].device_kind}{', simulated' if SIMULATED else ''}")
 
 # %%
-from para_jax import Backbone, BackboneConfig, auto_mesh, load_tokenizer, make_mesh, tiny_backbone_path
-from para_jax.backbones.options import compute_dtype
-from para_jax.machine import host_memory
+from para_jax import (
+    Backbone,
+    BackboneConfig,
+    auto_mesh,
+    compute_dtype,
+    host_memory,
+    load_tokenizer,
+    make_mesh,
+    tiny_backbone_path,
+)
 
 MODEL = MODEL or tiny_backbone_path()
 config, tokenizer, dtype = BackboneConfig.from_pretrained(MODEL), load_tokenizer(MODEL), compute_dtype("auto")
@@ -366,8 +373,7 @@ for text in dict.fromkeys((FOR_TUNING, ALL_AXES, FOR_DECODING)):
 # a file, as [your_model](https://github.com/para-jax/para_jax/blob/main/colab/your_model.ipynb) does.
 
 # %%
-from para_jax import AdapterBank, LoraConfig, ParaConfig, Settings, encode_rows, end_tokens, finetune
-from para_jax.data.quickstart import quickstart_rows
+from para_jax import AdapterBank, LoraConfig, ParaConfig, Settings, encode_rows, end_tokens, finetune, quickstart_rows
 
 rows, held_out = quickstart_rows(seed=0, train=600, held_out=16)
 eos = end_tokens(config, tokenizer)

@@ -310,8 +310,7 @@ print(f"{len(devices)} x {devices[0].device_kind}; {STEPS} steps of {ROWS} rows 
 # [your_model](https://github.com/para-jax/para_jax/blob/main/colab/your_model.ipynb).
 
 # %%
-from para_jax import encode_rows, end_tokens
-from para_jax.data.quickstart import quickstart_rows
+from para_jax import encode_rows, end_tokens, quickstart_rows
 
 
 def encoded(rows):

@@ -367,8 +367,7 @@ tokenizer = load_tokenizer(MODEL)
 # %%
 import random
 
-from para_jax import encode_rows, end_tokens, read_rows
-from para_jax.data.quickstart import quickstart_rows
+from para_jax import encode_rows, end_tokens, quickstart_rows, read_rows
 
 if ROWS:
     rows = read_rows(ROWS, TEMPLATE or None)

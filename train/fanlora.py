@@ -21,16 +21,26 @@ import random
 from pathlib import Path
 from typing import Any
 
-from para_jax import AdapterBank, Backbone, FanLoraConfig, LoraConfig, tiny_backbone_path
-from para_jax.adapters.adapter import Adapter
-from para_jax.convert.tokenizer import end_tokens, load_tokenizer
-from para_jax.data.examples import encode_rows, read_examples
-from para_jax.data.sources import read_rows
+from para_jax import (
+    Adapter,
+    AdapterBank,
+    Backbone,
+    FanLoraConfig,
+    LoraConfig,
+    Settings,
+    encode_rows,
+    end_tokens,
+    finetune,
+    importance_scores,
+    keep_number,
+    keep_within,
+    load_tokenizer,
+    plot_importance,
+    read_examples,
+    read_rows,
+    tiny_backbone_path,
+)
 from para_jax.files import write_json
-from para_jax.importance.scores import importance
-from para_jax.importance.select import keep_number, keep_within, plot_importance
-from para_jax.training.loop import finetune
-from para_jax.training.optimizer import Settings
 
 
 def main() -> None:
@@ -92,7 +102,7 @@ def main() -> None:
         rows = list(read_rows(file))
         some = random.Random(args.seed).sample(rows, min(args.score_rows, len(rows)))
         held_out += encode_rows(some, tokenizer, eos, shape.max_position_embeddings, one_pass=True)
-    scores = importance(args.score, backbone, adapter, held_out, seed=args.seed, show=print)
+    scores = importance_scores(args.score, backbone, adapter, held_out, seed=args.seed, show=print)
     kept = keep_within(scores, shape, args.budget, r) if args.keep is None else keep_number(scores, shape, args.keep)
     config = FanLoraConfig.of(kept, shape, r=r, lora_alpha=r)
     config.save(setting / "fanlora.json")

@@ -16,17 +16,28 @@ from pathlib import Path
 import configs
 import jax
 
-from para_jax import AdapterBank, Backbone, BackboneConfig, ParaJaxError, complete
-from para_jax.backbones.options import default_stacked
-from para_jax.convert.tokenizer import check_vocabulary, end_tokens, load_tokenizer
-from para_jax.data.examples import Examples, encode_rows, read_examples
+from para_jax import (
+    AdapterBank,
+    Backbone,
+    BackboneConfig,
+    ParaJaxError,
+    auto_mesh,
+    complete,
+    default_stacked,
+    encode_rows,
+    end_tokens,
+    evaluate,
+    finetune,
+    load_tokenizer,
+    make_mesh,
+    read_examples,
+)
+from para_jax.convert.tokenizer import check_vocabulary
+from para_jax.data.examples import Examples
 from para_jax.distributed import first, start
-from para_jax.evaluation.evaluate import evaluate
 from para_jax.files import write_json
 from para_jax.memory import keep_freed_memory
-from para_jax.sharding import auto_mesh, make_mesh
 from para_jax.training.loggers import Loggers
-from para_jax.training.loop import finetune
 from para_jax.training.signals import Interrupted
 
 

@@ -20,11 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from para_jax import Backbone, BackboneConfig, load_tokenizer, save_backbone
 from para_jax.adapters.rows import Rows
-from para_jax.backbones.decoder import Backbone
-from para_jax.config import BackboneConfig
-from para_jax.convert.checkpoint import save_backbone
-from para_jax.convert.tokenizer import load_tokenizer
 from para_jax.files import write_json
 
 END, PAD = "<|endoftext|>", "<|pad|>"

@@ -35,20 +35,24 @@ from study_report import write_report
 from study_systems import GRIDS, METHODS, System, matched, method_systems, variant_systems, variants
 from study_tune import Run, Tuned, speed, tune
 
-from para_jax import tiny_backbone_path
-from para_jax.adapters.bank import AdapterBank
-from para_jax.adapters.fanlora import FanLoraConfig
-from para_jax.adapters.lora import LoraConfig
+from para_jax import (
+    AdapterBank,
+    Backbone,
+    FanLoraConfig,
+    LoraConfig,
+    ParaJaxError,
+    default_stacked,
+    evaluate,
+    importance_scores,
+    keep_number,
+    load_tokenizer,
+    plot_importance,
+    tiny_backbone_path,
+)
 from para_jax.adapters.method import MethodConfig
-from para_jax.backbones.decoder import Backbone
-from para_jax.backbones.options import default_stacked
 from para_jax.cli.common import pairs
-from para_jax.convert.tokenizer import load_tokenizer
-from para_jax.errors import ParaJaxError, unknown
-from para_jax.evaluation.evaluate import evaluate
+from para_jax.errors import unknown
 from para_jax.files import write_json
-from para_jax.importance.scores import importance
-from para_jax.importance.select import keep_number, plot_importance
 from para_jax.memory import keep_freed_memory
 from para_jax.progress import duration
 
@@ -176,7 +180,7 @@ def importance_part(study: Study, both: Task) -> dict[str, Any]:
     config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
     result = tuned(study, config, runs, {"mixture": both}, steps=args.mixture_steps)
     best = min(result.runs, key=lambda name: result.runs[name]["dev_loss"])
-    scores = importance("ablation", study.backbone, result.bank[best], both.dev, show=show)
+    scores = importance_scores("ablation", study.backbone, result.bank[best], both.dev, show=show)
     return {
         "runs": list(result.runs.values()),
         "rows": both.facts["used"],

@@ -8,12 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from para_jax.adapters.fanlora import FanLoraConfig
-from para_jax.adapters.ia3 import IA3Config
-from para_jax.adapters.lora import LoraConfig
+from para_jax import FanLoraConfig, IA3Config, LoraConfig, ParaConfig, ParaJaxError
 from para_jax.adapters.method import BackboneShape, MethodConfig
-from para_jax.adapters.para import ParaConfig
-from para_jax.errors import ParaJaxError, unknown
+from para_jax.errors import unknown
 
 TOLERANCE = 0.03
 GROUP_IA3 = {"target_modules": ("q_proj", "k_proj", "up_proj"), "feedforward_modules": ()}

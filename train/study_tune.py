@@ -19,15 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from study_data import Task
 
-from para_jax.adapters.adapter import Adapter
-from para_jax.adapters.bank import AdapterBank
+from para_jax import Adapter, AdapterBank, Backbone, Settings, complete
 from para_jax.adapters.method import MethodConfig
-from para_jax.backbones.decoder import Backbone
 from para_jax.data.examples import Example
 from para_jax.data.order import order
-from para_jax.decoding.generate import complete
 from para_jax.training.metrics import Progress
-from para_jax.training.optimizer import Settings
 from para_jax.training.places import Layout, in_order
 from para_jax.training.programs import Parts, Programs
 from para_jax.training.watch import dev_losses

@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     from para_jax.adapters.fanlora import FanLoraConfig
     from para_jax.adapters.files import load_adapter
     from para_jax.convert.adapter_tokenizer import adapter_tokenizer
-    from para_jax.importance.scores import NEED_ROWS, SCORES, check, importance
+    from para_jax.importance.scores import NEED_ROWS, SCORES, check, importance_scores
     from para_jax.importance.select import keep_number, keep_within, plot_importance
 
     if args.score not in SCORES:
@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
     if args.keep is not None and not 1 <= args.keep <= len(sites):  # before the scoring, which takes a while
         raise ParaJaxError(f"--keep must be from 1 to {len(sites)}, the modules of a layer, not {args.keep}")
     examples = held_out(args, adapter_tokenizer(tokenizer, args.adapter, shape.vocab_size), shape)
-    scores = importance(
+    scores = importance_scores(
         args.score,
         backbone,
         adapter,

@@ -11,10 +11,9 @@ stacked, the pairs of modules that only some layers have (FanLoRA's) are padded 
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 from para_jax.checks import COUNT
 from para_jax.cli import common
@@ -24,7 +23,6 @@ from para_jax.files import write_json
 
 if TYPE_CHECKING:
     from para_jax.adapters.method import BackboneShape, MethodConfig
-    from para_jax.config import BackboneConfig
 
 COMPUTE = ("bfloat16", "float16", "float32")
 
@@ -42,10 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from para_jax.backbones.cost import adapter_cost, step_bytes
+
     check_files(args, "json")
     shape = common.load_config(args.model)
     weights = step_bytes(shape, args.rows, args.dtype)
-    costs = {name: cost(config, shape, args.dtype) for name, config in usual(shape).items()}
+    costs = {name: adapter_cost(config, shape, args.dtype) for name, config in usual(shape).items()}
     print(
         f"{shape.size:,} parameters; a decode step of {args.rows} rows reads {human(weights)} of the backbone's "
         f"{args.dtype} weights"
@@ -76,57 +76,6 @@ def run(args: argparse.Namespace) -> int:
         write_json(args.json, figures)
         print(f"figures in {args.json}")
     return 0
-
-
-class Cost(NamedTuple):
-    """Of one adapter.
-
-    Attributes:
-      parameters: their number.
-      stored: bytes of the weights of a tenant, float32.
-      in_flight: bytes of the prepared Adjustment that each of its requests holds, and a decode step reads.
-    """
-
-    parameters: int
-    stored: int
-    in_flight: int
-
-
-def cost(config: MethodConfig, shape: BackboneShape, dtype: str = "bfloat16") -> Cost:
-    """What an adapter of this config costs on this backbone. Nothing of its size is made.
-
-    >>> from para_jax import BackboneConfig, ParaConfig
-    >>> cost(ParaConfig(r=12), BackboneConfig(32000, 4096, 11008, 32, 32, 32, 128))
-    Cost(parameters=8945664, stored=35782656, in_flight=1228800)
-    """
-    import jax
-    import jax.numpy as jnp
-
-    from para_jax.adapters.adapter import abstract_layers
-    from para_jax.adapters.method import Prompt
-    from para_jax.backbones.options import wide
-
-    def prepared(layers: Any) -> list[Any]:
-        hidden = jnp.zeros((1, shape.hidden_size), dtype)
-        prompt = Prompt(hidden, hidden, jnp.ones((1,), bool))
-        return [
-            jax.tree.map(lambda x, i=i: x[i], layers).prepare(prompt, i).settled().astype(wide(jnp.dtype(dtype)))
-            for i in range(shape.num_hidden_layers)
-        ]
-
-    leaves = jax.tree.leaves(jax.eval_shape(prepared, abstract_layers(config, shape)))
-    in_flight = sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
-    parameters = config.size(shape)
-    return Cost(parameters, 4 * parameters, in_flight)
-
-
-def step_bytes(shape: BackboneConfig, rows: int, dtype: str) -> int:
-    """Bytes of the backbone's weights that a decode step reads: all but the embeddings of other tokens."""
-    import jax.numpy as jnp
-
-    # A tied head is the embedding, all of which is read.
-    embedding = 0 if shape.tie_word_embeddings else max(0, shape.vocab_size - rows)
-    return jnp.dtype(dtype).itemsize * (shape.size - embedding * shape.hidden_size)
 
 
 def usual(shape: BackboneShape) -> Mapping[str, MethodConfig]:

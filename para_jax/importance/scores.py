@@ -1,7 +1,7 @@
 """How much each module of each layer contributes to a LoRA adapter of all linear modules.
 
-One interface: `importance(score, backbone, adapter, examples)` gives an array (layers, sites) in which more is more
-important. FanLoRA's own score could not be read; the default is the ablation score of ALoRA (Liu et al., arXiv
+One interface: `importance_scores(score, backbone, adapter, examples)` gives an array (layers, sites) in which more is
+more important. FanLoRA's own score could not be read; the default is the ablation score of ALoRA (Liu et al., arXiv
 2403.16187), by the same group, lifted from ranks to modules.
 """
 
@@ -63,7 +63,7 @@ class Scoring:
         return sum(e.response_ids.size for e in self.examples)
 
 
-def importance(
+def importance_scores(
     score: str,
     backbone: Backbone,
     adapter: Adapter,
@@ -90,7 +90,7 @@ def importance(
     >>> from para_jax import AdapterBank, LoraConfig, tiny_backbone_path
     >>> backbone = Backbone.from_pretrained(tiny_backbone_path())
     >>> bank = AdapterBank.create({"all": LoraConfig(r=1, target_modules="all-linear")}, backbone.config)
-    >>> importance("norm", backbone, bank["all"]).tolist() == [[0.0] * 7] * 4
+    >>> importance_scores("norm", backbone, bank["all"]).tolist() == [[0.0] * 7] * 4
     True
     """
     if score not in SCORES:

@@ -11,7 +11,7 @@ import pytest
 from para_jax import Backbone, FanLoraConfig, LoraConfig, load_adapter, save_adapter, tiny_backbone_path
 from para_jax.cli import main
 from para_jax.data.examples import read_examples
-from para_jax.importance.scores import importance
+from para_jax.importance.scores import importance_scores
 from tests.helpers import random_adapter
 
 
@@ -67,7 +67,9 @@ def test_from_an_adapter_to_a_tuned_task(
     # The same scores as from the library.
     examples = read_examples(folder / "rows.jsonl", tiny[1], backbone.config.eos_token_ids)
     adapter = load_adapter(folder / "all", backbone.config)
-    np.testing.assert_allclose(importance("ablation", backbone, adapter, examples, variants=19), scores, atol=1e-5)
+    np.testing.assert_allclose(
+        importance_scores("ablation", backbone, adapter, examples, variants=19), scores, atol=1e-5
+    )
 
     task = ["--tenant", f"mail={folder / 'rows.jsonl'}", "--rows", "2", "--steps", "1", "--out", str(folder / "mail")]
     assert main(["finetune", "--method", str(out / "fanlora.json"), *task]) == 0

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from para_jax import AdapterBank, Backbone, BackboneConfig
+from para_jax.backbones.cost import adapter_cost, step_bytes
 from para_jax.cli import main
-from para_jax.cli.methods import cost, step_bytes, usual
+from para_jax.cli.methods import usual
 from tests.helpers import METHODS, SMALL, family_fields, random_adapter, random_backbone
 
 LLAMA_7B = {
@@ -31,7 +32,7 @@ def test_parameters_and_bytes_stored_are_those_of_a_real_adapter(name: str) -> N
     """Without the zeros to which layers of other ranks are padded."""
     tensors = random_adapter(EVERY[name], SMALL, 0).tensors().values()
     assert {x.dtype for x in tensors} == {jnp.dtype("float32")}
-    made = cost(EVERY[name], SMALL)
+    made = adapter_cost(EVERY[name], SMALL)
     assert made.parameters == sum(np.count_nonzero(x) for x in tensors)
     assert made.stored == sum(np.count_nonzero(x) * x.dtype.itemsize for x in tensors)
     if name.startswith("lora") or not hasattr(EVERY[name], "lora_alpha"):
@@ -55,7 +56,7 @@ def test_bytes_in_flight_are_those_of_a_real_state(name: str, dtype: str) -> Non
     prefill = jax.jit(Backbone.prefill, static_argnames="length")
     _, state = prefill(backbone, tokens, mask, rows=bank.rows(["acme"] * 3), length=5)
     held = sum(x.nbytes for x in jax.tree.leaves(state.adjustments))
-    assert held == 3 * cost(EVERY[name], SMALL, dtype).in_flight
+    assert held == 3 * adapter_cost(EVERY[name], SMALL, dtype).in_flight
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -14,7 +14,7 @@ from para_jax import AdapterBank, Backbone, LoraConfig, ParaConfig, ParaJaxError
 from para_jax.adapters.adapter import Adapter
 from para_jax.data.examples import Example
 from para_jax.importance import scores
-from para_jax.importance.scores import importance
+from para_jax.importance.scores import importance_scores
 from tests.helpers import random_adapter, random_backbone
 
 # Ranks and scales differ from module to module.
@@ -99,7 +99,7 @@ def test_ablation_is_that_of_separate_adapters(
     adapter: Adapter, rows: list[Example], by_loop: np.ndarray, stacked: bool
 ) -> None:
     # 29 variants in chunks of 8 and rows in batches of 2: neither comes out even.
-    found = importance("ablation", random_backbone(stacked=stacked), adapter, rows, batch_size=2, variants=8)
+    found = importance_scores("ablation", random_backbone(stacked=stacked), adapter, rows, batch_size=2, variants=8)
     assert np.ptp(by_loop) > 0.5
     np.testing.assert_allclose(found, by_loop, rtol=0, atol=1e-5)
 
@@ -115,7 +115,7 @@ def test_gradient_is_that_of_each_weight(backbone: Backbone, adapter: Adapter, r
         return mean_loss(backbone.logits(hidden), rows)
 
     slope = jax.jit(jax.grad(of_adapter))(adapter.layers)
-    found = importance("gradient", backbone, adapter, rows, batch_size=2)
+    found = importance_scores("gradient", backbone, adapter, rows, batch_size=2)
     for i, site in enumerate(backbone.config.sites):
         for layer in range(backbone.config.num_hidden_layers):
             expected = sum(
@@ -126,7 +126,7 @@ def test_gradient_is_that_of_each_weight(backbone: Backbone, adapter: Adapter, r
 
 
 def test_norm_is_that_of_the_product(backbone: Backbone, adapter: Adapter) -> None:
-    found = importance("norm", backbone, adapter)
+    found = importance_scores("norm", backbone, adapter)
     for i, site in enumerate(backbone.config.sites):
         scale = 3 / (3 if site == "v_proj" else 2)
         for layer in range(backbone.config.num_hidden_layers):
@@ -135,7 +135,7 @@ def test_norm_is_that_of_the_product(backbone: Backbone, adapter: Adapter) -> No
 
 
 def test_random_is_of_the_seed(backbone: Backbone, adapter: Adapter) -> None:
-    one, same, other = (importance("random", backbone, adapter, seed=seed) for seed in (1, 1, 2))
+    one, same, other = (importance_scores("random", backbone, adapter, seed=seed) for seed in (1, 1, 2))
     assert np.array_equal(one, same) and not np.isclose(one, other).any()
     assert one.shape == (2, 7) and len(set(one.ravel())) == 14
 
@@ -151,7 +151,7 @@ def test_the_only_module_that_does_anything_is_the_most_important(
     slope = _slope(backbone, fresh, rows).up[site]
     taken = -0.1 * slope / jnp.linalg.norm(slope[layer])
     fresh.layers.up[site] = fresh.layers.up[site][...].at[layer].add(taken[layer])
-    found = importance(score, backbone, fresh, rows, batch_size=2, variants=8)
+    found = importance_scores(score, backbone, fresh, rows, batch_size=2, variants=8)
     at = (layer, list(backbone.config.sites).index(site))
     others = np.delete(found.ravel(), np.ravel_multi_index(at, found.shape))
     assert found[at] > others.max() + 1e-3
@@ -169,13 +169,13 @@ def test_progress_says_how_long(
 ) -> None:
     monkeypatch.setattr(scores, "SHOW_EVERY", 0.0)
     lines: list[str] = []
-    importance("ablation", backbone, adapter, rows, batch_size=2, variants=8, show=lines.append)
+    importance_scores("ablation", backbone, adapter, rows, batch_size=2, variants=8, show=lines.append)
     assert len(lines) == 10
     assert lines[0].startswith("29 variants on 5 rows: 2/12 passes, ") and lines[-1].endswith(" left")
 
 
 def test_what_cannot_be_scored(backbone: Backbone, adapter: Adapter, rows: list[Example]) -> None:
-    score = partial(importance, backbone=backbone, adapter=adapter, examples=rows)
+    score = partial(importance_scores, backbone=backbone, adapter=adapter, examples=rows)
     with pytest.raises(ParaJaxError, match=r"unknown score 'ablations'; did you mean 'ablation'\?"):
         score("ablations")
     with pytest.raises(ParaJaxError, match="the gradient score is computed on held-out rows, and there are none"):

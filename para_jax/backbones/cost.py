@@ -1,0 +1,57 @@
+"""What an adapter costs on a backbone, computed from their configs alone."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from para_jax.adapters.adapter import abstract_layers
+from para_jax.adapters.method import BackboneShape, MethodConfig, Prompt
+from para_jax.backbones.options import wide
+from para_jax.config import BackboneConfig
+
+
+class Cost(NamedTuple):
+    """Of one adapter.
+
+    Attributes:
+      parameters: their number.
+      stored: bytes of the weights of a tenant, float32.
+      in_flight: bytes of the prepared Adjustment that each of its requests holds, and a decode step reads.
+    """
+
+    parameters: int
+    stored: int
+    in_flight: int
+
+
+def adapter_cost(config: MethodConfig, shape: BackboneShape, dtype: str = "bfloat16") -> Cost:
+    """What an adapter of this config costs on this backbone. Nothing of its size is made.
+
+    >>> from para_jax import BackboneConfig, ParaConfig
+    >>> adapter_cost(ParaConfig(r=12), BackboneConfig(32000, 4096, 11008, 32, 32, 32, 128))
+    Cost(parameters=8945664, stored=35782656, in_flight=1228800)
+    """
+
+    def prepared(layers: Any) -> list[Any]:
+        hidden = jnp.zeros((1, shape.hidden_size), dtype)
+        prompt = Prompt(hidden, hidden, jnp.ones((1,), bool))
+        return [
+            jax.tree.map(lambda x, i=i: x[i], layers).prepare(prompt, i).settled().astype(wide(jnp.dtype(dtype)))
+            for i in range(shape.num_hidden_layers)
+        ]
+
+    leaves = jax.tree.leaves(jax.eval_shape(prepared, abstract_layers(config, shape)))
+    in_flight = sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
+    parameters = config.size(shape)
+    return Cost(parameters, 4 * parameters, in_flight)
+
+
+def step_bytes(shape: BackboneConfig, rows: int, dtype: str) -> int:
+    """Bytes of the backbone's weights that a decode step reads: all but the embeddings of other tokens."""
+    # A tied head is the embedding, all of which is read.
+    embedding = 0 if shape.tie_word_embeddings else max(0, shape.vocab_size - rows)
+    return jnp.dtype(dtype).itemsize * (shape.size - embedding * shape.hidden_size)
