@@ -20,9 +20,9 @@ def products_program(backbone: Any, rows: int) -> Callable[[], float]:
         return product(x[:, None], weight).reshape(rows, -1)
 
     def layer(x: Any, block: Any) -> tuple[Any, None]:
-        x = multiply(x, block.qkv[...])[:, : c.num_attention_heads * c.head_dim]
-        x = multiply(multiply(x, block.out[...]), block.gate_up[...])[:, : c.intermediate_size]
-        x = multiply(x, block.down[...])
+        x = multiply(x, block["qkv"][...])[:, : c.num_attention_heads * c.head_dim]
+        x = multiply(multiply(x, block["out"][...]), block["gate_up"][...])[:, : c.intermediate_size]
+        x = multiply(x, block["down"][...])
         # Kept near one: numbers that fade to the smallest there are would make products slow.
         return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=1, keepdims=True)), None
 

@@ -117,7 +117,7 @@ def test_beyond_float16s_range_is_said_at_the_first_step(tmp_path) -> None:
     """gate * up of one inner feature, which float16 cannot hold and float32 can."""
     backbone = jax.tree.map(lambda x: x, random_backbone())
     for block in backbone.blocks:
-        block.gate_up[...] = block.gate_up[...].at[:, 5].mul(2000)
+        block["gate_up"][...] = block["gate_up"][...].at[:, 5].mul(2000)
     half, said, lines = jax.tree.map(lambda x: x.astype("float16"), backbone), [], []
     told = "step 1: t0's gradient is NaN or infinite; it stops here, the others go on. "
     reason = "The reason may be float16's range, which ends at 65504: try --dtype float32"
