@@ -192,6 +192,7 @@ class Doubling:
     """A method of another kind: no matter the prompt, and even with weights of zero, q_proj is at least doubled."""
 
     method: ClassVar[str] = "doubling"
+    dropout: ClassVar[float] = 0.0
     target_modules: tuple[str, ...] = ("q_proj",)
 
     class Layer(nnx.Module):
