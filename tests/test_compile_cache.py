@@ -63,6 +63,7 @@ def counts(process: subprocess.Popen[str]) -> tuple[int, int, str]:
     return int(hits), int(misses), err
 
 
+@pytest.mark.slow
 def test_the_command_compiles_nothing_at_its_second_start(tmp_path: Path) -> None:
     code = "from para_jax.cli import main\nassert main(['convert', '--check']) == 0"
     _, compiled, said = counts(start(code, XDG_CACHE_HOME=str(tmp_path)))

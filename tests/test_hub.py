@@ -52,6 +52,7 @@ def test_a_gated_model(endpoint: str, tmp_path) -> None:
     assert "HF_TOKEN" in said
 
 
+@pytest.mark.slow
 def test_a_model_that_is_not_there(endpoint: str, tmp_path) -> None:
     said = asked(endpoint, "para_jax.BackboneConfig.from_pretrained('owner/absent')", tmp_path)
     assert said.startswith("owner/absent is neither a folder here nor") and "Check the spelling" in said
@@ -62,6 +63,7 @@ def test_a_gated_data_set(endpoint: str, tmp_path) -> None:
     assert said.startswith(f"owner/closed is gated: visit {endpoint}/datasets/owner/closed"), said
 
 
+@pytest.mark.slow
 def test_a_data_set_that_is_not_there(endpoint: str, tmp_path) -> None:
     said = asked(endpoint, "para_jax.read_rows('hf:owner/absent/config')", tmp_path)
     assert said.startswith("owner/absent is neither a folder here nor"), said

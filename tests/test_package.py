@@ -75,18 +75,6 @@ def test_public_names() -> None:
         para_jax.Backbones  # noqa: B018
 
 
-def test_every_module_can_be_the_first_to_be_imported() -> None:
-    code = """
-import importlib, sys
-for name in sys.argv[1:]:
-    for loaded in [x for x in sys.modules if x.partition(".")[0] == "para_jax"]:
-        del sys.modules[loaded]
-    importlib.import_module(name)
-"""
-    names = [".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts) for path in MODULES]
-    run(code, *(name.removesuffix(".__init__") for name in names if not name.endswith("__main__")))
-
-
 # What the core runs without
 
 CORE_ALONE = """

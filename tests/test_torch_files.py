@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SEEN = """
 import sys
 import para_jax.cli
@@ -20,6 +22,7 @@ print(as_numpy(read_torch(sys.argv[1], ("bfloat16",))["x"]).tolist())
 """
 
 
+@pytest.mark.slow
 def test_the_command_line_imports_torch_for_its_files_alone(tmp_path: Path) -> None:
     import torch
 

@@ -375,6 +375,7 @@ for i in itertools.count(1):
 """
 
 
+@pytest.mark.slow
 def test_killed_while_saving(old: Adapter, tmp_path: Path) -> None:
     """A process that overwrites one adapter again and again is killed: what is there is one version, whole."""
     folder = tmp_path / "a"

@@ -45,7 +45,9 @@ def error(found: np.ndarray, exact: np.ndarray) -> float:
     return float(np.sqrt(np.mean((found - exact) ** 2) / np.mean(exact**2)))
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text"])
+@pytest.mark.parametrize(
+    "family", ["llama", *(pytest.param(f, marks=pytest.mark.slow) for f in ("qwen2", "gemma3_text"))]
+)
 def test_eight_times_as_exact_as_bfloat16(family: str) -> None:
     backbone = family_backbone(family, seed=1)
     exact, half, brain = (logits(backbone, dtype) for dtype in ("float32", "float16", "bfloat16"))

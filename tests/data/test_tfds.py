@@ -155,6 +155,7 @@ def test_without_a_network_the_error_says_what_to_do(tmp_path: Path) -> None:
     assert f"tfds:gsm8k is not in {tmp_path / 'data'}" in done.stderr and f"copy {folder} from there" in done.stderr
 
 
+@pytest.mark.slow
 def test_where_protobuf_is_too_old(tmp_path: Path) -> None:
     """As on Colab's CPU and GPU images of 2026-08. One line says so, and what helps."""
     code = (
