@@ -77,6 +77,7 @@ def test_in_a_process_that_has_jax(tmp_path: Path, capsys) -> None:
         ({"JAX_PLATFORMS": "nonsense"}, "Unable to initialize backend 'nonsense'"),
     ],
 )
+@pytest.mark.slow
 def test_an_accelerator_that_is_not_seen(runtime: dict[str, str], why: str) -> None:
     # The compiler for TPUs looks for one and finds none.
     quiet = {**for_topology(parse_topology("v5e:1x1")), "JAX_PLATFORMS": "cpu"}
@@ -93,6 +94,7 @@ def test_an_accelerator_that_is_not_seen(runtime: dict[str, str], why: str) -> N
          "JAX did not start: its process ended with code 3, and said: sent a signal"),
     ],
 )  # fmt: skip
+@pytest.mark.slow
 def test_a_jax_that_does_not_start(module: str, why: str, tmp_path: Path) -> None:
     (tmp_path / "jax").mkdir()
     (tmp_path / "jax" / "__init__.py").write_text(module)

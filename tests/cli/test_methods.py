@@ -70,6 +70,7 @@ def test_bytes_of_the_backbone(tied: bool) -> None:
     assert step_bytes(config, rows=3, dtype="bfloat16") == (nbytes - unread) // 2
 
 
+@pytest.mark.slow
 def test_llama_2_7b(tmp_path, capsys) -> None:
     """The paper's 8.9M parameters, and 1.2 MB for each request in flight; from config.json, with no weights."""
     (tmp_path / "model").mkdir()

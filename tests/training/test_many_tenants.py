@@ -113,6 +113,7 @@ def test_one_that_fails_leaves_the_others_alone(backbone, tmp_path) -> None:
     assert "t2" not in lines_of(tmp_path / "broken")[-1]["loss"]
 
 
+@pytest.mark.slow
 def test_beyond_float16s_range_is_said_at_the_first_step(tmp_path) -> None:
     """gate * up of one inner feature, which float16 cannot hold and float32 can."""
     backbone = jax.tree.map(lambda x: x, random_backbone())

@@ -51,6 +51,7 @@ def metrics(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_tenants_keep_their_order(backbone, tmp_path):
     """That of the caller in every line, whatever the methods."""
     for names in (("acme", "globex"), ("globex", "acme")):
