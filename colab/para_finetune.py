@@ -13,7 +13,6 @@
 # ---
 
 # %% [markdown]
-# %% [markdown]
 # # Three tasks on one frozen model
 #
 # [![Open-in-Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/para-jax/para_jax/blob/main/colab/para_finetune.ipynb)

@@ -13,7 +13,6 @@
 # ---
 
 # %% [markdown]
-# %% [markdown]
 # # Your model, your rows
 #
 # [![Open-in-Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/para-jax/para_jax/blob/main/colab/your_model.ipynb)
