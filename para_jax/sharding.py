@@ -126,8 +126,8 @@ def spec(axes: Axes, shape: tuple[int, ...], mesh: Mesh) -> P:
     An axis that its mesh axis does not divide, such as an odd vocabulary, is whole on every device.
 
     >>> mesh = make_mesh("fsdp=1", jax.devices()[:1])
-    >>> spec(("vocab", "model"), (64, 8), mesh), spec(("model", "heads"), (4, 8, 8), mesh)
-    (P('tensor', 'fsdp'), P(None, 'fsdp', 'tensor'))
+    >>> tuple(spec(("vocab", "model"), (64, 8), mesh)), tuple(spec(("model", "heads"), (4, 8, 8), mesh))
+    (('tensor', 'fsdp'), (None, 'fsdp', 'tensor'))
     """
     layers = len(shape) - len(axes)
     found = [MESH_AXES.get(axis) for axis in axes]
