@@ -183,7 +183,7 @@ class Adjustment:
 
 
 # `out_axes` of a `jax.vmap` over rows that share their pairs: what an Adjustment has for each row has an axis of rows.
-PER_ROW: Any = Adjustment(offsets=0, later=0, pairs=None)  # type: ignore[arg-type]
+PER_ROW = Adjustment(**dict[str, Any](offsets=0, later=0, pairs=None))
 
 
 def total(adjustments: Iterable[Adjustment], *, disjoint: bool) -> Adjustment:

@@ -141,10 +141,10 @@ def spec(axes: Axes, shape: tuple[int, ...], mesh: Mesh) -> P:
 def adapter_spec(axes: Axes, shape: tuple[int, ...], mesh: Mesh, tenants: tuple[str, ...] | None) -> P:
     """Where the axes of a stack of adapters (tenants, layers, ...), or of their moments, go.
 
-    `axes` are the logical axes of a layer's array. Those that the backbone splits over `tensor` are split so here; all
-    else is whole, but for the tenants, which may be spread.
+    `axes` are the logical axes of a layer's array, () if none of them is split. Those that the backbone splits over
+    `tensor` are split so here; all else is whole, but for the tenants, which may be spread.
     """
-    own = spec(axes, shape[2:], mesh) if len(shape) - 2 == len(axes) else P()
+    own = spec(axes, shape[2:], mesh) if axes else P()
     split = [axis if axis == "tensor" else None for axis in own]
     return P(tenants, *[None] * (len(shape) - 1 - len(split)), *split) if shape else P()
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from para_jax.adapters.lora import LoraConfig, Module
-from para_jax.adapters.method import BackboneShape, from_fields
+from para_jax.adapters.method import BackboneShape, from_fields, site_path
 from para_jax.errors import ParaJaxError, unknown
 from para_jax.files import write_json
 
@@ -71,7 +71,9 @@ class FanLoraConfig(LoraConfig):
         for site in (site for layer in kept for site in layer):
             if site not in shape.linear_sites:
                 raise unknown("module", site, shape.linear_sites)
-        return cls(target_modules=tuple(_path(i, s, shape) for i, layer in enumerate(kept) for s in layer), **options)
+        return cls(
+            target_modules=tuple(site_path(i, s, shape) for i, layer in enumerate(kept) for s in layer), **options
+        )
 
     def kept(self, shape: BackboneShape) -> tuple[tuple[str, ...], ...]:
         """The sites of each layer, in the order of the backbone's."""
@@ -80,7 +82,7 @@ class FanLoraConfig(LoraConfig):
     def modules(self, shape: BackboneShape) -> tuple[Mapping[str, Module], ...]:
         """The targeted sites of each layer. Raises ParaJaxError for a target that the backbone does not have."""
         layers = shape.num_hidden_layers
-        paths = {_path(i, site, shape) for i in range(layers) for site in shape.linear_sites}
+        paths = {site_path(i, site, shape) for i in range(layers) for site in shape.linear_sites}
         for target in self.target_modules:
             if target not in paths:
                 raise ParaJaxError(
@@ -129,7 +131,3 @@ class FanLoraConfig(LoraConfig):
             return from_fields(cls, fields)
         except (TypeError, ValueError) as error:  # ParaJaxError is one
             raise ParaJaxError(f"{path}: {error}") from error
-
-
-def _path(layer: int, site: str, shape: BackboneShape) -> str:
-    return f"layers.{layer}.{shape.linear_sites[site].path}"

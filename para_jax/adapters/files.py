@@ -47,7 +47,6 @@ def save_adapter(
     Raises ParaJaxError if the folder exists and `overwrite` is False or it holds no adapter, if it cannot be
     written, or if the adapter does not fit `base`.
     """
-
     adapter.check(base)
     of_adapter: Any = adapter.config
     chat_template = adapter.chat_template if chat_template is None else chat_template

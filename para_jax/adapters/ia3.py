@@ -113,9 +113,9 @@ class IA3Config:
         }
 
     def axes(self, name: str) -> Axes:
-        """Of `vectors.SITE` (outputs,), or (inputs,) where the input is scaled."""
+        """Of `vectors.SITE` (outputs,). down_proj's may be of its inputs and is never split."""
         site = name.rpartition(".")[2]
-        return (SITE_AXES[site][1],) if site in SITE_AXES else ()
+        return (SITE_AXES[site][1],) if site in SITE_AXES and site != FEEDFORWARD else ()
 
     # PEFT's form: one ia3_l for each module.
 

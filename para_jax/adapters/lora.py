@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 INITIALISATIONS = (True, False, "gaussian", "orthogonal")
 # What PEFT offers beyond these begins at the backbone's weights or at data, and most of it changes the backbone.
+
+# PEFT's names of a pair, behind its module's path.
 A, B = "lora_A.weight", "lora_B.weight"
 
 

@@ -69,6 +69,11 @@ def peft_tensors(adapter: Adapter, shape: BackboneShape) -> dict[str, np.ndarray
     Fused projections are apart. (IA)3 with a projection comes out as the vectors it makes. Raises ParaJaxError for
     other methods, which PEFT has no form for.
     """
+    return _in_peft(adapter, shape)[1]
+
+
+def _in_peft(adapter: Adapter, shape: BackboneShape) -> tuple[PeftMethod, dict[str, np.ndarray]]:
+    """The config that PEFT has for an adapter, and its tensors by PEFT's names."""
     if not adapter.config.peft_type:
         method = adapter.config.method
         raise ParaJaxError(f"PEFT has no form for method {method!r}; it has one for {', '.join(PEFT).lower()}")
@@ -83,7 +88,7 @@ def peft_tensors(adapter: Adapter, shape: BackboneShape) -> dict[str, np.ndarray
         if np.any(x != config.decays_to):
             half = name.partition(".")[0]
             raise ParaJaxError(f"{half} has weights beyond a module's rank, which must be {config.decays_to:g}")
-    return {
+    return config, {
         name: np.ascontiguousarray(leaves[place.leaf][place.part].reshape(place.shape)) for name, place in table.items()
     }
 
@@ -93,9 +98,8 @@ def to_peft(adapter: Adapter, shape: BackboneShape) -> tuple[dict[str, Any], dic
 
     Raises ParaJaxError for other methods.
     """
-    tensors, metadata = peft_tensors(adapter, shape), {"format": "pt"}
-    own: Any = adapter.config
-    config, _ = own.in_peft(adapter.layers, {})
+    metadata = {"format": "pt"}
+    config, tensors = _in_peft(adapter, shape)
     if (view := as_transformers(shape)) is not None:
         metadata[APART] = json.dumps(asdict(config))
         config, tensors = join(config, tensors, view)

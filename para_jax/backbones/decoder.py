@@ -29,7 +29,7 @@ from para_jax.backbones.cache import Cache, DecodeState
 from para_jax.backbones.choice import choose
 from para_jax.backbones.kernels import Kernel, prompt_attention
 from para_jax.backbones.linear import KEEP_PRODUCTS, product, rms_norm
-from para_jax.backbones.options import Attention, Dtype, Quantize, Remat, compute_dtype, default_stacked, wide
+from para_jax.backbones.options import Attention, Dtype, Remat, compute_dtype, default_stacked, wide
 from para_jax.backbones.packed import Segments
 from para_jax.backbones.weights import random_weights
 from para_jax.compat import List
@@ -37,7 +37,7 @@ from para_jax.config import BackboneConfig
 from para_jax.convert.checkpoint import fetched, load_weights
 from para_jax.errors import ParaJaxError, unknown
 from para_jax.parameters import VOCABULARY, axes, table
-from para_jax.quantization import QUANTIZED
+from para_jax.quantization import QUANTIZED, Quantize
 from para_jax.sharding import check_mesh, embedded, gathered, own_mesh, spec, split_rows
 
 if TYPE_CHECKING:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from para_jax.backbones.decoder import Backbone
-from para_jax.backbones.options import Attention, Dtype, Quantize
+from para_jax.backbones.options import Attention, Dtype
 from para_jax.convert.checkpoint import load_weights
+from para_jax.quantization import Quantize
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh

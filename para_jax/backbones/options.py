@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 
 from para_jax.errors import unknown
-from para_jax.quantization import Quantize as Quantize
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Attention = Literal["auto", "plain", "cudnn", "splash"]

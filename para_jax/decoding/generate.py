@@ -123,8 +123,8 @@ def complete(
 
     Returns the completions of the rows that are not skipped. Raises ParaJaxError for a prompt that is empty or no text
     in UTF-8, a prompt and new tokens that exceed the context, a setting out of its range or without a value for every
-    row, an unknown tenant, and beams that are to draw. A warning of `logging` names a prompt whose logits are NaN or
-    infinite.
+    row, an unknown tenant, and beams that are to draw. A warning of `logging` names, for each tenant, the first
+    prompt whose logits are NaN or infinite.
 
     >>> from para_jax import Backbone, complete, tiny_backbone_path
     >>> from transformers import AutoTokenizer
@@ -170,6 +170,7 @@ def complete(
         if rows.min() >= skip
     ]
     completions: dict[int, Completion] = {}
+    broken: set[str] = set()
     with Compiling() as ahead:
         keys: list[Hashable] = [None] * len(batches)
         if isinstance(backbone, Loading) and scoring is None and shapes.mesh is None:
@@ -188,7 +189,7 @@ def complete(
                 given = sampler, ending, scoring, batch.prompts, batch.room, num_beams, keep
                 generated = beams.search(weights, logits, state, *given)
             tokens_bt, count_b, stopped_b, finite_b = whole(generated, weights.mesh)
-            _warn_of_broken(batch, finite_b, tenants, weights.dtype)
+            broken = _warn_of_broken(batch, finite_b, tenants, weights.dtype, broken)
             for i, tokens, count, *end in zip(batch.rows, tokens_bt, count_b, stopped_b, finite_b, strict=False):
                 completions[int(i)] = _completion(batch.kind, tokens[:count].tolist(), *map(bool, end))
             done = skip + len(completions)
@@ -290,27 +291,28 @@ def _compile(
     return key
 
 
-def _warn_of_broken(batch: _Batch, finite_b: np.ndarray, tenants: Sequence[Tenant], dtype: jnp.dtype) -> None:
-    """Names the first row whose logits are NaN or infinite. Rows that only fill the batch do not count."""
-    broken = batch.rows[~finite_b[: len(batch.rows)]]
-    if not broken.size:
-        return
-    tenant = tenants[broken.min()]
-    if dtype == jnp.float16:
-        why = "float16 ends at 65504, which this model may exceed: choose dtype float32 or bfloat16"
-    elif tenant is not None:
-        why = "see whether the prompt without an adapter has them too; if not, the adapter's weights are too large"
-    else:
-        why = "the backbone's weights may be damaged: para-jax convert --check looks for NaN and infinite ones"
-    whose = "without an adapter" if tenant is None else f"of {tenant}"
-    more = f" and {len(broken) - 1} more of its batch" if len(broken) > 1 else ""
-    logging.getLogger(__name__).warning(
-        "the logits of prompt %d (%s)%s are NaN or infinite, and its text ends there; %s",
-        broken.min() + 1,
-        whose,
-        more,
-        why,
-    )
+def _warn_of_broken(
+    batch: _Batch, finite_b: np.ndarray, tenants: Sequence[Tenant], dtype: jnp.dtype, known: set[str]
+) -> set[str]:
+    """A line for the first row of each tenant, of those not `known`, whose logits are NaN or infinite; and all of them.
+
+    Rows that only fill the batch do not count.
+    """
+    found = set(known)
+    for row in sorted(batch.rows[~finite_b[: len(batch.rows)]]):
+        whose = "without an adapter" if tenants[row] is None else f"of {tenants[row]}"
+        if whose in found:
+            continue
+        found.add(whose)
+        if dtype == jnp.float16:
+            why = "float16 ends at 65504, which this model may exceed: choose dtype float32 or bfloat16"
+        elif tenants[row] is not None:
+            why = "see whether the prompt without an adapter has them too; if not, the adapter's weights are too large"
+        else:
+            why = "the backbone's weights may be damaged: para-jax convert --check looks for NaN and infinite ones"
+        line = "the logits of prompt %d (%s) are NaN or infinite, and its text ends there; %s"
+        logging.getLogger(__name__).warning(line, row + 1, whose, why)
+    return found
 
 
 def _completion(kind: _Kind, ids: list[int], stopped: bool, finite: bool) -> Completion:

@@ -290,14 +290,14 @@ def test_errors_say_what_is_wrong(backbone, tokenizer, wrong, message):
 
 @pytest.mark.parametrize("num_beams", [1, 2])
 def test_logits_that_are_no_numbers(backbone, tokenizer, num_beams, caplog):
-    """The prompt and its tenant are named, and its text ends; the others go on."""
+    """The first prompt of the tenant is named, once for all batches; its texts end, and the others go on."""
     bank = random_bank({"good": ParaConfig(r=3), "huge": ParaConfig(r=3)}, backbone.config)
     huge = jax.tree.map(lambda x: x.at[1].mul(1e30), bank.groups[0].stack)
     bank = dataclasses.replace(bank, groups=(dataclasses.replace(bank.groups[0], stack=huge),))
     tenants, options = ["good", None, "huge", "huge"], {**GREEDY, "num_beams": num_beams}
-    rows = complete(backbone, tokenizer, PROMPTS, bank=bank, tenants=tenants, **options)
+    rows = complete(backbone, tokenizer, PROMPTS, bank=bank, tenants=tenants, batch_size=1, window=1, **options)
     assert caplog.messages == [
-        "the logits of prompt 3 (of huge) and 1 more of its batch are NaN or infinite, and its text ends there; see "
+        "the logits of prompt 3 (of huge) are NaN or infinite, and its text ends there; see "
         "whether the prompt without an adapter has them too; if not, the adapter's weights are too large"
     ]
     assert rows[2:] == [Completion("", [], "error")] * 2
