@@ -145,7 +145,7 @@ class Decoding:
         """Every row ends after so many tokens."""
         import jax.numpy as jnp
 
-        from para_jax.decoding.generate import EOS_SLOTS
+        from para_jax.decoding.batches import EOS_SLOTS
         from para_jax.decoding.loop import Ending
 
         return Ending(jnp.full((self.case.rows,), new, jnp.int32), jnp.full((EOS_SLOTS,), -1, jnp.int32))

@@ -146,7 +146,7 @@ class Running:
             return Example.of(ids[: -case.response].tolist(), ids[-case.response :].tolist())
 
         examples = {name: [example() for _ in range(case.rows)] for name in names}
-        settings = dict.fromkeys(names, Settings.checked(steps=1000, lr=1e-3))
+        settings = dict.fromkeys(names, Settings(steps=1000, lr=1e-3))
         self.config, self.case = config, case
         self.layout = Layout.of(None, case.tenants, case.rows)
         bank = self.layout.divided(AdapterBank.create(dict.fromkeys(names, ParaConfig(r=12)), config))

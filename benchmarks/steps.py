@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from para_jax import AdapterBank, Backbone, Settings
 from para_jax.backbones.options import Remat
 from para_jax.data.batches import Batch
 from para_jax.data.examples import Example
-from para_jax.training.places import Layout
 from para_jax.training.programs import Parts, Programs
 from para_jax.training.shapes import Device
+from para_jax.training.tuning import Tuning
 
 
 class Steps:
@@ -30,10 +31,10 @@ class Steps:
         rows: int,
         remat: Remat = "none",
     ):
-        layout = Layout.of(backbone.mesh, len(examples), rows)
         settings = dict.fromkeys(examples, Settings(steps=10**6, lr=1e-3))
-        device = replace(Device.of(backbone.config), shapes=1)
-        self.parts, schedule, _ = Parts.planned(backbone, bank, examples, settings, layout, device=device, remat=remat)
+        tuning = Tuning(examples=examples, settings=settings, out=Path(), rows=rows, remat=remat)
+        one = replace(Device.of(backbone.config), shapes=1)
+        self.parts, schedule, _ = Parts.planned(backbone, bank, tuning, one)
         self.homes = schedule.turn(dict.fromkeys(examples, 0), ()) or []
         with Programs(self.parts) as programs:
             programs.wait_for_all()

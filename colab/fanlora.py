@@ -334,15 +334,15 @@ print(f"{config.size / 1e6:.1f}M parameters in {config.num_hidden_layers} layers
 # Each step takes 16 rows. If this cell is interrupted, run it again: it goes on where it stopped.
 
 # %%
-from para_jax import AdapterBank, LoraConfig, Settings, finetune
+from para_jax import LoraConfig, Settings, finetune
 
 everywhere = LoraConfig(r=R, lora_alpha=R, target_modules="all-linear")
 mixture = finetune(
     backbone,
-    AdapterBank.create({"mixture": everywhere}, config, seed=0),
     {"mixture": encoded(train, "mood", "place")},
-    {"mixture": Settings.checked(steps=STEPS, lr=LR)},
     f"{OUT}/mixture",
+    methods=everywhere,
+    settings=Settings(steps=STEPS, lr=LR),
     rows=16,
     resume=True,
 )["mixture"]
@@ -436,10 +436,10 @@ for name, method in methods.items():
     print(f"{name:14} rank {method.r:2}, {method.size(config):,} parameters")
 bank = finetune(
     backbone,
-    AdapterBank.create(methods, config, seed=0),
     dict.fromkeys(methods, encoded(train, "question")),
-    dict.fromkeys(methods, Settings.checked(steps=STEPS, lr=LR)),
     f"{OUT}/question",
+    methods=methods,
+    settings=Settings(steps=STEPS, lr=LR),
     rows=8,
     resume=True,
 )

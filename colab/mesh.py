@@ -373,23 +373,18 @@ for text in dict.fromkeys((FOR_TUNING, ALL_AXES, FOR_DECODING)):
 # a file, as [your_model](https://github.com/para-jax/para_jax/blob/main/colab/your_model.ipynb) does.
 
 # %%
-from para_jax import AdapterBank, LoraConfig, ParaConfig, Settings, encode_rows, end_tokens, finetune, quickstart_rows
+from para_jax import LoraConfig, ParaConfig, Settings, finetune, quickstart_rows
 
 rows, held_out = quickstart_rows(seed=0, train=600, held_out=16)
-eos = end_tokens(config, tokenizer)
 methods = {"place": ParaConfig(r=12), "question": LoraConfig(r=8)}
-examples = {
-    name: encode_rows([(f"{name} row {i}", row) for i, row in enumerate(rows[name], 1)], tokenizer, eos)
-    for name in methods
-}
+tenants = {name: rows[name] for name in methods}
 STEPS = 40
-settings = dict.fromkeys(methods, Settings.checked(steps=STEPS, lr=1e-2 if config.size < 1e8 else 5e-4))
-given = {"rows": 8, "resume": True}
-fresh = AdapterBank.create(methods, config, seed=0)
+settings = Settings(steps=STEPS, lr=1e-2 if config.size < 1e8 else 5e-4)
+given = {"methods": methods, "settings": settings, "tokenizer": tokenizer, "rows": 8, "resume": True}
 
 if COMPARE:
     alone = Backbone.from_pretrained(MODEL, stacked=True)
-    finetune(alone, fresh, examples, settings, f"{OUT}/alone", **given)
+    finetune(alone, tenants, f"{OUT}/alone", **given)
 
 # %% [markdown]
 # ## The same on a mesh, stopped, and resumed on another
@@ -414,14 +409,14 @@ def press_stop(line):
 split = Backbone.from_pretrained(MODEL, stacked=True, mesh=make_mesh(ALL_AXES))
 half = STEPS // 2 + 1  # the step that Ctrl-C lets end, unless it comes later
 try:
-    finetune(split, fresh, examples, settings, f"{OUT}/split", loggers=[press_stop], **given)
+    finetune(split, tenants, f"{OUT}/split", loggers=[press_stop], **given)
 except KeyboardInterrupt as stopped:
     half = stopped.step
     print(f"stopped and saved after step {half}; the next cell goes on from there")
 
 # %%
 split = Backbone.from_pretrained(MODEL, stacked=True, mesh=make_mesh(FOR_TUNING))
-bank = finetune(split, fresh, examples, settings, f"{OUT}/split", **given)  # the checkpoint takes the place of `fresh`
+bank = finetune(split, tenants, f"{OUT}/split", **given)
 
 # %% [markdown]
 # Both runs wrote the loss of each step to `metrics.jsonl`. Left: the thin line, on the meshes, should lie on the pale

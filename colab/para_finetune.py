@@ -362,16 +362,15 @@ else:
 # %%
 from IPython.display import Image
 
-from para_jax import AdapterBank, LoraConfig, ParaConfig, Settings, finetune
+from para_jax import LoraConfig, ParaConfig, Settings, finetune
 
 para = ParaConfig(r=12)
 rank = round(para.size(config) / LoraConfig(r=1).size(config))
 configs = {**dict.fromkeys(TASKS, para), "question-lora": LoraConfig(r=rank, lora_alpha=2 * rank)}
 for name, method in configs.items():
     print(f"{name:14} {method.method}, r={method.r}: {method.size(config):,} parameters")
-bank = AdapterBank.create(configs, config, seed=0)
-settings = dict.fromkeys(configs, Settings.checked(steps=STEPS, lr=LR))
-bank = finetune(backbone, bank, train, settings, OUT, rows=ROWS, resume=True)
+settings = Settings(steps=STEPS, lr=LR)
+bank = finetune(backbone, train, OUT, methods=configs, settings=settings, rows=ROWS, resume=True)
 
 # %% [markdown]
 # **The losses.** All of them should fall and then level off; `mood`, the hardest task, stays highest. They start at
@@ -519,6 +518,8 @@ plt.show()
 # %%
 import shutil
 from pathlib import Path
+
+from para_jax import AdapterBank
 
 folders = {name: Path(OUT, name) for name in configs}
 again = complete(

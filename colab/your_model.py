@@ -389,7 +389,7 @@ print(f"{test[0].prompt[-300:]!r} -> {test[0].response[:200]!r}")
 # %%
 from IPython.display import Image
 
-from para_jax import AdapterBank, LoraConfig, ParaConfig, Settings, finetune
+from para_jax import LoraConfig, ParaConfig, Settings, finetune
 
 batch = min(8, len(train))  # rows of each adapter in a step
 steps = STEPS or (100 if small else max(100, min(1000, 2 * len(train) // batch)))
@@ -400,10 +400,8 @@ configs = {"para": para, "lora": LoraConfig(r=rank, lora_alpha=2 * rank)}
 for name, method in configs.items():
     print(f"{name}: r={method.r}, {method.size(config):,} parameters")
 print(f"{steps} steps of {batch} rows: {steps * batch / len(train):.1f} passes over the rows")
-bank = AdapterBank.create(configs, config)
-settings = dict.fromkeys(configs, Settings.checked(steps=steps, lr=rate))
-data = dict.fromkeys(configs, train)
-bank = finetune(backbone, bank, data, settings, OUT, rows=batch, checkpoint_every=50, resume=True)
+settings, data = Settings(steps=steps, lr=rate), dict.fromkeys(configs, train)
+bank = finetune(backbone, data, OUT, methods=configs, settings=settings, rows=batch, checkpoint_every=50, resume=True)
 
 # %% [markdown]
 # Both losses should fall and then level off. If they do not fall, try another `LR`; if they rise or jump, a smaller

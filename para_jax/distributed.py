@@ -28,7 +28,7 @@ T = TypeVar("T")
 PIECES = (2**26, 2**22, 2**16, 2**12)  # bytes of the messages between processes
 
 
-def start(address: str | None = None, processes: int | None = None, process: int | None = None) -> None:
+def join_processes(address: str | None = None, processes: int | None = None, process: int | None = None) -> None:
     """Joins the other processes, before anything is computed.
 
     Args:
@@ -58,7 +58,7 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def first() -> bool:
+def is_main_process() -> bool:
     """Whether this process is the one that writes and speaks. Where it is alone, no device is looked for."""
     return _alone() or jax.process_index() == 0
 
@@ -75,24 +75,24 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def told(text: bytes) -> bytes:
+def broadcast(text: bytes) -> bytes:
     """What the first process says, in every process, whatever its size."""
     return text if _alone() else _broadcast(text, 0)
 
 
-def by_first(act: Callable[[], None]) -> None:
+def on_main_process(act: Callable[[], None]) -> None:
     """Lets the first process do something, and raises in every process the ParaJaxError that it raises there."""
     problem = b""
-    if first():
+    if is_main_process():
         try:
             act()
         except (ParaJaxError, OSError, ValueError) as error:
             problem = (str(error) or type(error).__name__).encode("utf-8", "backslashreplace")
-    if message := told(problem).decode():
+    if message := broadcast(problem).decode():
         raise ParaJaxError(message)
 
 
-def shared(makers: Mapping[str, Callable[[], T]]) -> dict[str, T]:
+def share_work(makers: Mapping[str, Callable[[], T]]) -> dict[str, T]:
     """What each of these makes, under its name, made by one of the processes and known to all.
 
     What is made has to be plain data, for it is pickled on its way. Each process sends what it made to all others, at
@@ -150,14 +150,14 @@ def _pieces(size: int) -> list[tuple[int, int]]:
     return [*found, (PIECES[-1], -(-size // PIECES[-1]))] if size else found
 
 
-def placed(x: np.ndarray, sharding: Sharding | None) -> Any:
+def shard(x: np.ndarray, sharding: Sharding | None) -> Any:
     """An array that every process has, as one over all devices; each process hands its devices their part."""
     if sharding is None:
         return x
     return jax.make_array_from_callback(x.shape, sharding, lambda part: x[part])
 
 
-def whole(tree: Any, mesh: Mesh | None) -> Any:
+def gather(tree: Any, mesh: Mesh | None) -> Any:
     """Arrays that lie on a mesh as NumPy's, the same in every process; all have to call it."""
     if mesh is None or _alone():
         return jax.device_get(tree)
@@ -188,6 +188,6 @@ class Flag:
         if self._alone:
             return here
         flags = np.full((self._count,), here)
-        now = self._any(placed(flags, self._apart))
+        now = self._any(shard(flags, self._apart))
         before, self._before = self._before, now
         return before is not None and bool(before.addressable_data(0))

@@ -14,8 +14,7 @@ from para_jax import ParaJaxError
 from para_jax.checks import Number, Whole, check_text
 from para_jax.data.examples import Example
 from para_jax.evaluation.evaluate import evaluate
-from para_jax.training.loop import steps_of
-from para_jax.training.optimizer import Settings
+from para_jax.training.settings import Settings
 from tests.helpers import random_backbone
 
 POSITIVE = Number(0, above=True)
@@ -43,7 +42,7 @@ def test_numbers_of_every_kind_are_pythons_own() -> None:
     for value in (3, 3.0, np.float32(3), np.int32(3)):
         assert POSITIVE.check("lr", value) == 3 and type(POSITIVE.check("lr", value)) is float
     assert [Number(0, 1).parse(text) for text in ("0", "1", "1e-45")] == [0.0, 1.0, 1e-45]
-    settings = Settings.checked(steps=np.int64(5), lr=np.float32(0.5))
+    settings = Settings(steps=np.int64(5), lr=np.float32(0.5))
     assert json.loads(json.dumps(dataclasses.asdict(settings)))["steps"] == 5
 
 
@@ -63,7 +62,7 @@ def test_epochs(epochs: Any) -> None:
     with pytest.raises(
         ParaJaxError, match=r"epochs must be a|the number of steps of 1e\+30 epochs must be a whole number"
     ):
-        steps_of(epochs, examples=100, rows=16)
+        Settings(epochs=epochs).of_rows(examples=100, rows=16)
 
 
 @pytest.mark.parametrize("limit", [0, 2.5, True, "4", None])

@@ -1,11 +1,67 @@
-"""What the pages say of the code is what the code says."""
+"""What the pages say of the code is what the code says: commands parse, examples run, links lead somewhere."""
 
 from __future__ import annotations
 
+import re
 import runpy
+import shlex
 from pathlib import Path
+from urllib.parse import unquote
 
-DOCS = Path(__file__).parents[1] / "docs"
+import pytest
+
+from para_jax.cli import parser
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(DOCS.glob("*.md"))]
+LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
+FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", FENCE.sub("", page.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def commands(page: Path) -> list[str]:
+    """The command lines of para-jax in a page's code, each in one line; shell scripts with variables are left out."""
+    text = page.read_text().replace("\\\n", " ")
+    lines = [line.strip().removeprefix("$ ").partition("  # ")[0] for line in text.splitlines()]
+    return [line for line in lines if re.match(r"para-jax [a-z]", line) and not re.search(r"\$[A-Za-z]", line)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links(page: Path) -> None:
+    for link in LINK.findall(FENCE.sub("", page.read_text())):
+        if re.match(r"[a-z]+:", link):
+            continue
+        name, _, anchor = unquote(link).partition("#")
+        target = (page.parent / name).resolve() if name else page
+        assert target.exists(), f"{page.name} links to {link}, which is not there"
+        assert not anchor or anchor in anchors(target), f"{page.name} links to {link}, and there is no such heading"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands(page: Path) -> None:
+    for line in commands(page):
+        parser().parse(shlex.split(line)[1:])  # raises for an option that there is not
+
+
+def test_there_are_commands() -> None:
+    assert len(commands(ROOT / "README.md")) >= 8 and sum(len(commands(page)) for page in PAGES) >= 15
+
+
+@pytest.mark.slow
+def test_the_example_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(example.splitlines()) <= 20 and "steps=250" in example
+    monkeypatch.chdir(tmp_path)
+    found: dict = {}
+    exec(compile(example.replace("steps=250", "steps=2"), "README.md", "exec"), found)
+    assert len(found["texts"]) == 3 and set(found["scores"]) == {"mood", "place", "question"}
+    assert {path.name for path in Path("runs", "stories").iterdir() if path.is_dir()} >= {"mood", "place", "question"}
 
 
 def test_the_table_of_families() -> None:

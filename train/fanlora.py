@@ -23,7 +23,6 @@ from typing import Any
 
 from para_jax import (
     Adapter,
-    AdapterBank,
     Backbone,
     FanLoraConfig,
     LoraConfig,
@@ -36,11 +35,9 @@ from para_jax import (
     keep_within,
     load_tokenizer,
     plot_importance,
-    read_examples,
     read_rows,
     tiny_backbone_path,
 )
-from para_jax.files import write_json
 
 
 def main() -> None:
@@ -77,10 +74,9 @@ def main() -> None:
 
     def tuned(name: str, file: Path, config: Any, out: Path) -> Adapter:
         """One tenant, tuned on one file."""
-        examples = read_examples(file, tokenizer, eos, shape.max_position_embeddings, one_pass=True)
-        bank = AdapterBank.create({name: config}, shape, args.seed)
-        settings = {name: Settings.checked(steps=args.steps, lr=args.lr)}
-        return finetune(backbone, bank, {name: examples}, settings, out, rows=args.rows, seed=args.seed)[name]
+        settings = Settings(steps=args.steps, lr=args.lr)
+        given = {"methods": config, "settings": settings, "tokenizer": tokenizer, "rows": args.rows, "seed": args.seed}
+        return finetune(backbone, {name: file}, out, **given)[name]
 
     mixture, everywhere, setting = args.out / "mixture.jsonl", args.out / "everywhere", args.out / "setting"
     say("(a) LoRA on every linear module, tuned on the instruction mixture",
@@ -107,7 +103,7 @@ def main() -> None:
     config = FanLoraConfig.of(kept, shape, r=r, lora_alpha=r)
     config.save(setting / "fanlora.json")
     record = {"score": args.score, "sites": list(shape.linear_sites), "scores": scores.tolist(), "kept": kept}
-    write_json(setting / "scores.json", record)
+    (setting / "scores.json").write_text(json.dumps(record, indent=1) + "\n")
     plot_importance(scores, kept, shape, setting / "importance.png", f"{args.score} score; framed: kept")
     for layer, sites in enumerate(kept):
         print(f"layer {layer}: {', '.join(sites)}")

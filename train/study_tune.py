@@ -12,6 +12,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -24,8 +25,9 @@ from para_jax.adapters.method import MethodConfig
 from para_jax.data.examples import Example
 from para_jax.data.order import order
 from para_jax.training.metrics import Progress
-from para_jax.training.places import Layout, in_order
+from para_jax.training.places import in_order
 from para_jax.training.programs import Parts, Programs
+from para_jax.training.tuning import Tuning
 from para_jax.training.watch import dev_losses
 
 
@@ -72,7 +74,7 @@ def tune(
     names = tuple(named)
     keys = {name: jax.random.key(zlib.crc32(f"{run.task}/{run.seed}".encode())) for name, run in named.items()}
     bank = AdapterBank.stack({name: Adapter.create(config, shape, key) for name, key in keys.items()}, shape)
-    settings = {name: Settings.checked(steps=steps, lr=run.lr) for name, run in named.items()}
+    settings = {name: Settings(steps=steps, lr=run.lr) for name, run in named.items()}
     train = {name: tasks[run.task].train for name, run in named.items()}
     dev = {name: tasks[run.task].dev for name, run in named.items()}
 
@@ -135,7 +137,7 @@ def parts_of(
     rows: int,
 ) -> Parts:
     """What a run's programs are compiled for, planned from its rows; all tenants are in every step."""
-    return Parts.planned(backbone, bank, train, settings, Layout.of(None, len(bank.names), rows), dev=dev)[0]
+    return Parts.planned(backbone, bank, Tuning(examples=train, settings=settings, dev=dev, rows=rows, out=Path()))[0]
 
 
 def speed(

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from para_jax.adapters.fanlora import FanLoraConfig
 from para_jax.adapters.ia3 import IA3Config
 from para_jax.adapters.lora import LoraConfig
-from para_jax.adapters.method import from_fields
+from para_jax.adapters.method import MethodConfig, from_fields
 from para_jax.adapters.para import ParaConfig
-from para_jax.errors import unknown
+from para_jax.config import read_json
+from para_jax.errors import ParaJaxError, unknown
 
 # Every method by the name that adapter_config.json and the command line use.
 METHODS: dict[str, type[Any]] = {config.method: config for config in (ParaConfig, IA3Config, FanLoraConfig, LoraConfig)}
@@ -27,3 +29,22 @@ def config_from_dict(method: str, fields: Mapping[str, Any]) -> Any:
     if method not in METHODS:
         raise unknown("method", method, METHODS)
     return from_fields(METHODS[method], fields)
+
+
+def config_of(method: str | Path | MethodConfig) -> Any:
+    """A method's config: by its name, with the defaults; of a JSON file; or the config that is given.
+
+    A file is {"method": NAME} and options, such as the fanlora.json that `para-jax fanlora` writes. Raises ParaJaxError
+    for an unknown name or option, and for a file without "method".
+
+    >>> config_of("lora").r, config_of(ParaConfig(r=4)).r
+    (8, 4)
+    """
+    if not isinstance(method, str | Path):
+        return method
+    if Path(method).suffix != ".json":
+        return config_from_dict(str(method), {})
+    fields = read_json(Path(method))
+    if not isinstance(fields.get("method"), str):
+        raise ParaJaxError(f'{method} has no "method"; write one of {", ".join(METHODS)}')
+    return config_from_dict(fields.pop("method"), fields)

@@ -132,14 +132,16 @@ def begin_model(args: argparse.Namespace, stacked: bool | None = None) -> tuple[
     be had.
     """
     from para_jax import tiny_backbone_path
-    from para_jax.backbones.loading import Loading
+    from para_jax.backbones.loading import Loading, default_mesh
     from para_jax.convert.tokenizer import check_vocabulary, load_tokenizer
+    from para_jax.sharding import make_mesh
 
     set_up(args.compile_cache)
     start_processes(args)
     keep_freed_memory()
     path = args.model or tiny_backbone_path()
-    mesh = chosen_mesh(path, args)
+    tuning = args.verb not in ("generate", "evaluate")
+    mesh = default_mesh(path, tuning) if args.mesh == "auto" else make_mesh(args.mesh)
     loading = Loading(path, dtype=args.dtype, stacked=stacked, quantize=args.quantize, mesh=mesh)
     tokenizer = load_tokenizer(path)
     check_vocabulary(tokenizer, loading.shapes.config.vocab_size)
@@ -158,7 +160,7 @@ def start_processes(args: argparse.Namespace) -> None:
         if args.processes is not None or args.process is not None:
             raise ParaJaxError("--processes and --process go with --coordinator HOST:PORT")
         return
-    from para_jax.distributed import first, start
+    from para_jax.distributed import is_main_process, join_processes
 
     auto = args.coordinator == "auto"
     if not auto and (args.processes is None or args.process is None):
@@ -169,30 +171,11 @@ def start_processes(args: argparse.Namespace) -> None:
         raise ParaJaxError(
             f"--process must be from 0 to {args.processes - 1} of {args.processes} processes, not {args.process}"
         )
-    start(None if auto else args.coordinator, args.processes, args.process)
-    if not first():
+    join_processes(None if auto else args.coordinator, args.processes, args.process)
+    if not is_main_process():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (until the process ends)
         # All processes read the same checkpoint; the first one says what is ignored, and what is used instead.
         logging.getLogger("para_jax").setLevel(logging.ERROR)
-
-
-def chosen_mesh(path: str, args: argparse.Namespace) -> Any:
-    """The mesh of --mesh, over all devices; None on a single one."""
-    import jax
-
-    from para_jax.config import CONFIG, checkpoint_folder, read_json
-    from para_jax.families.reading import architecture_from_hf
-    from para_jax.sharding import auto_mesh, make_mesh
-
-    if args.mesh != "auto":
-        return make_mesh(args.mesh)
-    # A CPU's devices are simulated: there is nothing to gain.
-    if jax.device_count() == 1 or (jax.default_backend() == "cpu" and jax.process_count() == 1):
-        return None
-    tuning = args.verb not in ("generate", "evaluate")
-    # The backbone is read next, and says then which keys are ignored.
-    config = architecture_from_hf(read_json(checkpoint_folder(path, [CONFIG]) / CONFIG), path)
-    return make_mesh(auto_mesh(config, jax.device_count(), tuning))
 
 
 def load_config(model: str | None) -> BackboneConfig:
@@ -224,17 +207,6 @@ def tenant_sources(args: argparse.Namespace, option: str = "tenant") -> dict[str
     if not found and option == "tenant":
         raise ParaJaxError("give each tenant's rows: --tenant NAME=SOURCE, or --tenant-from SOURCE for several")
     return found
-
-
-def row_length(asked: int | None, config: BackboneConfig) -> int:
-    """The most tokens of a row: as many as --max-length says, or else as the backbone's context holds.
-
-    Raises ParaJaxError for more than the context holds.
-    """
-    context = config.max_position_embeddings
-    if asked is not None and asked > context:
-        raise ParaJaxError(f"--max-length must be at most {context}, the backbone's context, not {asked}")
-    return asked or context
 
 
 def pairs(values: Sequence[str], option: str) -> dict[str, str]:

@@ -60,10 +60,8 @@ def run(args: argparse.Namespace) -> int:
     templates = common.per_tenant(args.template, "--template", list(sources), str)
     limits = common.per_tenant(["64", *args.max_new_tokens], "--max-new-tokens", list(sources), COUNT.parse)
 
-    from para_jax.convert.adapter_tokenizer import ends
-    from para_jax.data.examples import encode_rows
     from para_jax.data.rows import of_tenant
-    from para_jax.distributed import first
+    from para_jax.distributed import is_main_process
     from para_jax.evaluation.evaluate import evaluate
 
     if args.adapters is not None:
@@ -72,32 +70,28 @@ def run(args: argparse.Namespace) -> int:
     config = loading.shapes.config
     bank = load_bank(args.adapters, list(sources), config, not args.allow_nan)
     kept = RowTokenizers(tokenizer, args.adapters, config.vocab_size)
-    examples, tokenizers = {}, {}
+    tenants, tokenizers = {}, {}
     for name, source in sources.items():
         rows = source if not isinstance(source, str) else read_rows(source, templates.get(name), args.data_dir)
         of_tenant(rows, name)
         if name in args.choose:
             rows = with_choices(f"tenant {name!r}", rows)
-        own = tokenizers[name] = kept.of([name])
-        rows = rows[: args.limit]
-        examples[name] = encode_rows(
-            rows, own, ends(tokenizer, own, config), keep_texts=True, allow_special_tokens=True,
-            total=len(rows), show=to_stderr if first() else None,
-        )  # fmt: skip
+        tenants[name], tokenizers[name] = rows[: args.limit], kept.of([name])
 
     scores = evaluate(
         loading,
         tokenizer,
-        examples,
+        tenants,
         bank,
         tokenizers=tokenizers,
         max_new_tokens=limits,
         batch_size=args.batch_size,
         progress=Pace("rows and choices" if args.choose else "rows"),
+        show=to_stderr if is_main_process() else None,
     )
     print(score_table(scores))
     answered = {name: s.pop("predictions") for name, s in scores.items()}
-    if not first():
+    if not is_main_process():
         return 0
     if args.json:
         write_json(args.json, {"model": Path(config.name).name, "tenants": scores})

@@ -155,9 +155,10 @@ def held_out(args: argparse.Namespace, tokenizer: Any, shape: Any) -> list[Examp
     """The rows to score on, as many of each source."""
     from para_jax.convert.tokenizer import end_tokens
     from para_jax.data.examples import encode_rows
+    from para_jax.data.lengths import row_length
     from para_jax.data.rows import of_tenant
 
-    length = common.row_length(args.max_length, shape)
+    length = row_length(args.max_length, shape.max_position_embeddings)
     eos = end_tokens(shape, tokenizer)
     examples: list[Example] = []
     for source in args.data:

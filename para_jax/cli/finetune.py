@@ -18,8 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from para_jax.checks import COUNT, KEEP, SEED, Whole
 from para_jax.cli import common
 from para_jax.cli.options import ROWS, within
 from para_jax.cli.outputs import check_data_dir, check_folder
-from para_jax.cli.settings import tuning
+from para_jax.cli.settings import add_settings, tenant_settings
 from para_jax.errors import ParaJaxError, unknown
 
 # Options that hold modules, which a shell writes with commas.
@@ -42,16 +41,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument("--resume", action="store_true", help="go on with the run in --out, if there is one")
     existing.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
+    _add_method(parser.add_argument_group("method"))
+    add_settings(parser.add_argument_group("tuning", "VALUE is for every tenant, NAME=VALUE for one; options repeat"))
+    _add_rows(parser.add_argument_group("rows"))
+    _add_steps(parser.add_argument_group("steps"))
+    _add_watching(parser.add_argument_group("watching"))
 
-    method = parser.add_argument_group("method")
-    method.add_argument(
+
+def _add_method(group: Any) -> None:
+    group.add_argument(
         "--method",
         metavar="[NAME=]METHOD",
         action="append",
         default=[],
         help='para (default), lora, ia3, ...; or a JSON file {"method": ..., and its options}; repeat',
     )
-    method.add_argument(
+    group.add_argument(
         "--option",
         metavar="[METHOD.]KEY=VALUE",
         action="append",
@@ -59,86 +64,72 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="an option of the methods that --method names, or of METHOD alone: pooling=mean, lora.lora_alpha=16, "
         "target_modules=q_proj,v_proj; repeat",
     )
-    method.add_argument("--r", type=within(COUNT), help="the same as --option r=... (default: the method's)")
-    method.add_argument(
+    group.add_argument("--r", type=within(COUNT), help="the same as --option r=... (default: the method's)")
+    group.add_argument(
         "--target-modules", nargs="+", metavar="SITE", help="as --option target_modules=... (default: the method's)"
     )
 
-    tuning = parser.add_argument_group("tuning", "VALUE is for every tenant, NAME=VALUE for one; options repeat")
-    for name, default, text in (
-        ("--steps", "1000", "steps"),
-        ("--lr", "1e-3", "highest learning rate"),
-        ("--warmup-ratio", "0.06", "share of the steps in which the rate rises; then it falls to zero"),
-        ("--weight-decay", "0.0", "AdamW's weight decay"),
-        ("--max-grad-norm", "1.0", "the norm to which a tenant's gradient is clipped"),
-    ):
-        tuning.add_argument(
-            name, metavar="[NAME=]VALUE", action="append", help=f"{text} (default: {default})", default=[]
-        )
-    for name, metavar, text in (
-        ("--epochs", "[NAME=]N", "how often the rows are seen, instead of --steps"),
-        ("--weight", "[NAME=]W", "how often a tenant has its turn, with --tenants-per-step (default: 1)"),
-        ("--dev", "NAME=SOURCE", "rows to choose the best adapter by, which are not learnt from"),
-        ("--dev-from", "SOURCE", "such rows of several tenants, as --tenant-from"),
-        ("--eval-every", "[NAME=]N", "a tenant's steps between looks at its dev rows (default: at its end)"),
-        ("--patience", "[NAME=]N", "looks without a better one after which a tenant stops (default: it does not)"),
-    ):
-        tuning.add_argument(name, metavar=metavar, action="append", default=[], help=text)
-    tuning.add_argument(
-        "--tenants-per-step",
-        type=within(COUNT),
-        metavar="N",
-        help="the most that have their turn at once (default: all)",
-    )
-    tuning.add_argument(
-        "--spread-tenants",
-        action=argparse.BooleanOptionalAction,
-        help="on a mesh: each device has tenants of its own, or a share of the rows of all (default: as divides)",
-    )
-    tuning.add_argument("--rows", type=within(ROWS), default=16, help="rows of each tenant in a step (default: 16)")
-    tuning.add_argument(
-        "--micro-batch-tokens",
-        type=within(COUNT),
-        metavar="N",
-        help="the most tokens computed at once on a device, to save memory (default: 1024 on a CPU, else 8192)",
-    )
-    tuning.add_argument("--seed", type=within(SEED), default=0, help="of the first weights and the order of rows")
-    tuning.add_argument(
+
+def _add_rows(group: Any) -> None:
+    group.add_argument("--rows", type=within(ROWS), default=16, help="rows of each tenant in a step (default: 16)")
+    group.add_argument(
         "--max-length", type=within(Whole(2)), metavar="N", help="tokens of a row (default: the backbone's context)"
     )
-    tuning.add_argument(
+    group.add_argument("--truncate", action="store_true", help="cut prompts that are too long at their beginning")
+    group.add_argument(
         "--chat-template",
         metavar="[NAME=]FILE.jinja",
         action="append",
         default=[],
         help="for rows of messages, instead of the tokenizer's; kept with the adapter; repeat",
     )
-    tuning.add_argument("--truncate", action="store_true", help="cut prompts that are too long at their beginning")
-    tuning.add_argument(
+    group.add_argument(
         "--allow-special-tokens",
         action="store_true",
         help="learn responses that have an end-of-text token inside their text, instead of refusing them",
     )
-    tuning.add_argument(
+    group.add_argument("--seed", type=within(SEED), default=0, help="of the first weights and the order of rows")
+
+
+def _add_steps(group: Any) -> None:
+    group.add_argument(
+        "--tenants-per-step",
+        type=within(COUNT),
+        metavar="N",
+        help="the most that have their turn at once (default: all)",
+    )
+    group.add_argument(
+        "--spread-tenants",
+        action=argparse.BooleanOptionalAction,
+        help="on a mesh: each device has tenants of its own, or a share of the rows of all (default: as divides)",
+    )
+    group.add_argument(
+        "--micro-batch-tokens",
+        type=within(COUNT),
+        metavar="N",
+        help="the most tokens computed at once on a device, to save memory (default: 1024 on a CPU, else 8192)",
+    )
+    group.add_argument(
         "--remat",
         choices=("none", "layers", "products"),
         help="what the backward pass computes again, for less memory: nothing, whole layers, or all of them but their "
-        "products (default: layers on accelerators, products on a CPU)",
+        "matmuls (default: layers on accelerators, products on a CPU)",
     )
-    tuning.add_argument("--checkpoint-every", type=within(COUNT), default=500, metavar="N", help="steps (default: 500)")
-    tuning.add_argument(
+    group.add_argument("--checkpoint-every", type=within(COUNT), default=500, metavar="N", help="steps (default: 500)")
+    group.add_argument(
         "--keep-checkpoints", type=within(KEEP), default=2, metavar="N", help="the newest, two or more (default: 2)"
     )
 
-    watching = parser.add_argument_group("watching")
-    watching.add_argument(
+
+def _add_watching(group: Any) -> None:
+    group.add_argument(
         "--log",
         choices=("tensorboard", "wandb"),
         action="append",
         default=[],
         help="write every step's losses to OUT/tensorboard, or to Weights & Biases; repeat for both",
     )
-    watching.add_argument(
+    group.add_argument(
         "--profile",
         type=within(COUNT),
         nargs="?",
@@ -150,80 +141,57 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from para_jax.adapters.bank import AdapterBank
-    from para_jax.convert.tokenizer import end_tokens, with_chat_template
-    from para_jax.data.examples import encode_rows, read_examples
-    from para_jax.data.order import read_mixture
-    from para_jax.distributed import shared
     from para_jax.training.claim import check_out
+    from para_jax.training.finetune import finetune
     from para_jax.training.folder import check_name
     from para_jax.training.loggers import Loggers
-    from para_jax.training.loop import finetune, steps_of
 
     check_out(Path(args.out), args.resume, args.overwrite)
     check_folder(args)
     check_data_dir(args)
-    sources, dev_sources = common.tenant_sources(args), common.tenant_sources(args, "dev")
-    names = list(sources)
+    tenants, dev = common.tenant_sources(args), common.tenant_sources(args, "dev")
+    names = list(tenants)
     for name in names:
         check_name(name)
-
-    given = [*args.option]
-    given += [] if args.r is None else [f"r={args.r}"]
-    given += [] if args.target_modules is None else [f"target_modules={','.join(args.target_modules)}"]
-    configs = method_configs(names, args.method, given)
-    settings, epochs = tuning(args, names, dev_sources)
-    templates = common.per_tenant(args.chat_template, "--chat-template", names, template_file)
-    prompts = common.per_tenant(args.template, "--template", names, str)
+    options = [*args.option]
+    options += [] if args.r is None else [f"r={args.r}"]
+    options += [] if args.target_modules is None else [f"target_modules={','.join(args.target_modules)}"]
+    methods = method_configs(names, args.method, options)
+    settings = tenant_settings(args, names, dev)
+    chat_templates = common.per_tenant(args.chat_template, "--chat-template", names, template_file)
+    # Rows that come from --tenant-from have been through their template.
+    in_files = [name for name in names if isinstance(tenants[name], str)]
+    templates = common.per_tenant(args.template, "--template", names, str)
 
     show = partial(print, flush=True)
     # Raises for a package that is missing, before the model is read.
     loggers = Loggers(args.log, args.out, args.profile, show)
     loading, tokenizer = common.begin_model(args, stacked=True)
-    backbone = loading.shapes
-    # Raises for a target that is none, before the data is read.
-    sizes = {n: f"{config.method} {config.size(backbone.config):,}" for n, config in configs.items()}
-    length = common.row_length(args.max_length, backbone.config)
-    eos = end_tokens(backbone.config, tokenizer)
-
-    def read(name: str, source: common.Source, reader: Callable[..., Any]) -> Any:
-        given = with_chat_template(tokenizer, templates.get(name)), eos, length
-        how = {"truncate": args.truncate, "allow_special_tokens": args.allow_special_tokens, "show": show}
-        how["one_pass"] = not configs[name].reads_prompt
-        if not isinstance(source, str):
-            return encode_rows(source, *given, **how, total=len(source))
-        return reader(source, *given, **how, tenant=name, template=prompts.get(name), data_dir=args.data_dir)
-
-    # Of several processes each reads some tenants' rows.
-    examples = shared({name: partial(read, name, source, read_mixture) for name, source in sources.items()})
-    dev = shared({name: partial(read, name, source, read_examples) for name, source in dev_sources.items()})
-    for name, often in epochs.items():
-        settings[name] = replace(settings[name], steps=steps_of(often, len(examples[name]), args.rows))
-    rows = sum(map(len, examples.values()))
-    mesh = "" if backbone.mesh is None else f" on {', '.join(f'{k}={v}' for k, v in backbone.mesh.shape.items())}"
-    show(
-        f"{len(names)} tenants, {rows:,} rows; backbone {backbone.config.size / 1e6:.1f}M parameters{mesh}, "
-        f"a tenant's adapter {' or '.join(dict.fromkeys(sizes.values()))}"
-    )
     with loggers:
         finetune(
             loading,
-            AdapterBank.create(configs, backbone.config, args.seed),
-            examples,
-            settings,
+            tenants,
             args.out,
+            methods=methods,
+            settings=settings,
             dev=dev,
+            tokenizer=tokenizer,
+            max_length=args.max_length,
+            truncate=args.truncate,
+            allow_special_tokens=args.allow_special_tokens,
+            templates={name: templates[name] for name in in_files if name in templates},
+            chat_templates=chat_templates,
+            data_dir=args.data_dir,
             rows=args.rows,
             micro_batch_tokens=args.micro_batch_tokens,
             tenants_per_step=args.tenants_per_step,
             spread=args.spread_tenants,
+            remat=args.remat,
             seed=args.seed,
             checkpoint_every=args.checkpoint_every,
             keep=args.keep_checkpoints,
             resume=args.resume,
             overwrite=args.overwrite,
-            remat=args.remat,
-            chat_templates=templates,
             show=show,
             loggers=loggers,
         )
@@ -252,44 +220,36 @@ def method_configs(names: Sequence[str], chosen: Sequence[str], given: Sequence[
     >>> configs["a"].r, configs["b"].r, configs["b"].target_modules
     (4, 8, ('q_proj', 'o_proj'))
     """
-    from para_jax.adapters.registry import config_from_dict
+    from para_jax.adapters.registry import config_from_dict, config_of
 
     wanted = common.per_tenant(["para", *chosen], "--method", names, str)
     named = {method for method in wanted.values() if not method.endswith(".json")}
+    general, particular = _options(given, named)
+    made = {
+        method: config_from_dict(method, general | particular[method]) if method in named else config_of(method)
+        for method in dict.fromkeys(wanted.values())
+    }
+    return {name: made[method] for name, method in wanted.items()}
+
+
+def _options(given: Sequence[str], methods: Collection[str]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """The options for all of these methods, and those for each."""
     general: dict[str, Any] = {}
-    particular: dict[str, dict[str, Any]] = {method: {} for method in named}
+    particular: dict[str, dict[str, Any]] = {method: {} for method in methods}
     for argument in given:
         key, equals, text = argument.partition("=")
         if not equals or not key or not text:
             raise ParaJaxError(f"--option takes KEY=VALUE or METHOD.KEY=VALUE, not {argument!r}")
         method, dot, key = key.rpartition(".")
-        if dot and method not in named:
-            raise unknown("method in --option", method, named)
-        if not named:
+        if dot and method not in methods:
+            raise unknown("method in --option", method, methods)
+        if not methods:
             raise ParaJaxError(f"--option {argument} is for no tenant: a JSON file given to --method has its own")
         options = particular[method] if dot else general
         if key in options:
             raise ParaJaxError(f"--option gives {key} twice")
         options[key] = option_value(key, text)
-
-    def config(method: str) -> Any:
-        if method in named:
-            return config_from_dict(method, general | particular[method])
-        return config_from_file(method)
-
-    made = {method: config(method) for method in dict.fromkeys(wanted.values())}
-    return {name: made[method] for name, method in wanted.items()}
-
-
-def config_from_file(path: str) -> Any:
-    """A config of a JSON file such as {"method": "lora", "r": 8}. Raises ParaJaxError for any other."""
-    from para_jax.adapters.registry import METHODS, config_from_dict
-    from para_jax.config import read_json
-
-    fields = read_json(Path(path))
-    if not isinstance(fields.get("method"), str):
-        raise ParaJaxError(f'{path} has no "method"; write one of {", ".join(METHODS)}')
-    return config_from_dict(fields.pop("method"), fields)
+    return general, particular
 
 
 def option_value(key: str, text: str) -> Any:

@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     check(args)
 
     from para_jax.convert.adapter_tokenizer import ends
-    from para_jax.distributed import first
+    from para_jax.distributed import is_main_process
 
     if args.input is None:
         placed = [("--prompt", {"prompt": args.prompt, "tenant": args.tenant})]
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     if names:
         adapter_folders(args.adapters, names)  # raises, before the model is read
     loading, tokenizer = common.begin_model(args)
-    if first():
+    if is_main_process():
         print("".join(line + "\n" for line in lines), end="", file=sys.stderr)
     config = loading.shapes.config
     bank = load_bank(args.adapters, names, config, not args.allow_nan)
@@ -228,7 +228,7 @@ def answer(
     from para_jax import tiny_backbone_path
     from para_jax.convert.checkpoint import fetched
     from para_jax.decoding.generate import Completion, complete
-    from para_jax.distributed import by_first, first, told
+    from para_jax.distributed import broadcast, is_main_process, on_main_process
 
     loading, _, prompts = inputs
     shapes = loading.shapes
@@ -244,15 +244,15 @@ def answer(
     }
 
     def write(completions: Sequence[Completion]) -> None:
-        if first():
+        if is_main_process():
             some = zip(rows[answers.done :], completions, strict=False)
             answers.write([{**row, "text": c.text, "finish_reason": c.finish_reason} for row, c in some])
 
     with answers:
-        by_first(lambda: answers.open(about, args.resume))
-        done = int(told(str(answers.done).encode()))
+        on_main_process(lambda: answers.open(about, args.resume))
+        done = int(broadcast(str(answers.done).encode()))
         if done:
             print(f"going on after {done} of {len(rows)} rows", file=sys.stderr)
-        pace = Pace("rows") if first() else None
+        pace = Pace("rows") if is_main_process() else None
         complete(*inputs, **given, window=answers.window, skip=done, on_window=write, progress=pace)
-        by_first(answers.finish)
+        on_main_process(answers.finish)

@@ -7,6 +7,10 @@ writes the adapters, the losses, the numbers and a picture to OUT.
 from __future__ import annotations
 
 import argparse
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from para_jax.checks import COUNT, POSITIVE, SEED
@@ -14,10 +18,10 @@ from para_jax.cli import common
 from para_jax.cli.options import within
 from para_jax.cli.outputs import check_folder
 from para_jax.cli.quickstart_plot import plot
-from para_jax.data.quickstart import quickstart_rows
+from para_jax.data.quickstart import Rows, quickstart_rows
 from para_jax.files import write_json
 from para_jax.progress import duration
-from para_jax.training.metrics import can_draw
+from para_jax.training.metrics import can_draw, read_metrics
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,120 +42,98 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    import json
-    import time
-    from pathlib import Path
-
     import jax
 
-    from para_jax.adapters.bank import AdapterBank
     from para_jax.adapters.para import ParaConfig
-    from para_jax.convert.tokenizer import end_tokens
-    from para_jax.data.examples import encode_rows
-    from para_jax.decoding.generate import complete
-    from para_jax.evaluation.evaluate import evaluate
     from para_jax.training.claim import check_out
-    from para_jax.training.loop import finetune
-    from para_jax.training.optimizer import Settings
+    from para_jax.training.finetune import finetune
+    from para_jax.training.folder import METRICS
+    from para_jax.training.settings import Settings
 
     check_out(Path(args.out), False, args.overwrite)
     check_folder(args)
     began = time.monotonic()
     loading, tokenizer = common.begin_model(args, stacked=True)
-    backbone = loading.shapes
-    eos = end_tokens(backbone.config, tokenizer)
-    train, held_out = (
-        {name: encode_rows(numbered(name, rows), tokenizer, eos, keep_texts=True) for name, rows in part.items()}
-        for part in quickstart_rows(args.seed)
-    )
-    names = tuple(train)
+    shape = loading.shapes.config
+    train, held_out = quickstart_rows(args.seed)
+    print(f"backbone: {shape.size / 1e6:.1f}M parameters, pre-trained on novels, frozen; on {jax.default_backend()}")
+    for name, rows in train.items():
+        print(f"tenant {name}: {len(rows)} rows such as {rows[0]['prompt']!r} -> {rows[0]['response']!r}")
 
-    print(
-        f"backbone: {backbone.config.size / 1e6:.1f}M parameters, pre-trained on novels, frozen; "
-        f"on {jax.default_backend()}"
-    )
-    for name in names:
-        e = train[name][0]
-        print(f"tenant {name}: {len(train[name])} rows such as {e.prompt!r} -> {e.response!r}")
-    config = ParaConfig()
-    bank = AdapterBank.create(dict.fromkeys(names, config), backbone.config, args.seed)
-    print(f"\ntuning {len(names)} tenants together, {config.size(backbone.config):,} parameters each", flush=True)
-    started = time.monotonic()
+    config, started = ParaConfig(), time.monotonic()
     bank = finetune(
         loading,
-        bank,
         train,
-        {n: Settings.checked(steps=args.steps, lr=args.lr) for n in names},
         args.out,
+        methods=config,
+        settings=Settings(steps=args.steps, lr=args.lr),
+        tokenizer=tokenizer,
         seed=args.seed,
         overwrite=args.overwrite,
-        show=lambda line: print(line, flush=True),
+        show=partial(print, flush=True),
     )
-    tuning_seconds = time.monotonic() - started
-    # Its layers lie as decoding likes it from here on; it is small enough to be read twice.
-    backbone, _ = common.load_model(args)
-
-    print(f"\nanswering {sum(map(len, held_out.values()))} held-out prompts, before and after", flush=True)
-    scores = {
-        when: evaluate(backbone, tokenizer, held_out, b, max_new_tokens=16, batch_size=60)
-        for when, b in (("before", None), ("after", bank))
-    }
-    rows = [[n, s["before"][n]["exact_match"], s["after"][n]["exact_match"]] for s in [scores] for n in names]
-    size = sum(p.stat().st_size for p in Path(args.out, names[0]).iterdir())
-    print(
-        common.table(
-            ["tenant", "exact match before", "after", "adapter"],
-            [[n, f"{before:.2f}", f"{after:.2f}", f"{size / 1e3:.0f} kB"] for n, before, after in rows],
-        )
-    )
-
-    prompts = [held_out[names[0]][i].prompt for i in range(4)]
-    askers = [None, *names]
-    batch = [(prompt, asker) for prompt in prompts for asker in askers]
-    ask = lambda: complete(  # noqa: E731
-        backbone,
-        tokenizer,
-        [p for p, _ in batch],
-        bank=bank,
-        tenants=[a for _, a in batch],
-        max_new_tokens=16,
-    )
-    ask()
-    started = time.monotonic()
-    answers = ask()
     seconds = time.monotonic() - started
-    generated = sum(len(c.tokens) + 1 for c in answers)
-    print(f"\nthe same prompts, {len(batch)} rows of {len(names)} tenants and none in one batch:")
-    for i, prompt in enumerate(prompts):
-        print(f"\n  {prompt}")
-        for asker, answer in zip(askers, answers[i * len(askers) : (i + 1) * len(askers)], strict=True):
-            print(f"    {asker or '(bare backbone)':16}{answer.text.strip()!r}")
-
-    lines = [json.loads(line) for line in Path(args.out, "metrics.jsonl").read_text().splitlines()]
-    tokens = sum(line["tokens"] for line in lines)
+    lines = read_metrics(Path(args.out, METRICS))
+    # From here on its layers lie as decoding likes it; it is small enough to be read twice.
+    backbone, _ = common.load_model(args)
+    bytes_of_adapter = sum(path.stat().st_size for path in Path(args.out, next(iter(train))).iterdir())
     report: dict[str, Any] = {
-        "seconds": round(time.monotonic() - began, 1),
-        "tuning": {"seconds": round(tuning_seconds, 1), "tokens_per_second": round(tokens / tuning_seconds)},
-        "decoding": {"rows": len(batch), "tokens_per_second": round(generated / seconds)},
-        "parameters": {"backbone": backbone.config.size, "adapter": config.size(backbone.config)},
-        "adapter_bytes": size,
-        "exact_match": {n: {"before": before, "after": after} for n, before, after in rows},
-        "answers": [{"prompt": p, "tenant": a, "text": c.text} for (p, a), c in zip(batch, answers, strict=True)],
+        "seconds": 0.0,
+        "tuning": {"seconds": round(seconds, 1), "tokens_per_second": round(sum(x["tokens"] for x in lines) / seconds)},
+        "parameters": {"backbone": shape.size, "adapter": config.size(shape)},
+        "adapter_bytes": bytes_of_adapter,
+        "exact_match": scores(backbone, tokenizer, bank, held_out, bytes_of_adapter),
     }
+    report |= answers(backbone, tokenizer, bank, [row["prompt"] for row in next(iter(held_out.values()))[:4]])
+    report["seconds"] = round(time.monotonic() - began, 1)
     write_json(Path(args.out, "quickstart.json"), report)
     drawn = can_draw(print)
     if drawn:
         plot(lines, report, Path(args.out, "quickstart.png"))
     print(
         f"\ntuning {report['tuning']['tokens_per_second']:,} tokens/s (compilation included), "
-        f"decoding {report['decoding']['tokens_per_second']:,} tokens/s, "
-        f"{duration(time.monotonic() - began)} in all\n"
+        f"decoding {report['decoding']['tokens_per_second']:,} tokens/s, {duration(report['seconds'])} in all\n"
         f"adapters, quickstart.json{' and quickstart.png' if drawn else ''} are in {args.out}\n"
-        f"next: para-jax generate --adapters {args.out} --tenant {names[0]} --prompt {prompts[0]!r}"
+        f"next: para-jax generate --adapters {args.out} --tenant {next(iter(train))} "
+        f"--prompt {report['answers'][0]['prompt']!r}"
     )
     return 0
 
 
-def numbered(name: str, rows: list[dict[str, str]]) -> list[tuple[str, dict[str, str]]]:
-    """Rows with a place to name in an error."""
-    return [(f"{name} row {i}", row) for i, row in enumerate(rows, 1)]
+def scores(backbone: Any, tokenizer: Any, bank: Any, rows: Rows, bytes_of_adapter: int) -> dict[str, dict[str, float]]:
+    """Each tenant's exact match on its held-out rows, with the bare backbone and with its adapter; prints them."""
+    from para_jax.evaluation.evaluate import evaluate
+
+    print(f"\nanswering {sum(map(len, rows.values()))} held-out prompts, before and after", flush=True)
+    before, after = (
+        evaluate(backbone, tokenizer, rows, adapters, max_new_tokens=16, batch_size=60) for adapters in (None, bank)
+    )
+    found = {n: {"before": before[n]["exact_match"], "after": after[n]["exact_match"]} for n in rows}
+    lines = [
+        [n, f"{x['before']:.2f}", f"{x['after']:.2f}", f"{bytes_of_adapter / 1e3:.0f} kB"] for n, x in found.items()
+    ]
+    print(common.table(["tenant", "exact match before", "after", "adapter"], lines))
+    return found
+
+
+def answers(backbone: Any, tokenizer: Any, bank: Any, prompts: Sequence[str]) -> dict[str, Any]:
+    """What each tenant, and the bare backbone, says to the same prompts in one batch, and how fast; prints it."""
+    from para_jax.decoding.generate import complete
+
+    tenants = [None, *bank.names]
+    batch = [(prompt, tenant) for prompt in prompts for tenant in tenants]
+    asked, of = [prompt for prompt, _ in batch], [tenant for _, tenant in batch]
+    for _ in range(2):  # the first time it compiles
+        started = time.monotonic()
+        completions = complete(backbone, tokenizer, asked, bank=bank, tenants=of, max_new_tokens=16)
+        seconds = time.monotonic() - started
+    print(f"\nthe same prompts, {len(batch)} rows of {len(bank.names)} tenants and none in one batch:")
+    for i, ((prompt, tenant), answer) in enumerate(zip(batch, completions, strict=True)):
+        if i % len(tenants) == 0:
+            print(f"\n  {prompt}")
+        print(f"    {tenant or '(bare backbone)':16}{answer.text.strip()!r}")
+    generated = sum(len(answer.tokens) + 1 for answer in completions)
+    return {
+        "decoding": {"rows": len(batch), "tokens_per_second": round(generated / seconds)},
+        "answers": [{"prompt": p, "tenant": t, "text": x.text} for (p, t), x in zip(batch, completions, strict=True)],
+    }

@@ -17,6 +17,13 @@ from para_jax.errors import ParaJaxError
 SHORTEN = "remove them, or pass truncate (--truncate) to cut their prompts at the beginning"
 
 
+def row_length(asked: int | None, context: int) -> int:
+    """The most tokens of a row: `asked`, or else the backbone's context. Raises ParaJaxError for more than that."""
+    if asked is not None and asked > context:
+        raise ParaJaxError(f"--max-length must be at most {context}, the backbone's context, not {asked}")
+    return asked or context
+
+
 class Letters:
     """How many letters a text may have before it is too long whatever its tokens are."""
 

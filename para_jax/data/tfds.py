@@ -15,7 +15,7 @@ import numpy as np
 
 from para_jax.data.table import Table, check_split
 from para_jax.data.templates import shipped
-from para_jax.distributed import first, told
+from para_jax.distributed import broadcast, is_main_process
 from para_jax.errors import ParaJaxError, unknown
 
 # Where builders are that register themselves only when they are imported.
@@ -35,12 +35,12 @@ def table(source: str, data_dir: str | Path | None = None) -> Table:
     builder = builder_of(name, root)
     # Of several processes the first one prepares, and its failure is everyone's.
     problem = b""
-    if first() and not builder.data_path.exists():
+    if is_main_process() and not builder.data_path.exists():
         try:
             _prepare(builder, name)
         except ParaJaxError as error:
             problem = str(error).encode()
-    if message := told(problem).decode():
+    if message := broadcast(problem).decode():
         raise ParaJaxError(message)
     if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
         raise ParaJaxError(

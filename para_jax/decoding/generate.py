@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,20 +17,16 @@ from para_jax.adapters.bank import AdapterBank, batch_rows
 from para_jax.adapters.rows import Tenant
 from para_jax.backbones.decoder import Backbone
 from para_jax.backbones.loading import Loading
-from para_jax.checks import COUNT, Number, Whole
+from para_jax.checks import COUNT, Number
 from para_jax.compiling import Compiling
-from para_jax.config import BackboneConfig
 from para_jax.convert.tokenizer import end_tokens
 from para_jax.decoding import beams, loop, requests
-from para_jax.decoding.sampling import Sampler
-from para_jax.decoding.stops import StopStrings, stop_strings
-from para_jax.distributed import whole
+from para_jax.decoding.batches import Asked, Batch, Kind, Windows, kinds_of, make_batches
+from para_jax.distributed import gather
 from para_jax.errors import ParaJaxError, unknown
 from para_jax.sharding import row_shards
 
 PerRow = Sequence[float] | float  # One value for all rows, or one for every row.
-# Lists of eos tokens are filled up to a multiple of this, so that most of them fit the same program.
-EOS_SLOTS = 4
 
 
 @dataclass(frozen=True)
@@ -134,13 +130,12 @@ def complete(
     >>> completions[0].finish_reason, len(completions[0].tokens)
     ('length', 16)
     """
-    shapes = backbone.shapes if isinstance(backbone, Loading) else backbone
-    config = shapes.config
+    loading = Loading.of(backbone)
+    config, mesh = loading.shapes.config, loading.shapes.mesh
     ids = requests.encode(tokenizer, prompts, config.vocab_size)
     if not ids:
         return []
     n = len(ids)
-    tokenizers = requests.per_row(tokenizer, n)
     limit_b = requests.limits(max_new_tokens, ids, config)
     tenants = requests.tenant_rows(bank, tenants, n)
     sampling = requests.Sampling(
@@ -152,158 +147,98 @@ def complete(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
+    tokenizers = requests.per_row(tokenizer, n)
     if eos_token_id is None:
         eos_token_id = [end_tokens(config, own) for own in tokenizers]
     ends = zip(tokenizers, requests.eos_per_row(eos_token_id, n, config.vocab_size), strict=True)
-    kind_b, kinds = _kinds([_Kind(own, eos) for own, eos in ends], stop, config.vocab_size)
+    kinds = kinds_of([Kind(own, eos) for own, eos in ends], stop, config.vocab_size)
     scoring = _scoring(num_beams, length_penalty, early_stopping, draws=sampling.drawn)
-    shards = row_shards(shapes.mesh)
+    shards, windows = row_shards(mesh), Windows.of(n, window, skip)
     size = -(-min(n if batch_size is None else COUNT.check("batch_size", batch_size), n) // shards) * shards
-    window = n if window is None else COUNT.check("window", window)
-    skip = Whole(0, n).check("skip", skip)
-    if skip % window and skip < n:
-        raise ParaJaxError(f"skip must be a number of whole windows, each of {window} rows, not {skip}")
-    order = _order([len(x) for x in ids], limit_b, kind_b, window, size)
-    batches = [
-        _Batch.of(kinds[kind_b[rows[0]]], rows, size, ids, limit_b, tenants, config)
-        for rows in order
-        if rows.min() >= skip
-    ]
+    batches = make_batches(Asked(ids, limit_b, tenants, *kinds), size, windows, config.max_position_embeddings)
+
     completions: dict[int, Completion] = {}
-    broken: set[str] = set()
     with Compiling() as ahead:
-        keys: list[Hashable] = [None] * len(batches)
-        if isinstance(backbone, Loading) and scoring is None and shapes.mesh is None:
-            keys = [_compile(ahead, shapes, bank, b, sampling.sampler(b.full), b.ending()) for b in batches]
-        weights = backbone.backbone() if isinstance(backbone, Loading) else backbone
-        for batch, key in zip(batches, keys, strict=True):
-            adapters, sampler = batch_rows(bank, batch.tenants, size, weights.mesh), sampling.sampler(batch.full)
-            ending = batch.ending()
-            ahead.wait((key, "prefill"))
-            logits, state = loop.prefill(weights, batch.prompts, adapters, batch.length)
-            if scoring is None:
-                ahead.wait((key, "run"))
-                generated, _ = loop.run(weights, logits, state, sampler, ending, batch.prompts, batch.room)
-            else:
-                keep = max(2, 1 + len(batch.kind.eos)) * num_beams
-                given = sampler, ending, scoring, batch.prompts, batch.room, num_beams, keep
-                generated = beams.search(weights, logits, state, *given)
-            tokens_bt, count_b, stopped_b, finite_b = whole(generated, weights.mesh)
-            broken = _warn_of_broken(batch, finite_b, tenants, weights.dtype, broken)
-            for i, tokens, count, *end in zip(batch.rows, tokens_bt, count_b, stopped_b, finite_b, strict=False):
-                completions[int(i)] = _completion(batch.kind, tokens[:count].tolist(), *map(bool, end))
-            done = skip + len(completions)
-            if on_window is not None and (done % window == 0 or done == n):
-                on_window([completions[i] for i in range((done - 1) // window * window, done)])
+        decode = _Decode(ahead, bank, sampling, scoring, num_beams)
+        if isinstance(backbone, Loading) and scoring is None and mesh is None:
+            decode.compile(loading.shapes, batches)
+        weights = loading.backbone()
+        for batch in batches:
+            generated = decode(weights, batch)
+            _warn_of_broken(batch, np.asarray(generated.finite_b), tenants, weights.dtype, decode.broken)
+            completions |= _completions(batch, generated)
+            done = windows.skip + len(completions)
+            if on_window is not None and (rows := windows.just_done(done)) is not None:
+                on_window([completions[i] for i in rows])
             if progress is not None:
                 progress(done, n)
-    return [completions[i] for i in range(skip, n)]
+    return [completions[i] for i in range(windows.skip, n)]
 
 
-def _order(lengths: Sequence[int], limit_b: np.ndarray, kind_b: np.ndarray, window: int, size: int) -> list[np.ndarray]:
-    """The rows of each batch: windows come one after the other. In each, rows of a kind stand together, sorted."""
-    window_b = np.arange(len(lengths)) // window
-    order = np.lexsort((np.array(lengths), limit_b, kind_b, window_b))
-    borders = np.flatnonzero(np.diff(kind_b[order]) | np.diff(window_b[order])) + 1
-    parts = np.split(order, borders)
-    return [rows[start : start + size] for rows in parts for start in range(0, len(rows), size)]
+@dataclass
+class _Decode:
+    """Runs batches: prefill, then the token loop or a beam search.
+
+    Attributes:
+      broken: tenants that are known to have logits that are NaN or infinite.
+    """
+
+    ahead: Compiling
+    bank: AdapterBank | None
+    sampling: requests.Sampling
+    scoring: beams.Scoring | None
+    num_beams: int
+    broken: set[str] = field(default_factory=set)
+
+    def compile(self, shapes: Backbone, batches: Sequence[Batch]) -> None:
+        """Begins to compile the batches' programs, side by side, while the backbone is read."""
+        for batch in batches:
+            rows = jax.eval_shape(lambda batch=batch: batch_rows(self.bank, batch.tenants, len(batch.full)))
+            key = _program_of(batch, rows)
+            given = self.sampling.sampler(batch.full), batch.ending(), batch.prompts, batch.room
+
+            def trace_run(batch: Batch = batch, rows: Any = rows, given: Any = given) -> Traced:
+                begin = partial(loop.prefill, length=batch.length)
+                logits, state = jax.eval_shape(begin, shapes, batch.prompts, rows)
+                return loop.run.trace(shapes, logits, state, *given)
+
+            self.ahead.begin((key, "prefill"), partial(loop.prefill.trace, shapes, batch.prompts, rows, batch.length))
+            self.ahead.begin((key, "run"), trace_run)
+
+    def __call__(self, backbone: Backbone, batch: Batch) -> loop.Generated:
+        """What a batch generates, as NumPy arrays."""
+        adapters = batch_rows(self.bank, batch.tenants, len(batch.full), backbone.mesh)
+        key, prompts = _program_of(batch, adapters), jax.device_put(batch.prompts)
+        sampler, ending = self.sampling.sampler(batch.full), batch.ending()
+        self.ahead.wait((key, "prefill"))
+        logits, state = loop.prefill(backbone, prompts, adapters, batch.length)
+        if self.scoring is None:
+            self.ahead.wait((key, "run"))
+            generated, _ = loop.run(backbone, logits, state, sampler, ending, prompts, batch.room)
+        else:
+            keep = max(2, 1 + len(batch.kind.eos)) * self.num_beams
+            given = sampler, ending, self.scoring, prompts, batch.room, self.num_beams, keep
+            generated = beams.search(backbone, logits, state, *given)
+        return gather(generated, backbone.mesh)
 
 
-class _Kind(NamedTuple):
-    """What some rows have in common: their tokenizer, the tokens that end them, and their stop strings."""
-
-    tokenizer: Any
-    eos: tuple[int, ...]
-    stops: StopStrings | None = None
-
-
-def _kinds(of_rows: list[_Kind], stop: str | Sequence[str], vocab_size: int) -> tuple[np.ndarray, list[_Kind]]:
-    """The number of each row's kind, and the kinds with their stop strings."""
-    numbers: dict[tuple[int, tuple[int, ...]], int] = {}
-    kinds: list[_Kind] = []
-    kind_b = []
-    for kind in of_rows:
-        # Chat templates play no part: copies with other ones share the backend.
-        backend = getattr(kind.tokenizer, "backend_tokenizer", kind.tokenizer)
-        number = numbers.setdefault((id(backend), kind.eos), len(kinds))
-        if number == len(kinds):
-            kinds.append(kind._replace(stops=stop_strings(kind.tokenizer, stop, vocab_size)))
-        kind_b.append(number)
-    return np.array(kind_b, np.int32), kinds
-
-
-class _Batch(NamedTuple):
-    """Rows that run together: which they are, filled up to the size of a batch, and the sizes of their program."""
-
-    kind: _Kind
-    rows: np.ndarray
-    full: np.ndarray
-    limit: np.ndarray
-    room: int
-    prompts: loop.Prompts
-    tenants: list[Tenant]
-
-    @classmethod
-    def of(
-        cls,
-        kind: _Kind,
-        rows: np.ndarray,
-        size: int,
-        ids: Sequence[np.ndarray],
-        limit_b: np.ndarray,
-        tenants: Sequence[Tenant],
-        config: BackboneConfig,
-    ) -> _Batch:
-        # The last batch is filled up with rows that are done at once, so that it runs the others' program.
-        full = np.pad(rows, (0, size - len(rows)), mode="edge")
-        limit = np.where(np.arange(size) < len(rows), limit_b[full], np.int32(0))
-        room = loop.bucket(int(limit.max()), config.max_position_embeddings)
-        prompts = _flush_right([ids[i] for i in full], config.max_position_embeddings)
-        return cls(kind, rows, full, limit, room, prompts, [tenants[i] for i in full])
-
-    @property
-    def length(self) -> int:
-        return self.prompts.tokens_bt.shape[1] + self.room
-
-    def ending(self) -> loop.Ending:
-        table = None if self.kind.stops is None else self.kind.stops.table_sv
-        return loop.Ending(jax.device_put(self.limit), _filled(self.kind.eos), table)
-
-
-def _compile(
-    ahead: Compiling,
-    shapes: Backbone,
-    bank: AdapterBank | None,
-    batch: _Batch,
-    sampler: Sampler,
-    ending: loop.Ending,
-) -> Hashable:
-    """Begins to compile the programs of a batch, side by side, while weights are read; returns what names them."""
-    rows = jax.eval_shape(lambda: batch_rows(bank, batch.tenants, len(batch.full)))
-    key = (jax.tree.structure(rows), batch.prompts.tokens_bt.shape, batch.room)
-
-    def trace_run() -> Traced:
-        logits, state = jax.eval_shape(partial(loop.prefill, length=batch.length), shapes, batch.prompts, rows)
-        return loop.run.trace(shapes, logits, state, sampler, ending, batch.prompts, batch.room)
-
-    ahead.begin((key, "prefill"), lambda: loop.prefill.trace(shapes, batch.prompts, rows, batch.length))
-    ahead.begin((key, "run"), trace_run)
-    return key
+def _program_of(batch: Batch, adapters: Any) -> Hashable:
+    """What the programs of a batch depend on, within one call."""
+    return jax.tree.structure(adapters), batch.prompts.tokens_bt.shape, batch.room
 
 
 def _warn_of_broken(
-    batch: _Batch, finite_b: np.ndarray, tenants: Sequence[Tenant], dtype: jnp.dtype, known: set[str]
-) -> set[str]:
-    """A line for the first row of each tenant, of those not `known`, whose logits are NaN or infinite; and all of them.
+    batch: Batch, finite_b: np.ndarray, tenants: Sequence[Tenant], dtype: jnp.dtype, known: set[str]
+) -> None:
+    """Warns of the first row of each tenant, of those not `known`, whose logits are NaN or infinite; notes the tenants.
 
     Rows that only fill the batch do not count.
     """
-    found = set(known)
     for row in sorted(batch.rows[~finite_b[: len(batch.rows)]]):
         whose = "without an adapter" if tenants[row] is None else f"of {tenants[row]}"
-        if whose in found:
+        if whose in known:
             continue
-        found.add(whose)
+        known.add(whose)
         if dtype == jnp.float16:
             why = "float16 ends at 65504, which this model may exceed: choose dtype float32 or bfloat16"
         elif tenants[row] is not None:
@@ -312,29 +247,22 @@ def _warn_of_broken(
             why = "the backbone's weights may be damaged: para-jax convert --check looks for NaN and infinite ones"
         line = "the logits of prompt %d (%s) are NaN or infinite, and its text ends there; %s"
         logging.getLogger(__name__).warning(line, row + 1, whose, why)
-    return found
 
 
-def _completion(kind: _Kind, ids: list[int], stopped: bool, finite: bool) -> Completion:
+def _completions(batch: Batch, generated: loop.Generated) -> dict[int, Completion]:
+    """What each row of a batch was continued with."""
+    return {
+        int(i): _completion(batch.kind, tokens[:count].tolist(), bool(stopped), bool(finite))
+        for i, tokens, count, stopped, finite in zip(batch.rows, *generated, strict=False)
+    }
+
+
+def _completion(kind: Kind, ids: list[int], stopped: bool, finite: bool) -> Completion:
     tokens = ids[:-1] if stopped and ids and ids[-1] in kind.eos else ids
     text = kind.tokenizer.decode(tokens, skip_special_tokens=True)
     if kind.stops is not None:
         text = kind.stops.cut(text, tokens)
     return Completion(text, tokens, "error" if not finite else "stop" if stopped else "length")
-
-
-def _flush_right(ids: list[np.ndarray], most: int) -> loop.Prompts:
-    """A batch of prompts, padded in front to a bucket's length."""
-    length = loop.bucket(max(len(x) for x in ids), most)
-    tokens_bt = np.stack([np.pad(x, (length - len(x), 0)) for x in ids])
-    lengths = np.array([len(x) for x in ids])
-    mask_bt = np.arange(length) >= length - lengths[:, None]
-    return loop.Prompts(jax.device_put(tokens_bt), jax.device_put(mask_bt))
-
-
-def _filled(eos: tuple[int, ...]) -> jax.Array:
-    slots = EOS_SLOTS * max(1, -(-len(eos) // EOS_SLOTS))
-    return jax.device_put(np.array([*eos, *[-1] * (slots - len(eos))], np.int32))
 
 
 def _scoring(num_beams: int, length_penalty: float, early_stopping: Any, draws: bool) -> beams.Scoring | None:

@@ -15,7 +15,7 @@ from para_jax.backbones.decoder import Backbone
 from para_jax.checks import COUNT
 from para_jax.decoding.loop import bucket
 from para_jax.decoding.requests import tenant_rows
-from para_jax.distributed import whole
+from para_jax.distributed import gather
 from para_jax.errors import ParaJaxError
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def choice_log_likelihoods(
     for start in range(0, len(pairs), size):
         batch = pairs[start : start + size]
         rows = batch_rows(bank, [p.tenant for p in batch] + [None] * (size - len(batch)), size, backbone.mesh)
-        likely = whole(_score(backbone, rows, *_arrays(batch, size)), backbone.mesh)
+        likely = gather(_score(backbone, rows, *_arrays(batch, size)), backbone.mesh)
         for p, score in zip(batch, likely.tolist(), strict=False):
             scores[p.row][p.choice] = score
         if progress is not None:

@@ -15,6 +15,7 @@ from para_jax.backbones.loading import Loading
 from para_jax.checks import COUNT
 from para_jax.convert.adapter_tokenizer import ends
 from para_jax.data.examples import Example, check_ids
+from para_jax.data.reading import Reader, Source
 from para_jax.decoding.generate import Completion, complete
 from para_jax.errors import ParaJaxError, unknown
 from para_jax.evaluation.choices import choice_log_likelihoods
@@ -26,25 +27,28 @@ Report = Callable[[int, int], None]
 def evaluate(
     backbone: Backbone | Loading,
     tokenizer: Any,
-    examples: Mapping[str, Sequence[Example]],
+    tenants: Mapping[str, Source],
     bank: AdapterBank | None,
     *,
     tokenizers: Mapping[str, Any] | None = None,
     max_new_tokens: int | Mapping[str, int] = 64,
     batch_size: int = 32,
     progress: Report | None = None,
+    show: Callable[[str], None] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Answers every row greedily, the tenants' rows mixed in the same batches, and scores each tenant.
 
     Args:
       backbone: the frozen model; while it is still being read (`Loading`), programs are compiled already.
       tokenizer: of transformers.
-      examples: each tenant's rows.
+      tenants: each tenant's rows: a source (`read_rows`) such as "mail.jsonl", a list of {"prompt", "response"}, or
+        examples that keep their texts (`encode_rows`).
       bank: the tenants' adapters; with None, the bare backbone answers all rows.
-      tokenizers: of the tenants that have their own (`adapter_tokenizer`), with which their rows were read.
+      tokenizers: of the tenants that have their own (`adapter_tokenizer`), with which their rows are read.
       max_new_tokens: the most tokens of an answer, for all tenants or for each.
       batch_size: rows, or pairs of a row and a choice, that run together.
       progress: called with how many of these are done and how many there are.
+      show: takes a line of progress while many rows are read.
 
     Returns for each tenant what `json.dumps` takes:
       rows: their number.
@@ -61,14 +65,21 @@ def evaluate(
     is not among its row's choices, or a prompt that leaves no room in the context.
     """
     if not isinstance(max_new_tokens, Mapping):
-        max_new_tokens = dict.fromkeys(examples, max_new_tokens)
-    config = backbone.shapes.config if isinstance(backbone, Loading) else backbone.config
+        max_new_tokens = dict.fromkeys(tenants, max_new_tokens)
+    loading = Loading.of(backbone)
+    config = loading.shapes.config
+    own = {name: (tokenizers or {}).get(name, tokenizer) for name in tenants}
+    eos = {name: ends(tokenizer, own[name], config) for name in tenants}
+    examples = {
+        name: Reader(own[name], eos[name], keep_texts=True, allow_special_tokens=True, show=show)(name, some)
+        for name, some in tenants.items()
+    }
     _check(examples, bank, config.max_position_embeddings, max_new_tokens)
     for rows_of_tenant in examples.values():
         check_ids(rows_of_tenant, config.vocab_size)
     rows = [example for tenant in examples for example in examples[tenant]]
     names = [tenant for tenant in examples for _ in examples[tenant]]
-    tenants = [None if bank is None else name for name in names]
+    askers = [None if bank is None else name for name in names]
     choosing = [i for i, row in enumerate(rows) if row.choices]
     total = len(rows) + sum(len(rows[i].choices) for i in choosing)
 
@@ -76,27 +87,23 @@ def evaluate(
         return lambda done, _: None if progress is None else progress(before + done, total)
 
     limits = [max_new_tokens[name] for name in names]
-    own = {tenant: (tokenizers or {}).get(tenant, tokenizer) for tenant in examples}
-    eos = {tenant: ends(tokenizer, own[tenant], config) for tenant in examples}
     completions = complete(
-        backbone,
+        loading,
         [own[name] for name in names],
         [row.prompt_ids.tolist() for row in rows],
         bank=bank,
-        tenants=tenants,
+        tenants=askers,
         max_new_tokens=limits,
         eos_token_id=[eos[name] for name in names],
         batch_size=batch_size,
         progress=report(0),
     )
-    if isinstance(backbone, Loading):
-        backbone = backbone.backbone()
     likelihoods = choice_log_likelihoods(
-        backbone,
+        loading.backbone(),
         [rows[i].prompt_ids.tolist() for i in choosing],
         [[(*ids, *eos[names[i]][:1]) for ids in rows[i].choice_ids] for i in choosing],
         bank=bank,
-        tenants=[tenants[i] for i in choosing],
+        tenants=[askers[i] for i in choosing],
         batch_size=batch_size,
         progress=report(len(rows)),
     )

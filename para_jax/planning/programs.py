@@ -24,15 +24,15 @@ from para_jax.data.batches import Batch
 from para_jax.data.examples import Example
 from para_jax.data.packing import Shape, Sizes, micro_batches
 from para_jax.decoding import loop
-from para_jax.decoding.generate import EOS_SLOTS
+from para_jax.decoding.batches import EOS_SLOTS
 from para_jax.decoding.sampling import Sampler
 from para_jax.errors import ParaJaxError
 from para_jax.planning.compiling import Program, compiled, shard_bytes
 from para_jax.planning.job import Job
 from para_jax.sharding import check_mesh, row_sharding, row_shards
-from para_jax.training.optimizer import Settings
 from para_jax.training.places import Layout, Schedule
 from para_jax.training.programs import Parts
+from para_jax.training.settings import Settings
 from para_jax.training.shapes import TENANTS, Device, plan
 from para_jax.training.state import Sums, TrainState, shardings, stack_settings, sums_sharding
 

@@ -21,7 +21,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from para_jax.distributed import first
+from para_jax.distributed import is_main_process
 from para_jax.errors import ParaJaxError
 from para_jax.files import Written, as_json, copy, new_folder, read_back, remove, safetensors, write_file
 from para_jax.mounts import FULL, way_out
@@ -122,7 +122,7 @@ class Checkpoints:
             if problem := _problem(folder, own):
                 raise OSError(f"it does not read as it was written: {problem}")
         self._broken.discard(step)
-        if first():
+        if is_main_process():
             with suppress(OSError):  # the next to look there says it
                 self._prune()
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from para_jax.adapters.weights import CONFIG
-from para_jax.distributed import by_first, told
+from para_jax.distributed import broadcast, on_main_process
 from para_jax.errors import ParaJaxError
 from para_jax.files import as_json, changes, left_of, remove, write_text
 from para_jax.locks import Lock
@@ -34,20 +34,20 @@ class Claim:
 
     def __enter__(self) -> Claim:
         """Raises ParaJaxError if the folder is not to be used, or another process writes it."""
-        by_first(self._enter)
+        on_main_process(self._enter)
         return self
 
     def begin(self, description: dict[str, Any]) -> bool:
         """Whether a run is gone on with. Raises ParaJaxError unless it is this one, or a new one may begin."""
         self._description = description
-        by_first(self._begin)
-        self._resumed = told(b"resumed" if self._resumed else b"") == b"resumed"
+        on_main_process(self._begin)
+        self._resumed = broadcast(b"resumed" if self._resumed else b"") == b"resumed"
         return self._resumed
 
     def settle(self) -> None:
         """A new run has done its first step: the one that it replaces goes."""
         if not self._resumed:
-            by_first(self._settle)  # in which the other processes wait: what they write next is not to go
+            on_main_process(self._settle)  # in which the other processes wait: what they write next is not to go
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         lock, self._lock = self._lock, None

@@ -18,7 +18,7 @@ import numpy as np
 
 from para_jax.adapters.adapter import named_leaves
 from para_jax.backbones.decoder import Backbone
-from para_jax.distributed import whole
+from para_jax.distributed import gather
 
 if TYPE_CHECKING:
     from jax import Array
@@ -34,7 +34,7 @@ def weights_digest(backbone: Backbone) -> str:
     True
     """
     lines = []
-    for name, x in whole(weight_sums(backbone), backbone.mesh).items():
+    for name, x in gather(weight_sums(backbone), backbone.mesh).items():
         inside, _, leaf = name.rpartition(".")
         first = inside.removeprefix("blocks.") if not backbone.stacked else ""
         lines += [f"{leaf} {first or layer} {row.tobytes().hex()}" for layer, row in enumerate(x)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from para_jax.data.examples import Example, Examples
 from para_jax.data.order import Mixture, sources_of
 from para_jax.errors import ParaJaxError
 from para_jax.training.digest import weights_digest
-from para_jax.training.optimizer import Settings
+from para_jax.training.settings import RANGES
+from para_jax.training.tuning import Tuning
 
 RUN, METRICS, PLOT, CHECKPOINTS = "run.json", "metrics.jsonl", "loss.png", "checkpoints"
 REPORT, REPORT_PAGE = "report.json", "report.html"
@@ -38,38 +39,31 @@ def check_name(name: str) -> None:
         raise ParaJaxError(f"tenant name {name!r} cannot be a folder's name; choose another")
 
 
-def describe(
-    backbone: Backbone,
-    bank: AdapterBank,
-    examples: Mapping[str, Sequence[Example]],
-    dev: Mapping[str, Sequence[Example]],
-    settings: Mapping[str, Settings],
-    rows: int,
-    micro_batch_tokens: int | None,
-    seed: int,
-) -> dict[str, Any]:
+def describe(backbone: Backbone, bank: AdapterBank, tuning: Tuning) -> dict[str, Any]:
     """All that a run's result depends on, as JSON."""
-    tenants = {
-        name: {
-            "method": bank.find(name)[0].config.method,
-            **dataclasses.asdict(bank.find(name)[0].config),
-            **dataclasses.asdict(settings[name]),
-            "examples": len(examples[name]),
-            "data_sha256": fingerprint(examples[name]),
-            **({"mixture": own.weights} if isinstance(own := examples[name], Mixture) else {}),
-            **({"dev_sha256": fingerprint(dev[name])} if name in dev else {}),
-        }
-        for name in examples
-    }
     run = {
-        "rows": rows,
-        "micro_batch_tokens": micro_batch_tokens,
-        "seed": seed,
+        "rows": tuning.rows,
+        "micro_batch_tokens": tuning.micro_batch_tokens,
+        "seed": tuning.seed,
         "dtype": str(backbone.dtype),
         "quantize": backbone.quantize,
         "weights": weights_digest(backbone),
     }
+    tenants = {name: _tenant(name, bank, tuning) for name in tuning.examples}
     return json.loads(json.dumps({"tenants": tenants, **run, "base_model": base_sizes(backbone.config)}))
+
+
+def _tenant(name: str, bank: AdapterBank, tuning: Tuning) -> dict[str, Any]:
+    config, rows = bank.find(name)[0].config, tuning.examples[name]
+    return {
+        "method": config.method,
+        **dataclasses.asdict(config),
+        **{key: getattr(tuning.settings[name], key) for key in RANGES},
+        "examples": len(rows),
+        "data_sha256": fingerprint(rows),
+        **({"mixture": rows.weights} if isinstance(rows, Mixture) else {}),
+        **({"dev_sha256": fingerprint(tuning.dev[name])} if name in tuning.dev else {}),
+    }
 
 
 def fingerprint(rows: Sequence[Example]) -> str:

@@ -21,10 +21,10 @@ from para_jax.data.batches import Batch, make_batch
 from para_jax.data.examples import Example
 from para_jax.data.order import order
 from para_jax.data.packing import Shape, Sizes, micro_batches
-from para_jax.distributed import placed
+from para_jax.distributed import shard
 from para_jax.errors import ParaJaxError
 from para_jax.sharding import row_sharding, row_shards
-from para_jax.training.optimizer import Settings
+from para_jax.training.settings import Settings
 from para_jax.training.state import Slots, moved, slots_of
 
 Homes = Sequence[Sequence[str | None]]
@@ -115,7 +115,7 @@ class Layout:
         if self.mesh is None:
             return batch
         where = row_sharding(self.mesh, self.groups)
-        return jax.tree.map(lambda x: placed(x, where), batch)
+        return jax.tree.map(lambda x: shard(x, where), batch)
 
     def slots(self, bank: AdapterBank, homes: Homes) -> Slots:
         """Where a step's tenants stand in each group of the bank (`training.step.accumulate`)."""

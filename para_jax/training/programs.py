@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,15 +18,14 @@ from para_jax.backbones.decoder import Backbone
 from para_jax.backbones.options import Remat, default_remat
 from para_jax.compiling import Compiling
 from para_jax.data.batches import Batch, make_batch
-from para_jax.data.examples import Example
 from para_jax.data.packing import Shape
 from para_jax.errors import ParaJaxError
 from para_jax.training.digest import weight_sums
-from para_jax.training.optimizer import Settings
 from para_jax.training.places import Layout, Schedule
 from para_jax.training.shapes import Device, Plan, plan_run
 from para_jax.training.state import Rules, Slots, Sums, TrainState, stack_settings
 from para_jax.training.step import accumulate, adapter_of, copied, losses, update
+from para_jax.training.tuning import Tuning
 
 
 @dataclass(frozen=True)
@@ -55,40 +54,31 @@ class Parts:
 
     @classmethod
     def planned(
-        cls,
-        backbone: Backbone,
-        bank: AdapterBank,
-        examples: Mapping[str, Sequence[Example]],
-        settings: Mapping[str, Settings],
-        layout: Layout,
-        *,
-        dev: Mapping[str, Sequence[Example]] | None = None,
-        tenants_per_step: int | None = None,
-        device: Device | None = None,
-        remat: Remat | None = None,
-        seed: int = 0,
+        cls, backbone: Backbone, bank: AdapterBank, tuning: Tuning, device: Device | None = None
     ) -> tuple[Parts, Schedule, Plan]:
         """Plans the shapes of a run from its rows, and makes its state; also returns whose turn is when, and the plan.
 
-        The state has a copy of `bank`, its tenants where `layout` deals them.
+        The state has a copy of `bank`, its tenants where the layout deals them.
         """
-        bank, dev = layout.divided(bank), dev or {}
-        schedule = Schedule(bank, settings, layout, tenants_per_step)
-        plan = plan_run(examples, dev, settings, layout, schedule, seed, device or Device.of(backbone.config))
-        homes = schedule.turn(dict.fromkeys(examples, 0), ())
+        layout = Layout.of(backbone.mesh, len(tuning.examples), tuning.rows, tuning.spread)
+        bank = layout.divided(bank)
+        schedule = Schedule(bank, tuning.settings, layout, tuning.tenants_per_step)
+        device = device or Device.of(backbone.config, tuning.micro_batch_tokens)
+        plan = plan_run(tuning.examples, tuning.dev, tuning.settings, layout, schedule, tuning.seed, device)
+        homes = schedule.turn(dict.fromkeys(tuning.examples, 0), ())
         assert homes is not None
         parts = cls(
             backbone=backbone,
             layout=layout,
             state=TrainState.create(bank, layout.mesh, layout.shards),
-            rules=stack_settings(bank, settings),
+            rules=stack_settings(bank, tuning.settings),
             sums=Sums.create(bank, layout.groups, schedule.places, layout.mesh),
             slots=layout.slots(bank, homes),
             places=schedule.places,
             shapes=plan.shapes,
-            dev=bool(dev),
-            remat=default_remat() if remat is None else remat,
-            seed=seed,
+            dev=bool(tuning.dev),
+            remat=default_remat() if tuning.remat is None else tuning.remat,
+            seed=tuning.seed,
         )
         return parts, schedule, plan
 

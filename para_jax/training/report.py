@@ -19,7 +19,7 @@ from para_jax.files import write_text
 from para_jax.progress import duration
 from para_jax.training.folder import PLOT, REPORT, REPORT_PAGE
 from para_jax.training.metrics import Progress
-from para_jax.training.optimizer import Settings
+from para_jax.training.settings import Settings
 
 if TYPE_CHECKING:
     from para_jax.training.watch import Watched

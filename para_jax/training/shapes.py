@@ -18,8 +18,8 @@ from para_jax.config import BackboneConfig
 from para_jax.data.examples import Example, Examples
 from para_jax.data.order import Mixture, order
 from para_jax.data.packing import Shape, Sizes, micro_batches, pack_step
-from para_jax.training.optimizer import Settings
 from para_jax.training.places import Layout, Schedule
+from para_jax.training.settings import Settings
 
 # What a row holds in all, in parts of the longest sequence, with one shape; and the shorter of two.
 LENGTHS = (1, 1.25, 1.5, 1.75, 2, 2.5, 3, 4, 5, 6, 8, 12, 16)

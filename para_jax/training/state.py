@@ -16,10 +16,10 @@ from jax.sharding import PartitionSpec as P
 
 from para_jax.adapters.adapter import named_leaves
 from para_jax.adapters.bank import AdapterBank, Group
-from para_jax.distributed import placed
+from para_jax.distributed import shard
 from para_jax.sharding import adapter_spec
 from para_jax.training import optimizer
-from para_jax.training.optimizer import Settings
+from para_jax.training.settings import Optimizer
 
 if TYPE_CHECKING:
     from jax import Array
@@ -123,17 +123,17 @@ def _where(group: Group, tree: Any, mesh: Mesh, tenants: tuple[str, ...] | None)
 @partial(jax.tree_util.register_dataclass, data_fields=["settings", "name"], meta_fields=[])
 @dataclass(frozen=True)
 class Rules:
-    """How the tenants of one group of the bank are tuned: their settings, and a number of each one's name."""
+    """How the tenants of one group of the bank are tuned: their optimizers, and a number of each one's name."""
 
-    settings: Settings
+    optimizer: Optimizer
     name: Int[np.ndarray, " slots"]
 
 
-def stack_settings(bank: AdapterBank, settings: Mapping[str, Settings]) -> tuple[Rules, ...]:
+def stack_settings(bank: AdapterBank, settings: Mapping[str, Optimizer]) -> tuple[Rules, ...]:
     """The settings of each group's tenants, in the order of its slots. A free slot takes no steps."""
     return tuple(
         Rules(
-            Settings.stack([Settings(steps=0) if name is None else settings[name] for name in group.names]),
+            Optimizer.stack([Optimizer(steps=0) if name is None else settings[name] for name in group.names]),
             np.array([zlib.crc32((name or "").encode()) for name in group.names], np.uint32),
         )
         for group in bank.groups
@@ -185,7 +185,7 @@ class Sums:
         sums = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), cls.shapes(bank, groups, places))
         if mesh is None:
             return jax.device_put(sums)
-        return jax.tree.map(placed, sums, sums_sharding(sums, bank, mesh))
+        return jax.tree.map(shard, sums, sums_sharding(sums, bank, mesh))
 
 
 def sums_sharding(sums: Sums, bank: AdapterBank, mesh: Mesh) -> Sums:

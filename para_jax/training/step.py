@@ -175,7 +175,7 @@ def update(
     report = {key: jnp.zeros((each,), jnp.float32) for key in ("grad_norm", "lr")}
     every = zip(state.bank.groups, state.moments, state.taken, state.failed_at, gradient, rules, slots, strict=True)
     for group, kept, taken, failed_at, own_gradient, rule, own in every:
-        old = (group.stack, kept, taken, failed_at, rule.settings)
+        old = (group.stack, kept, taken, failed_at, rule.optimizer)
         stack_n, kept_n, taken_n, failed_n, settings_n = jax.tree.map(lambda x, s=own: _picked(x, s, shards), old)
         # What failed once goes on failing: it rests.
         settings_n = replace(settings_n, steps=jnp.where(failed_n > 0, 0, settings_n.steps))

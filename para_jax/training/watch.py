@@ -11,9 +11,9 @@ from para_jax.adapters.bank import AdapterBank
 from para_jax.backbones.decoder import Backbone
 from para_jax.data.examples import Example
 from para_jax.data.packing import Shape
-from para_jax.distributed import whole
-from para_jax.training.optimizer import Settings
+from para_jax.distributed import gather
 from para_jax.training.places import Homes, Layout
+from para_jax.training.settings import Settings
 from para_jax.training.step import losses
 
 
@@ -84,7 +84,7 @@ def dev_losses(
     total, count = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0)
     for _, batch in layout.batches(homes, dev, shapes):
         # By group of rows: of a tenant whose rows are in every group, all groups' together.
-        found = whole(losses(backbone, bank, batch, slots, shards=layout.shards), layout.mesh)
+        found = gather(losses(backbone, bank, batch, slots, shards=layout.shards), layout.mesh)
         for i, home in enumerate(homes):
             for j, name in enumerate(home):
                 if name is not None:

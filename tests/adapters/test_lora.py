@@ -19,8 +19,8 @@ from para_jax.adapters.registry import config_from_dict
 from para_jax.adjustment import Adjustment
 from para_jax.data.examples import Example
 from para_jax.data.packing import Shape
-from para_jax.training.optimizer import Settings
 from para_jax.training.places import Layout
+from para_jax.training.settings import Settings
 from para_jax.training.state import Sums, TrainState, stack_settings
 from tests.helpers import SMALL, random_adapter, random_backbone, take_step
 

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import pytest
 
 from para_jax.data.examples import encode_rows
-from para_jax.training.optimizer import Settings, learning_rate
+from para_jax.training.optimizer import learning_rate
+from para_jax.training.settings import Settings
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 

@@ -10,8 +10,8 @@ from para_jax.data.batches import make_batch
 from para_jax.data.examples import Example, Examples
 from para_jax.data.order import Mixture
 from para_jax.data.packing import Row, Shape, Sizes, micro_batches, pack
-from para_jax.training.optimizer import Settings
 from para_jax.training.places import Layout
+from para_jax.training.settings import Settings
 from para_jax.training.shapes import Device, plan
 
 

@@ -21,15 +21,15 @@ from pathlib import Path
 import jax
 import pytest
 
-from para_jax import AdapterBank, Backbone, LoraConfig, ParaConfig, ParaJaxError, load_adapter, save_adapter
+from para_jax import Backbone, LoraConfig, ParaConfig, ParaJaxError, load_adapter, save_adapter
 from para_jax.adapters.adapter import Adapter
 from para_jax.cli import main
 from para_jax.convert.checkpoint import save_backbone
 from para_jax.data.examples import Example
 from para_jax.files import left_of, write_json
 from para_jax.training.claim import Claim
-from para_jax.training.loop import finetune
-from para_jax.training.optimizer import Settings
+from para_jax.training.finetune import finetune
+from para_jax.training.settings import Settings
 from tests.drive.drive import mounted
 from tests.helpers import SMALL, random_adapter, random_backbone
 
@@ -66,7 +66,7 @@ def tune(out: str | Path, **more: object) -> list[str]:
     backbone, said = random_backbone(num_hidden_layers=1, vocab_size=64), list[str]()
     settings = {name: Settings(steps=STEPS, lr=1e-2, eval_every=EVERY * (name == "acme")) for name in CONFIGS}
     finetune(
-        backbone, AdapterBank.create(CONFIGS, backbone.config), dict.fromkeys(CONFIGS, ROWS[:6]), settings, out,
+        backbone, dict.fromkeys(CONFIGS, ROWS[:6]), out, methods=CONFIGS, settings=settings,
         dev={"acme": ROWS[6:]}, rows=2, checkpoint_every=EVERY, **{"resume": True, "show": said.append, **more},
     )  # fmt: skip
     return said

@@ -12,12 +12,12 @@ import jax
 import numpy as np
 import pytest
 
-from para_jax import AdapterBank, Backbone, LoraConfig, ParaConfig, load_adapter
+from para_jax import Backbone, LoraConfig, ParaConfig, load_adapter
 from para_jax.convert.checkpoint import save_backbone
 from para_jax.data.examples import Example
 from para_jax.sharding import make_mesh
-from para_jax.training.loop import finetune
-from para_jax.training.optimizer import Settings
+from para_jax.training.finetune import finetune
+from para_jax.training.settings import Settings
 from para_jax.training.signals import Interrupted
 from tests.helpers import random_backbone
 
@@ -46,8 +46,8 @@ def tune(model: Path, out: Path, mesh: str | None, stop: int = 0) -> list[dict]:
     settings = {n: Settings(steps=STEPS, lr=1e-2, eval_every=2 * (n == "initech")) for n in CONFIGS}
     try:
         finetune(
-            backbone, AdapterBank.create(CONFIGS, backbone.config), {n: rows[:8] for n, rows in ROWS.items()}, settings,
-            out, dev={"initech": ROWS["initech"][8:]}, rows=4, resume=True, show=lambda line: None, loggers=[logger],
+            backbone, {n: rows[:8] for n, rows in ROWS.items()}, out, methods=CONFIGS, settings=settings,
+            dev={"initech": ROWS["initech"][8:]}, rows=4, resume=True, show=lambda line: None, loggers=[logger],
         )  # fmt: skip
     except Interrupted as stopped:
         assert stop <= stopped.step < STEPS

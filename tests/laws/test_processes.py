@@ -21,15 +21,15 @@ WORKER = """
 import json, os, signal, sys
 given = json.loads(sys.argv[1])
 import jax
-from para_jax.distributed import start
+from para_jax.distributed import join_processes
 if given["processes"] > 1:
-    start(f"127.0.0.1:{given['port']}", given["processes"], given["process"])
+    join_processes(f"127.0.0.1:{given['port']}", given["processes"], given["process"])
 import numpy as np
-from para_jax import AdapterBank, Backbone, LoraConfig, ParaConfig
+from para_jax import Backbone, LoraConfig, ParaConfig
 from para_jax.data.examples import Example
 from para_jax.sharding import make_mesh
-from para_jax.training.loop import finetune
-from para_jax.training.optimizer import Settings
+from para_jax.training.finetune import finetune
+from para_jax.training.settings import Settings
 from para_jax.training.signals import Interrupted
 
 backbone = Backbone.from_pretrained(given["model"], dtype="float32", mesh=make_mesh(given["mesh"]))
@@ -52,7 +52,7 @@ if given["stop_at"] and given["process"] == given["processes"] - 1:
         os.kill(os.getpid(), signal.SIGTERM)
     threading.Thread(target=later, daemon=True).start()
 try:
-    finetune(backbone, AdapterBank.create(configs, backbone.config), examples, settings, given["out"], dev=dev, rows=4,
+    finetune(backbone, examples, given["out"], methods=configs, settings=settings, dev=dev, rows=4,
              checkpoint_every=3, resume=True, show=lambda line: print(line, flush=True))
 except Interrupted as stopped:
     print("interrupted", stopped.step, stopped.preempted, flush=True)
@@ -144,17 +144,17 @@ SAYING = """
 import json, sys
 given = json.loads(sys.argv[1])
 from para_jax import ParaJaxError
-from para_jax.distributed import by_first, shared, start, told
-start(f"127.0.0.1:{given['port']}", 2, given["process"])
+from para_jax.distributed import on_main_process, share_work, join_processes, broadcast
+join_processes(f"127.0.0.1:{given['port']}", 2, given["process"])
 text = "aä€" * 30_000
-assert told((text if given["process"] == 0 else "of another").encode()).decode() == text
-assert told(b"") == b""
-made = shared({"a": lambda: b"a" * 5_000_000, "b": lambda: "ä", "c": lambda: list(range(10))})
+assert broadcast((text if given["process"] == 0 else "of another").encode()).decode() == text
+assert broadcast(b"") == b""
+made = share_work({"a": lambda: b"a" * 5_000_000, "b": lambda: "ä", "c": lambda: list(range(10))})
 assert made == {"a": b"a" * 5_000_000, "b": "ä", "c": list(range(10))}
 def fail():
     raise ParaJaxError("ä" * 9_000)
 try:
-    by_first(fail)
+    on_main_process(fail)
 except ParaJaxError as error:
     assert str(error) == "ä" * 9_000
     print("said")

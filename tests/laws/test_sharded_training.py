@@ -21,9 +21,9 @@ from para_jax.data.examples import Example
 from para_jax.data.packing import Shape
 from para_jax.errors import ParaJaxError
 from para_jax.sharding import auto_mesh, make_mesh
-from para_jax.training.optimizer import Settings
 from para_jax.training.places import Layout, Schedule
 from para_jax.training.programs import Parts
+from para_jax.training.settings import Settings
 from para_jax.training.state import Sums, TrainState, stack_settings
 from para_jax.training.step import update
 from tests.compilations import compilations

@@ -8,8 +8,8 @@ from para_jax.adapters.bank import AdapterBank
 from para_jax.adapters.para import ParaConfig
 from para_jax.data.examples import Example
 from para_jax.data.packing import Shape
-from para_jax.training.optimizer import Settings
 from para_jax.training.places import Layout
+from para_jax.training.settings import Settings
 from para_jax.training.state import Sums, TrainState, stack_settings
 from tests.helpers import METHODS, random_adapter, random_backbone, take_step
 

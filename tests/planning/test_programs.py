@@ -19,9 +19,11 @@ from para_jax.planning import programs
 from para_jax.planning.flops import flops
 from para_jax.planning.job import Job
 from para_jax.sharding import make_mesh
-from para_jax.training import loop as training
-from para_jax.training.optimizer import Settings
+from para_jax.training import loop
+from para_jax.training import programs as compiled
+from para_jax.training.finetune import finetune
 from para_jax.training.places import Schedule
+from para_jax.training.settings import Settings
 from tests.helpers import SMALL
 
 PARA = ParaConfig(r=3)
@@ -67,19 +69,17 @@ def test_a_steps_programs_are_those_of_the_loop(sizes: str, tenants: int, tmp_pa
         SMALL, PARA, tenants=tenants, rows=5, length=100, micro_batch_tokens=256, remat="products", dtype="float32"
     )
     row = Example.of((1,) * 50, (1,) * 50)
-    monkeypatch.setattr(training, "Programs", caught)
+    monkeypatch.setattr(loop, "Programs", caught)
     # This machine's CPU stands for a GPU, and has other shapes.
-    of_gpus = SimpleNamespace(of=partial(training.Device.of, backend="gpu"))
-    monkeypatch.setattr(training, "Device", of_gpus)
-    examples, settings = dict.fromkeys(job.names, [row] * 8), dict.fromkeys(job.names, Settings())
-    bank = AdapterBank.create(dict.fromkeys(job.names, PARA), SMALL)
+    of_gpus = SimpleNamespace(of=partial(compiled.Device.of, backend="gpu"))
+    monkeypatch.setattr(compiled, "Device", of_gpus)
+    examples = dict.fromkeys(job.names, [row] * 8)
     with pytest.raises(Called) as stopped:
-        training.finetune(
+        finetune(
             backbone_on(mesh),
-            bank,
             examples,
-            settings,
             tmp_path / "run",
+            methods=PARA,
             rows=5,
             micro_batch_tokens=256,
             remat="products",

@@ -14,10 +14,9 @@ import jax
 import numpy as np
 import pytest
 
-from para_jax import AdapterBank
 from para_jax.data.examples import Example
-from para_jax.training.loop import finetune
-from para_jax.training.optimizer import Settings
+from para_jax.training.finetune import finetune
+from para_jax.training.settings import Settings
 from para_jax.training.signals import Interrupted
 from tests.compilations import compilations
 from tests.helpers import METHODS, random_backbone
@@ -59,12 +58,11 @@ def run(out, steps: int = 40, stop_at: int = 0, **more) -> tuple[list[str], list
     """What a run says, and how much had been compiled after each step."""
     backbone, said, after = random_backbone(stacked=True), [], []
     config = {"acme": METHODS["para"], "globex": METHODS["para"], "initech": METHODS["lora"]}
-    bank = AdapterBank.create(config, backbone.config)
     settings = {
         # A rate that changes nothing: the first look is the best one, and patience soon at an end.
-        "acme": Settings.checked(steps=steps, lr=1e-12, eval_every=4, patience=2),
-        "globex": Settings.checked(steps=steps - 7, lr=1e-3, eval_every=9),
-        "initech": Settings.checked(steps=steps, lr=1e-3),
+        "acme": Settings(steps=steps, lr=1e-12, eval_every=4, patience=2),
+        "globex": Settings(steps=steps - 7, lr=1e-3, eval_every=9),
+        "initech": Settings(steps=steps, lr=1e-3),
     }
     data = {name: ragged(i, 70) for i, name in enumerate(NAMES)}
     dev = {"acme": ragged(7, 9), "globex": ragged(8, 3)}
@@ -76,7 +74,7 @@ def run(out, steps: int = 40, stop_at: int = 0, **more) -> tuple[list[str], list
                 os.kill(os.getpid(), signal.SIGTERM)
 
         options = {"dev": dev, "rows": 4, "checkpoint_every": 10, "show": said.append, "loggers": [each], **more}
-        finetune(backbone, bank, data, settings, out, **options)
+        finetune(backbone, data, out, methods=config, settings=settings, **options)
         after.append(len(compiled))
     return said, after
 
@@ -89,7 +87,7 @@ def test_a_run_compiles_what_it_announces_and_nothing_after_its_first_step(tmp_p
         said, after = run(tmp_path / "out", resume=True)
     assert any("resuming after step 1" in line for line in said)
     assert len(set(after)) == 1, "nothing after the first step, nor at the end"
-    announced = int(re.search(r"compiling (\d+) programs", said[0])[1])
+    announced = int(re.search(r"compiling (\d+) programs", said[1])[1])
     ours = {name: count for name, count in programs.items() if name in OURS}
     assert set(ours) == OURS and sum(ours.values()) == announced
     assert ours["accumulate"] + ours["update"] <= 3

@@ -18,10 +18,10 @@ from para_jax.adapters.para import ParaConfig
 from para_jax.data.batches import one_row_each
 from para_jax.data.examples import Example
 from para_jax.errors import ParaJaxError
-from para_jax.training.loop import finetune, steps_of
+from para_jax.training.finetune import finetune
 from para_jax.training.loss import loss_of
-from para_jax.training.optimizer import Settings
 from para_jax.training.places import Layout, Schedule
+from para_jax.training.settings import Settings
 from para_jax.training.signals import Interrupted
 from tests.helpers import SMALL, random_adapter, random_backbone
 
@@ -52,7 +52,7 @@ def tune(backbone, out, names=NAMES, poison=(), settings=None, **more):
     settings = settings or {n: Settings(steps=STEPS[n], lr=1e-2) for n in names}
     data = {n: rows_of(NAMES.index(n), 5 + NAMES.index(n)) for n in names}
     quiet = {"rows": 2, "show": lambda line: None, **more}
-    return finetune(backbone, bank_of(names, poison), data, settings, out, **quiet)
+    return finetune(backbone, data, out, methods=bank_of(names, poison), settings=settings, **quiet)
 
 
 def files(out: Path) -> dict[str, bytes]:
@@ -205,10 +205,9 @@ def test_other_dev_rows_are_another_run(backbone, tmp_path) -> None:
 
 def test_no_rows_and_epochs(backbone, tmp_path) -> None:
     with pytest.raises(ParaJaxError, match="tenant 'acme' has no rows to learn from"):
-        bank = AdapterBank.create({"acme": CONFIG}, SMALL)
-        finetune(backbone, bank, {"acme": []}, {"acme": Settings()}, tmp_path / "out")
+        finetune(backbone, {"acme": []}, tmp_path / "out", methods=CONFIG)
     assert not (tmp_path / "out").exists()
-    assert steps_of(2.0, 7, 4) == 4
+    assert Settings(epochs=2).of_rows(7, 4).steps == 4
 
 
 @pytest.mark.slow
@@ -221,7 +220,8 @@ def test_the_order_of_tenants_means_nothing(backbone, tmp_path) -> None:
     def go(names: str, out: str, **more) -> None:
         bank = AdapterBank.stack({n: adapters[n] for n in names}, SMALL)
         data = {n: rows_of(ord(n), 5) for n in names}
-        finetune(backbone, bank, data, settings, tmp_path / out, rows=2, show=lambda line: None, **more)
+        quiet = {"rows": 2, "show": lambda line: None, **more}
+        finetune(backbone, data, tmp_path / out, methods=bank, settings=settings, **quiet)
 
     def stop(line) -> None:
         if line["step"] == 3:

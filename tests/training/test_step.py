@@ -19,9 +19,9 @@ from para_jax.errors import ParaJaxError
 from para_jax.families.architecture import Experts
 from para_jax.training import loss as losses
 from para_jax.training import optimizer, state, step
-from para_jax.training.optimizer import Settings
 from para_jax.training.places import Layout
 from para_jax.training.programs import Parts, explained
+from para_jax.training.settings import Settings
 from tests.helpers import METHODS, SMALL, random_adapter, random_backbone
 
 ROWS = [

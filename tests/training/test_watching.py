@@ -13,10 +13,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from para_jax import AdapterBank, LoraConfig, ParaConfig, ParaJaxError
 from para_jax.data.examples import Example
 from para_jax.training import loggers as loggers_module
+from para_jax.training.finetune import finetune
 from para_jax.training.loggers import Loggers, Profile
-from para_jax.training.loop import finetune
-from para_jax.training.optimizer import Settings
 from para_jax.training.report import page
+from para_jax.training.settings import Settings
 from para_jax.training.signals import Interrupted
 from tests.helpers import random_backbone
 
@@ -32,10 +32,11 @@ def backbone():
 def run(backbone, out, loggers=(), steps=10, names=("acme", "globex"), dev=("acme",), bank=None, settings=(), **more):
     configs = {name: ParaConfig(r=2) if i == 0 else LoraConfig(r=2) for i, name in enumerate(names)}
     bank = bank or AdapterBank.create(configs, backbone.config)
-    rules = {n: Settings.checked(steps=steps, lr=1e-2, eval_every=4 if dev else 0) for n in bank.names} | dict(settings)
+    rules = {n: Settings(steps=steps, lr=1e-2, eval_every=4 if dev else 0) for n in bank.names} | dict(settings)
     return finetune(
-        backbone, bank, dict.fromkeys(bank.names, ROWS[:6]), rules, out, dev=dict.fromkeys(dev, ROWS[6:]), rows=2,
-        loggers=loggers, show=lambda line: None, **{"checkpoint_every": 5, **more},
+        backbone, dict.fromkeys(bank.names, ROWS[:6]), out, methods=bank, settings=rules,
+        dev=dict.fromkeys(dev, ROWS[6:]), rows=2, loggers=loggers, show=lambda line: None,
+        **{"checkpoint_every": 5, **more},
     )  # fmt: skip
 
 
@@ -224,7 +225,7 @@ def test_the_report_tells_how_every_tenant_ended(backbone, tmp_path):
     bank = AdapterBank.create(dict.fromkeys(names, ParaConfig(r=2)), backbone.config)
     broken = jax.tree.map(lambda x: x * float("nan"), bank["broken"].layers)
     bank = bank.replace("broken", type(bank["broken"])(bank["broken"].config, broken))
-    settings = {"patient": Settings.checked(steps=10, lr=1e-30, eval_every=1, patience=2)}  # it never gets better
+    settings = {"patient": Settings(steps=10, lr=1e-30, eval_every=1, patience=2)}  # it never gets better
     with pytest.raises(ParaJaxError, match=r"gradient of broken \(step 1\)"):
         run(backbone, tmp_path / "out", bank=bank, settings=settings, dev=("a<b>&c", "patient"))
 

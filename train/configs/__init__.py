@@ -8,10 +8,9 @@ from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
 
-from para_jax import BackboneConfig, ParaConfig, ParaJaxError
-from para_jax.adapters.method import MethodConfig
-from para_jax.errors import unknown
-from para_jax.training.optimizer import Settings
+import jax
+
+from para_jax import BackboneConfig, MethodConfig, ParaConfig, ParaJaxError, Settings, auto_mesh, make_mesh
 
 # A source of `para_jax.data.sources.read_rows`, or rows {"prompt", "response"} themselves.
 Source = str | Sequence[Mapping[str, Any]]
@@ -69,6 +68,12 @@ class Recipe:
                 f"{self.model}'s context"
             )
 
+    def mesh_of(self, shape: BackboneConfig) -> Any:
+        """The mesh over all devices; None on one, and on a CPU, whose devices are simulated and gain nothing."""
+        if jax.device_count() == 1 or jax.default_backend() == "cpu":
+            return None
+        return make_mesh(self.mesh or auto_mesh(shape, jax.device_count()))
+
 
 def names() -> list[str]:
     """The configs there are."""
@@ -78,5 +83,5 @@ def names() -> list[str]:
 def load(name: str) -> Recipe:
     """A config by its name. Raises ParaJaxError, with the nearest, if there is none."""
     if name not in names():
-        raise unknown("config", name, names())
+        raise ParaJaxError(f"there is no config {name!r}; choose one of {', '.join(names())}")
     return import_module(f"{__name__}.{name}").recipe

@@ -13,12 +13,12 @@ Time and score: not measured. No GPU has run this yet. `para-jax plan` estimates
 
 from configs import Recipe
 from configs._paper import TENANTS
-from para_jax.training.optimizer import Settings
+from para_jax import Settings
 
 recipe = Recipe(
     model="meta-llama/Llama-2-7b-hf",
     tenants=TENANTS,
-    settings=Settings.checked(steps=2000, lr=1e-4, eval_every=200, patience=5),
+    settings=Settings(steps=2000, lr=1e-4, eval_every=200, patience=5),
     rows=16,
     max_length=1024,
     micro_batch_tokens=24_576,  # half of a step whose rows are all full

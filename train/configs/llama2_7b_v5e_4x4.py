@@ -11,12 +11,12 @@ of each chip's 16.9 and 1.4 s a step, 47 minutes for 2,000.
 
 from configs import Recipe
 from configs._paper import TENANTS
-from para_jax.training.optimizer import Settings
+from para_jax import Settings
 
 recipe = Recipe(
     model="meta-llama/Llama-2-7b-hf",
     tenants=TENANTS,
-    settings=Settings.checked(steps=2000, lr=1e-4, eval_every=200, patience=5),
+    settings=Settings(steps=2000, lr=1e-4, eval_every=200, patience=5),
     rows=16,
     max_length=1024,
     mesh="fsdp=16",

@@ -13,12 +13,12 @@ a v5e chip's 16.9 and 0.7 s a step (12 minutes for 1,000), and 0.15 s on a v6e; 
 
 from configs import Recipe
 from configs._paper import TENANTS
-from para_jax.training.optimizer import Settings
+from para_jax import Settings
 
 recipe = Recipe(
     model="meta-llama/Llama-3.2-1B",
     tenants=TENANTS,
-    settings=Settings.checked(steps=1000, lr=5e-4, eval_every=200, patience=3),
+    settings=Settings(steps=1000, lr=5e-4, eval_every=200, patience=3),
     rows=8,
     max_length=512,
     topology="v5e:1x1",

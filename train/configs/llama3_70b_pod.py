@@ -11,12 +11,12 @@ of each chip's 16.9 and 3.9 s a step, two hours and ten minutes for 2,000.
 
 from configs import Recipe
 from configs._paper import TENANTS
-from para_jax.training.optimizer import Settings
+from para_jax import Settings
 
 recipe = Recipe(
     model="meta-llama/Meta-Llama-3-70B",
     tenants=TENANTS,
-    settings=Settings.checked(steps=2000, lr=1e-4, eval_every=200, patience=5),
+    settings=Settings(steps=2000, lr=1e-4, eval_every=200, patience=5),
     rows=16,
     max_length=1024,
     mesh="fsdp=16,tensor=4",

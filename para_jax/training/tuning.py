@@ -1,0 +1,74 @@
+"""What a run is given, all of it fixed before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from para_jax.adapters.bank import AdapterBank
+from para_jax.backbones.decoder import Backbone
+from para_jax.backbones.options import Remat
+from para_jax.checks import COUNT, KEEP, SEED
+from para_jax.data.examples import Example, check_ids
+from para_jax.data.lengths import check_lengths
+from para_jax.errors import ParaJaxError
+from para_jax.training.settings import Settings
+
+Logger = Callable[[Mapping[str, Any]], None]  # takes a line of metrics.jsonl
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """The arguments of `finetune`, after rows have become examples and everything is by tenant."""
+
+    examples: Mapping[str, Sequence[Example]]
+    settings: Mapping[str, Settings]
+    out: Path
+    dev: Mapping[str, Sequence[Example]] = field(default_factory=dict)
+    rows: int = 16
+    micro_batch_tokens: int | None = None
+    tenants_per_step: int | None = None
+    spread: bool | None = None
+    remat: Remat | None = None
+    seed: int = 0
+    checkpoint_every: int = 500
+    keep: int = 2
+    resume: bool = False
+    overwrite: bool = False
+    chat_templates: Mapping[str, str] = field(default_factory=dict)
+    show: Callable[[str], None] = print
+    loggers: Iterable[Logger] = ()
+
+    def check_numbers(self) -> None:
+        """Raises ParaJaxError for a number out of its range."""
+        numbers = {"rows": COUNT, "checkpoint_every": COUNT, "keep": KEEP, "seed": SEED}
+        limits = {"tenants_per_step": COUNT, "micro_batch_tokens": COUNT}
+        for name, kind in (numbers | {n: kind for n, kind in limits.items() if getattr(self, n) is not None}).items():
+            kind.check(name, getattr(self, name))
+
+    def check(self, backbone: Backbone, bank: AdapterBank) -> None:
+        """Raises ParaJaxError unless rows, adapters and settings go with the backbone and with each other."""
+        if set(bank.names) != set(self.examples):
+            raise ParaJaxError("the bank and the rows have to be of the same tenants")
+        for name, own in self.examples.items():
+            if not own:
+                raise ParaJaxError(f"tenant {name!r} has no rows to learn from")
+            for some in (own, self.dev.get(name, ())):
+                check_ids(some, backbone.config.vocab_size)
+                check_lengths(some, backbone.config.max_position_embeddings)
+        if not self.dev and any(s.eval_every or s.patience for s in self.settings.values()):
+            raise ParaJaxError("eval_every and patience are of dev rows, and no tenant has any; give dev rows")
+        every = self.tenants_per_step is None or self.tenants_per_step >= len(self.examples)
+        if every and any(s.weight != 1 for s in self.settings.values()):
+            raise ParaJaxError(
+                "weights say whose turn it is, and every tenant is in every step; set tenants_per_step, to less than "
+                f"the {len(self.examples)} tenants"
+            )
+        if jax.process_count() > 1 and backbone.mesh is None:
+            raise ParaJaxError(
+                "several processes need a mesh over all of their devices; load the backbone with mesh=..."
+            )
