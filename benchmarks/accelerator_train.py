@@ -152,11 +152,11 @@ class Running:
         bank = self.layout.divided(AdapterBank.create(dict.fromkeys(names, ParaConfig(r=12)), config))
         schedule = Schedule(bank, settings, self.layout)
         self.plan = plan_run(examples, {}, settings, self.layout, schedule, 0, Device.of(config))
-        homes = schedule.turn(dict.fromkeys(names, 0), ())
-        assert homes is not None
-        rows = self.layout.step_rows(homes, examples, 0, dict.fromkeys(names, 0))
-        self.batches = list(self.layout.batches(homes, rows, self.plan.shapes))
-        self.rules, self.slots = stack_settings(bank, settings), self.layout.slots(bank, homes)
+        seating = schedule.seating(dict.fromkeys(names, 0), ())
+        assert seating is not None
+        rows = self.layout.step_rows(seating, examples, 0, dict.fromkeys(names, 0))
+        self.batches = list(self.layout.batches(seating, rows, self.plan.shapes))
+        self.rules, self.slots = stack_settings(bank, settings), self.layout.slots(bank, seating)
         self.state = TrainState.create(bank)
         self.sums = Sums.create(bank, self.layout.groups, schedule.places)
 

@@ -93,7 +93,7 @@ def para_jax_worker(folder: str, data: list[list[Row]], count: int, remat: bool)
         """A step as the training loop takes it: the micro-batches are made here, and losses are fetched."""
         rows = {name: rows_of_step(own, step, count) for name, own in examples.items()}
         values = jax.device_get(steps.take(steps.batches(rows)))
-        losses = in_order(steps.homes, values)["loss"]
+        losses = in_order(steps.seating, values)["loss"]
         return [losses[name] for name in examples], sum(len(e) for own in rows.values() for e in own)
 
     def run(first: int, number: int) -> tuple[float, int]:

@@ -32,11 +32,11 @@ from para_jax.training.shapes import Device, Plan, plan_run
 STEPS = 200  # of a run, of which the plan looks at fewer
 
 
-class Homes:
+class OneShard:
     """One place for each tenant, as `training.places.Schedule` has them."""
 
     def __init__(self, names: Sequence[str]):
-        self.homes, self.places = [list(names)], len(names)
+        self.shards, self.places = [list(names)], len(names)
 
     def left(self, *_: Any) -> int:
         return STEPS
@@ -85,7 +85,7 @@ def main() -> None:
             for kind, backend in (("cpu", "cpu"), ("accelerator", "gpu")):
                 settings = dict.fromkeys(rows, Settings(steps=STEPS))
                 layout, device = Layout.of(None, len(rows), each), Device.of(config, None, backend)
-                planned = plan_run(rows, {}, settings, layout, Homes(list(rows)), 0, device)  # type: ignore[arg-type]
+                planned = plan_run(rows, {}, settings, layout, OneShard(list(rows)), 0, device)  # type: ignore[arg-type]
                 padding, pairs, passes = counted(rows, each, planned)
                 shapes = [f"{shape.rows} x {shape.length}" for shape in planned.shapes]
                 found.append(

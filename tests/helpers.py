@@ -162,13 +162,13 @@ def take_step(
     rules: Any,
     layout: Layout,
     shapes: Sequence[Shape],
-    homes: Sequence[Sequence[str | None]],
+    seating: Sequence[Sequence[str | None]],
     rows: Mapping[str, Sequence[Example]],
     seed: int = 0,
 ) -> tuple[TrainState, Sums, dict[str, dict[str, float]]]:
     """One step of fine-tuning on these rows; returns the state, the sums, and what there is to report."""
-    slots, shards = layout.slots(state.bank, homes), layout.shards
-    for _, batch in layout.batches(homes, rows, shapes):
+    slots, shards = layout.slots(state.bank, seating), layout.shards
+    for _, batch in layout.batches(seating, rows, shapes):
         sums = accumulate(backbone, state.bank, state.taken, rules, sums, batch, slots, shards=shards, seed=seed)
     state, sums, said = update(state, rules, sums, slots, shards=shards, mesh=layout.mesh)
-    return state, sums, in_order(homes, jax.device_get(said))
+    return state, sums, in_order(seating, jax.device_get(said))

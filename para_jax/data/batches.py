@@ -1,11 +1,25 @@
-"""Micro-batches of packed rows: each row holds sequences of one tenant, one after the other."""
+"""Micro-batches of packed rows: each row holds sequences of one tenant, one after the other.
+
+A step of three tenants, A, B and C, on two devices with rows, in one micro-batch of shape `Shape(rows=2, length=8)`:
+
+                     tokens (b=4, t=8)             length (b, s=2)   place (g=2, e=2)
+    group 0  row 0   A0 A0 A0 A0 | A1 A1 A1  .     4 3               0   (A)
+             row 1   B0 B0 B0 B0 B0 B0  .  .       6 0               1   (B)
+    group 1  row 2   B1 B1 B1 | B2 B2  .  .  .     3 2               1   (B)
+             row 3   C0 C0 C0 C0 C0  .  .  .       5 0               2   (C)
+
+A *group* is the rows of one device. A *place* is one of the n tenants of the step, here A, B, C = 0, 1, 2; where
+tenants are spread over devices, each group has places of its own. Targets are a flat list of each group, because few
+token slots have one: logits are computed for those only. Axes: b rows of all groups, t token slots of a row, s
+sequences of a row, g groups, e adapters of a group, k targets of a group, n places.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import numpy as np
@@ -17,28 +31,36 @@ if TYPE_CHECKING:
     from jaxtyping import Int
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=[
-        "tokens", "length", "prompt_length", "item", "place", "target_place", "target_token", "target_tenant", "count"
-    ],
-    meta_fields=[],
-)  # fmt: skip
-@dataclass(frozen=True)
-class Batch:
-    """The rows of one micro-batch, in g groups of rows: one for every device that has rows.
-
-    The b rows stand group by group. Each group serves n places, which hold a tenant or nothing.
+class Targets(NamedTuple):
+    """The tokens to predict, of each group of rows.
 
     Attributes:
-      tokens: (b, t) the sequences of a row, one after the other, padded on the right.
+      slot: (g, k) the token slot that predicts it, counted over the group's rows.
+      token: (g, k) the token that is to come there.
+      place: (g, k) the place of its tenant; n where the list is longer than there are targets.
+    """
+
+    slot: Int[np.ndarray, "g k"]
+    token: Int[np.ndarray, "g k"]
+    place: Int[np.ndarray, "g k"]
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["tokens", "length", "prompt_length", "item", "place", "targets", "count"],
+    meta_fields=[],
+)
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch, in g groups of rows: one for every device that has rows.
+
+    Attributes:
+      tokens: (b, t) the sequences of a row, one after the other, right-padded.
       length, prompt_length: (b, s) tokens of each sequence, and of its prompt; 0 where there is none.
       item: (b, s) the number of each sequence among its tenant's rows of the step.
-      place: (g, e) the place of the tenant of each of a group's adapters, from 0; n where a row has none. Each adapter
-        serves b / (g e) consecutive rows.
-      target_place: (g, k) where targets are predicted, as indices into the b / g * t tokens of a group.
-      target_token: (g, k) which token is to come there.
-      target_tenant: (g, k) the place of its tenant; n where the list is longer than there are targets.
+      place: (g, e) the place of each of a group's adapters; n where its rows are empty. Each adapter serves b / (g e)
+        consecutive rows.
+      targets: the tokens to predict.
       count: (g, n) each place's targets in all micro-batches of the step, over which its loss is the mean.
     """
 
@@ -47,9 +69,7 @@ class Batch:
     prompt_length: Int[np.ndarray, "b s"]
     item: Int[np.ndarray, "b s"]
     place: Int[np.ndarray, "g e"]
-    target_place: Int[np.ndarray, "g k"]
-    target_token: Int[np.ndarray, "g k"]
-    target_tenant: Int[np.ndarray, "g k"]
+    targets: Targets
     count: Int[np.ndarray, "g n"]
 
     @property
@@ -77,8 +97,8 @@ def make_batch(
     tokens = np.zeros((b, shape.length), np.int32)
     length, prompt_length, item = (np.zeros((b, shape.segments), np.int32) for _ in range(3))
     place = np.full((g, shape.rows // repeats), n, np.int32)
-    target_place, target_token = (np.zeros((g, shape.targets), np.int32) for _ in range(2))
-    target_tenant = np.full((g, shape.targets), n, np.int32)
+    slot, token = (np.zeros((g, shape.targets), np.int32) for _ in range(2))
+    targets = Targets(slot, token, np.full((g, shape.targets), n, np.int32))
     for group, own in enumerate(rows):
         filled = 0
         for i, row in enumerate(own):
@@ -93,22 +113,22 @@ def make_batch(
                 item[at, s] = number
                 (learnt,) = np.nonzero(example.targets >= 0)
                 here = slice(filled, filled + learnt.size)
-                target_place[group, here] = i * shape.length + start + learnt
-                target_token[group, here] = example.targets[learnt]
-                target_tenant[group, here] = local
+                targets.slot[group, here] = i * shape.length + start + learnt
+                targets.token[group, here] = example.targets[learnt]
+                targets.place[group, here] = local
                 start, filled = end, filled + learnt.size
-    return Batch(tokens, length, prompt_length, item, place, target_place, target_token, target_tenant, count)
+    return Batch(tokens, length, prompt_length, item, place, targets, count)
 
 
 def one_row_each(examples: Sequence[Example], rows: int | None = None) -> Batch:
     """A micro-batch in which every example of one tenant has a row of its own; `rows` adds empty ones.
 
     >>> batch = one_row_each([Example.of([5, 6], [7, 0]), Example.of([3], [4, 0])])
-    >>> batch.tokens.tolist(), batch.target_token[0].tolist()
+    >>> batch.tokens.tolist(), batch.targets.token[0].tolist()
     ([[5, 6, 7], [3, 4, 0]], [7, 0, 4, 0])
     """
-    targets = [int(np.sum(e.targets >= 0)) for e in examples]
+    targets = sum(int(np.sum(e.targets >= 0)) for e in examples)
     rows = len(examples) if rows is None else rows
-    shape = Shape(rows, max(e.ids.size for e in examples), 1, max(1, sum(targets)))
+    shape = Shape(rows, max(e.ids.size for e in examples), 1, max(1, targets))
     packed = [Row(0, [i]) for i in range(len(examples))]
-    return make_batch(shape, [packed], [examples], np.array([[sum(targets)]], np.int32), repeats=rows)
+    return make_batch(shape, [packed], [examples], np.array([[targets]], np.int32), repeats=rows)

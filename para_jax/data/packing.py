@@ -122,11 +122,11 @@ def pack_step(step: Sequence[Sizes], shapes: Sequence[Shape]) -> list[list[Row]]
 
 
 def micro_batches(
-    step: Sequence[Sizes], shapes: Sequence[Shape], groups: int, homes: Sequence[int] | None = None
+    step: Sequence[Sizes], shapes: Sequence[Shape], groups: int, group_of: Sequence[int] | None = None
 ) -> Iterator[tuple[int, list[list[Row]]]]:
     """A step's rows packed and dealt: the number of a shape, and the rows of each group, for each micro-batch.
 
-    `homes` says in which group each tenant's rows have to be; without it they are dealt over all groups in turn.
+    `group_of` says in which group each tenant's rows have to be; without it they are dealt over all groups in turn.
     """
     lengths = dict.fromkeys(shape.length for shape in shapes)
     longest = [max((s for s in shapes if s.length == length), key=lambda s: s.rows) for length in lengths]
@@ -134,7 +134,7 @@ def micro_batches(
     for at, rows in enumerate(pack_step(step, limits)):
         of_groups: list[list[Row]] = [[] for _ in range(groups)]
         for turn, row in enumerate(rows):
-            of_groups[turn % groups if homes is None else homes[row.place]].append(row)
+            of_groups[turn % groups if group_of is None else group_of[row.place]].append(row)
         own = [i for i, shape in enumerate(shapes) if shape.length == limits[at].length]
         for chosen, dealt in deal(of_groups, [shapes[i] for i in own]):
             yield own[chosen], dealt

@@ -217,7 +217,7 @@ def _nll(
     gates = {site: gates_ls[:, i] for i, site in enumerate(backbone.config.linear_sites)}
     one = jax.tree.map(lambda x: x[None], Gated(layers, gates))
     rows = Rows((jnp.ones(1, jnp.float32),), (one,), (0.0,), repeats=batch.tokens.shape[0])
-    return jnp.sum(jnp.where(batch.target_tenant == 0, target_nll(backbone, rows, batch), 0))
+    return jnp.sum(jnp.where(batch.targets.place == 0, target_nll(backbone, rows, batch), 0))
 
 
 def _batches(s: Scoring) -> list[Batch]:

@@ -159,15 +159,15 @@ def training_parts(job: Job, mesh: Mesh) -> Parts:
     bank = jax.eval_shape(layout.divided, bank_shapes(job))
     schedule, state = Schedule(bank, settings, layout), TrainState.shapes(bank)
     sums = Sums.shapes(bank, layout.groups, schedule.places)
-    homes = schedule.turn(dict.fromkeys(job.names, 0), ())
-    assert homes is not None
+    seating = schedule.seating(dict.fromkeys(job.names, 0), ())
+    assert seating is not None
     return Parts(
         backbone=backbone_shapes(job, mesh),
         layout=layout,
         state=_placed(state, shardings(state, mesh, layout.shards)),
         rules=stack_settings(bank, settings),
         sums=_placed(sums, sums_sharding(sums, bank, mesh)),
-        slots=layout.slots(bank, homes),
+        slots=layout.slots(bank, seating),
         places=schedule.places,
         shapes=[step_of(job, mesh).shape],
         dev=False,

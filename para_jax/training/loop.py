@@ -25,7 +25,7 @@ from para_jax.training.checkpoints import Checkpoints, put_back, steps_in
 from para_jax.training.claim import Claim
 from para_jax.training.folder import BEST, CHECKPOINTS, METRICS, PLOT, describe
 from para_jax.training.metrics import MetricsFile, Progress, can_draw, plot_losses, read_metrics
-from para_jax.training.places import Homes, Schedule, in_order
+from para_jax.training.places import Schedule, Seating, in_order
 from para_jax.training.programs import Parts, Programs, explained
 from para_jax.training.report import write_report
 from para_jax.training.signals import Interrupted, Stop, stop_signals
@@ -92,7 +92,7 @@ class Run:
         self.progress = Progress(0, tuning.show)
         self._sums = parts.sums
         self._metrics: MetricsFile | None = None  # the main process's
-        self._pending: tuple[int, Homes, int, Any] | None = None  # a step that is not reported yet
+        self._pending: tuple[int, Seating, int, Any] | None = None  # a step that is not reported yet
 
     def run(self, claim: Claim, resumed: bool) -> int | None:
         """Runs to the end, which returns None, or to a signal, which is returned; 0 is another process's.
@@ -132,13 +132,13 @@ class Run:
     def _steps(self, checkpoints: Checkpoints, stop: Stop, begun_well: Callable[[], None]) -> bool:
         """`run`, between opening and closing its files. `begun_well` is called after the first step."""
         flag = Flag(self.layout.mesh)
-        homes, begun, settings = self._turn(), self.done, self.tuning.settings
+        seating, begun, settings = self._next(), self.done, self.tuning.settings
         with Ahead(self._batches) as ahead:
-            while homes is not None:
+            while seating is not None:
                 with explained(self.parts, "a step"):
-                    names = self._step(homes, ahead.take((homes, self._places(homes))))
-                    ahead.begin(None if (then := self._turn()) is None else (then, self._places(then)))
-                    losses = self._dev_losses(homes, names)
+                    names = self._step(seating, ahead.take((seating, self._places(seating))))
+                    ahead.begin(None if (then := self._next()) is None else (then, self._places(then)))
+                    losses = self._dev_losses(seating, names)
                 better = [name for name, loss in losses.items() if self.watch.look(name, loss, self.taken[name])]
                 stopping = flag.raised(stop.kind is not None)
                 saving = stopping or self.done % self.tuning.checkpoint_every == 0
@@ -154,11 +154,11 @@ class Run:
                     break
                 if saving:
                     self._checkpoint(checkpoints)
-                homes = self._turn()
+                seating = self._next()
         self._report()
         self._checkpoint(checkpoints)
         checkpoints.wait()
-        return self._turn() is None
+        return self._next() is None
 
     # The tenants of a step, and their rows
 
@@ -167,53 +167,53 @@ class Run:
         known = self.watch.known
         return {n for n in self.taken if 0 < self.failed[n] < step or (n in known and known[n].stopped)}
 
-    def _turn(self) -> Homes | None:
-        return self.schedule.turn(self.taken, self._resting(self.done))
+    def _next(self) -> Seating | None:
+        return self.schedule.seating(self.taken, self._resting(self.done))
 
-    def _places(self, homes: Homes) -> tuple[int, ...]:
+    def _places(self, seating: Seating) -> tuple[int, ...]:
         """How many steps each of these tenants has taken, which says what its next rows are."""
-        return tuple(0 if name is None else self.taken[name] for home in homes for name in home)
+        return tuple(0 if name is None else self.taken[name] for shard in seating for name in shard)
 
-    def _batches(self, key: tuple[Homes, tuple[int, ...]]) -> tuple[list[tuple[int, Batch]], int]:
+    def _batches(self, key: tuple[Seating, tuple[int, ...]]) -> tuple[list[tuple[int, Batch]], int]:
         """The micro-batches of a step, and its tokens."""
-        homes, places = key
-        names = [name for home in homes for name in home]
+        seating, places = key
+        names = [name for shard in seating for name in shard]
         taken = {name: at for name, at in zip(names, places, strict=True) if name is not None}
-        rows = self.layout.step_rows(homes, self.tuning.examples, self.parts.seed, taken)
-        batches = list(self.layout.batches(homes, rows, self.parts.shapes))
+        rows = self.layout.step_rows(seating, self.tuning.examples, self.parts.seed, taken)
+        batches = list(self.layout.batches(seating, rows, self.parts.shapes))
         return batches, sum(len(e) for some in rows.values() for e in some)
 
-    def _step(self, homes: Homes, made: tuple[list[tuple[int, Batch]], int]) -> list[str]:
+    def _step(self, seating: Seating, made: tuple[list[tuple[int, Batch]], int]) -> list[str]:
         """Takes a step, and returns the tenants that took it."""
         batches, tokens = made
-        slots = self.layout.slots(self.state.bank, homes)
+        slots = self.layout.slots(self.state.bank, seating)
         with jax.profiler.StepTraceAnnotation("train", step_num=self.done + 1):
             given = self.backbone, self.state, self._sums, slots, batches
             self.state, self._sums, values = self.parts.step(*given, ready=self.programs.wait)
         self._report()
-        self._pending, self.done = (self.done + 1, homes, tokens, values), self.done + 1
+        self._pending, self.done = (self.done + 1, seating, tokens, values), self.done + 1
         if self.progress.compiling:
             jax.block_until_ready(values)
             self.programs.wait_for_all()
-        names = [name for home in homes for name in home if name is not None and not self.failed[name]]
+        names = [name for shard in seating for name in shard if name is not None and not self.failed[name]]
         self.taken |= {name: self.taken[name] + 1 for name in names}
         return names
 
-    def _dev_losses(self, homes: Homes, names: Sequence[str]) -> dict[str, float]:
+    def _dev_losses(self, seating: Seating, names: Sequence[str]) -> dict[str, float]:
         """The losses on dev rows of those of these tenants that are due."""
         # Whoever fails in this very step is looked at too, with the weights it had before: nobody knows yet.
         due = {name for name in names if self.watch.due(name, self.taken[name])}
         if not due:
             return {}
-        asked = [[name if name in due else None for name in home] for home in homes]
+        asked = [[name if name in due else None for name in shard] for shard in seating]
         return dev_losses(self.backbone, self.state.bank, self.layout, self.parts.shapes, asked, self.tuning.dev)
 
     def _report(self, dev: Mapping[str, float] | None = None) -> None:
         """Reports the step before, so that the device never waits for the host."""
         if self._pending is None:
             return
-        (step, homes, tokens, values), self._pending = self._pending, None
-        found = in_order(homes, gather(values, self.layout.mesh))
+        (step, seating, tokens, values), self._pending = self._pending, None
+        found = in_order(seating, gather(values, self.layout.mesh))
         by_key = {key: {name: of[name] for name in self.taken if name in of} for key, of in found.items()}
         for name, norm in by_key["grad_norm"].items():
             if not math.isfinite(norm) and not self.failed[name]:

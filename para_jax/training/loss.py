@@ -34,26 +34,26 @@ def sums_of(backbone: Backbone, rows: Rows, batch: Batch, remat: Remat = "none")
     """The sum of the negative log-likelihoods of each place's targets."""
     nll_gk = target_nll(backbone, rows, batch, remat)
     # Each tenant's tokens are one row of this sum: the order is fixed, and one tenant's NaN stays its own.
-    own_gnk = batch.target_tenant[:, None] == jnp.arange(batch.count.shape[1])[None, :, None]
+    own_gnk = batch.targets.place[:, None] == jnp.arange(batch.count.shape[1])[None, :, None]
     return jnp.sum(jnp.where(own_gnk, nll_gk[:, None], 0), axis=2)
 
 
 def target_nll(backbone: Backbone, rows: Rows, batch: Batch, remat: Remat = "none") -> Float[Array, "g k"]:
-    """The negative log-likelihood of each of a batch's targets; where `target_tenant` is none, it means nothing.
+    """The negative log-likelihood of each of a batch's targets; where `targets.place` is none, it means nothing.
 
     Of a long list the logits of some `LOGITS` are in memory at once; the backward pass computes them again.
     """
     b, t = batch.tokens.shape
-    g, k = batch.target_place.shape
+    g, k = batch.targets.slot.shape
     segments = Segments.of(batch.length, t)
     prompt_bt = segments.position_bt < segments.each(jnp.asarray(batch.prompt_length))
     hidden, _, _ = backbone.forward(
         jnp.asarray(batch.tokens), segments.mask_bt, prompt_bt, rows, remat=remat, segments=segments
     )
     of_group = hidden.reshape(g, b // g * t, -1)
-    place_gk = jnp.asarray(batch.target_place)
+    place_gk = jnp.asarray(batch.targets.slot)
     hidden_gkd = of_group[0][place_gk] if g == 1 else jax.vmap(lambda x, i: x[i])(of_group, place_gk)
-    token_gk, head = jnp.asarray(batch.target_token), backbone.whole_head()
+    token_gk, head = jnp.asarray(batch.targets.token), backbone.whole_head()
 
     def nll(hidden_gkd: Array, token_gk: Array) -> Array:
         return optax.softmax_cross_entropy_with_integer_labels(backbone.logits(hidden_gkd, head), token_gk)

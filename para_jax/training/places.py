@@ -27,7 +27,8 @@ from para_jax.sharding import row_sharding, row_shards
 from para_jax.training.settings import Settings
 from para_jax.training.state import Slots, moved, slots_of
 
-Homes = Sequence[Sequence[str | None]]
+# The tenants of a step: of each shard of the tenants, who has which place; None for an empty one.
+Seating = Sequence[Sequence[str | None]]
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Layout:
         return replace(bank, groups=tuple(groups))
 
     def step_rows(
-        self, homes: Homes, examples: Mapping[str, Sequence[Example]], seed: int, taken: Mapping[str, int]
+        self, seating: Seating, examples: Mapping[str, Sequence[Example]], seed: int, taken: Mapping[str, int]
     ) -> dict[str, list[Example]]:
         """The rows of the step that these tenants take after those they have taken.
 
@@ -94,19 +95,19 @@ class Layout:
             own, places = examples[name], range(taken[name] * self.rows, (taken[name] + 1) * self.rows)
             return [own[i] for i in order(seed, name, own, places)]
 
-        return {name: of(name) for home in homes for name in home if name is not None}
+        return {name: of(name) for shard in seating for name in shard if name is not None}
 
     def batches(
-        self, homes: Homes, rows: Mapping[str, Sequence[Example]], shapes: Sequence[Shape]
+        self, seating: Seating, rows: Mapping[str, Sequence[Example]], shapes: Sequence[Shape]
     ) -> Iterator[tuple[int, Batch]]:
         """The micro-batches of these tenants' rows, on the devices, each with the number of its shape."""
-        n = len(homes[0])
-        of_place = [list(rows[name]) if name is not None else [] for home in homes for name in home]
+        n = len(seating[0])
+        of_place = [list(rows[name]) if name is not None else [] for shard in seating for name in shard]
         sizes = [Sizes([e.ids.size for e in some], [int(np.sum(e.targets >= 0)) for e in some]) for some in of_place]
         count = np.array([sum(own.targets) for own in sizes], np.int32).reshape(self.shards, n)
         count = np.broadcast_to(count, (self.groups, n))
-        home_of = [place // n for place in range(len(of_place))] if self.shards > 1 else None
-        for at, dealt in micro_batches(sizes, shapes, self.groups, home_of):
+        group_of = [place // n for place in range(len(of_place))] if self.shards > 1 else None
+        for at, dealt in micro_batches(sizes, shapes, self.groups, group_of):
             repeats = shapes[at].rows if n == 1 else 1
             yield at, self.on_devices(make_batch(shapes[at], dealt, of_place, count, repeats))
 
@@ -117,34 +118,34 @@ class Layout:
         where = row_sharding(self.mesh, self.groups)
         return jax.tree.map(lambda x: shard(x, where), batch)
 
-    def slots(self, bank: AdapterBank, homes: Homes) -> Slots:
+    def slots(self, bank: AdapterBank, seating: Seating) -> Slots:
         """Where a step's tenants stand in each group of the bank (`training.step.accumulate`)."""
         if self.shards == 1:
-            return slots_of(bank, [name or "" for name in homes[0]], self.groups)
+            return slots_of(bank, [name or "" for name in seating[0]], self.groups)
         found = []
         for group in bank.groups:
             own = len(group.names) // self.shards
             parts = [group.names[i * own : (i + 1) * own] for i in range(self.shards)]
             places = [
-                [part.index(name) if name in part else own for name in home]
-                for part, home in zip(parts, ([n or "" for n in home] for home in homes), strict=True)
+                [part.index(name) if name in part else own for name in shard]
+                for part, shard in zip(parts, ([n or "" for n in shard] for shard in seating), strict=True)
             ]
             found.append(np.array(places, np.int32))
         return tuple(found)
 
 
 class Schedule:
-    """Which tenants have their turn: in each home, a part of the mesh with tenants of its own."""
+    """Which tenants have their turn: in each shard, a part of the mesh with tenants of its own."""
 
     def __init__(self, bank: AdapterBank, settings: Mapping[str, Settings], layout: Layout, most: int | None = None):
         """`most` is how many tenants a step may hold at once; all, if None. `bank` is divided by the layout."""
         self.settings = settings
-        self.homes: list[list[str]] = [[] for _ in range(layout.shards)]
+        self.shards: list[list[str]] = [[] for _ in range(layout.shards)]
         for group in bank.groups:
             own = len(group.names) // layout.shards
-            for i, home in enumerate(self.homes):
-                home += [name for name in group.names[i * own : (i + 1) * own] if name is not None]
-        limit = max(map(len, self.homes))
+            for i, names in enumerate(self.shards):
+                names += [name for name in group.names[i * own : (i + 1) * own] if name is not None]
+        limit = max(map(len, self.shards))
         if most is not None and most < layout.shards:
             raise ParaJaxError(
                 f"a step cannot hold at most {most} tenants; choose at least {layout.shards}"
@@ -152,8 +153,8 @@ class Schedule:
             )
         self.places = limit if most is None else min(limit, most // layout.shards)
 
-    def turn(self, taken: Mapping[str, int], resting: Collection[str]) -> list[list[str | None]] | None:
-        """The tenants of the next step by home, None for an empty place; None when all are done.
+    def seating(self, taken: Mapping[str, int], resting: Collection[str]) -> list[list[str | None]] | None:
+        """The tenants of the next step by shard, None for an empty place; None when all are done.
 
         The same for the same arguments. Whoever has done the least share of its steps, over its weight, comes first:
         so all are done at about the same time, and few places stay empty at the end.
@@ -163,29 +164,29 @@ class Schedule:
             return taken[name] / self.settings[name].steps / self.settings[name].weight
 
         waiting = [
-            [name for name in home if name not in resting and taken[name] < self.settings[name].steps]
-            for home in self.homes
+            [name for name in shard if name not in resting and taken[name] < self.settings[name].steps]
+            for shard in self.shards
         ]
         if not any(waiting):
             return None
         chosen: list[list[str | None]] = []
-        for home in waiting:
-            behind = sorted(home, key=share)[: self.places]
-            chosen.append([*sorted(behind, key=home.index), *[None] * (self.places - len(behind))])
+        for names in waiting:
+            behind = sorted(names, key=share)[: self.places]
+            chosen.append([*sorted(behind, key=names.index), *[None] * (self.places - len(behind))])
         return chosen
 
     def left(self, taken: Mapping[str, int], resting: Collection[str]) -> int:
         """The steps that are still to come, if nobody leaves early."""
         rest = [
-            [self.settings[n].steps - taken[n] for n in home if n not in resting and taken[n] < self.settings[n].steps]
-            for home in self.homes
+            [self.settings[n].steps - taken[n] for n in shard if n not in resting and taken[n] < self.settings[n].steps]
+            for shard in self.shards
         ]
         return max((max(max(of), -(-sum(of) // self.places)) for of in rest if of), default=0)
 
 
-def in_order(homes: Homes, values: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+def in_order(seating: Seating, values: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """What `training.step.update` reports, by key and tenant."""
-    names = [name for home in homes for name in home]
+    names = [name for shard in seating for name in shard]
     return {
         key: {name: float(x) for name, x in zip(names, of, strict=True) if name is not None}
         for key, of in values.items()

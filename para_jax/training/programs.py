@@ -65,15 +65,15 @@ class Parts:
         schedule = Schedule(bank, tuning.settings, layout, tuning.tenants_per_step)
         device = device or Device.of(backbone.config, tuning.micro_batch_tokens)
         plan = plan_run(tuning.examples, tuning.dev, tuning.settings, layout, schedule, tuning.seed, device)
-        homes = schedule.turn(dict.fromkeys(tuning.examples, 0), ())
-        assert homes is not None
+        seating = schedule.seating(dict.fromkeys(tuning.examples, 0), ())
+        assert seating is not None
         parts = cls(
             backbone=backbone,
             layout=layout,
             state=TrainState.create(bank, layout.mesh, layout.shards),
             rules=stack_settings(bank, tuning.settings),
             sums=Sums.create(bank, layout.groups, schedule.places, layout.mesh),
-            slots=layout.slots(bank, homes),
+            slots=layout.slots(bank, seating),
             places=schedule.places,
             shapes=plan.shapes,
             dev=bool(tuning.dev),

@@ -105,9 +105,9 @@ def plan_run(
     device: Device,
 ) -> Plan:
     """The plan of a run: from its rows' lengths, its tenants and places, and its mesh; the same for the same run."""
-    home = max(schedule.homes, key=len)
-    every = max(1, -(-len(home) // TENANTS))
-    names = home[::every][: schedule.places]
+    shard = max(schedule.shards, key=len)
+    every = max(1, -(-len(shard) // TENANTS))
+    names = shard[::every][: schedule.places]
     count = max(1, min(STEPS, TENANTS // len(names)))
 
     def of(name: str, turn: int) -> Sizes:

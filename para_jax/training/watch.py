@@ -12,7 +12,7 @@ from para_jax.backbones.decoder import Backbone
 from para_jax.data.examples import Example
 from para_jax.data.packing import Shape
 from para_jax.distributed import gather
-from para_jax.training.places import Homes, Layout
+from para_jax.training.places import Layout, Seating
 from para_jax.training.settings import Settings
 from para_jax.training.step import losses
 
@@ -72,21 +72,21 @@ def dev_losses(
     bank: AdapterBank,
     layout: Layout,
     shapes: Sequence[Shape],
-    homes: Homes,
+    seating: Seating,
     dev: Mapping[str, Sequence[Example]],
 ) -> dict[str, float]:
     """The mean negative log-likelihood of a response token of each of these tenants, in nats.
 
     Their rows run in micro-batches of the run's shapes.
     """
-    names = [name for home in homes for name in home if name is not None]
-    slots = layout.slots(bank, homes)
+    names = [name for shard in seating for name in shard if name is not None]
+    slots = layout.slots(bank, seating)
     total, count = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0)
-    for _, batch in layout.batches(homes, dev, shapes):
+    for _, batch in layout.batches(seating, dev, shapes):
         # By group of rows: of a tenant whose rows are in every group, all groups' together.
         found = gather(losses(backbone, bank, batch, slots, shards=layout.shards), layout.mesh)
-        for i, home in enumerate(homes):
-            for j, name in enumerate(home):
+        for i, shard in enumerate(seating):
+            for j, name in enumerate(shard):
                 if name is not None:
                     total[name] += float(found[i, j] if layout.shards > 1 else found[:, j].sum())
     for name in names:

@@ -146,11 +146,11 @@ def tune(configs: dict[str, LoraConfig], steps: int = 3, seed: int = 0):
     bank = AdapterBank.stack({n: random_adapter(c, SMALL, len(n), 0.1) for n, c in configs.items()}, SMALL)
     settings = Settings(steps=steps, lr=1e-2, weight_decay=0.1)
     state, rules = TrainState.create(bank), stack_settings(bank, dict.fromkeys(configs, settings))
-    history, homes, sums = [], [list(configs)], Sums.create(bank, 1, len(configs))
+    history, seating, sums = [], [list(configs)], Sums.create(bank, 1, len(configs))
     layout, shapes = Layout.of(None, len(configs), rows=2), [Shape(2, 20, 2, 20)]
     for step in range(steps):
-        rows = layout.step_rows(homes, {n: rows_of(n) for n in configs}, 3, dict.fromkeys(configs, step))
-        state, sums, report = take_step(backbone, state, sums, rules, layout, shapes, homes, rows, seed)
+        rows = layout.step_rows(seating, {n: rows_of(n) for n in configs}, 3, dict.fromkeys(configs, step))
+        state, sums, report = take_step(backbone, state, sums, rules, layout, shapes, seating, rows, seed)
         history.append(report["loss"])
     return bank, state.bank, history
 

@@ -39,11 +39,11 @@ def test_targets_predict_each_response_token():
     assert batch.prompt_length.tolist() == [[1, 3], [2, 0], [1, 0], [0, 0]]
     assert batch.item.tolist() == [[1, 0], [0, 0], [1, 0], [0, 0]]
     assert batch.place.tolist() == [[0, 1, 1, 2]] and batch.repeats == 1
-    assert batch.target_token[0].tolist() == [10, 11, 0, 8, 0, 3, 0, 0, 0, 0]
-    assert batch.target_tenant[0].tolist() == [0] * 5 + [1] * 3 + [2] * 2
+    assert batch.targets.token[0].tolist() == [10, 11, 0, 8, 0, 3, 0, 0, 0, 0]
+    assert batch.targets.place[0].tolist() == [0] * 5 + [1] * 3 + [2] * 2
     flat = batch.tokens.reshape(-1)
     # Each is predicted at the place before its own, and nothing is computed for the last token of a response.
-    assert flat[batch.target_place[0, :8]].tolist() == [9, 10, 11, 7, 8, 2, 3, 4]
+    assert flat[batch.targets.slot[0, :8]].tolist() == [9, 10, 11, 7, 8, 2, 3, 4]
 
 
 @st.composite

@@ -63,12 +63,12 @@ def tune(backbone: Backbone, configs: dict, shapes=SHAPES, spread: bool | None =
     sums = Sums.create(bank, layout.groups, schedule.places, layout.mesh)
     said = []
     for step in range(STEPS):
-        homes = schedule.turn(dict.fromkeys(configs, step), ())
-        assert homes is not None
+        seating = schedule.seating(dict.fromkeys(configs, step), ())
+        assert seating is not None
         of = {n: rows_of(i, step, ROWS, backbone.config.vocab_size) for i, n in enumerate(configs)}
-        state, sums, values = take_step(backbone, state, sums, rules, layout, shapes, homes, of, seed=5)
+        state, sums, values = take_step(backbone, state, sums, rules, layout, shapes, seating, of, seed=5)
         said.append(values)
-    slots = layout.slots(bank, homes)
+    slots = layout.slots(bank, seating)
     parts = Parts(backbone, layout, state, rules, sums, slots, schedule.places, shapes, False, "none", 5)
     return said, state.bank, parts
 
@@ -137,8 +137,8 @@ def test_tenants_are_dealt_out_evenly() -> None:
     layout = Layout.of(mesh, len(configs), rows=3, spread=True)
     bank = layout.divided(bank_of(configs, SMALL))
     schedule = Schedule(bank, dict.fromkeys(configs, Settings()), layout)
-    assert sorted(map(len, schedule.homes)) == [2, 2, 2, 3] and schedule.places == 3
-    assert sorted(name for home in schedule.homes for name in home) == sorted(configs)
+    assert sorted(map(len, schedule.shards)) == [2, 2, 2, 3] and schedule.places == 3
+    assert sorted(name for shard in schedule.shards for name in shard) == sorted(configs)
     whole = bank_of(configs, SMALL)
     for name in configs:
         for key, x in whole[name].tensors().items():
@@ -228,10 +228,10 @@ def test_the_programs_of_a_mesh_stay(tmp_path) -> None:
     parts = tune(there, {"a": METHODS["para"], "b": METHODS["lora"]})[2]
     old = jax.tree.leaves((parts.state, parts.sums))
     with compilations() as compiled:
-        homes, shards, mesh = [["a", "b"]], parts.layout.shards, parts.layout.mesh
+        seating, shards, mesh = [["a", "b"]], parts.layout.shards, parts.layout.mesh
         of = {n: rows_of(i, 7, ROWS, there.config.vocab_size) for i, n in enumerate("ab")}
         given = parts.state, parts.sums, parts.rules, parts.layout, SHAPES
-        state, sums, _ = take_step(there, *given, homes, of, seed=5)
+        state, sums, _ = take_step(there, *given, seating, of, seed=5)
     assert not compiled and update._cache_size() and shards == 1 and mesh is not None
     assert all(x.is_deleted() for x in old)
     assert [x.sharding for x in old] == [x.sharding for x in jax.tree.leaves((state, sums))]

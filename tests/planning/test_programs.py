@@ -87,8 +87,8 @@ def test_a_steps_programs_are_those_of_the_loop(sizes: str, tenants: int, tmp_pa
         )
     ((theirs,), _) = stopped.value.args
     ours = programs.training_parts(job, mesh)
-    homes = homes_of(theirs)
-    batches = list(theirs.layout.batches(homes, dict.fromkeys(job.names, [row] * 5), theirs.shapes))
+    seating = seating_of(theirs)
+    batches = list(theirs.layout.batches(seating, dict.fromkeys(job.names, [row] * 5), theirs.shapes))
     assert programs.step_of(job, mesh).micro_batches == len(batches)
     assert ours.calls().keys() == theirs.calls().keys()
     for name in ("micro-batch 0", "update"):
@@ -99,11 +99,11 @@ def test_a_steps_programs_are_those_of_the_loop(sizes: str, tenants: int, tmp_pa
                 assert shapes(argument) == shapes(their_argument)
 
 
-def homes_of(parts: Any) -> Any:
+def seating_of(parts: Any) -> Any:
     """The tenants of the first step."""
     names = [name for group in parts.state.bank.groups for name in group.names if name is not None]
     bank, settings = parts.state.bank, dict.fromkeys(names, Settings())
-    return Schedule(bank, settings, parts.layout).turn(dict.fromkeys(names, 0), ())
+    return Schedule(bank, settings, parts.layout).seating(dict.fromkeys(names, 0), ())
 
 
 def test_decoding_is_called_as_generate_calls_it(tiny, monkeypatch) -> None:

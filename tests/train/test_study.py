@@ -124,10 +124,10 @@ def test_runs_are_kept_at_their_lowest_dev_loss_and_compared_on_the_same_rows(da
     steps: list[list[list[str]]] = []
     batches = Layout.batches
 
-    def noted(self, homes, rows, shapes):
-        if rows.keys() == set(homes[0]) and {len(own) for own in rows.values()} == {3}:
-            steps.append([[e.prompt for e in rows[name]] for name in homes[0]])
-        return batches(self, homes, rows, shapes)
+    def noted(self, seating, rows, shapes):
+        if rows.keys() == set(seating[0]) and {len(own) for own in rows.values()} == {3}:
+            steps.append([[e.prompt for e in rows[name]] for name in seating[0]])
+        return batches(self, seating, rows, shapes)
 
     monkeypatch.setattr(Layout, "batches", noted)
 

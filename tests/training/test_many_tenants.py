@@ -84,11 +84,11 @@ def test_whoever_is_behind_has_its_turn() -> None:
     schedule = Schedule(bank, settings, Layout.of(None, 4, 2), most=2)
     taken = dict.fromkeys(NAMES[:4], 0)
     for _ in range(20):
-        (turn,) = schedule.turn(taken, ())
+        (turn,) = schedule.seating(taken, ())
         taken |= {n: taken[n] + 1 for n in turn}
     assert taken == {"t0": 8, "t1": 16, "t2": 8, "t3": 8}
-    assert schedule.turn(taken, {"t0", "t1", "t2"}) == [["t3", None]], "a place stays, empty"
-    assert schedule.turn(taken, set(NAMES)) is None
+    assert schedule.seating(taken, {"t0", "t1", "t2"}) == [["t3", None]], "a place stays, empty"
+    assert schedule.seating(taken, set(NAMES)) is None
     assert schedule.left(taken, ()) == 60
 
 
