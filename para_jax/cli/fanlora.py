@@ -79,19 +79,10 @@ def run(args: argparse.Namespace) -> int:
     from para_jax.adapters.fanlora import FanLoraConfig
     from para_jax.adapters.files import load_adapter
     from para_jax.convert.adapter_tokenizer import adapter_tokenizer
-    from para_jax.importance.scores import NEED_ROWS, SCORES, check, importance_scores
+    from para_jax.importance.scores import check, importance_scores
     from para_jax.importance.select import keep_number, keep_within, plot_importance
 
-    if args.score not in SCORES:
-        raise unknown("score", args.score, SCORES)
-    if args.score in NEED_ROWS and not args.data:
-        raise ParaJaxError(f"the {args.score} score is computed on held-out rows; give --data SOURCE")
-    if args.score not in NEED_ROWS:
-        refuse(args, OF_ROWS, f"with --score {args.score}, which is computed without rows")
-    if args.score != "ablation":
-        refuse(args, ("variants",), f"with --score {args.score}; it is of ablations")
-    if args.score == "norm":
-        refuse(args, ("seed",), "with --score norm, which draws nothing")
+    _check_score(args)
     check_data_dir(args)
     backbone, tokenizer = common.load_model(args, stacked=True)
     shape = backbone.config
@@ -144,6 +135,22 @@ def run(args: argparse.Namespace) -> int:
     )
     print(f"setting, scores and picture in {out}; tune a task with: para-jax finetune --method {out / SETTING} ...")
     return 0
+
+
+def _check_score(args: argparse.Namespace) -> None:
+    """Raises ParaJaxError for a score that there is not, and for options that have no effect on it."""
+    from para_jax.importance.scores import NEED_ROWS, SCORES
+
+    if args.score not in SCORES:
+        raise unknown("score", args.score, SCORES)
+    if args.score in NEED_ROWS and not args.data:
+        raise ParaJaxError(f"the {args.score} score is computed on held-out rows; give --data SOURCE")
+    if args.score not in NEED_ROWS:
+        refuse(args, OF_ROWS, f"with --score {args.score}, which is computed without rows")
+    if args.score != "ablation":
+        refuse(args, ("variants",), f"with --score {args.score}; it is of ablations")
+    if args.score == "norm":
+        refuse(args, ("seed",), "with --score norm, which draws nothing")
 
 
 def by_importance(scores_s: Any, kept: tuple[str, ...], sites: list[str]) -> list[str]:
