@@ -120,7 +120,7 @@ def _where(group: Group, tree: Any, mesh: Mesh, tenants: tuple[str, ...] | None)
     return jax.tree.unflatten(jax.tree.structure(tree), [of(name, x) for name, x in named_leaves(tree).items()])
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["settings", "name"], meta_fields=[])
+@partial(jax.tree_util.register_dataclass, data_fields=["optimizer", "name"], meta_fields=[])
 @dataclass(frozen=True)
 class Rules:
     """How the tenants of one group of the bank are tuned: their optimizers, and a number of each one's name."""
