@@ -160,16 +160,17 @@ def test_weight_decay_leaves_a_fresh_adapter_as_it_is():
 
 
 def test_bfloat16_backbone_trains_float32_adapters():
+    """The gradient is that of the same weights in float32, but for a bfloat16's rounding (2**-9) in each operation."""
     backbone = jax.tree.map(lambda x: x.astype(jnp.bfloat16), random_backbone())
-    bank = AdapterBank.stack(
-        {n: random_adapter(ParaConfig(r=3), backbone.config, i, 0.1) for i, n in enumerate("ab")},
-        backbone.config,
+    exact = jax.tree.map(lambda x: x.astype(jnp.float32), backbone)
+    adapters = {n: random_adapter(ParaConfig(r=3), backbone.config, i, 0.1) for i, n in enumerate("ab")}
+    bank = AdapterBank.stack(adapters, backbone.config)
+    ours, theirs = (
+        jax.jit(jax.grad(lambda bank, of=of: loss(of, bank, BATCH, ("a", "b"))[0]))(bank) for of in (backbone, exact)
     )
-    gradient = jax.jit(jax.grad(lambda bank: loss(backbone, bank, BATCH, ("a", "b"))[0]))(bank)
-    exact = jax.jit(jax.grad(lambda bank: loss(random_backbone(), bank, BATCH, ("a", "b"))[0]))(bank)
-    for x, y in zip(jax.tree.leaves(gradient), jax.tree.leaves(exact), strict=True):
+    for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         assert x.dtype == jnp.float32
-        assert float(jnp.vdot(x, y) / (jnp.linalg.norm(x) * jnp.linalg.norm(y))) > 0.95
+        assert float(jnp.linalg.norm(x - y) / jnp.linalg.norm(y)) < 0.03
 
 
 def test_float16_gradients_do_not_underflow():
