@@ -38,11 +38,11 @@ def worst(request: pytest.FixtureRequest) -> Iterator[dict[str, models.Worst]]:
         print("", *lines, sep="\n")
     if path := request.config.getoption("parity_table"):
         head = (
-            "# Parity with transformers\n\nThe largest error of a logit, as a share of the largest logit, in float32, "
-            "over random configs of each family (heads, head size, biases, norms, windows, RoPE and its scalings, "
-            "soft-capping, tied heads, experts), with prompts of mixed lengths padded on either side. The limit is "
-            f"{models.TOLERANCE:.0e}. Every config also went from Hugging Face to here and back, all tensors bit for "
-            "bit.\n\n"
+            "# Does it compute what transformers computes?\n\nYes, up to rounding in float32. The table has the "
+            "largest error of a logit, relative to the largest logit, over random configs of each family (heads, head "
+            "size, biases, norms, windows, RoPE and its scalings, soft-capping, tied heads, experts), with prompts of "
+            f"mixed lengths padded on either side. The tests allow {models.TOLERANCE:.0e}. Every config was also "
+            "converted from Hugging Face's format and back, and all tensors came back bit for bit.\n\n"
         )
         Path(path).write_text(head + "\n".join(lines) + "\n\nWritten by tests/parity/test_families.py.\n")
 
