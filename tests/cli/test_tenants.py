@@ -10,7 +10,8 @@ import pytest
 
 from para_jax.cli import main
 from para_jax.evaluation import evaluate
-from para_jax.training import loop
+from para_jax.training import finetune
+from para_jax.training.tuning import Tuning
 
 
 def write(path: Path, *rows: dict[str, Any]) -> str:
@@ -27,16 +28,15 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The rows that `finetune` and `evaluate` are given; neither runs."""
     found: dict[str, Any] = {}
 
-    def tuned(_backbone: Any, _bank: Any, examples: Any, *_: Any, dev: Any, **__: Any) -> None:
-        found.update(
-            train={name: list(x.places) for name, x in examples.items()}, dev={n: len(x) for n, x in dev.items()}
-        )
+    def tuned(_loading: Any, _bank: Any, tuning: Tuning) -> None:
+        train = {name: [e.place for e in rows] for name, rows in tuning.examples.items()}
+        found.update(train=train, dev={name: len(rows) for name, rows in tuning.dev.items()})
 
     def scored(_backbone: Any, _tokenizer: Any, examples: Any, *_: Any, **__: Any) -> dict[str, Any]:
         found.update(test={name: len(x) for name, x in examples.items()})
         return {name: {"rows": len(x), "predictions": []} for name, x in examples.items()}
 
-    monkeypatch.setattr(loop, "finetune", tuned)
+    monkeypatch.setattr(finetune, "train", tuned)
     monkeypatch.setattr(evaluate, "evaluate", scored)
     return found
 

@@ -18,8 +18,9 @@ from para_jax.data.batches import one_row_each
 from para_jax.data.buffers import Example, Examples
 from para_jax.data.chats import in_one_pass
 from para_jax.data.examples import encode_rows, read_examples
-from para_jax.training import loop
+from para_jax.training import finetune
 from para_jax.training.loss import target_nll
+from para_jax.training.tuning import Tuning
 from tests.helpers import random_backbone, random_bank
 
 EOS = (0,)
@@ -149,10 +150,10 @@ def test_finetune_learns_a_chat_in_one_pass_where_the_method_can(
     path.write_text(json.dumps({"messages": CHAT}) + "\n")
     seen: dict[str, list[int]] = {}
 
-    def instead(_backbone: Any, _bank: Any, examples: Any, *_: Any, dev: Any, **__: Any) -> None:
-        seen.update({name: [len(examples[name]), len(dev[name])] for name in examples})
+    def instead(_loading: Any, _bank: Any, tuning: Tuning) -> None:
+        seen.update({name: [len(rows), len(tuning.dev[name])] for name, rows in tuning.examples.items()})
 
-    monkeypatch.setattr(loop, "finetune", instead)
+    monkeypatch.setattr(finetune, "train", instead)
     names = ("para", "lora", "ia3")
     arguments = [f"--{option}={name}={path}" for name in names for option in ("tenant", "dev")]
     methods = [f"--method={name}={name}" for name in names]

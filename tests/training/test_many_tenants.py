@@ -242,6 +242,33 @@ def test_another_model_of_the_same_sizes_is_refused(backbone, tmp_path) -> None:
         tune(random_backbone(seed=1), tmp_path / "out", ["t0"], resume=True)
 
 
+def test_settings_out_of_range() -> None:
+    with pytest.raises(ParaJaxError, match="lr must be a finite number above 0, not inf"):
+        Settings(lr=float("inf"))
+    with pytest.raises(ParaJaxError, match="set eval_every, the steps between them"):
+        Settings(patience=2)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"methods": {"t1": "lora"}}, r"unknown tenant in methods 't1'"),
+        ({"methods": "parra"}, "did you mean 'para'"),
+        ({"settings": {"t1": Settings()}}, r"unknown tenant in settings 't1'"),
+        ({"dev": {"t1": "rows.jsonl"}}, r"unknown tenant in dev 't1'"),
+        ({"templates": {"t0": "glue/sst2"}}, "it is for a source, and these rows are in memory"),
+        ({"methods": AdapterBank.create({"t1": CONFIG}, SMALL)}, "of the same tenants"),
+        ({"max_length": 100_000}, "max-length must be at most"),
+    ],
+)
+def test_what_a_run_is_given_by_tenant(backbone, tmp_path, given, words) -> None:
+    with pytest.raises(ParaJaxError, match=words):
+        finetune(backbone, {"t0": rows_of(0, 3)}, tmp_path / "out", **given)
+    with pytest.raises(ParaJaxError, match="the rows of 't0' are text; pass tokenizer="):
+        finetune(backbone, {"t0": [{"prompt": "Who sat?", "response": "The cat."}]}, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -249,7 +276,6 @@ def test_another_model_of_the_same_sizes_is_refused(backbone, tmp_path) -> None:
         ({"checkpoint_every": 0.5}, "checkpoint_every must be a whole number from 1 to 2147483647, not 0.5"),
         ({"seed": -1}, "seed must be a whole number from 0 to 4294967295, not -1"),
         ({"rows": True}, "rows must be a whole number from 1 to 2147483647, not True"),
-        ({"settings": {"t0": Settings(lr=float("inf"))}}, "lr must be a finite number above 0, not inf"),
         ({"resume": True, "overwrite": True}, "give one of them"),
         ({"settings": {"t0": Settings(eval_every=2)}}, "no tenant has any; give dev rows"),
         ({"settings": {"t0": Settings(weight=2.0)}}, "set tenants_per_step"),
