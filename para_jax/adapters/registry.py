@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from para_jax.adapters.bias import BiasConfig
 from para_jax.adapters.fanlora import FanLoraConfig
 from para_jax.adapters.ia3 import IA3Config
 from para_jax.adapters.lora import LoraConfig
@@ -20,6 +21,7 @@ METHODS: dict[str, type[Any]] = {
     for config in (
         ParaConfig,
         IA3Config,
+        BiasConfig,
         FanLoraConfig,
         LoraConfig,
     )
