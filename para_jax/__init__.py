@@ -18,6 +18,7 @@ _PUBLIC = {
     "AdapterBank": "para_jax.adapters.bank",
     "Backbone": "para_jax.backbones.decoder",
     "BackboneConfig": "para_jax.config",
+    "BiasConfig": "para_jax.adapters.bias",
     "Completion": "para_jax.decoding.generate",
     "Example": "para_jax.data.buffers",
     "FanLoraConfig": "para_jax.adapters.fanlora",
@@ -65,6 +66,7 @@ __all__ = [*_PUBLIC, "tiny_backbone_path"]
 if TYPE_CHECKING:
     from para_jax.adapters.adapter import Adapter as Adapter
     from para_jax.adapters.bank import AdapterBank as AdapterBank
+    from para_jax.adapters.bias import BiasConfig as BiasConfig
     from para_jax.adapters.fanlora import FanLoraConfig as FanLoraConfig
     from para_jax.adapters.files import load_adapter as load_adapter
     from para_jax.adapters.files import save_adapter as save_adapter

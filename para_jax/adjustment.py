@@ -62,8 +62,8 @@ class Dropout:
 class Adjustment:
     """A prepared adapter of one layer: at each adjusted site, how its output `y` of an input `x` changes.
 
-    `y` becomes `y * (1 + offset) + x down^T up^T`. The offset is kept instead of the scale because bfloat16 has
-    eight bits around one and full relative precision around zero; the sum is taken in float32. Both are linear in
+    `y` becomes `y * (1 + offset) + shift + x down^T up^T`. The offset is kept instead of the scale because bfloat16 has
+    eight bits around one and full relative precision around zero; the sum is taken in float32. All three are linear in
     what is kept, so Adjustments can be weighted and summed. The empty Adjustment is the identity and costs nothing.
 
     Attributes:
@@ -71,6 +71,7 @@ class Adjustment:
         (b, t, features) where the tokens of a row are of several sequences.
       later: offsets that leave the prompt's tokens alone, but for the last.
       pairs: low-rank pairs by site.
+      shifts: what is added to the output, by site and in the shapes of offsets.
       dropout: of the pairs' inputs, only while training.
 
     >>> import jax.numpy as jnp
@@ -83,11 +84,14 @@ class Adjustment:
     >>> pair = LowRank(down=jnp.ones((1, 1, 3)), up=jnp.array([[[1.0], [2.0]]]))
     >>> Adjustment(pairs={"q_proj": pair}).apply("q_proj", x, jnp.zeros((1, 2, 2))).tolist()
     [[[3.0, 6.0], [3.0, 6.0]]]
+    >>> Adjustment(shifts={"q_proj": jnp.array([[0.5, -1.0]])}).apply("q_proj", x, jnp.zeros((1, 2, 2))).tolist()
+    [[[0.5, -1.0], [0.5, -1.0]]]
     """
 
     offsets: Mapping[str, Float[Array, "*b features"]] = field(default_factory=dict)
     later: Mapping[str, Float[Array, "*b features"]] = field(default_factory=dict)
     pairs: Mapping[str, LowRank] = field(default_factory=dict)
+    shifts: Mapping[str, Float[Array, "*b features"]] = field(default_factory=dict)
     dropout: Dropout | None = None
 
     def apply(
@@ -102,6 +106,8 @@ class Adjustment:
         `prompt_bt` marks the tokens of the prompt but its last; without it there are none, as when decoding.
         """
         out = self.scaled(site, y.astype(jnp.float32), prompt_bt)
+        if site in self.shifts:
+            out = out + _of_tokens(self.shifts[site], y)
         if site in self.pairs:
             out = out + self.change(site, x)
         return out.astype(y.dtype)
@@ -110,20 +116,15 @@ class Adjustment:
         self, site: str, y: Float[Array, "b t features"], prompt_bt: Bool[Array, "b t"] | None
     ) -> Float[Array, "b t features"]:
         """The part of `apply` that scales."""
-
-        def of_tokens(x: Array) -> Array:
-            x = x.astype(jnp.float32)
-            return x if x.ndim == y.ndim else x[..., None, :]
-
-        scale = 1.0 + of_tokens(self.offsets[site]) if site in self.offsets else None
+        scale = 1.0 + _of_tokens(self.offsets[site], y) if site in self.offsets else None
         if site in self.later:
-            later = of_tokens(self.later[site])
+            later = _of_tokens(self.later[site], y)
             later = later if prompt_bt is None else jnp.where(prompt_bt[..., None], 0.0, later)
             scale = 1.0 + later if scale is None else scale + later
         return y if scale is None else y * scale
 
     def change(self, site: str, x: Float[Array, "b t inputs"]) -> Float[Array, "b t features"]:
-        """The part of `apply` that adds, float32."""
+        """What `apply` adds of a low-rank pair, float32."""
         return self.pairs[site](x if self.dropout is None else self.dropout(site, x))
 
     def weighted(self, strength_n: Float[Array, " n"]) -> Adjustment:
@@ -141,8 +142,7 @@ class Adjustment:
 
         # Of a pair that plays no part both halves are zero: others may share its place.
         pairs = {s: LowRank(weigh(pair.down, linear=False), weigh(pair.up)) for s, pair in self.pairs.items()}
-        offsets, later = jax.tree.map(weigh, (self.offsets, self.later))
-        return replace(self, offsets=offsets, later=later, pairs=pairs)
+        return replace(self.per_row(weigh), pairs=pairs)
 
     def per_row(self, change: Callable[[Array], Array]) -> Adjustment:
         """With `change` of every array that has an entry for each row. Pairs serve several rows and stay as they are.
@@ -151,45 +151,53 @@ class Adjustment:
         >>> adjustment.per_row(lambda x: jnp.repeat(x, 2, axis=0)).offsets["q_proj"].tolist()
         [[1.0], [1.0], [2.0], [2.0]]
         """
-        offsets, later = jax.tree.map(change, (self.offsets, self.later))
-        return replace(self, offsets=offsets, later=later)
+        offsets, later, shifts = jax.tree.map(change, (self.offsets, self.later, self.shifts))
+        return replace(self, offsets=offsets, later=later, shifts=shifts)
 
     def at(self, site: str) -> Adjustment:
         """The part that adjusts one site."""
-        offsets, later, pairs = ({s: x for s, x in of.items() if s == site} for of in self._parts)
-        return Adjustment(offsets, later, pairs, self.dropout)
+        offsets, later, pairs, shifts = ({s: x for s, x in of.items() if s == site} for of in self._parts)
+        return Adjustment(offsets, later, pairs, shifts, self.dropout)
 
     def gated(self, gates: Mapping[str, Float[Array, ""]]) -> Adjustment:
         """Each site's change times its gate."""
-        offsets, later = ({s: x * gates[s] for s, x in of.items()} for of in (self.offsets, self.later))
+        offsets, later, shifts = (
+            {s: x * gates[s] for s, x in of.items()} for of in (self.offsets, self.later, self.shifts)
+        )
         pairs = {s: LowRank(pair.down, pair.up * gates[s]) for s, pair in self.pairs.items()}
-        return Adjustment(offsets, later, pairs, self.dropout)
+        return Adjustment(offsets, later, pairs, shifts, self.dropout)
 
     @property
-    def _parts(self) -> tuple[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any]]:
-        return self.offsets, self.later, self.pairs
+    def _parts(self) -> tuple[Mapping[str, Any], ...]:
+        return self.offsets, self.later, self.pairs, self.shifts
 
     def settled(self) -> Adjustment:
         """The form for the tokens after the prompt, which are all alike."""
         offsets = dict(self.offsets)
         for site, x in self.later.items():
             offsets[site] = offsets[site] + x if site in offsets else x
-        return Adjustment(offsets, pairs=self.pairs)
+        return Adjustment(offsets, pairs=self.pairs, shifts=self.shifts)
 
     def astype(self, dtype: jnp.dtype) -> Adjustment:
         """The form in which it waits for the tokens: two bytes a number in bfloat16."""
-        offsets, later, pairs = jax.tree.map(lambda x: x.astype(dtype), self._parts)
-        return Adjustment(offsets, later, pairs, self.dropout)
+        offsets, later, pairs, shifts = jax.tree.map(lambda x: x.astype(dtype), self._parts)
+        return Adjustment(offsets, later, pairs, shifts, self.dropout)
 
 
 # `out_axes` of a `jax.vmap` over rows that share their pairs: what an Adjustment has for each row has an axis of rows.
-PER_ROW = Adjustment(**dict[str, Any](offsets=0, later=0, pairs=None))
+PER_ROW = Adjustment(**dict[str, Any](offsets=0, later=0, pairs=None, shifts=0))
+
+
+def _of_tokens(x: Float[Array, "*b features"], y: Float[Array, "b t features"]) -> Float[Array, "*b #t features"]:
+    """A vector for each row, or for each of its tokens, in float32 and with an axis of tokens."""
+    x = x.astype(jnp.float32)
+    return x if x.ndim == y.ndim else x[..., None, :]
 
 
 def total(adjustments: Iterable[Adjustment], *, disjoint: bool) -> Adjustment:
     """The sum of the changes that several Adjustments make to one batch.
 
-    With `disjoint`, every row is changed by one of them at most: offsets are zero in all the others and their sum is
+    With `disjoint`, every row is changed by one of them at most: vectors are zero in all the others and their sum is
     exact, and pairs are padded to the highest rank and share its place. Otherwise ranks stand side by side.
 
     >>> a = Adjustment({"q_proj": jnp.array([[0.5], [0.0]])})
@@ -200,13 +208,14 @@ def total(adjustments: Iterable[Adjustment], *, disjoint: bool) -> Adjustment:
     offsets: dict[str, Array] = {}
     later: dict[str, Array] = {}
     pairs: dict[str, LowRank] = {}
-    for adjustment in adjustments:
-        for sums, parts in ((offsets, adjustment.offsets), (later, adjustment.later)):
+    shifts: dict[str, Array] = {}
+    for each in adjustments:
+        for sums, parts in ((offsets, each.offsets), (later, each.later), (shifts, each.shifts)):
             for site, x in parts.items():
                 sums[site] = sums[site] + x if site in sums else x
-        for site, pair in adjustment.pairs.items():
+        for site, pair in each.pairs.items():
             pairs[site] = _joined(pairs[site], pair, disjoint) if site in pairs else pair
-    return Adjustment(offsets, later, pairs)
+    return Adjustment(offsets, later, pairs, shifts)
 
 
 def _joined(a: LowRank, b: LowRank, disjoint: bool) -> LowRank:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from para_jax import IA3Config, LoraConfig, ParaConfig
+from para_jax import BiasConfig, IA3Config, LoraConfig, ParaConfig
 from para_jax.adapters.adapter import Adapter, abstract_layers, named_leaves
 from para_jax.adapters.bank import AdapterBank
 from para_jax.adapters.method import MethodConfig
@@ -51,6 +51,7 @@ METHODS: dict[str, MethodConfig] = {
     ),
     "ia3": IA3Config(),
     "group": IA3Config(target_modules=("q_proj", "k_proj", "up_proj"), feedforward_modules=()),
+    "bias": BiasConfig(),
 }
 
 
@@ -97,12 +98,14 @@ FAMILY_OPTIONS: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True},
 }
-# Methods that every family takes: experts have no low-rank pairs, and no input of their last projection to scale.
+# Methods that every family takes: experts have no low-rank pairs and no biases, and no input of their last projection
+# to scale.
 FAMILY_METHODS: dict[str, MethodConfig] = {
     "para": METHODS["para"],
     "response": METHODS["response"],
     "lora": METHODS["lora"],
     "group": METHODS["group"],
+    "bias": METHODS["bias"],
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import jax
@@ -25,6 +26,12 @@ def pair_of(n: int, rank: int = RANK, seed: int = 1) -> LowRank:
     return LowRank(draw(n, rank, INPUTS, seed=seed), draw(n, OUTPUTS, rank, seed=seed + 1))
 
 
+def of_every_kind() -> Adjustment:
+    """Of one site, with all that there can be for it."""
+    vectors = ({"q_proj": draw(B, OUTPUTS, seed=seed)} for seed in (1, 2, 3))
+    return Adjustment(next(vectors), next(vectors), {"q_proj": pair_of(B)}, next(vectors))
+
+
 def change(pair: LowRank, row: int, n: int) -> np.ndarray:
     """x down^T up^T of one row, in float64."""
     down, up = (np.asarray(half, np.float64)[row // (B // n)] for half in (pair.down, pair.up))
@@ -40,10 +47,10 @@ def test_a_pair_serves_consecutive_rows(n: int) -> None:
 
 def test_apply_scales_and_adds() -> None:
     """Everywhere; or, of `later`, on tokens that are not the prompt's."""
-    always, later, pair = draw(B, OUTPUTS), draw(B, OUTPUTS, seed=2), pair_of(B)
-    adjustment = Adjustment({"q_proj": always}, {"q_proj": later}, {"q_proj": pair})
+    always, later, shift, pair = draw(B, OUTPUTS), draw(B, OUTPUTS, seed=2), draw(B, OUTPUTS, seed=3), pair_of(B)
+    adjustment = Adjustment({"q_proj": always}, {"q_proj": later}, {"q_proj": pair}, {"q_proj": shift})
     scale = 1 + np.asarray(always)[:, None] + np.where(PROMPT[..., None], 0, np.asarray(later)[:, None])
-    expected = Y * scale + np.stack([change(pair, row, B) for row in range(B)])
+    expected = Y * scale + np.asarray(shift)[:, None] + np.stack([change(pair, row, B) for row in range(B)])
     ours = adjustment.apply("q_proj", jnp.asarray(X), jnp.asarray(Y), jnp.asarray(PROMPT))
     np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
     # After the prompt, both forms are one.
@@ -62,13 +69,16 @@ def test_sums_are_taken_in_float32_and_returned_as_they_came() -> None:
     small = Adjustment({"q_proj": jnp.full((1, 1), 2.0**-7, jnp.bfloat16)})
     out = small.apply("q_proj", y, y)
     assert out.dtype == jnp.bfloat16 and float(out[0, 0, 0]) == 101.0
+    # 100 + 2^-2 is nearest to 100 in bfloat16, and 100 * (1 + 2^-9) + 2^-2, rounded once, to 100.5.
+    both = Adjustment({"q_proj": jnp.full((1, 1), 2.0**-9, jnp.bfloat16)}, shifts={"q_proj": y[:, 0] * 0 + 0.25})
+    assert float(both.apply("q_proj", y, y)[0, 0, 0]) == 100.5
     pair = LowRank(jnp.full((1, 4, 1), 0.1, jnp.bfloat16), jnp.full((1, 1, 4), 0.1, jnp.bfloat16))
     assert pair(y).dtype == jnp.float32
 
 
 def test_weighted() -> None:
     """Linear in the strength, and with strength zero nothing at all, not even of what is not a number."""
-    made = Adjustment({"q_proj": draw(B, OUTPUTS)}, {"q_proj": draw(B, OUTPUTS, seed=2)}, {"q_proj": pair_of(B)})
+    made = of_every_kind()
     strengths = np.array([1.0, 0.5, 0.0, -2.0], np.float32)
 
     def changes(adjustment: Adjustment) -> np.ndarray:
@@ -97,7 +107,8 @@ def test_total_is_the_sum_of_the_changes(disjoint: bool) -> None:
         strength = jnp.array([1.0, 0.0, 0.0, 0.0]) if i == 0 else jnp.array([0.0, i == 1, i == 2, 0.0], jnp.float32)
         strength = strength if disjoint else jnp.array([1.0, 0.5, 2.0, 0.0])
         sites = {"q_proj": pair_of(B, rank, seed=5 * i)} | ({} if i else {"up_proj": pair_of(B, rank, seed=9)})
-        made = Adjustment({"q_proj": draw(B, OUTPUTS, seed=20 + i)}, {"v_proj": draw(B, OUTPUTS, seed=i)}, sites)
+        offsets, later, shift = (draw(B, OUTPUTS, seed=seed + i) for seed in (20, 0, 30))
+        made = Adjustment({"q_proj": offsets}, {"v_proj": later}, sites, {"q_proj": shift} if i else {"up_proj": shift})
         parts.append(made.weighted(strength))
     whole = total(parts, disjoint=disjoint)
     assert whole.pairs["q_proj"].up.shape[-1] == (3 if disjoint else 6)
@@ -108,7 +119,7 @@ def test_total_is_the_sum_of_the_changes(disjoint: bool) -> None:
 
 
 def test_half_precision_is_what_waits() -> None:
-    made = Adjustment({"q_proj": draw(B, OUTPUTS)}, {"q_proj": draw(B, OUTPUTS)}, {"q_proj": pair_of(B)})
+    made = of_every_kind()
     waiting = made.astype(jnp.dtype("bfloat16"))
     assert {x.dtype for x in jax.tree.leaves(waiting)} == {jnp.dtype("bfloat16")}
     assert jax.tree.structure(waiting) == jax.tree.structure(made)
@@ -128,6 +139,41 @@ def test_the_identity_is_free() -> None:
     assert jax.tree.leaves(Adjustment()) == []
     jaxpr = jax.make_jaxpr(lambda x, y: Adjustment().apply("q_proj", x, y))(X, Y)
     assert [str(e.primitive) for e in jaxpr.eqns if e.primitive.name != "convert_element_type"] == []
+
+
+def test_what_is_empty_costs_nothing() -> None:
+    """Scaling is one sum and one product whether or not there are Adjustments that add; adding is one sum."""
+    by_form = {"offsets": ["add", "mul"], "shifts": ["add"]}
+    for form, expected in by_form.items():
+        made = Adjustment(**{form: {"q_proj": draw(B, OUTPUTS)}})
+        jaxpr = jax.make_jaxpr(lambda x, y, made=made: made.apply("q_proj", x, y))(X, Y)
+        assert [str(e.primitive) for e in jaxpr.eqns if e.primitive.name in ("add", "mul")] == expected
+
+
+# Its parts
+
+
+def test_the_part_of_one_site() -> None:
+    made = total([of_every_kind(), Adjustment(shifts={"k_proj": draw(B, OUTPUTS)})], disjoint=True)
+    x, y = jnp.asarray(X), jnp.asarray(Y)
+    for site in ("q_proj", "k_proj"):
+        assert np.array_equal(made.at(site).apply(site, x, y), made.apply(site, x, y))
+    assert len(jax.tree.leaves(made.at("q_proj"))) == 5 and len(jax.tree.leaves(made.at("k_proj"))) == 1
+
+
+def test_gates_are_of_the_change() -> None:
+    made, x, y = of_every_kind(), jnp.asarray(X), jnp.asarray(Y)
+    ours = made.gated({"q_proj": jnp.float32(0.25)}).apply("q_proj", x, y)
+    np.testing.assert_allclose(ours - Y, 0.25 * (made.apply("q_proj", x, y) - Y), rtol=1e-4, atol=1e-5)
+
+
+def test_rows_that_are_repeated() -> None:
+    """As beams are: with a pair that serves them all."""
+    made = dataclasses.replace(of_every_kind(), pairs={"q_proj": pair_of(1)})
+    repeated = made.per_row(lambda x: jnp.repeat(x, 2, axis=0))
+    twice, (x, y) = np.repeat(np.arange(B), 2), (jnp.asarray(X), jnp.asarray(Y))
+    ours = repeated.apply("q_proj", x[twice], y[twice])
+    np.testing.assert_allclose(ours, made.apply("q_proj", x, y)[twice], rtol=1e-5, atol=1e-5)
 
 
 # Dropout

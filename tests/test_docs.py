@@ -10,7 +10,10 @@ from urllib.parse import unquote
 
 import pytest
 
+from para_jax import BiasConfig, ParaConfig, adapter_cost
 from para_jax.cli import parser
+from para_jax.config import BackboneConfig
+from tests.test_package import IMPORTS
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -67,3 +70,56 @@ def test_the_example_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_the_table_of_families() -> None:
     table = "\n".join(runpy.run_path(str(DOCS / "families_table.py"))["lines"]())
     assert table in (DOCS / "families.md").read_text(), "run python docs/families_table.py and put it into the page"
+
+
+# Adding a method
+
+METHOD = (DOCS / "adding_a_method.md").read_text(encoding="utf-8")
+# The module of the method that docs/adding_a_method.md walks through, and where it is entered.
+FILE, ENTRIES = "para_jax/adapters/bias.py", ("para_jax/adapters/registry.py", "para_jax/__init__.py")
+
+
+def blocks(language: str) -> list[str]:
+    """The code of one language on the page."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", METHOD, re.MULTILINE | re.DOTALL)
+
+
+def test_the_code_of_a_method_is_that_of_its_file() -> None:
+    shown, code = blocks("python"), (ROOT / FILE).read_text(encoding="utf-8")
+    assert len(shown) == 6
+    for block in shown:
+        assert block in code, "copy it again from the file"
+
+
+def test_the_lines_of_a_method() -> None:
+    """Its own file, which is short, and its entries, which are shown."""
+    counts = dict(re.findall(r"^\| `([\w./]+)` \| (\d+) \|$", METHOD, re.MULTILINE))
+    own = (ROOT / FILE).read_text(encoding="utf-8").splitlines()
+    assert int(counts.pop(FILE)) == len(own) <= 150
+    for path, diff in zip(ENTRIES, blocks("diff"), strict=True):
+        added = [line.removeprefix("+") for line in diff.splitlines()]
+        lines = (ROOT / path).read_text(encoding="utf-8").splitlines()
+        assert added == [line for line in lines if "BiasConfig" in line], path
+        assert int(counts.pop(path)) == len(added)
+    assert not counts
+
+
+def test_nothing_else_knows_of_a_method() -> None:
+    """Of all modules the registry alone imports it, and no other names it."""
+    module = FILE.removesuffix(".py").replace("/", ".")
+    assert [name for name, others in IMPORTS.items() if module in others] == ["para_jax.adapters.registry"]
+    named = [
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "para_jax").rglob("*.py")
+        if re.search(r"\bBias(Config|Layer)\b", path.read_text(encoding="utf-8"))
+    ]
+    assert sorted(named) == sorted([FILE, *ENTRIES])
+
+
+@pytest.mark.parametrize(
+    ("config", "size", "megabytes"), [(BiasConfig(), "1,359,872", 2.72), (ParaConfig(), "8,945,664", 1.23)]
+)
+def test_what_a_method_costs(config: BiasConfig | ParaConfig, size: str, megabytes: float) -> None:
+    cost = adapter_cost(config, BackboneConfig(32000, 4096, 11008, 32, 32, 32, 128))
+    assert f"{cost.parameters:,}" == size and size in METHOD
+    assert round(cost.in_flight / 1e6, 2) == megabytes and f"{megabytes} MB" in METHOD

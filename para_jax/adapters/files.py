@@ -1,9 +1,9 @@
 """An adapter as a folder: adapter_config.json and adapter_model.safetensors.
 
-LoRA and (IA)3 have PEFT's form (`para_jax.adapters.peft`). PARA has its own: adapter_config.json holds `peft_type`
-(the method), the method's own hyper-parameters, `base_model_name_or_path`, `base_model` (the sizes that it depends
-on) and `para_jax_version`; the weights are float32, a tensor a name, with the layers stacked on the first axis.
-docs/adapters.md describes both.
+Methods that PEFT has, LoRA and (IA)3, have its form (`para_jax.adapters.peft`). The others have ours:
+adapter_config.json holds `peft_type` (the method), the method's own hyper-parameters, `base_model_name_or_path`,
+`base_model` (the sizes that it depends on) and `para_jax_version`; the weights are float32, a tensor a name, with the
+layers stacked on the first axis. docs/adapters.md describes both.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 from para_jax import __version__
 from para_jax.adapters import peft
 from para_jax.adapters.adapter import Adapter, abstract_layers, mismatches, named_leaves
-from para_jax.adapters.method import BackboneShape
+from para_jax.adapters.method import BackboneShape, MethodConfig
 from para_jax.adapters.registry import METHODS, PEFT, config_from_dict
 from para_jax.adapters.weights import CONFIG, WEIGHTS, Weights, read_config, read_weights, refuse_nonfinite
 from para_jax.errors import ParaJaxError, unknown
@@ -48,7 +48,6 @@ def save_adapter(
     written, or if the adapter does not fit `base`.
     """
     adapter.check(base)
-    of_adapter: Any = adapter.config
     chat_template = adapter.chat_template if chat_template is None else chat_template
     if adapter.config.peft_type:
         config, tensors, metadata = peft.to_peft(adapter, base)
@@ -57,7 +56,7 @@ def save_adapter(
             "peft_type": adapter.config.method.upper(),
             **dataclasses.asdict(adapter.config),
             "base_model_name_or_path": getattr(base, "name", ""),
-            "base_model": base_sizes(base, of_adapter.target_modules),
+            "base_model": base_sizes(base, _sites(adapter.config, base)),
             "para_jax_version": __version__,
         }
         tensors, metadata = {k: np.asarray(v) for k, v in adapter.tensors().items()}, {"format": "pt"}
@@ -129,24 +128,30 @@ def load_adapter(folder: str | Path, shape: BackboneShape, *, check_finite: bool
 
 def _of_ours(folder: Path, method: str, fields: dict[str, Any], weights: Weights, shape: BackboneShape) -> Adapter:
     """An adapter in the form that PEFT does not have."""
+    made_for = fields.get("base_model")
     try:
         config = config_from_dict(method, {k: v for k, v in fields.items() if k not in OURS})
+        # Targets may have no place in a backbone of other sizes, which are looked at first.
+        differences = _differences(made_for, base_sizes(shape, ())) or _differences(
+            made_for, base_sizes(shape, _sites(config, shape))
+        )
     except ParaJaxError as error:
         raise ParaJaxError(f"{folder / CONFIG}: {error}") from error
-    if differences := _differences(fields.get("base_model"), base_sizes(shape, config.target_modules)):
+    if differences:
         raise ParaJaxError(
             f"{folder} was made for another backbone ({fields.get('base_model_name_or_path') or 'unnamed'}: "
             f"{differences}); load the backbone it was tuned on, or tune it again"
         )
-    try:
-        problems = mismatches(weights.tensors, config, shape)
-    except ParaJaxError as error:
-        raise ParaJaxError(f"{folder / CONFIG}: {error}") from error
-    if problems:
+    if problems := mismatches(weights.tensors, config, shape):
         raise ParaJaxError(f"{weights.path}: {'; '.join(problems)}")
     abstract = abstract_layers(config, shape)
     leaves = [jax.device_put(weights.tensors[name]) for name in named_leaves(abstract)]
     return Adapter(config, jax.tree.unflatten(jax.tree.structure(abstract), leaves))
+
+
+def _sites(config: MethodConfig, shape: BackboneShape) -> list[str]:
+    """The sites that an adapter adapts in any layer."""
+    return list(dict.fromkeys(site for own in config.modules(shape) for site in own))
 
 
 def base_sizes(shape: BackboneShape, sites: Iterable[str] | None = None) -> dict[str, Any]:
@@ -154,9 +159,7 @@ def base_sizes(shape: BackboneShape, sites: Iterable[str] | None = None) -> dict
     return {
         "hidden_size": shape.hidden_size,
         "num_hidden_layers": shape.num_hidden_layers,
-        "sites": {
-            name: [*shape.sites[name][:2]] for name in (shape.sites if sites is None else sites) if name in shape.sites
-        },
+        "sites": {name: [*shape.sites[name][:2]] for name in (shape.sites if sites is None else sites)},
     }
 
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from para_jax.adapters.method import BackboneShape, Joint, Place, Prompt, Tensors, sites_by_name
+from para_jax.adapters.method import BackboneShape, Joint, Place, Prompt, Tensors, of_layer, sites_by_name
 from para_jax.adapters.targets import as_patterns, matched, module_path, resolve
 from para_jax.adjustment import Adjustment
 from para_jax.compat import Dict
@@ -226,13 +226,7 @@ class IA3Layer(nnx.Module):
     def prepare(self, prompt: Prompt, layer: Int[Array, ""] | int = 0) -> Adjustment:
         """Hands on this layer's vectors. The prompt is not read."""
         offsets: dict[str, Array] = {}
-        for site, offset in self.offsets().items():
-            if isinstance(layer, int):
-                if site not in self.modules[layer]:
-                    continue
-            elif not all(site in sites for sites in self.modules):
-                here = jnp.array([site in sites for sites in self.modules])[layer]
-                offset = jnp.where(here, offset, 0)
+        for site, offset in of_layer(self.offsets(), self.modules, layer).items():
             at = self.scaled[site]
             # up_proj's output may be scaled by two vectors, its own and that of down_proj's input.
             offsets[at] = offsets[at] + offset + offsets[at] * offset if at in offsets else offset

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from para_jax.adjustment import Adjustment
@@ -82,6 +83,13 @@ class MethodConfig(Protocol):
     @property
     def dropout(self) -> float: ...
 
+    def modules(self, shape: BackboneShape) -> tuple[Mapping[str, Any], ...]:
+        """The targeted sites of each layer, and what is particular to each.
+
+        Raises ParaJaxError for a target that matches nothing.
+        """
+        ...
+
     def layer(self, shape: BackboneShape, rngs: nnx.Rngs, layer: Int[Array, ""]) -> AdapterLayer:
         """Fresh weights of layer number `layer`. Of an array's shape nothing depends on it."""
         ...
@@ -144,10 +152,6 @@ class PeftMethod(MethodConfig, Protocol):
     peft_requires: ClassVar[tuple[str, ...]]
     peft_choices: ClassVar[Mapping[str, tuple[Any, ...]]]
 
-    def modules(self, shape: BackboneShape) -> tuple[Mapping[str, Any], ...]:
-        """The targeted sites of each layer, and what is particular to each."""
-        ...
-
     def places(self, layer: int, site: str, shape: BackboneShape) -> dict[str, Place]:
         """PEFT's tensors of one module, by what their names have behind the module's path."""
         ...
@@ -183,6 +187,24 @@ def sites_by_name(modules: Sequence[Mapping[str, Any]], shape: BackboneShape) ->
     if all(len(own) == len(sites) for own in modules):
         return tuple(sites)
     return tuple(site_path(i, site, shape) for i, own in enumerate(modules) for site in sites if site in own)
+
+
+def of_layer(
+    by_site: Mapping[str, Array], modules: Sequence[Collection[str]], layer: Int[Array, ""] | int
+) -> dict[str, Array]:
+    """Those of a layer's arrays that are of its own modules.
+
+    Stacked layers have arrays for the same sites. Where they are scanned, and `layer` is traced, the array of a site
+    that the layer does not target is zero.
+    """
+    found = {}
+    for site, x in by_site.items():
+        here = [site in own for own in modules]
+        if not isinstance(layer, int):
+            found[site] = x if all(here) else jnp.where(jnp.array(here)[layer], x, 0)
+        elif here[layer]:
+            found[site] = x
+    return found
 
 
 def site_path(layer: int, site: str, shape: BackboneShape) -> str:

@@ -94,6 +94,11 @@ class ParaConfig:
             raise ParaJaxError(f"init_std must be a number from 0, not {std!r}")
         object.__setattr__(self, "target_modules", as_targets(self.target_modules))
 
+    def modules(self, shape: BackboneShape) -> tuple[Mapping[str, None], ...]:
+        """The scaled sites, the same in each layer. Raises ParaJaxError for a target that is no site."""
+        check_targets(self.target_modules, shape)
+        return (dict.fromkeys(self.target_modules),) * shape.num_hidden_layers
+
     def layer(self, shape: BackboneShape, rngs: nnx.Rngs, layer: Int[Array, ""] | int = 0) -> ParaLayer:
         """A fresh generator for one layer of a backbone; all layers are alike."""
         check_targets(self.target_modules, shape)

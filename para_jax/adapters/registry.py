@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from para_jax.adapters.bias import BiasConfig
 from para_jax.adapters.fanlora import FanLoraConfig
 from para_jax.adapters.ia3 import IA3Config
 from para_jax.adapters.lora import LoraConfig
@@ -15,9 +16,18 @@ from para_jax.config import read_json
 from para_jax.errors import ParaJaxError, unknown
 
 # Every method by the name that adapter_config.json and the command line use.
-METHODS: dict[str, type[Any]] = {config.method: config for config in (ParaConfig, IA3Config, FanLoraConfig, LoraConfig)}
-# Those that PEFT has, by what it calls them. FanLoRA is LoRA to it.
-PEFT: dict[str, type[Any]] = {config.peft_type: config for config in (LoraConfig, IA3Config)}
+METHODS: dict[str, type[Any]] = {
+    config.method: config
+    for config in (
+        ParaConfig,
+        IA3Config,
+        BiasConfig,
+        FanLoraConfig,
+        LoraConfig,
+    )
+}
+# Those that PEFT has, by what it calls them. FanLoRA is LoRA to it, which stands behind it above.
+PEFT: dict[str, type[Any]] = {config.peft_type: config for config in METHODS.values() if config.peft_type}
 
 
 def config_from_dict(method: str, fields: Mapping[str, Any]) -> Any:

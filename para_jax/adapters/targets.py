@@ -77,8 +77,8 @@ def resolve(
         for entry in target_modules:
             if any(names_module(entry, site.path) for name, site in shape.sites.items() if name not in sites):
                 raise ParaJaxError(
-                    f"{option} has {entry}, which is the projections of many experts here; they can be scaled (para, "
-                    f"ia3) and have no low-rank pairs. Choose among {', '.join(sites)}"
+                    f"{option} has {entry}, which is the projections of many experts here; their outputs can be scaled "
+                    f"(para, ia3) and not added to. Choose among {', '.join(sites)}"
                 )
     paths = {(i, site): module_path(i, site, shape) for i in range(total) for site in sites}
     for name, pattern in ((option, target_modules), ("exclude_modules", exclude)):

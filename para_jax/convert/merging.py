@@ -29,8 +29,8 @@ def merge_adapter(backbone: W, adapter: Adapter) -> W:
     the backbone in float32 to merge, and let `save_backbone` cast it. Weights that the adapter does not target are
     shared with the backbone given, which stays as it is; new ones have its placement on devices.
 
-    Raises ParaJaxError for an adapter of another shape, one that makes a weight NaN or infinite, or one of PARA, which
-    cannot be merged: its vectors depend on the prompt.
+    Raises ParaJaxError for an adapter of another shape, one that makes a weight NaN or infinite, or one of a method
+    that cannot be merged, as PARA cannot: its vectors depend on the prompt.
 
     >>> import jax.numpy as jnp
     >>> from para_jax import AdapterBank, Backbone, IA3Config, tiny_backbone_path
@@ -42,9 +42,14 @@ def merge_adapter(backbone: W, adapter: Adapter) -> W:
     """
     config, shape = adapter.config, backbone.config
     if not config.peft_type:
+        why = (
+            "its vectors are made from each prompt, so no one set of weights does what it does"
+            if config.reads_prompt
+            else "only the methods that PEFT has are"
+        )
         raise ParaJaxError(
-            f"an adapter of method {config.method} cannot be merged: its vectors are made from each prompt, so no one "
-            "set of weights does what it does. Serve it from a bank, or tune lora or ia3 to merge"
+            f"an adapter of method {config.method} cannot be merged: {why}. Serve it from a bank, or tune lora or ia3 "
+            "to merge"
         )
     adapter.check(shape)
     if backbone.quantize is not None:

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 import pytest
 
-from para_jax import AdapterBank, LoraConfig, ParaConfig, ParaJaxError, load_adapter, save_adapter
+from para_jax import AdapterBank, BiasConfig, LoraConfig, ParaConfig, ParaJaxError, load_adapter, save_adapter
 from para_jax.adapters.adapter import Adapter
 from para_jax.adapters.files import CONFIG, WEIGHTS
 from para_jax.adapters.method import MethodConfig
@@ -217,7 +217,7 @@ def test_folders_that_are_something_else(old: Adapter, tmp_path: Path) -> None:
 TEMPLATE = "{%- for m in messages %}\r\n{{ m.content }} ☕{% endfor %}\n"
 
 
-@pytest.mark.parametrize("config", [ParaConfig(r=2), LoraConfig(r=2)], ids=["para", "lora"])
+@pytest.mark.parametrize("config", [ParaConfig(r=2), LoraConfig(r=2), BiasConfig()], ids=["para", "lora", "bias"])
 def test_a_chat_template_goes_where_its_adapter_goes(config: MethodConfig, tmp_path: Path) -> None:
     plain = random_adapter(config, SMALL, 0)
     save_adapter(plain, tmp_path / "a", SMALL, chat_template=TEMPLATE)

@@ -19,8 +19,8 @@ from para_jax.backbones.options import compute_dtype
 from para_jax.errors import ParaJaxError
 from tests.helpers import FAMILY_METHODS, family_backbone, random_backbone, random_bank
 
-TOKENS = np.random.default_rng(0).integers(0, 61, (5, 9), dtype=np.int32)
-TENANTS = ["para", "lora", "response", "group", None]
+TOKENS = np.random.default_rng(0).integers(0, 61, (6, 9), dtype=np.int32)
+TENANTS = ["para", "lora", "response", "group", "bias", None]
 
 
 def logits(backbone: Backbone, dtype: str) -> np.ndarray:

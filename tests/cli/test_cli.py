@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from para_jax import IA3Config, LoraConfig, ParaConfig, ParaJaxError, tiny_backbone_path
+from para_jax import BiasConfig, IA3Config, LoraConfig, ParaConfig, ParaJaxError, tiny_backbone_path
 from para_jax.cli import main
 from para_jax.cli.evaluate import with_choices
 from para_jax.cli.finetune import method_configs
@@ -209,8 +209,8 @@ def test_options_for_all_and_for_one_method(tmp_path):
     file = tmp_path / "lora.json"
     file.write_text(json.dumps({"method": "lora", "r": 2, "rank_pattern": {"q_proj": 4}, "target_modules": ["q_proj"]}))
     configs = method_configs(
-        ["a", "b", "c", "d"],
-        ["lora", "a=para", "c=ia3", f"d={file}"],
+        ["a", "b", "c", "d", "e"],
+        ["lora", "a=para", "c=ia3", f"d={file}", "e=bias"],
         [
             *("target_modules=v_proj,down_proj", "para.normalize=false", "para.pooling=mean"),
             *("lora.r=4", 'lora.rank_pattern={"v_proj": 2}', "lora.use_rslora=True"),
@@ -220,6 +220,7 @@ def test_options_for_all_and_for_one_method(tmp_path):
     patterned = LoraConfig(r=4, target_modules=("v_proj", "down_proj"), rank_pattern={"v_proj": 2}, use_rslora=True)
     assert configs["b"] == patterned
     assert configs["c"] == IA3Config(target_modules=("v_proj", "down_proj"))
+    assert configs["e"] == BiasConfig(target_modules=("v_proj", "down_proj"))
     assert configs["d"] == LoraConfig(r=2, rank_pattern={"q_proj": 4}, target_modules=("q_proj",))
     assert set(method_configs(["a", "b"], [], []).values()) == {ParaConfig()}
     every = method_configs(["a"], ["lora"], ["target_modules=all-linear"])["a"]
@@ -256,13 +257,14 @@ def test_mistakes_in_methods_and_options(tmp_path):
 
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory):
-    """A run of three methods, and its arguments without --out."""
+    """A run of four methods, and its arguments without --out."""
     folder = tmp_path_factory.mktemp("mixed")
     file = folder / "lora.json"
     file.write_text(json.dumps({"method": "lora", "r": 2, "rank_pattern": {"layers.0.self_attn.q_proj": 4}}))
-    words = {"acme": ["house", "river"], "globex": ["day", "night"], "initech": ["dog", "cat"]}
+    words = {"acme": ["house", "river"], "globex": ["day", "night"], "initech": ["dog", "cat"], "hooli": ["sun"]}
     tenants = [part for n, w in words.items() for part in ("--tenant", f"{n}={rows(folder, n, w)}")]
-    methods = ["--method", f"acme={file}", "--method", "globex=ia3", "--lr", "0.1", "--lr", "initech=0.01"]
+    methods = ["--method", f"acme={file}", "--method", "globex=ia3", "--method", "hooli=bias"]
+    methods += ["--lr", "0.1", "--lr", "initech=0.01"]
     arguments = [*tenants, *methods, "--rows", "2", "--steps", "2", "--option", "para.r=3"]
     assert main(["finetune", *arguments, "--out", str(folder / "out")]) == 0
     return folder / "out", arguments, file
@@ -272,11 +274,12 @@ def test_one_run_of_several_methods(mixed, capsys):
     """run.json has each tenant's method and options, and so a run with others is not taken for this one."""
     out, arguments, file = mixed
     run = json.loads((out / "run.json").read_text())["tenants"]
-    assert {name: run[name]["method"] for name in run} == {"acme": "lora", "globex": "ia3", "initech": "para"}
+    methods = {"acme": "lora", "globex": "ia3", "initech": "para", "hooli": "bias"}
+    assert {name: run[name]["method"] for name in run} == methods
     assert run["acme"]["rank_pattern"] == [["layers.0.self_attn.q_proj", 4]] and run["initech"]["r"] == 3
     assert run["acme"]["lr"] == 0.1 and run["initech"]["lr"] == 0.01
     types = {n: json.loads((out / n / "adapter_config.json").read_text())["peft_type"] for n in run}
-    assert types == {"acme": "LORA", "globex": "IA3", "initech": "PARA"}
+    assert types == {name: method.upper() for name, method in methods.items()}
     assert main(["finetune", *arguments, "--out", str(out), "--resume"]) == 0
     capsys.readouterr()
     written = file.read_text()
@@ -289,7 +292,7 @@ def test_one_run_of_several_methods(mixed, capsys):
 def test_generate_with_strengths(mixed, tmp_path, capsys):
     out, _, _ = mixed
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    tenants = ["acme", {"acme": 1.0}, None, {"acme": 0}, {}, {"globex": 0.5, "acme": -1}]
+    tenants = ["acme", {"acme": 1.0}, None, {"acme": 0}, {}, {"globex": 0.5, "acme": -1, "hooli": 1}]
     source.write_text("".join(json.dumps({"tenant": t, "prompt": "The house is"}) + "\n" for t in tenants))
     arguments = ["generate", "--adapters", str(out), "--input", str(source), "--output", str(target), "--overwrite"]
     assert main([*arguments, "--max-new-tokens", "4"]) == 0

@@ -47,6 +47,7 @@ def test_parameters_and_bytes_stored_are_those_of_a_real_adapter(name: str) -> N
         ("ia3 k, v, down (PEFT's)", "bfloat16"),
         ("fanlora r=8, 2 modules a layer", "bfloat16"),
         ("patterned", "float32"),
+        ("bias q, up", "bfloat16"),
     ],
 )
 def test_bytes_in_flight_are_those_of_a_real_state(name: str, dtype: str) -> None:
@@ -95,7 +96,7 @@ def test_llama_2_7b(tmp_path, capsys) -> None:
 def test_the_tiny_backbone_is_the_default(capsys) -> None:
     assert main(["methods", "--dtype", "float32"]) == 0
     printed = capsys.readouterr().out
-    for name in ("para", "ia3", "fanlora", "lora r=8", "lora r=64"):
+    for name in ("para", "ia3", "bias", "fanlora", "lora r=8", "lora r=64"):
         assert f"\n{name}" in printed
 
 
@@ -118,5 +119,6 @@ def test_a_model_with_experts(tmp_path, capsys: pytest.CaptureFixture[str]) -> N
     assert main(["methods", "--model", str(tmp_path / "config.json")]) == 0
     shown = capsys.readouterr().out
     assert "ia3 q, k, up" in shown and "PEFT's" not in shown
+    assert "bias, all linear" in shown and "bias q, up" not in shown
     shape = BackboneConfig.from_hf(family_fields("mixtral"))
     assert usual(shape)["lora r=8, all linear"].size(shape) == 2 * 8 * (32 + 32 + 32 + 16 + 32 + 16 + 32 + 32)

@@ -9,7 +9,11 @@ from tests.compilations import compilations
 from tests.helpers import METHODS, random_adapter, random_backbone
 
 CONFIG, OTHER = ParaConfig(r=4), ParaConfig(r=3, pooling="mean", bias=True)
-PAIRS = {"para": (CONFIG, OTHER), "lora and ia3": (METHODS["patterned"], METHODS["ia3"])}
+PAIRS = {
+    "para": (CONFIG, OTHER),
+    "lora and ia3": (METHODS["patterned"], METHODS["ia3"]),
+    "bias and para": (METHODS["bias"], CONFIG),
+}
 TENANTS = ["acme", None, "globex", "acme"]
 
 
@@ -48,7 +52,11 @@ KINDS = {
 
 
 @pytest.mark.parametrize(
-    ("kind", "pair"), [*((kind, "para") for kind in KINDS), ("greedy", "lora and ia3"), ("beams", "lora and ia3")]
+    ("kind", "pair"),
+    [
+        *((kind, "para") for kind in KINDS),
+        *(("greedy", "lora and ia3"), ("beams", "lora and ia3"), ("greedy", "bias and para")),
+    ],
 )
 def test_what_is_new_compiles_nothing(backbone, tokenizer, kind, pair):
     bank = bank_of(PAIRS[pair], backbone)

@@ -20,7 +20,7 @@ from tests.compilations import compilations
 from tests.helpers import FAMILY_METHODS, SMALL, family_backbone, random_adapter, random_backbone, random_bank
 
 B, PROMPT, STEPS = 8, 7, 3
-TENANTS = ["para", None, "lora", "response", "group", "lora", None, {"para": 0.5, "group": 0.5}]
+TENANTS = ["para", None, "lora", "response", "group", "bias", None, {"para": 0.5, "group": 0.5}]
 LENGTHS = np.array([7, 1, 4, 6, 3, 7, 5, 2])[:, None]
 
 
@@ -67,8 +67,9 @@ def model(request: pytest.FixtureRequest) -> Model:
 
 def test_fresh_adapters_are_the_identity(model: Model) -> None:
     fresh = AdapterBank.create(FAMILY_METHODS, model.backbone.config)
-    names = [*fresh.names]
-    first, second = (fresh.rows(rows) for rows in ([*names, None, None, None, None], [None] * 4 + names))
+    *three, fourth, fifth = fresh.names
+    tenants = [*three, {fourth: 1.0, fifth: 1.0}]
+    first, second = (fresh.rows(rows) for rows in ([*tenants, None, None, None, None], [None] * 4 + tenants))
     tokens = np.concatenate([model.tokens[:4]] * 2)
     mask = np.concatenate([model.mask[:4]] * 2)
     one, other = (stepwise(model.backbone, tokens, mask, rows) for rows in (first, second))

@@ -18,6 +18,7 @@ BANKS = {
     "para": (SMALL, LARGE),
     "lora": (METHODS["patterned"], METHODS["lora"]),
     "others": (METHODS["ia3"], METHODS["response"]),
+    "biases": (METHODS["bias"], METHODS["para"]),
     "mixed": (METHODS["lora"], METHODS["group"]),
 }
 B, PROMPT, STEPS = 5, 6, 3
@@ -47,6 +48,7 @@ MODELS = [
     (True, "para", "float32"),
     (False, "lora", "float32"),
     (True, "others", "float32"),
+    (False, "biases", "float32"),
     (False, "mixed", "float32"),
     (True, "mixed", "float16"),
 ]

@@ -17,7 +17,7 @@ from para_jax.adjustment import Adjustment
 from tests.helpers import METHODS, random_adapter, random_backbone, random_bank
 
 EVERYONE = [*METHODS, None]
-PROMPTS = [[int(token) for token in np.random.default_rng(n).integers(2, 61, n)] for n in (5, 1, 7, 3, 4, 6, 2)]
+PROMPTS = [[int(token) for token in np.random.default_rng(n).integers(2, 61, n)] for n in (5, 1, 7, 3, 4, 6, 8, 2)]
 GREEDY: dict[str, Any] = {"max_new_tokens": 6, "eos_token_id": ()}
 
 
@@ -45,7 +45,7 @@ def only(bank: AdapterBank, name: str | None) -> AdapterBank:
 
 def test_each_row_is_what_it_is_in_a_run_of_its_method_alone(backbone: Backbone, bank: AdapterBank) -> None:
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 61, (len(EVERYONE), 6)), jnp.int32)
-    prompt = jnp.arange(6)[None] < jnp.array([6, 3, 4, 5, 1, 2, 6])[:, None]
+    prompt = jnp.arange(6)[None] < jnp.array([6, 3, 4, 5, 1, 2, 3, 6])[:, None]
     together = np.asarray(backbone(tokens, prompt_mask=prompt, bank=bank, tenants=EVERYONE))
     bare = np.asarray(backbone(tokens, prompt_mask=prompt))
     for row, name in enumerate(EVERYONE):
@@ -60,7 +60,7 @@ def test_each_row_is_what_it_is_in_a_run_of_its_method_alone(backbone: Backbone,
 def test_generated_texts_are_those_of_each_method_alone(backbone: Backbone, bank: AdapterBank, tokenizer) -> None:
     mixed = complete(backbone, tokenizer, PROMPTS, bank=bank, tenants=EVERYONE, **GREEDY)
     for prompt, name, row in zip(PROMPTS, EVERYONE, mixed, strict=True):
-        if name in ("lora", "patterned", "ia3", None):
+        if name in ("lora", "patterned", "ia3", "bias", None):
             own = complete(backbone, tokenizer, [prompt], bank=only(bank, name), tenants=[name], **GREEDY)
             assert own == [row], name
     # They are what one full forward pass says, too: prepared from the prompt, each token the likeliest.
@@ -144,11 +144,16 @@ def test_changes_are_linear_in_the_strength(bank: AdapterBank, name: str) -> Non
 
 @pytest.mark.parametrize(
     "mixture",
-    [{"lora": 0.5, "patterned": 2.0}, {"lora": 1.0, "ia3": 0.7}, {"patterned": 1.0, "para": -0.5, "group": 1.0}],
+    [
+        {"lora": 0.5, "patterned": 2.0},
+        {"lora": 1.0, "ia3": 0.7},
+        {"patterned": 1.0, "para": -0.5, "group": 1.0},
+        {"bias": 2.0, "lora": 1.0, "para": -0.5},
+    ],
     ids=str,
 )
 def test_several_adapters_add_what_each_changes(bank: AdapterBank, mixture: dict[str, float]) -> None:
-    """y (1 + sum of s * offset) + sum of s * x down^T up^T, beside rows of one adapter and of none."""
+    """y (1 + sum of s * offset) + sum of s * shift + sum of s * x down^T up^T, beside rows of one and of none."""
     for site in bank.shape.sites:
         both, none, *each = changes(bank, site, [mixture, None, *mixture])
         expected = sum(strength * change for strength, change in zip(mixture.values(), each, strict=True))

@@ -18,6 +18,7 @@ from para_jax import (
     AdapterBank,
     Backbone,
     BackboneConfig,
+    BiasConfig,
     IA3Config,
     LoraConfig,
     ParaConfig,
@@ -63,9 +64,9 @@ def test_target_that_matches_nothing(backbone: Backbone) -> None:
         ParaConfig(target_modules="q_proj")
 
 
-@pytest.mark.parametrize("config", [LoraConfig, IA3Config])
+@pytest.mark.parametrize("config", [LoraConfig, IA3Config, BiasConfig])
 def test_target_that_matches_nothing_in_other_methods(backbone: Backbone, config: type) -> None:
-    options: dict = {} if config is LoraConfig else {"feedforward_modules": ()}
+    options: dict = {"feedforward_modules": ()} if config is IA3Config else {}
     with says("target_modules", "'q_porj'", "did you mean 'q_proj'?", "Known:", "up_proj"):
         AdapterBank.create({"acme": config(target_modules=("v_proj", "q_porj"), **options)}, backbone.config)
     with says("target_modules 'q_proj'", "no module's whole path fits", "model.layers.0", "['q_proj']"):

@@ -21,11 +21,11 @@ CONFIGS = {
 } | {"other": ParaConfig(r=3, pooling="last", activation="gelu", bias=True)}
 BATCHES: dict[str, list] = {
     "para": ["last", None, "mean", "max", "attention", "last", None, "other"],
-    "mixed": ["lora", None, "response", "patterned", "ia3", "group", "last", {"lora": -0.5}],
+    "mixed": ["lora", None, "response", "patterned", "ia3", "group", "bias", {"lora": -0.5}],
     # Rows of several adapters: their pairs stand side by side and their scales are added.
     "composed": [
         *["lora", None, {"lora": 0.5, "patterned": 1.5}, "response", {"ia3": 0.7, "response": 0.5}],
-        *[{"patterned": 1.0, "group": 1.0, "last": -1.0}, "lora", None],
+        *[{"patterned": 1.0, "group": 1.0, "last": -1.0}, "lora", {"bias": 0.5, "ia3": 1.0}],
     ],
 }
 LENGTHS = np.array([6, 1, 4, 6, 3, 2, 5, 1])[:, None]

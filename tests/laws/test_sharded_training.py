@@ -194,7 +194,9 @@ def collectives(text: str, inside: str) -> Counter:
     )
 
 
-@pytest.mark.parametrize(("family", "method"), [("llama", METHODS["ia3"]), ("mixtral", METHODS["group"])])
+@pytest.mark.parametrize(
+    ("family", "method"), [("llama", METHODS["ia3"]), ("llama", METHODS["bias"]), ("mixtral", METHODS["group"])]
+)
 def test_what_a_layer_moves(family: str, method: MethodConfig, tmp_path) -> None:
     """Per layer and pass: its four weights are gathered over fsdp, and two sums go over tensor. Nothing else."""
     there = on_mesh(family_backbone(family, stacked=True), make_mesh("fsdp=4,tensor=2"), tmp_path / "a")

@@ -13,13 +13,14 @@ from para_jax.training.settings import Settings
 from para_jax.training.state import Sums, TrainState, stack_settings
 from tests.helpers import METHODS, random_adapter, random_backbone, take_step
 
-NAMES = ("acme", "globex", "initech", "hooli", "umbrella")
+NAMES = ("acme", "globex", "initech", "hooli", "umbrella", "stark")
 SETTINGS = {
     "acme": Settings(steps=6, lr=1e-2, max_grad_norm=0.05),
     "globex": Settings(steps=3, lr=3e-3, weight_decay=0.1),
     "initech": Settings(steps=6, lr=2e-2, warmup_ratio=0.5),
     "hooli": Settings(steps=4, lr=1e-2, weight_decay=0.05),
     "umbrella": Settings(steps=6, lr=3e-2, max_grad_norm=0.1),
+    "stark": Settings(steps=5, lr=2e-2, weight_decay=0.1, max_grad_norm=0.5),
 }
 CONFIGS = {
     "acme": ParaConfig(r=3),
@@ -27,6 +28,7 @@ CONFIGS = {
     "initech": ParaConfig(r=2, pooling="mean", bias=True, read="normed", scale="response"),
     "hooli": METHODS["patterned"],
     "umbrella": METHODS["group"],
+    "stark": METHODS["bias"],
 }
 
 
@@ -91,7 +93,7 @@ def test_alone_or_together(backbone, together, name):
         np.testing.assert_allclose(leaves(bank, name)[key], x, rtol=1e-2, atol=2e-4, err_msg=key)
 
 
-@pytest.mark.parametrize("broken", ["acme", "hooli", "umbrella"])
+@pytest.mark.parametrize("broken", ["acme", "hooli", "umbrella", "stark"])
 def test_bit_for_bit_at_one_plan(backbone, together, broken):
     """The others' weights turn to NaN; this tenant's numbers stay the same to the last bit."""
     bank, history = together

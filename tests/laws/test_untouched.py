@@ -42,7 +42,7 @@ def test_the_same_arrays_after_forward_prefill_and_decode(stacked: bool) -> None
     backbone = random_backbone(stacked=stacked)
     where, what = buffers(backbone), [np.array(x) for x in jax.tree.leaves(backbone)]
     bank = random_bank(METHODS, backbone.config)
-    tenants = [{"lora": 0.5, "ia3": 1.0}, "patterned", "response"]
+    tenants = [{"lora": 0.5, "ia3": 1.0, "bias": 0.5}, "patterned", "response"]
     backbone(jnp.zeros((BATCH, PROMPT), jnp.int32), bank=bank, tenants=tenants)
     logits, state = jax.jit(prefill)(backbone, TOKENS, MASK, rows=bank.rows(tenants))
     for _ in range(2):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from para_jax import Backbone, IA3Config, LoraConfig
+from para_jax import Backbone, BiasConfig, IA3Config, LoraConfig
 from para_jax.adapters.bank import AdapterBank
 from para_jax.adapters.para import ParaConfig
 from para_jax.data.batches import make_batch
@@ -125,9 +125,10 @@ def test_optimizer_is_torchs_adamw():
         (IA3Config(), 1.0),
         (IA3Config(projection=3), 0.0),
         (LoraConfig(r=2), 0.0),
+        (BiasConfig(), 0.0),
         (ParaConfig(r=2, bias=True, activation="rational", pooling="attention"), 0.0),
     ],
-    ids=["ia3", "ia3 with a projection", "lora", "para"],
+    ids=["ia3", "ia3 with a projection", "lora", "bias", "para"],
 )
 def test_weight_decay_goes_to_the_identity(config, rest):
     """With no gradient, each step takes lr * weight_decay of the way to weights with which the adapter is nothing."""
