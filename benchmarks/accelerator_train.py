@@ -135,7 +135,7 @@ class Running:
 
         from para_jax import AdapterBank, ParaConfig, Settings
         from para_jax.data.examples import Example
-        from para_jax.training.places import Layout, Schedule
+        from para_jax.training.places import Schedule, TenantLayout
         from para_jax.training.shapes import Device, plan_run
         from para_jax.training.state import Sums, TrainState, stack_settings
 
@@ -148,15 +148,15 @@ class Running:
         examples = {name: [example() for _ in range(case.rows)] for name in names}
         settings = dict.fromkeys(names, Settings(steps=1000, lr=1e-3))
         self.config, self.case = config, case
-        self.layout = Layout.of(None, case.tenants, case.rows)
-        bank = self.layout.divided(AdapterBank.create(dict.fromkeys(names, ParaConfig(r=12)), config))
+        self.layout = TenantLayout.of(None, case.tenants, case.rows)
+        bank = self.layout.shard_bank(AdapterBank.create(dict.fromkeys(names, ParaConfig(r=12)), config))
         schedule = Schedule(bank, settings, self.layout)
         self.plan = plan_run(examples, {}, settings, self.layout, schedule, 0, Device.of(config))
-        seating = schedule.seating(dict.fromkeys(names, 0), ())
-        assert seating is not None
-        rows = self.layout.step_rows(seating, examples, 0, dict.fromkeys(names, 0))
-        self.batches = list(self.layout.batches(seating, rows, self.plan.shapes))
-        self.rules, self.slots = stack_settings(bank, settings), self.layout.slots(bank, seating)
+        step_tenants = schedule.step_tenants(dict.fromkeys(names, 0), ())
+        assert step_tenants is not None
+        rows = self.layout.step_rows(step_tenants, examples, 0, dict.fromkeys(names, 0))
+        self.batches = list(self.layout.batches(step_tenants, rows, self.plan.shapes))
+        self.rules, self.slots = stack_settings(bank, settings), self.layout.slots(bank, step_tenants)
         self.state = TrainState.create(bank)
         self.sums = Sums.create(bank, self.layout.groups, schedule.places)
 

@@ -82,7 +82,7 @@ def para_jax_worker(folder: str, data: list[list[Row]], count: int, remat: bool)
 
     from para_jax import AdapterBank, Backbone, ParaConfig
     from para_jax.data.examples import Example
-    from para_jax.training.places import in_order
+    from para_jax.training.places import values_by_tenant
 
     backbone = Backbone.from_pretrained(folder, dtype="float32", stacked=True)
     examples = {f"tenant-{i}": [Example.of(p, r) for p, r in rows] for i, rows in enumerate(data)}
@@ -93,7 +93,7 @@ def para_jax_worker(folder: str, data: list[list[Row]], count: int, remat: bool)
         """A step as the training loop takes it: the micro-batches are made here, and losses are fetched."""
         rows = {name: rows_of_step(own, step, count) for name, own in examples.items()}
         values = jax.device_get(steps.take(steps.batches(rows)))
-        losses = in_order(steps.seating, values)["loss"]
+        losses = values_by_tenant(steps.step_tenants, values)["loss"]
         return [losses[name] for name in examples], sum(len(e) for own in rows.values() for e in own)
 
     def run(first: int, number: int) -> tuple[float, int]:

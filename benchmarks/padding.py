@@ -26,7 +26,7 @@ from para_jax.cli.common import table
 from para_jax.data.buffers import Examples
 from para_jax.data.packing import Sizes, micro_batches
 from para_jax.files import write_json
-from para_jax.training.places import Layout
+from para_jax.training.places import TenantLayout
 from para_jax.training.shapes import Device, Plan, plan_run
 
 STEPS = 200  # of a run, of which the plan looks at fewer
@@ -51,7 +51,7 @@ def log_normal(count: int = 4000) -> Examples:
 
 def counted(rows: Mapping[str, Examples], each: int, planned: Plan) -> tuple[float, float, float]:
     """Padding, pairs, and micro-batches of a step, on all steps of a run with another seed."""
-    layout, slots, tokens, computed, needed, passes = Layout.of(None, len(rows), each), 0, 0, 0, 0, 0
+    layout, slots, tokens, computed, needed, passes = TenantLayout.of(None, len(rows), each), 0, 0, 0, 0, 0
     for step in range(STEPS):
         taken = layout.step_rows([list(rows)], rows, 1, dict.fromkeys(rows, step))
         sizes = [Sizes([e.ids.size for e in some], [len(e.response_ids) for e in some]) for some in taken.values()]
@@ -84,7 +84,7 @@ def main() -> None:
         for each in args.rows:
             for kind, backend in (("cpu", "cpu"), ("accelerator", "gpu")):
                 settings = dict.fromkeys(rows, Settings(steps=STEPS))
-                layout, device = Layout.of(None, len(rows), each), Device.of(config, None, backend)
+                layout, device = TenantLayout.of(None, len(rows), each), Device.of(config, None, backend)
                 planned = plan_run(rows, {}, settings, layout, OneShard(list(rows)), 0, device)  # type: ignore[arg-type]
                 padding, pairs, passes = counted(rows, each, planned)
                 shapes = [f"{shape.rows} x {shape.length}" for shape in planned.shapes]

@@ -35,7 +35,7 @@ class Steps:
         tuning = Tuning(examples=examples, settings=settings, out=Path(), rows=rows, remat=remat)
         one = replace(Device.of(backbone.config), shapes=1)
         self.parts, schedule, _ = Parts.planned(backbone, bank, tuning, one)
-        self.seating = schedule.seating(dict.fromkeys(examples, 0), ()) or []
+        self.step_tenants = schedule.step_tenants(dict.fromkeys(examples, 0), ()) or []
         with Programs(self.parts) as programs:
             programs.wait_for_all()
         self.state, self.sums = self.parts.state, self.parts.sums
@@ -47,7 +47,7 @@ class Steps:
 
     def batches(self, rows: Mapping[str, Sequence[Example]]) -> list[tuple[int, Batch]]:
         """The micro-batches of a step with these rows."""
-        return list(self.parts.layout.batches(self.seating, rows, self.parts.shapes))
+        return list(self.parts.layout.batches(self.step_tenants, rows, self.parts.shapes))
 
     def take(self, batches: Sequence[tuple[int, Batch]]) -> dict[str, Any]:
         """A step; returns what `update` reports, by place."""

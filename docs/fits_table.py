@@ -14,7 +14,7 @@ from typing import Any
 
 from para_jax import BackboneConfig, LoraConfig, ParaConfig, tiny_backbone_path
 from para_jax.planning.job import Job
-from para_jax.planning.process import plan_aside
+from para_jax.planning.process import plan_in_subprocess
 
 # Of their config.json, what plans depend on.
 MODELS: dict[str, dict[str, Any]] = {
@@ -98,7 +98,7 @@ def models() -> None:
     for model, chips, quantize, method, mode, rows in LINES:
         length, tenants = (PROMPT, rows) if mode == "decode" else (ROW, 4)
         job = Job(config_of(model), METHODS[method], mode, tenants, rows, length, quantize=quantize)
-        made = plan_aside([job], chips, tries=1)
+        made = plan_in_subprocess([job], chips, tries=1)
         best = made["plan"]
         what = described(mode, rows, tenants, length, NEW, method)
         where = f"{chips}, {best['mesh']}" if chips == KAGGLE else chips
@@ -112,7 +112,7 @@ def notebooks() -> None:
     for notebook, model, method, mode, tenants, rows, length, new_tokens in NOTEBOOKS:
         job = Job(config_of(model), METHODS[method], mode, tenants, rows, length, max(1, new_tokens))
         chips = [KAGGLE, KAGGLE.replace("v5e", "v6e")] if notebook == "mesh" else [COLAB, COLAB_V6E]
-        every = [plan_aside([job], topology, tries=1) for topology in chips]
+        every = [plan_in_subprocess([job], topology, tries=1) for topology in chips]
         peaks = [f"{made['plan']['peak'] / 1e6:,.0f} MB{'' if made['fits'] else ': too much'}" for made in every]
         what = described(mode, rows, tenants, length, new_tokens, method)
         print(f"| {notebook} | {model} | {what} | {' | '.join(peaks)} |", flush=True)

@@ -1,4 +1,4 @@
-"""What values may be, in code and in words: numbers of a range, and text that UTF-8 can write."""
+"""Validates values: numbers in a range, and text that is valid UTF-8."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ INT32, UINT32 = 2**31 - 1, 2**32 - 1
 
 @dataclass(frozen=True)
 class Whole:
-    """Whole numbers from `least` to `most`, both included. By default they fit int32, as counts on a device do.
+    """Integers from `least` to `most`, inclusive. By default they fit int32, like counts on a device.
 
     >>> Whole(1).check("rows", 16), Whole(1).parse("16")
     (16, 16)
@@ -32,13 +32,13 @@ class Whole:
         return f"a whole number from {self.least} to {self.most}"
 
     def check(self, name: str, value: Any) -> int:
-        """The value as an int. Raises ParaJaxError, which names it, for any other: a bool and 2.0 too."""
+        """The value as an int. Raises ParaJaxError if it is out of range or not an integer, including bools and 2.0."""
         if isinstance(value, bool) or not isinstance(value, Integral) or not self.least <= int(value) <= self.most:
             raise ParaJaxError(f"{name} must be {self}, not {value!r}")
         return int(value)
 
     def parse(self, text: str) -> int:
-        """The number that a text stands for. Raises ValueError, which says the range, for any other text."""
+        """Parses a number. Raises ValueError, with the range, for an invalid text."""
         try:
             return self.check("", int(text))
         except ValueError:
@@ -47,7 +47,7 @@ class Whole:
 
 @dataclass(frozen=True)
 class Number:
-    """Numbers that are finite in float32, from `least` to `most`; without `least` itself, if `above`.
+    """Numbers that are finite in float32, from `least` to `most`; `above` excludes `least`.
 
     >>> Number(0, above=True).check("lr", 1e-3), Number(0, 1).parse("0.5")
     (0.001, 0.5)
@@ -69,7 +69,7 @@ class Number:
         return f"a number {'above' if self.above else 'from'} {self.least:g} {'up ' * self.above}to {self.most:g}"
 
     def check(self, name: str, value: Any) -> float:
-        """The value as a float. Raises ParaJaxError, which names it, for any other: a bool too."""
+        """The value as a float. Raises ParaJaxError if it is out of range or not a number, including bools."""
         if isinstance(value, bool) or not isinstance(value, Real) or not self._has(float(value)):
             raise ParaJaxError(f"{name} must be {self}, not {value!r}")
         return float(value)
@@ -83,7 +83,7 @@ class Number:
         return inside and math.isfinite(rounded)
 
     def parse(self, text: str) -> float:
-        """The number that a text stands for. Raises ValueError, which says the range, for any other text."""
+        """Parses a number. Raises ValueError, with the range, for an invalid text."""
         try:
             return self.check("", float(text))
         except ValueError:
@@ -91,15 +91,15 @@ class Number:
 
 
 COUNT = Whole(1)
-KEEP = Whole(2)  # checkpoints: the newest may be lost with its machine
+KEEP = Whole(2)  # checkpoints: a machine that dies may lose the newest
 SEED = Whole(0, UINT32)
 POSITIVE = Number(0, above=True)
 
 
 def check_text(name: str, text: str) -> None:
-    r"""Raises ParaJaxError for a text that UTF-8 cannot write: one with a lone surrogate.
+    r"""Raises ParaJaxError for a text with lone surrogates, which UTF-8 cannot encode.
 
-    A command line has one for each byte that is not UTF-8, and JSON may spell one.
+    Command-line arguments have one for each byte that is not UTF-8, and JSON can escape one.
 
     >>> check_text("--prompt", "caf\udce9")
     Traceback (most recent call last):

@@ -1,11 +1,11 @@
-"""Compiled programs, kept on disk between runs: a command that runs a second time compiles nothing.
+"""A cache of compiled programs on disk: a command that runs a second time compiles nothing.
 
-This is JAX's persistent compilation cache, in the user's cache folder and bounded. The command line turns it on
-(`--compile-cache`, PARA_JAX_COMPILE_CACHE); a Python program may call `keep_compiled`. The bound is our own,
-applied once per process: `jax_compilation_cache_max_size` reads every entry's time each time a program is added, 0.15 s
-with 1,000 entries and 0.9 s with 5,000.
+This is JAX's persistent compilation cache, in the user's cache folder and with a size limit. The command line turns it
+on (`--compile-cache`, PARA_JAX_COMPILE_CACHE); Python programs can call `keep_compiled`. The limit is applied once per
+process. JAX's own `jax_compilation_cache_max_size` is slower: it reads the time of every entry whenever a program is
+added, which takes 0.15 s with 1,000 entries and 0.9 s with 5,000.
 
-JAX unpickles and runs what is in the folder. It must not be one that others may write to.
+JAX unpickles and runs the files in the folder, so others must not be able to write to it.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from para_jax.errors import ParaJaxError
 VARIABLE = "PARA_JAX_COMPILE_CACHE"
 # Bytes. A program of the tiny backbone takes 20 to 200 kB.
 LIMIT = 2 * 10**9
-# JAX names an entry by its program and a SHA-256. Nothing else in the folder is ever removed.
+# JAX's name of an entry: its program and a SHA-256. Other files in the folder are never removed.
 ENTRY = re.compile(r".+-[0-9a-f]{64}-cache")
 TROUBLE = re.compile(r"Error (reading|writing) persistent compilation cache entry for '([^']+)': (.*)", re.DOTALL)
 
 
 def keep_compiled(folder: str | Path | None = None, limit: int = LIMIT) -> str:
-    """Keeps what JAX compiles in a folder, and uses what is there; of this process, from now on.
+    """Caches compiled programs in a folder from now on, in this process.
 
     Args:
-      folder: by default `default_folder()`. A URL such as gs://bucket/folder goes to JAX as it is, and is not bounded.
-      limit: bytes. The programs that were not used for longest are removed until the others fit.
+      folder: by default `default_folder()`. A URL such as gs://bucket/folder is passed to JAX, and has no limit.
+      limit: bytes. The least recently used programs are removed to stay below it.
 
-    Returns the folder. Raises ParaJaxError if it cannot be written.
+    Returns the folder. Raises ParaJaxError if it is not writable.
 
     >>> import para_jax.compile_cache
     >>> folder = para_jax.compile_cache.keep_compiled("/tmp/programs")  # doctest: +SKIP
@@ -56,16 +56,16 @@ def keep_compiled(folder: str | Path | None = None, limit: int = LIMIT) -> str:
         except OSError as error:
             raise ParaJaxError(f"{place} cannot hold compiled programs: {error.strerror or error}") from error
     jax.config.update("jax_compilation_cache_dir", place)
-    # Every program, however quick to compile and however small.
+    # Cache every program, including small and quickly compiled ones.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    # JAX looks at its folder once, at the first program.
+    # JAX reads the setting only once, at the first program.
     reset_cache()
     return place
 
 
 def default_folder() -> Path:
-    """para_jax/compiled in the folder where this system keeps caches: $XDG_CACHE_HOME or ~/.cache on Linux.
+    """para_jax/compiled in the system's folder for caches: $XDG_CACHE_HOME or ~/.cache on Linux.
 
     >>> default_folder().parts[-2:]
     ('para_jax', 'compiled')
@@ -78,20 +78,18 @@ def default_folder() -> Path:
         try:
             base = Path.home() / home
         except RuntimeError:
-            raise ParaJaxError("there is no home folder to keep compiled programs in") from None
+            raise ParaJaxError("there is no home folder to cache compiled programs in") from None
     return base / "para_jax" / "compiled"
 
 
 def folder() -> Path | None:
-    """Where this process keeps what was found out with a compiler: with its compiled programs.
+    """The cache folder of this process, or before `keep_compiled` and `set_up` the one that `set_up` would use.
 
-    Before `keep_compiled` or `set_up` is called, that is where `set_up` would keep them. None, if they are not kept, or
-    behind a URL.
+    None if caching is off, or if the folder is a URL.
     """
     import jax
 
-    asked = os.environ.get(VARIABLE)
-    place = jax.config.values["jax_compilation_cache_dir"] or asked
+    place = jax.config.values["jax_compilation_cache_dir"] or os.environ.get(VARIABLE)
     if not jax.config.values["jax_enable_compilation_cache"] or place == "off" or "://" in (place or ""):
         return None
     try:
@@ -101,13 +99,13 @@ def folder() -> Path | None:
 
 
 def set_up(choice: str | None = None) -> None:
-    """What the command line does before it compiles: keeps programs where `choice` or the environment says.
+    """Turns on the cache for the command line, before it compiles.
 
     Args:
-      choice: a folder, or "off". None means PARA_JAX_COMPILE_CACHE; without that, a folder that JAX has already been
-        given (JAX_COMPILATION_CACHE_DIR) stays, with all of JAX's own settings; else `default_folder()`.
+      choice: a folder, or "off". None means PARA_JAX_COMPILE_CACHE; without that, JAX's own folder and settings
+        (JAX_COMPILATION_CACHE_DIR) if they are set; else `default_folder()`.
 
-    A folder that cannot be used costs one line on stderr, never the run.
+    If the folder cannot be used, prints a line to stderr and continues without a cache.
     """
     import jax
 
@@ -120,16 +118,16 @@ def set_up(choice: str | None = None) -> None:
         try:
             place = keep_compiled(choice)
         except ParaJaxError as error:
-            _say(f"{error}; going on without")
+            _warn(f"{error}; continuing without a cache")
             return
     _explain_trouble(place)
 
 
 def quiet_loading() -> None:
-    """Hides lines that some jaxlib prints whenever it loads a program for a CPU. Call it before JAX is imported.
+    """Hides messages that some jaxlib versions print for each cached CPU program. Call it before JAX is imported.
 
-    jaxlib 0.10.0 and 0.10.1 report LLVM's tuning preferences (prefer-no-gather) as features that the machine lacks, two
-    lines of 2 kB for each program, as errors; later ones do not. What they log as errors is hidden with it.
+    jaxlib 0.10.0 and 0.10.1 report LLVM's tuning preferences (prefer-no-gather) as missing CPU features, in two error
+    lines of 2 kB for each program. This hides all error messages of these versions.
     """
     from importlib.metadata import version
 
@@ -138,15 +136,15 @@ def quiet_loading() -> None:
 
 
 def _trim(folder: Path, limit: int) -> None:
-    """Removes the entries that were not used for longest, until the others fit into so many bytes."""
+    """Removes the least recently used entries until the others fit into `limit` bytes."""
     found = []
     with os.scandir(folder) as files:
         for file in files:
-            with suppress(FileNotFoundError):  # another process may be doing the same
+            with suppress(FileNotFoundError):  # another process may trim at the same time
                 if ENTRY.fullmatch(file.name) and file.is_file(follow_symlinks=False):
-                    known = file.stat()
-                    # Some file systems do not note when a file is read.
-                    found.append((max(known.st_atime, known.st_mtime), known.st_size, Path(file.path)))
+                    stat = file.stat()
+                    # Some file systems do not update the access time.
+                    found.append((max(stat.st_atime, stat.st_mtime), stat.st_size, Path(file.path)))
     size = sum(bytes for _, bytes, _ in found)
     for _, bytes, path in sorted(found):
         if size <= limit:
@@ -156,39 +154,39 @@ def _trim(folder: Path, limit: int) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Removes an entry, and the time that JAX keeps beside it if it is asked to bound the folder."""
+    """Removes an entry, and the access-time file that JAX writes if its own limit is on."""
     for each in (path, path.with_name(f"{path.name.removesuffix('cache')}atime")):
         with suppress(OSError):
             each.unlink()
 
 
 def _explain_trouble(place: str) -> None:
-    """JAX's warnings of entries that it cannot read or write become one line each time such a thing first happens.
+    """Replaces JAX's warnings about unreadable or unwritable entries by one line for each kind.
 
-    JAX never writes over an entry, so one that cannot be read is removed here, with others of its program's name: the
-    warning does not say which it is. The program is compiled next, and is kept again.
+    JAX never overwrites an entry, so unreadable entries are removed here. The warning has only the program's name, so
+    all entries of that name are removed. The program is then compiled and cached again.
     """
-    shown, said = warnings.showwarning, set[str]()
+    original, reported = warnings.showwarning, set[str]()
 
     def show(message, category, filename, lineno, file=None, line=None) -> None:  # type: ignore[no-untyped-def]
         trouble = TROUBLE.match(str(message))
         if trouble is None:
-            return shown(message, category, filename, lineno, file, line)
+            return original(message, category, filename, lineno, file, line)
         doing, program, why = trouble.groups()
         if doing == "reading" and "://" not in place:
             for path in Path(place).iterdir():
                 if ENTRY.fullmatch(path.name) and path.name.startswith(f"{program}-"):
                     _remove(path)
-        if doing not in said:
-            said.add(doing)
+        if doing not in reported:
+            reported.add(doing)
             what = "a compiled program in {} is damaged; compiling it again"
             if doing == "writing":
-                what = f"{{}} takes no compiled programs ({why.splitlines()[0]}); going on without"
-            _say(what.format(place))
+                what = f"{{}} cannot hold compiled programs ({why.splitlines()[0]}); continuing without a cache"
+            _warn(what.format(place))
         return None
 
     warnings.showwarning = show
 
 
-def _say(line: str) -> None:
+def _warn(line: str) -> None:
     print(f"para-jax: {line}", file=sys.stderr)

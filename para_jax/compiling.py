@@ -1,4 +1,4 @@
-"""Programs that are compiled side by side, in threads, ahead of their first call."""
+"""Compiles programs ahead of time, in parallel threads."""
 
 from __future__ import annotations
 
@@ -10,39 +10,39 @@ from jax.stages import Traced
 
 
 class Compiling:
-    """Compiles programs in threads; whoever needs one waits for that one only.
+    """Compiles programs in threads. A caller waits only for the program that it needs.
 
     A program is given as a function that traces it: `jax.jit(f).trace(*shapes)`. A later call of the jitted function
-    with arguments of these shapes finds it compiled.
+    with arguments of these shapes does not compile.
 
     >>> import jax
     >>> square = jax.jit(lambda x: x * x)
     >>> with Compiling() as compiling:
-    ...     compiling.begin("square", lambda: square.trace(3.0))
+    ...     compiling.start("square", lambda: square.trace(3.0))
     ...     compiling.wait("square")
     """
 
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(min(4, os.cpu_count() or 1), "compile")
-        self._begun: dict[Hashable, Future[None]] = {}
+        self._started: dict[Hashable, Future[None]] = {}
 
-    def begin(self, name: Hashable, trace: Callable[[], Traced]) -> None:
-        """Begins to trace, lower and compile a program, unless one of this name was begun."""
-        if name not in self._begun:
-            self._begun[name] = self._threads.submit(_compile, trace)
+    def start(self, name: Hashable, trace: Callable[[], Traced]) -> None:
+        """Starts to trace, lower and compile a program, unless one of this name was started."""
+        if name not in self._started:
+            self._started[name] = self._threads.submit(_compile, trace)
 
     def wait(self, name: Hashable) -> None:
-        """Until this program is compiled, if it was begun. Raises what compiling it raises."""
-        if name in self._begun:
-            self._begun[name].result()
+        """Waits until this program is compiled, if it was started. Raises what compilation raises."""
+        if name in self._started:
+            self._started[name].result()
 
     def wait_for_all(self) -> None:
-        """Until all programs are compiled."""
-        for name in self._begun:
+        """Waits until all programs are compiled."""
+        for name in self._started:
             self.wait(name)
 
     def __len__(self) -> int:
-        return len(self._begun)
+        return len(self._started)
 
     def __enter__(self) -> Compiling:
         return self

@@ -1,7 +1,7 @@
-"""Several processes, each with some of a mesh's devices: who speaks, what all know, and what all agree on.
+"""Multi-process runs: the main process, and broadcasts, gathers and barriers between processes.
 
-Every process runs the same program on the same inputs. What only one may do, such as writing a file, is the first
-one's; the others wait for it where they need it.
+Each process has some of a mesh's devices, and runs the same program on the same inputs. What only one process may do,
+such as writing a file, the main process does; the others wait if they need the result.
 """
 
 from __future__ import annotations
@@ -32,25 +32,25 @@ def join_processes(address: str | None = None, processes: int | None = None, pro
     """Joins the other processes, before anything is computed.
 
     Args:
-      address: HOST:PORT of the first process; None finds it, the number of processes and one's own from Cloud TPU,
-        SLURM, Kubernetes or Open MPI.
-      processes, process: how many there are, and which of them this is, from zero.
+      address: HOST:PORT of process 0. None detects the address and the following numbers on Cloud TPU, SLURM,
+        Kubernetes or Open MPI.
+      processes, process: the number of processes, and the index of this one, from zero.
 
-    Raises ParaJaxError if they cannot be found, or do not come together.
+    Raises ParaJaxError if detection or the connection fails.
     """
     try:
         jax.distributed.initialize(address, processes, process)
     except (RuntimeError, ValueError) as error:
         raise ParaJaxError(
-            f"the processes did not come together ({str(error).splitlines()[0]}); give every process the same "
+            f"the processes could not connect ({str(error).splitlines()[0]}); give every process the same "
             "--coordinator HOST:PORT and --processes N, and its own --process from 0 to N - 1"
         ) from error
 
 
-def leave(code: int) -> NoReturn:
-    """Ends this process at once with an exit code. The others then fail at what they do together next.
+def exit_at_once(code: int) -> NoReturn:
+    """Ends this process at once with an exit code. The next collective of the others then fails.
 
-    A process that ends in order waits for the others first, minutes long, while they wait for its part of a step.
+    A regular exit would wait for the other processes for minutes, while they wait for this process's part of a step.
     """
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError):  # nobody may be reading
@@ -59,29 +59,29 @@ def leave(code: int) -> NoReturn:
 
 
 def is_main_process() -> bool:
-    """Whether this process is the one that writes and speaks. Where it is alone, no device is looked for."""
-    return _alone() or jax.process_index() == 0
+    """Whether this process writes files and prints. In a single-process run, JAX's devices are not initialized."""
+    return _is_single_process() or jax.process_index() == 0
 
 
-def _alone() -> bool:
+def _is_single_process() -> bool:
     return not jax.distributed.is_initialized() or jax.process_count() == 1
 
 
 def barrier(name: str) -> None:
-    """Waits until all processes are here."""
-    if not _alone():
+    """Waits until all processes call it."""
+    if not _is_single_process():
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices(name)
 
 
 def broadcast(text: bytes) -> bytes:
-    """What the first process says, in every process, whatever its size."""
-    return text if _alone() else _broadcast(text, 0)
+    """Returns the main process's `text`, of any size, in every process."""
+    return text if _is_single_process() else _broadcast(text, 0)
 
 
 def on_main_process(act: Callable[[], None]) -> None:
-    """Lets the first process do something, and raises in every process the ParaJaxError that it raises there."""
+    """Calls `act` in the main process. If it raises, every process raises ParaJaxError."""
     problem = b""
     if is_main_process():
         try:
@@ -93,51 +93,51 @@ def on_main_process(act: Callable[[], None]) -> None:
 
 
 def share_work(makers: Mapping[str, Callable[[], T]]) -> dict[str, T]:
-    """What each of these makes, under its name, made by one of the processes and known to all.
+    """Calls each function in one of the processes, and returns all results by name in every process.
 
-    What is made has to be plain data, for it is pickled on its way. Each process sends what it made to all others, at
-    its own size. Raises ParaJaxError in every process if one does.
+    Results are pickled, so they must be plain data. Each process broadcasts its results. Raises ParaJaxError in every
+    process if one does.
     """
-    if _alone():
+    if _is_single_process():
         return {name: make() for name, make in makers.items()}
-    problem, made = "", {}
+    problem, results = "", {}
     try:
-        made = {name: makers[name]() for name in list(makers)[jax.process_index() :: jax.process_count()]}
+        results = {name: makers[name]() for name in list(makers)[jax.process_index() :: jax.process_count()]}
     except ParaJaxError as error:
         problem = str(error)
-    found: dict[str, T] = {}
-    own = pickle.dumps((problem, made))
+    merged: dict[str, T] = {}
+    pickled = pickle.dumps((problem, results))
     for source in range(jax.process_count()):
-        problem, made = pickle.loads(_broadcast(own, source))
+        problem, results = pickle.loads(_broadcast(pickled, source))
         if problem:
             raise ParaJaxError(problem)
-        found |= made
-    return {name: found[name] for name in makers}
+        merged |= results
+    return {name: merged[name] for name in makers}
 
 
 def _broadcast(text: bytes, source: int) -> bytes:
-    """What the process `source` says; all have to call it."""
+    """Returns the `text` of the process `source`. All processes must call it."""
     from jax.experimental import multihost_utils
 
-    speaks = jax.process_index() == source
+    is_source = jax.process_index() == source
 
-    def sent(part: bytes, size: int) -> bytes:
-        room = np.zeros(size, np.uint8)
-        if speaks:
-            room[: len(part)] = np.frombuffer(part, np.uint8)
-        return np.asarray(multihost_utils.broadcast_one_to_all(room, is_source=speaks)).tobytes()
+    def send(part: bytes, size: int) -> bytes:
+        buffer = np.zeros(size, np.uint8)
+        if is_source:
+            buffer[: len(part)] = np.frombuffer(part, np.uint8)
+        return np.asarray(multihost_utils.broadcast_one_to_all(buffer, is_source=is_source)).tobytes()
 
-    left = int.from_bytes(sent(len(text).to_bytes(8, "little"), 8), "little")
+    total = int.from_bytes(send(len(text).to_bytes(8, "little"), 8), "little")
     parts, at = [], 0
-    for size, count in _pieces(left):
+    for size, count in _pieces(total):
         for _ in range(count):
-            parts.append(sent(text[at : at + size], size)[: left - at])
+            parts.append(send(text[at : at + size], size)[: total - at])
             at += size
     return b"".join(parts)
 
 
 def _pieces(size: int) -> list[tuple[int, int]]:
-    """Messages of which sizes, and how many of each, hold so many bytes: a few sizes, for each is a program.
+    """Splits `size` bytes into messages of a few sizes, because each size is a compiled program: (size, count) pairs.
 
     >>> _pieces(5), _pieces(70_000)
     ([(4096, 1)], [(65536, 1), (4096, 2)])
@@ -151,15 +151,15 @@ def _pieces(size: int) -> list[tuple[int, int]]:
 
 
 def shard(x: np.ndarray, sharding: Sharding | None) -> Any:
-    """An array that every process has, as one over all devices; each process hands its devices their part."""
+    """Shards an array that every process has over all devices; each process fills its devices."""
     if sharding is None:
         return x
     return jax.make_array_from_callback(x.shape, sharding, lambda part: x[part])
 
 
 def gather(tree: Any, mesh: Mesh | None) -> Any:
-    """Arrays that lie on a mesh as NumPy's, the same in every process; all have to call it."""
-    if mesh is None or _alone():
+    """Gathers arrays on a mesh as NumPy arrays, in every process. All processes must call it."""
+    if mesh is None or _is_single_process():
         return jax.device_get(tree)
     return jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), _gathered(tree, mesh))
 
@@ -170,24 +170,24 @@ def _gathered(tree: Any, mesh: Mesh) -> Any:
 
 
 class Flag:
-    """Something that any process may raise and all learn of at the same step."""
+    """A flag that any process may raise. All processes see it at the same step."""
 
     def __init__(self, mesh: Mesh | None):
-        self._alone = mesh is None or _alone()
-        self._before: Any = None
+        self._is_local = mesh is None or _is_single_process()
+        self._last: Any = None
         if mesh is not None:
-            self._apart = NamedSharding(mesh, P(mesh.axis_names))
+            self._by_device = NamedSharding(mesh, P(mesh.axis_names))
             self._count = mesh.size
             self._any = jax.jit(lambda x: x.any(), out_shardings=NamedSharding(mesh, P()))
 
     def raised(self, here: bool) -> bool:
-        """Whether any process had raised it when this was last called; of a single process, whether it is now.
+        """Whether any process raised the flag at the previous call; in a single process, `here`.
 
-        One call late, so that no device waits for the answer.
+        The result is one call late, so that devices do not wait for it.
         """
-        if self._alone:
+        if self._is_local:
             return here
         flags = np.full((self._count,), here)
-        now = self._any(shard(flags, self._apart))
-        before, self._before = self._before, now
-        return before is not None and bool(before.addressable_data(0))
+        now = self._any(shard(flags, self._by_device))
+        last, self._last = self._last, now
+        return last is not None and bool(last.addressable_data(0))

@@ -1,4 +1,4 @@
-"""The one exception for mistakes a person can mend, and the nearest valid name for its message."""
+"""`ParaJaxError`, the exception for user errors, and helpers for its messages."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class ParaJaxError(ValueError):
-    """Something the caller gave cannot be used. The message names it and says what to do instead.
+    """An invalid input. The message names it and says what to do instead.
 
     The command line prints the message alone, without a traceback.
     """
@@ -22,12 +22,12 @@ def unknown(what: str, name: object, known: Iterable[str]) -> ParaJaxError:
     names = sorted(known)
     near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else "."
-    shown = ", ".join(names[:20]) + (f", ... ({len(names)} in all)" if len(names) > 20 else "")
+    shown = ", ".join(names[:20]) + (f", ... ({len(names)} in total)" if len(names) > 20 else "")
     return ParaJaxError(f"unknown {what} {name!r}{hint} Known: {shown or 'none'}")
 
 
 def one_line(error: BaseException, most: int = 300) -> str:
-    r"""What another library's error says, in one line of at most so many letters.
+    r"""The message of another library's error, in one line of at most `most` characters.
 
     >>> one_line(TypeError("Validation error:\n    expected int,  got str"))
     'Validation error: expected int, got str'

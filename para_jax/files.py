@@ -1,9 +1,9 @@
-"""All that para_jax writes: files that appear whole or not at all, files that grow, and folders.
+"""Writes files and folders: atomic files, append-only files, and atomic folders.
 
-OUT may be on a network or on a mounted Google Drive. There locks, links and fsync may fail, a name may be found only a
-while after it was given, and a kill in the middle of a rename may lose the file. So what a file system cannot do is
-done another way or without, every name is waited for, and what cannot be made again is never in a renamed file alone
-(`training.checkpoints`, `cli.answers`).
+OUT may be on a network file system or on a mounted Google Drive. There locks, links and fsync may fail, a file may
+become visible only some time after it is written, and a kill during a rename may lose the file. So missing features
+have fallbacks, every write waits until the file is visible, and data that cannot be recomputed is never only in a
+renamed file (`training.checkpoints`, `cli.answers`).
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from para_jax.errors import ParaJaxError
-from para_jax.mounts import MISSING, check_mounted, naming
+from para_jax.mounts import MISSING, check_mounted, explain_os_errors
 
 if TYPE_CHECKING:
     import numpy as np
 
-PATIENCE = 60.0  # seconds until a name has to be there
+PATIENCE = 60.0  # seconds to wait until a file is visible
 DTYPES = {
     "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
     "int16": "I16", "int8": "I8", "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL",
@@ -40,14 +40,14 @@ DTYPES = {
 
 
 class Written(NamedTuple):
-    """What a file holds."""
+    """The size and hash of a file."""
 
     size: int
     sha256: str
 
 
 def write_file(path: Path, parts: Iterable[bytes | memoryview]) -> Written:
-    """Writes a file under its own name, for readers who know when it is whole. Raises OSError."""
+    """Writes a file, not atomically: readers must check that it is complete. Raises OSError."""
     digest, size = hashlib.sha256(), 0
     with path.open("wb") as file:
         for part in parts:
@@ -55,19 +55,19 @@ def write_file(path: Path, parts: Iterable[bytes | memoryview]) -> Written:
             digest.update(part)
             size += len(part)
         sync(file)
-    appear(path, size)
+    wait_until_visible(path, size)
     return Written(size, digest.hexdigest())
 
 
 def read_back(path: Path) -> Written:
-    """What is in a file. Raises OSError."""
+    """The size and hash of an existing file. Raises OSError."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256")
         return Written(file.tell(), digest.hexdigest())
 
 
 def sync(file: IO[Any]) -> None:
-    """Puts what was written to the disk, where the file system knows how. Raises OSError."""
+    """Flushes a file to the disk, if the file system supports fsync. Raises OSError."""
     file.flush()
     try:
         os.fsync(file.fileno())
@@ -76,43 +76,43 @@ def sync(file: IO[Any]) -> None:
             raise
 
 
-def appear(path: Path, size: int | None = None) -> None:
-    """Waits until a file or folder that was closed or renamed can be found, a file with all its bytes.
+def wait_until_visible(path: Path, size: int | None = None) -> None:
+    """Waits until a closed or renamed file or folder is visible, a file with its full size.
 
-    Raises OSError if it does not come.
+    Raises OSError after `PATIENCE` seconds.
     """
-    began, pause = time.monotonic(), 0.001
+    start, pause = time.monotonic(), 0.001
     while True:
         with suppress(FileNotFoundError):
             if size in (None, path.stat().st_size):
                 return
-        if time.monotonic() - began > PATIENCE:
-            raise OSError(errno.ETIMEDOUT, f"it was written, and is not there after {PATIENCE:.0f} seconds")
+        if time.monotonic() - start > PATIENCE:
+            raise OSError(errno.ETIMEDOUT, f"it was written, and is not visible after {PATIENCE:.0f} seconds")
         time.sleep(pause)
         pause = min(2 * pause, 0.1)
 
 
 @contextmanager
 def replacing(path: str | Path, safe: str | None = None, again: str = "run again") -> Iterator[IO[bytes]]:
-    """A file to fill that takes the name `path`, in one step, when the block ends without an error.
+    """A temporary file that replaces `path` atomically when the block ends without an error.
 
-    Folders above it are made. Raises ParaJaxError as `naming` does if it cannot be written; what was there stays as it
-    was, and nothing is left beside it.
+    Parent folders are created. Raises ParaJaxError as `explain_os_errors` does; then an existing file is unchanged, and
+    the temporary file is removed.
     """
     check_mounted(path)
     path = Path(path).resolve()
     fresh = path.with_name(f".{path.name}-new")
-    safe = safe or ("what was there stays as it was" if path.exists() else "nothing was written")
-    with naming(path, safe, again):
+    safe = safe or ("the existing file is unchanged" if path.exists() else "nothing was written")
+    with explain_os_errors(path, safe, again):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with fresh.open("wb") as file:
                 yield file
                 sync(file)
                 size = os.fstat(file.fileno()).st_size
-            appear(fresh, size)
+            wait_until_visible(fresh, size)
             os.replace(fresh, path)
-            appear(path, size)
+            wait_until_visible(path, size)
         except BaseException:
             with suppress(OSError):
                 fresh.unlink()
@@ -120,7 +120,7 @@ def replacing(path: str | Path, safe: str | None = None, again: str = "run again
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Writes a text in UTF-8, as `replacing` does.
+    """Writes a text in UTF-8, atomically.
 
     >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as folder:
@@ -133,7 +133,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Writes a value as JSON, as `replacing` does."""
+    """Writes a value as JSON, atomically."""
     write_text(path, as_json(value))
 
 
@@ -142,7 +142,7 @@ def as_json(value: Any, indent: int = 1) -> str:
 
 
 def json_line(value: Any) -> str:
-    r"""A value as a line of JSON: as it reads, but for lone surrogates, which UTF-8 cannot write.
+    r"""A value as a line of JSON. Only texts with lone surrogates are escaped, because UTF-8 cannot encode them.
 
     >>> json_line({"text": "café"}), json_line({"text": "\ud800"})
     ('{"text": "café"}\n', '{"text": "\\ud800"}\n')
@@ -156,7 +156,7 @@ def json_line(value: Any) -> str:
 
 
 def changes(before: Any, now: Any, at: str = "") -> Iterator[str]:
-    """What differs between two values as JSON, by its path.
+    """The differences between two JSON values, by path.
 
     >>> list(changes({"a": {"b": 1}}, {"a": {"b": 2}}))
     ['a.b was 1 and is 2']
@@ -169,7 +169,7 @@ def changes(before: Any, now: Any, at: str = "") -> Iterator[str]:
 
 
 def safetensors(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
-    """The parts of a safetensors file, which is never in memory as a whole.
+    """The content of a safetensors file in parts, so that it is never in memory at once.
 
     >>> import numpy as np
     >>> from safetensors.numpy import load
@@ -178,7 +178,7 @@ def safetensors(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) 
     """
     import numpy as np
 
-    # Wide numbers first: then each tensor begins at a multiple of its numbers' size.
+    # Sorted by item size, so that each tensor is aligned.
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     at = 0
@@ -192,19 +192,19 @@ def safetensors(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) 
         yield np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8).data
 
 
-class Growing:
-    """A file that is appended to and can be read meanwhile. It is not buffered: what a full disk refuses is not kept.
+class AppendFile:
+    """An append-only file that can be read meanwhile. It is unbuffered: data that a full disk refuses is not retained.
 
     >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as folder:
-    ...     with Growing(Path(folder, "a")) as file:
+    ...     with AppendFile(Path(folder, "a")) as file:
     ...         file.write(b"more")
     ...     Path(folder, "a").read_bytes()
     b'more'
     """
 
     def __init__(self, path: Path, keep: int = 0):
-        """Keeps the first bytes of a file that is there. Raises OSError, as all that follows."""
+        """Truncates an existing file to `keep` bytes. All methods raise OSError."""
         self.path = path
         self._file: IO[bytes] = path.open("ab", buffering=0)
         try:
@@ -217,8 +217,8 @@ class Growing:
         while data:
             data = data[self._file.write(data) :]
 
-    def settle(self) -> None:
-        """Closes the file and goes on: Google Drive uploads a file when it is closed."""
+    def reopen(self) -> None:
+        """Closes and reopens the file, because Google Drive uploads a file when it is closed."""
         self.close()
         self._file = self.path.open("ab", buffering=0)
 
@@ -229,9 +229,9 @@ class Growing:
                 size = os.fstat(self._file.fileno()).st_size
             finally:
                 self._file.close()
-            appear(self.path, size)
+            wait_until_visible(self.path, size)
 
-    def __enter__(self) -> Growing:
+    def __enter__(self) -> AppendFile:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -247,12 +247,12 @@ class Growing:
 
 @contextmanager
 def new_folder(folder: str | Path, marker: str, *, overwrite: bool = False) -> Iterator[Path]:
-    """A folder to fill that takes its name, in one step, when the block ends without an error.
+    """A temporary folder that replaces `folder` atomically when the block ends without an error.
 
-    `marker` is a file that every folder of this kind holds. With `overwrite`, a folder that has it is replaced; one
-    without it is something else and is left alone.
+    `marker` is a file that every folder of this kind has. With `overwrite`, an existing folder is replaced if it has
+    this file; otherwise it is something else and is not touched.
 
-    Raises ParaJaxError if the folder may not be written, or cannot be; what was there stays as it was.
+    Raises ParaJaxError if the folder cannot be written; then an existing folder is unchanged.
     """
     check_mounted(folder)
     folder = Path(folder).resolve()
@@ -261,7 +261,7 @@ def new_folder(folder: str | Path, marker: str, *, overwrite: bool = False) -> I
     if folder.exists() and not (folder / marker).is_file():
         raise ParaJaxError(f"{folder} exists and holds no {marker}; remove it yourself or choose another folder")
     partial = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
-    with naming(folder, "what was there stays as it was" if folder.exists() else "nothing was written"):
+    with explain_os_errors(folder, "the existing folder is unchanged" if folder.exists() else "nothing was written"):
         try:
             partial.mkdir(parents=True)
             yield partial
@@ -275,59 +275,59 @@ def new_folder(folder: str | Path, marker: str, *, overwrite: bool = False) -> I
 
 
 def _finish(path: Path, mode: int) -> None:
-    """Puts a file's contents on the disk before the folder gets its name, and lets others read it as they may."""
+    """Flushes a file to the disk before its folder is renamed, and sets its permissions."""
     with path.open("rb+") as file:
         sync(file)
     try:
-        path.chmod(mode)  # some libraries write files that only their owner can read
+        path.chmod(mode)  # some libraries write files that only the owner can read
     except OSError as error:
         if error.errno not in MISSING:
             raise
 
 
 def _take_place(new: Path, folder: Path) -> None:
-    """Gives a folder its name, in place of the one that has it: on Linux in one step, if the file system can do it."""
-    here, exchange, had = -100, 2, folder.exists()  # AT_FDCWD and RENAME_EXCHANGE
-    if sys.platform == "linux" and had:
+    """Renames `new` to `folder`, and removes the old folder: atomically on Linux, if the file system supports it."""
+    cwd, exchange, existed = -100, 2, folder.exists()  # AT_FDCWD and RENAME_EXCHANGE
+    if sys.platform == "linux" and existed:
         rename = getattr(ctypes.CDLL(None), "renameat2", None)
-        if rename and rename(here, os.fsencode(new), here, os.fsencode(folder), exchange) == 0:
+        if rename and rename(cwd, os.fsencode(new), cwd, os.fsencode(folder), exchange) == 0:
             remove(new)
             return
-    aside = new.with_name(f"{new.name}-previous")
+    previous = new.with_name(f"{new.name}-previous")
     try:
-        if had:
-            # A kill from here on leaves the old one or the new one whole under its hidden name (`left_of`).
-            os.replace(folder, aside)
-            appear(aside)
+        if existed:
+            # After a kill from here on, the old or the new folder is complete under its hidden name (`left_of`).
+            os.replace(folder, previous)
+            wait_until_visible(previous)
         os.replace(new, folder)
-        appear(folder)
+        wait_until_visible(folder)
     except OSError as error:
-        if had and not _put_back(aside, folder):
-            where = f"what was there or the new one is whole in {aside} or {new}; rename it"
+        if existed and not _restore(previous, folder):
+            where = f"the old or the new folder is complete in {previous} or {new}; rename it"
             raise ParaJaxError(f"{folder} could not be written: {error.strerror or error}; {where}") from error
         remove(new)
         raise
-    remove(aside)
+    remove(previous)
 
 
-def _put_back(aside: Path, folder: Path) -> bool:
-    """Whether the folder has its name, and what it held before."""
+def _restore(previous: Path, folder: Path) -> bool:
+    """Renames a folder back. Returns whether it has its old name and content again."""
     with suppress(OSError):
         if not folder.exists():
-            os.replace(aside, folder)
-            appear(folder)
+            os.replace(previous, folder)
+            wait_until_visible(folder)
         return True
     return False
 
 
 def left_of(folder: Path) -> list[Path]:
-    """What processes that were killed while they wrote a folder have left beside it."""
+    """Hidden folders that killed processes left behind while they wrote a folder."""
     name = re.compile(rf"\.{re.escape(folder.name)}-[0-9a-f]{{8}}(-previous)?")
     return [path for path in folder.parent.iterdir() if name.fullmatch(path.name)] if folder.parent.is_dir() else []
 
 
 def copy(source: Path, target: Path) -> None:
-    """Copies a file, or a folder with all in it, to where nothing is. Raises OSError."""
+    """Copies a file, or a folder recursively, to a path that does not exist. Raises OSError."""
     if source.is_dir():
         target.mkdir()
         for path in source.iterdir():
@@ -338,7 +338,7 @@ def copy(source: Path, target: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Removes a file, or a folder with all in it, as far as that goes."""
+    """Removes a file, or a folder recursively; ignores errors."""
     with suppress(OSError):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)

@@ -18,12 +18,12 @@ NO_LOCKS = (*MISSING, errno.ENOLCK, errno.EBADF)
 
 
 class Locked(io.FileIO):
-    """A file that is open to append to, not buffered; while it is open, no other process has it so.
+    """A file that is open for appending, unbuffered, and locked against other processes.
 
-    The lock is advisory and ends with its process, however that ends. Where the file system has no locks, a file in
-    this machine's folder for temporary files is locked in its place, and a line says whom that does not keep out.
+    The lock is advisory, and is released when the process ends for any reason. If the file system has no locks, a file
+    in this machine's temporary folder is locked instead, and a line is printed.
 
-    Raises BlockingIOError if another process has the file.
+    Raises BlockingIOError if another process has locked the file.
     """
 
     stand_in: io.FileIO | None = None
@@ -32,7 +32,7 @@ class Locked(io.FileIO):
         super().__init__(path, "a+")
         try:
             if not _locks(self):
-                self.stand_in = _beside(path)
+                self.stand_in = _stand_in(path)
         except BaseException:
             self.close()
             raise
@@ -46,7 +46,7 @@ class Locked(io.FileIO):
 
 
 def _locks(file: io.FileIO) -> bool:
-    """Locks a file; False where the file system has no locks."""
+    """Locks a file. Returns False if the file system has no locks."""
     try:
         import fcntl
     except ImportError:  # Windows
@@ -60,32 +60,33 @@ def _locks(file: io.FileIO) -> bool:
     return True
 
 
-def _beside(path: Path) -> io.FileIO:
+def _stand_in(path: Path) -> io.FileIO:
+    """Locks a temporary file that stands in for `path`."""
     import tempfile
 
     name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:16]
     file = io.FileIO(os.path.join(tempfile.gettempdir(), f"para-jax-{os.getuid()}-{name}.lock"), "a+")
     try:
-        kept = "only processes of other machines are not kept" if _locks(file) else "nobody else is kept"
+        scope = "processes on other machines" if _locks(file) else "other processes"
     except BaseException:
         file.close()
         raise
-    print(f"para-jax: {path.parent} is on a file system without locks; {kept} from writing there", file=sys.stderr)
+    print(f"para-jax: {path.parent} is on a file system without locks; {scope} are not locked out", file=sys.stderr)
     return file
 
 
 def open_locked(path: Path) -> Locked:
-    """Opens a file as `Locked` does, and makes it if need be."""
+    """Opens and locks a file (`Locked`), and creates it if it does not exist."""
     while True:
         file = Locked(path)
-        # Whoever had it before may have removed or renamed it between our opening and locking it.
+        # Another process may have removed or renamed it between opening and locking.
         if file.stand_in or (path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())):
             return file
         file.close()
 
 
 class Lock:
-    """A file that one process at a time has, and that says which (`open_locked`).
+    """A lock file, which contains the process that holds it (`open_locked`).
 
     >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as folder:
@@ -96,7 +97,7 @@ class Lock:
     """
 
     def __init__(self, path: Path, what: str):
-        """Raises ParaJaxError if another process has it; `what` is what that process writes."""
+        """Raises ParaJaxError if another process holds the lock; `what` is what that process writes."""
         try:
             self._file = open_locked(path)
         except BlockingIOError:
@@ -108,7 +109,7 @@ class Lock:
             self._file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
 
     def release(self) -> None:
-        """Gives the lock back and removes its file."""
+        """Releases the lock and removes its file."""
         with suppress(OSError):
             self._path.unlink()
         with suppress(OSError):

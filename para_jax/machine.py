@@ -1,6 +1,7 @@
-"""What a machine has, asked of the system and not of JAX, which takes an accelerator when it is asked.
+"""Queries the machine without JAX, because JAX would take the accelerator.
 
-The notebooks' first cell has a copy of some of these functions (colab/pair.py), from before this package is installed.
+The notebooks' first cell has a copy of some of these functions (colab/pair.py), because it runs before this package is
+installed.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def cuda_extra(driver: str) -> str:
 
 
 def host_memory() -> dict[str, int | None]:
-    """Bytes of the host's memory, and how many are available; None, where the system does not say.
+    """Total and available bytes of the host's memory; None if unknown.
 
     >>> sorted(host_memory())
     ['memory', 'memory_available']
@@ -58,9 +59,9 @@ def host_memory() -> dict[str, int | None]:
             sizes = dict(line.split(":") for line in file)
     except (OSError, ValueError):
         return found
-    for name, of in (("memory", "MemTotal"), ("memory_available", "MemAvailable")):
-        if of in sizes:
-            found[name] = 1024 * int(sizes[of].split()[0])
+    for name, key in (("memory", "MemTotal"), ("memory_available", "MemAvailable")):
+        if key in sizes:
+            found[name] = 1024 * int(sizes[key].split()[0])
     return found
 
 

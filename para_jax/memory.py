@@ -1,4 +1,4 @@
-"""Keeping freed memory in the process, which saves a fifth of a step's processor time on a CPU."""
+"""Keeps freed memory in the process, which saves a fifth of a step's processor time on a CPU."""
 
 from __future__ import annotations
 
@@ -13,19 +13,17 @@ TRIM_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -4, -8
 
 
 def keep_freed_memory() -> bool:
-    """Makes malloc keep what is freed instead of giving it back to the system, where JAX has only the CPU.
+    """Makes malloc keep freed memory instead of returning it to the system, if JAX has only the CPU.
 
-    XLA on a CPU asks for a program's temporary memory at every call and frees it afterwards. By default glibc gives
-    so large a piece back each time, and the system has to fill it with zeros again, page by page: a fifth of a
-    training step of the tiny backbone (docs/backbone.md). The command line calls this; a Python program may, before
-    JAX looks for its devices: afterwards XLA's threads have arenas of their own and nothing changes. The process's
-    memory does not shrink any more, and where several simulated devices ask in turns, the holes they leave make it up
-    to three times as large in the first steps.
+    XLA on a CPU allocates a program's temporary memory at every call and frees it afterwards. By default glibc returns
+    such large blocks to the system, which then zeroes them again page by page: a fifth of a training step of the tiny
+    backbone (docs/backbone.md). The command line calls this. A Python program may call it before JAX initializes its
+    devices; later, XLA's threads have their own arenas and it has no effect. The process's memory does not shrink any
+    more, and with several simulated devices, fragmentation makes it up to three times as large in the first steps.
 
-    One arena for all threads would slow down the many that compile for an accelerator, so nothing is done where there
-    may be one.
+    A single arena would slow down the threads that compile for an accelerator, so this does nothing if one may exist.
 
-    Returns whether it was done: only with glibc, on Linux, without an accelerator.
+    Returns whether it took effect: only with glibc, on Linux, without an accelerator.
 
     >>> keep_freed_memory() in (True, False)
     True
@@ -35,14 +33,14 @@ def keep_freed_memory() -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
-    # Threads' own arenas give large pieces back whatever the others say. glibc takes no MMAP_THRESHOLD above 32 MiB,
-    # which a step's memory exceeds. -1 is never: a large step has more than the 2 GiB that a threshold could say.
+    # Arenas of threads return large blocks regardless of the other options. glibc has no MMAP_THRESHOLD above 32 MiB,
+    # which is less than a step needs. -1 means never: a threshold is at most 2 GiB, which a large step exceeds.
     options = {ARENA_MAX: 1, MMAP_MAX: 0, TRIM_THRESHOLD: -1}
     return all(mallopt(option, value) == 1 for option, value in options.items())
 
 
 def _only_cpu() -> bool:
-    """Whether JAX can have no accelerator here, without looking for its devices: that would start XLA's threads."""
+    """Whether JAX has only the CPU, without initializing its devices, which would start XLA's threads."""
     import jax
 
     platforms = jax.config.values["jax_platforms"]

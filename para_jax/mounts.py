@@ -1,4 +1,4 @@
-"""File systems that are full, gone or not mounted, such as Google Drive in a notebook: what to say, and what to do."""
+"""Errors of file systems that are full, gone or not mounted, such as Google Drive in a notebook, and their remedies."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from para_jax.errors import ParaJaxError
 
-# What a file system says of what it does not have.
+# Errors of a file system for features that it does not have.
 MISSING = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 GONE = (errno.ENOTCONN, errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO, errno.ETIMEDOUT)
@@ -20,7 +20,7 @@ RESUME = "run again with --resume"
 
 
 def drive_of(path: str | Path) -> str | None:
-    """The mount point of the Google Drive that a path is on, as Colab names it; None for other paths.
+    """The mount point in Colab of the Google Drive that a path is on; None for other paths.
 
     >>> drive_of("/content/drive/MyDrive/runs"), drive_of("/content/runs")
     ('/content/drive', None)
@@ -30,7 +30,7 @@ def drive_of(path: str | Path) -> str | None:
 
 
 def check_mounted(path: str | Path) -> None:
-    """Raises ParaJaxError for a path on a Google Drive that is not mounted, where a write would be lost."""
+    """Raises ParaJaxError for a path on a Google Drive that is not mounted, because writes would be lost."""
     top = drive_of(path)
     if top is not None and not os.path.ismount(top):
         raise ParaJaxError(f"{path} is on Google Drive, which is not mounted; {_mounting(top)} and run again")
@@ -40,32 +40,32 @@ def _mounting(top: str) -> str:
     return f"run `from google.colab import drive; drive.mount({top!r}, force_remount=True)` in the notebook"
 
 
-def way_out(error: OSError, path: str | Path) -> str:
-    """What to do about an error of a file system, if it is one that somebody can mend."""
+def remedy(error: OSError, path: str | Path) -> str:
+    """What to do about an error of a file system, if the user can fix it; else ""."""
     top = drive_of(path)
     if error.errno in FULL:
         return "make room" if top is None else "make room on Google Drive (its trash counts, so empty it too)"
     if error.errno in GONE:
-        return "see that its file system is mounted" if top is None else _mounting(top)
+        return "check that its file system is mounted" if top is None else _mounting(top)
     return ""
 
 
 @contextmanager
-def naming(path: str | Path, safe: str = "", again: str = "run again") -> Iterator[None]:
-    """Raises ParaJaxError for what goes wrong with a file in the block.
+def explain_os_errors(path: str | Path, safe: str = "", again: str = "run again") -> Iterator[None]:
+    """Turns an OSError in the block into a ParaJaxError.
 
-    It names the file, and says what is `safe`, what to do, and how to go on `again`.
+    The message has the path, what is `safe`, the remedy, and how to try `again`.
     """
     try:
         yield
     except OSError as error:
-        way = way_out(error, path)
+        way = remedy(error, path)
         parts = (f"{path} could not be written: {error.strerror or error}", safe, way and f"{way} and {again}")
         raise ParaJaxError("; ".join(filter(None, parts))) from error
 
 
 def check_creatable(path: Path) -> None:
-    """Raises OSError unless a file can be made where `path` is to be; folders above it may be missing."""
+    """Raises OSError if `path` cannot be created. Parent folders may be missing."""
     import tempfile
 
     above = next(folder for folder in path.parents if folder.exists())

@@ -1,9 +1,8 @@
-"""Whether a compiler takes a kernel: tried once, before the kernel is chosen, with an answer that is kept on disk.
+"""Checks whether a kernel compiles, before it is chosen. The result is cached on disk.
 
-A kernel is handed to a compiler that comes in another package (libtpu, cuDNN), in a form that its version may not know,
-and it may need more of a chip's memory than there is. Only the compiler can tell, and it takes seconds to do so.
-Answers are small files in the folder of compiled programs (compile_cache.py), one for each set of versions, device and
-kernel.
+Kernels are compiled by other packages (libtpu, cuDNN), whose versions may not support them, and they may need more
+on-chip memory than there is. Only compilation tells, and it takes seconds. Results are small files in the folder of
+compiled programs (compile_cache.py), one for each combination of versions, device and kernel.
 """
 
 from __future__ import annotations
@@ -24,15 +23,15 @@ from para_jax import __version__, compile_cache
 from para_jax.errors import ParaJaxError
 from para_jax.files import write_json
 
-# What an answer depends on besides the program.
+# A result depends on these versions and flags, besides the program.
 PACKAGES = (
     "jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13",
 )  # fmt: skip
 FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
-# Of a device or a machine that is busy, and not of the kernel.
+# Errors of a busy device or machine, not of the kernel.
 PASSING = re.compile(r"\b(UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED)\b")
-LONGEST = 160  # letters of a compiler's words
-# What a compiler says, and what makes it take the kernel.
+LONGEST = 160  # characters of a compiler's message
+# Patterns in a compiler's message, and what makes the kernel compile.
 REMEDIES = (
     (r"Mosaic module|Unsupported version", "jax 0.10.2 with libtpu 0.0.42.1 compiles it"),
     (r"[Vv]mem", "it needs more of the chip's vector memory than there is, which no upgrade changes"),
@@ -42,15 +41,15 @@ REMEDIES = (
 
 
 def refusal(kernel: str, about: Mapping[str, Any], trace: Callable[[], Traced], device: Any) -> str:
-    """Why the compiler for a device does not take a kernel, and which upgrade it takes; nothing, if it compiles.
+    """Why a kernel does not compile for a device, with the upgrade that fixes it; "" if it compiles.
 
     Args:
-      kernel: its name.
-      about: as JSON has it, all that the program depends on: sizes, dtypes, blocks.
+      kernel: the name of the kernel.
+      about: everything that the program depends on, as JSON: sizes, dtypes, blocks.
       trace: traces a program for shapes on `device`, with each form of the kernel that will run, forward and backward.
-      device: of this process, or of a topology.
+      device: a device of this process, or of a topology.
 
-    Raises what the compiler raises if the device or the machine is busy, which says nothing of the kernel.
+    Raises the compiler's error if the device or the machine is busy, which tells nothing about the kernel.
     """
     described = {
         "kernel": kernel,
@@ -65,7 +64,7 @@ def refusal(kernel: str, about: Mapping[str, Any], trace: Callable[[], Traced], 
 
 
 def versions() -> dict[str, str]:
-    """The packages that compile, as far as they are installed.
+    """The installed versions of packages that compile.
 
     >>> list(versions())[:2]
     ['jax', 'jaxlib']
@@ -87,7 +86,7 @@ def _answer(described: str, trace: Callable[[], Traced]) -> str:
         if answer is None:
             answer = _tried(trace)
             if path is not None:
-                with suppress(ParaJaxError):  # it is found again
+                with suppress(ParaJaxError):  # without the file, the kernel is tried again
                     write_json(path, {"of": json.loads(described), "refusal": answer})
         _answers[described] = answer
     return _answers[described]
@@ -100,7 +99,7 @@ def _file(described: str) -> Path | None:
 
 
 def _kept(path: Path, described: str) -> str | None:
-    """The answer in a file; None, if there is none or it is damaged."""
+    """The result in a file; None if it is missing or damaged."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         answer, same = found["refusal"], found["of"] == json.loads(described)
@@ -113,15 +112,15 @@ def _tried(trace: Callable[[], Traced]) -> str:
     try:
         trace().lower().compile()
     except Exception as error:  # compilers raise anything
-        words = _first_line(error)
-        if PASSING.search(words) or isinstance(error, MemoryError):
+        message = _first_line(error)
+        if PASSING.search(message) or isinstance(error, MemoryError):
             raise
-        return f"{words}; {next(remedy for said, remedy in REMEDIES if re.search(said, words))}"
+        return f"{message}; {next(remedy for pattern, remedy in REMEDIES if re.search(pattern, message))}"
     return ""
 
 
 def _first_line(error: Exception) -> str:
-    r"""What a compiler says first.
+    r"""The first line of a compiler's message.
 
     >>> _first_line(RuntimeError("INTERNAL: E1001: TooMuch:\nneeds 8 MB\nof 4 MB"))
     'INTERNAL: E1001: TooMuch: needs 8 MB'
@@ -129,5 +128,5 @@ def _first_line(error: Exception) -> str:
     'NotImplementedError'
     """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    words = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
-    return words if len(words) <= LONGEST else f"{words[:LONGEST]}..."
+    message = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return message if len(message) <= LONGEST else f"{message[:LONGEST]}..."

@@ -1,4 +1,4 @@
-"""How far long work is, at which rate it goes, and how long it still takes."""
+"""Progress lines: items done, the rate, and the time left."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ EVERY = 5.0  # seconds
 
 
 def duration(seconds: float) -> str:
-    """A time a person reads.
+    """A duration in human-readable form.
 
     >>> duration(7), duration(75), duration(4000)
     ('7s', '1m15s', '1h06m')
@@ -24,11 +24,11 @@ def duration(seconds: float) -> str:
 
 
 class Pace:
-    """Says every five seconds how far long work is, how fast it goes and how long it will take.
+    """Prints a line of progress every five seconds: items done, the rate and the time left.
 
     Args:
-      what: is counted, such as "rows".
-      show: takes a line; by default it goes to stderr.
+      what: the name of the items, such as "rows".
+      show: is called with each line; by default lines go to stderr.
     """
 
     def __init__(self, what: str, show: Callable[[str], None] | None = None) -> None:
@@ -36,9 +36,9 @@ class Pace:
         self.first: tuple[int, float] | None = None
 
     def __call__(self, done: int, total: int | None) -> None:
-        """After `done` of `total`, if that is known.
+        """Records that `done` items of `total`, if known, are done.
 
-        What the first batch takes says little: it waits for the model and compiles.
+        The first call is not timed, because the first batch waits for the model and compiles.
         """
         now = time.monotonic()
         if self.first is None:
@@ -55,5 +55,5 @@ class Pace:
 
 
 def to_stderr(line: str) -> None:
-    """Prints a line of progress where it is no part of what a command answers."""
+    """Prints a line of progress to stderr, apart from a command's output."""
     print(line, file=sys.stderr, flush=True)

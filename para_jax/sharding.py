@@ -1,12 +1,12 @@
-"""Meshes of devices, and which axis of every array is split over which axis of a mesh.
+"""Meshes of devices, and which mesh axis each array axis is sharded over.
 
-The table of parameters gives every weight logical axes; here is where each of them goes:
+The table of parameters gives every weight logical axes. This module maps them to mesh axes:
 
     data    rows of a batch only
-    fsdp    rows of a batch, and one axis of every large weight, which is gathered for its product
-    tensor  heads and inner features, so that a product is split and its parts are summed
+    fsdp    rows of a batch, and one axis of every large weight, which is gathered for its matmul
+    tensor  heads and inner features, so that a matmul is sharded and its partial results are summed
 
-Everything else takes its placement from these.
+All other shardings follow from these.
 
 >>> parse_mesh("fsdp=4,tensor=2")
 {'fsdp': 4, 'tensor': 2}
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 AXES = ("data", "fsdp", "tensor")
 
-# Which axis of a mesh each logical axis of a weight is split over (`para_jax/parameters.py`).
+# The mesh axis that each logical axis of a weight is sharded over (`para_jax/parameters.py`).
 MESH_AXES: Mapping[str | None, str] = {
     "vocab": "tensor",
     "kv_heads": "tensor",
@@ -43,7 +43,7 @@ MESH_AXES: Mapping[str | None, str] = {
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-    """Axis sizes from `fsdp=8,tensor=2`. Raises ParaJaxError for another form or an unknown axis."""
+    """Parses axis sizes such as `fsdp=8,tensor=2`. Raises ParaJaxError for another format or an unknown axis."""
     sizes: dict[str, int] = {}
     for part in text.split(","):
         name, equals, size = part.strip().partition("=")
@@ -56,9 +56,9 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 
 def make_mesh(sizes: Mapping[str, int] | str, devices: Any = None) -> Mesh:
-    """A mesh with these axis sizes, one where an axis is not named; its axes are all there, in the order of `AXES`.
+    """A mesh with these axis sizes. It has all axes of `AXES` in order; the size of an axis defaults to 1.
 
-    Raises ParaJaxError unless the sizes' product is the number of devices.
+    Raises ParaJaxError unless the product of the sizes is the number of devices.
     """
     sizes = parse_mesh(sizes) if isinstance(sizes, str) else sizes
     for name in sizes:
@@ -67,17 +67,17 @@ def make_mesh(sizes: Mapping[str, int] | str, devices: Any = None) -> Mesh:
     devices = jax.devices() if devices is None else list(devices)
     shape = tuple(sizes.get(axis, 1) for axis in AXES)
     if int(np.prod(shape)) != len(devices):
-        asked = ",".join(f"{name}={size}" for name, size in sizes.items())
-        raise ParaJaxError(f"a mesh of {asked} has {int(np.prod(shape))} devices; there are {len(devices)}")
+        text = ",".join(f"{name}={size}" for name, size in sizes.items())
+        raise ParaJaxError(f"a mesh of {text} has {int(np.prod(shape))} devices; there are {len(devices)}")
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def auto_mesh(config: Architecture, devices: int, tuning: bool = True) -> dict[str, int]:
-    """Axis sizes that suit a backbone and so many devices.
+    """Axis sizes that suit a backbone and a number of devices.
 
-    While tuning, weights are split over all devices, as far as their features divide, and gathered a layer at a time:
-    a step has tokens enough to pay for it. A step of decoding has not, so its products are split over as many
-    devices as there are heads for. What is left over takes rows only.
+    For tuning, weights are sharded over as many devices as divide their features, and gathered one layer at a time: a
+    step has enough tokens to pay for it. A decode step does not, so its matmuls are sharded over as many devices as
+    divide the heads. The remaining factor of devices is the data axis.
 
     >>> from para_jax import BackboneConfig
     >>> llama_7b = BackboneConfig(32000, 4096, 11008, 32, 32, 32, 128)
@@ -86,17 +86,17 @@ def auto_mesh(config: Architecture, devices: int, tuning: bool = True) -> dict[s
     """
     inner = config.intermediate_size if config.experts is None else config.experts.width
     sizes = {"fsdp": [config.hidden_size]} if tuning else {"tensor": [config.num_key_value_heads, inner]}
-    ((axis, wholes),) = sizes.items()
-    most = max(n for n in range(1, devices + 1) if not any(whole % n for whole in (devices, *wholes)))
-    return {"data": devices // most, axis: most}
+    ((axis, dims),) = sizes.items()
+    largest = max(n for n in range(1, devices + 1) if not any(dim % n for dim in (devices, *dims)))
+    return {"data": devices // largest, axis: largest}
 
 
 def own_mesh(mesh: Mesh) -> Mesh:
-    """A mesh of some of our axes, in any order and of any axis type, as one of `make_mesh` on the same devices.
+    """Converts a mesh with some of the axes in `AXES`, in any order and of any axis type, to one of `make_mesh`.
 
-    Programs leave the placement of what is between to the compiler, so its axes are Auto; those of jax.make_mesh are
-    Explicit. If `jax.set_mesh` is in force, it has to be with a mesh of Auto axes. Raises ParaJaxError for an axis
-    that is none of ours.
+    The axes are Auto, because programs leave the sharding of intermediate values to the compiler; axes of jax.make_mesh
+    are Explicit. A mesh that is set with `jax.set_mesh` must have Auto axes too. Raises ParaJaxError for an unknown
+    axis.
     """
     for name in mesh.axis_names:
         if name not in AXES:
@@ -107,7 +107,7 @@ def own_mesh(mesh: Mesh) -> Mesh:
 
 
 def check_mesh(config: Architecture, mesh: Mesh) -> None:
-    """Raises ParaJaxError, naming the size and its nearest divisor, if a backbone cannot be split so."""
+    """Raises ParaJaxError, with the nearest divisor, if a backbone cannot be sharded over this mesh."""
     tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
     inner = config.intermediate_size if config.experts is None else config.experts.width
     for what, size, axis, parts in (
@@ -121,9 +121,9 @@ def check_mesh(config: Architecture, mesh: Mesh) -> None:
 
 
 def spec(axes: Axes, shape: tuple[int, ...], mesh: Mesh) -> P:
-    """Where the axes of a weight go, by its logical axes; stacked weights have the layers in front.
+    """The PartitionSpec of a weight, from its logical axes. Stacked weights have a leading layer axis.
 
-    An axis that its mesh axis does not divide, such as an odd vocabulary, is whole on every device.
+    An axis whose size is not divisible by its mesh axis, such as an odd vocabulary, is replicated.
 
     >>> mesh = make_mesh("fsdp=1", jax.devices()[:1])
     >>> tuple(spec(("vocab", "model"), (64, 8), mesh)), tuple(spec(("model", "heads"), (4, 8, 8), mesh))
@@ -139,58 +139,58 @@ def spec(axes: Axes, shape: tuple[int, ...], mesh: Mesh) -> P:
 
 
 def adapter_spec(axes: Axes, shape: tuple[int, ...], mesh: Mesh, tenants: tuple[str, ...] | None) -> P:
-    """Where the axes of a stack of adapters (tenants, layers, ...), or of their moments, go.
+    """The PartitionSpec of a stack of adapters (tenants, layers, ...), or of their moments.
 
-    `axes` are the logical axes of a layer's array, () if none of them is split. Those that the backbone splits over
-    `tensor` are split so here; all else is whole, but for the tenants, which may be spread.
+    `axes` are the logical axes of a layer's array, or (). Axes that the backbone shards over `tensor` are sharded here
+    too. All other axes are replicated, except the tenant axis, which is sharded over the mesh axes `tenants`.
     """
-    own = spec(axes, shape[2:], mesh) if axes else P()
-    split = [axis if axis == "tensor" else None for axis in own]
+    layer_spec = spec(axes, shape[2:], mesh) if axes else P()
+    split = [axis if axis == "tensor" else None for axis in layer_spec]
     return P(tenants, *[None] * (len(shape) - 1 - len(split)), *split) if shape else P()
 
 
 def gathered(weight: Array, axes: Axes, mesh: Mesh) -> Array:
-    """A weight that is whole over `fsdp`."""
+    """A weight gathered over `fsdp`."""
     kept = [None if axis == "fsdp" else axis for axis in spec(axes, weight.shape, mesh)]
     return jax.lax.with_sharding_constraint(weight, NamedSharding(mesh, P(*kept)))
 
 
 def row_shards(mesh: Mesh | None) -> int:
-    """Into how many parts the rows of a batch are split."""
+    """The number of shards of the rows of a batch."""
     return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def rows_axes(mesh: Mesh, rows: int) -> tuple[str, ...] | None:
-    """The mesh axes that this many rows are split over: none, if they do not divide."""
+    """The mesh axes that this number of rows is sharded over; None if it is not divisible."""
     return None if rows % row_shards(mesh) else ("data", "fsdp")
 
 
 def row_sharding(mesh: Mesh, rows: int) -> NamedSharding:
-    """Of arrays whose first axis is so many rows: split, or whole everywhere if they do not divide."""
+    """The sharding of arrays whose first axis is rows; replicated if the number of rows is not divisible."""
     return NamedSharding(mesh, P(rows_axes(mesh, rows)))
 
 
 def embedded(embed_vd: Float[Array, "v d"], tokens_bt: Int[Array, "b t"], mesh: Mesh | None) -> Float[Array, "b t d"]:
-    """The embeddings of tokens, with the rows split over the mesh.
+    """The embeddings of tokens, with rows sharded over the mesh.
 
-    The table stays where it is. Every device looks up the features that it has, for all rows of its part of `data`,
-    and the devices of `fsdp` then exchange features for rows. Only `split_rows` after the lookup would go wrong: the
-    compiler would make the embeddings of all rows whole on every device.
+    The table is not moved. Every device looks up its shard of features, for all rows of its `data` shard, and then the
+    devices along `fsdp` exchange features for rows (all-to-all). With `split_rows` alone the compiler would replicate
+    the embeddings of all rows on every device.
     """
     if mesh is None:
         return embed_vd[tokens_bt]
     rows = None if rows_axes(mesh, tokens_bt.shape[0]) is None else "data"
     features = spec(VOCABULARY, embed_vd.shape, mesh)[1]
     tokens_bt = jax.lax.with_sharding_constraint(tokens_bt, NamedSharding(mesh, P(rows)))
-    own = jax.lax.with_sharding_constraint(embed_vd[tokens_bt], NamedSharding(mesh, P(rows, None, features)))
-    return split_rows(own, mesh)
+    local_btd = jax.lax.with_sharding_constraint(embed_vd[tokens_bt], NamedSharding(mesh, P(rows, None, features)))
+    return split_rows(local_btd, mesh)
 
 
 def split_rows(x: Float[Array, "b ..."], mesh: Mesh | None) -> Float[Array, "b ..."]:
-    """Tells the compiler that rows are split over the mesh and all else is whole, if there is a mesh.
+    """Constrains an array to be sharded over rows, and replicated on its other axes. Without a mesh it does nothing.
 
-    Without it, the compiler may split a product over the features of its rows and gather those, where it is to
-    gather the weights of one layer.
+    Without this constraint the compiler may shard a matmul over features and gather activations, instead of gathering
+    the weights of one layer.
     """
     if mesh is None:
         return x

@@ -1,4 +1,4 @@
-"""PyTorch's .bin files, read by torch with nothing in them executed (`weights_only`)."""
+"""Reads PyTorch's .bin files with torch, without executing code in them (`weights_only`)."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 
 def hide_torch() -> None:
-    """Makes torch look as if it were not installed, until a file needs it. For a process that is ours alone.
+    """Makes torch look uninstalled until a file needs it. Call it only in the command line's own process.
 
-    transformers imports torch wherever it is, which takes three seconds of processor time and 0.24 GB at every start.
+    transformers imports torch if it is installed, which takes three seconds of processor time and 0.24 GB.
     """
     if "torch" not in sys.modules:
-        sys.modules["torch"] = None  # type: ignore[assignment]  # the import system's word for "there is none"
+        sys.modules["torch"] = None  # type: ignore[assignment]  # None makes the import fail
 
 
 def _torch() -> Any:
@@ -32,19 +32,19 @@ def _torch() -> Any:
 
 
 def read_torch(path: Path, dtypes: tuple[str, ...]) -> dict[str, Any]:
-    """The torch tensors of a file by name, mapped into memory where the file can be.
+    """The torch tensors of a file by name, memory-mapped if possible.
 
-    Raises ParaJaxError if torch is not installed, the file is damaged or holds more than tensors, or a tensor has
-    another dtype than these.
+    Raises ParaJaxError if torch is not installed, if the file is damaged or has other objects than tensors, or if a
+    tensor has another dtype than `dtypes`.
     """
     try:
         torch = _torch()
     except ImportError as error:
         raise ParaJaxError(
-            f"{path} is PyTorch's, which torch has to read; pip install torch, or get the weights as safetensors"
+            f"{path} is a PyTorch file, which needs torch: pip install torch, or get the weights as safetensors"
         ) from error
     try:
-        # Mapped: what is not read yet is not in memory. Files of old versions of torch cannot be.
+        # Memory-mapped, so that only tensors in use are in memory. Files of old torch versions cannot be mapped.
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (RuntimeError, UnpicklingError, EOFError, ValueError, OSError, TypeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -59,9 +59,9 @@ def read_torch(path: Path, dtypes: tuple[str, ...]) -> dict[str, Any]:
 
 
 def as_numpy(x: Any) -> np.ndarray:
-    """A torch tensor as a view of the file."""
+    """A torch tensor as a NumPy view of the file."""
     torch = _torch()
-    if x.dtype == torch.bfloat16:  # which NumPy does not know by torch's name
+    if x.dtype == torch.bfloat16:  # NumPy has no bfloat16
         import ml_dtypes
 
         return x.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)

@@ -19,7 +19,7 @@ from para_jax.backbones.decoder import Backbone
 from para_jax.config import BackboneConfig
 from para_jax.data.examples import Example
 from para_jax.data.packing import Shape
-from para_jax.training.places import Layout, in_order
+from para_jax.training.places import TenantLayout, values_by_tenant
 from para_jax.training.state import Sums, TrainState
 from para_jax.training.step import accumulate, update
 
@@ -163,15 +163,15 @@ def take_step(
     state: TrainState,
     sums: Sums,
     rules: Any,
-    layout: Layout,
+    layout: TenantLayout,
     shapes: Sequence[Shape],
-    seating: Sequence[Sequence[str | None]],
+    step_tenants: Sequence[Sequence[str | None]],
     rows: Mapping[str, Sequence[Example]],
     seed: int = 0,
 ) -> tuple[TrainState, Sums, dict[str, dict[str, float]]]:
     """One step of fine-tuning on these rows; returns the state, the sums, and what there is to report."""
-    slots, shards = layout.slots(state.bank, seating), layout.shards
-    for _, batch in layout.batches(seating, rows, shapes):
+    slots, shards = layout.slots(state.bank, step_tenants), layout.shards
+    for _, batch in layout.batches(step_tenants, rows, shapes):
         sums = accumulate(backbone, state.bank, state.taken, rules, sums, batch, slots, shards=shards, seed=seed)
     state, sums, said = update(state, rules, sums, slots, shards=shards, mesh=layout.mesh)
-    return state, sums, in_order(seating, jax.device_get(said))
+    return state, sums, values_by_tenant(step_tenants, jax.device_get(said))

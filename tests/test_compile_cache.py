@@ -82,7 +82,7 @@ def test_the_command_goes_on_without_a_folder(tmp_path: Path) -> None:
     code = "from para_jax.cli import main\nassert main(['convert', '--check', '--compile-cache', sys.argv[1]]) == 0"
     hits, misses, said = counts(start(code, blocked / "compiled"))
     assert (hits, misses) == (0, 0)
-    assert said.startswith("para-jax: ") and str(blocked) in said and said.endswith("; going on without\n")
+    assert said.startswith("para-jax: ") and str(blocked) in said and said.endswith("; continuing without a cache\n")
     assert said.count("\n") == 1
 
 
@@ -111,7 +111,7 @@ def test_two_processes_share_a_folder(tmp_path: Path) -> None:
 def test_a_folder_that_goes_away_costs_one_line(tmp_path: Path) -> None:
     code = "\nimport shutil\nshutil.rmtree(sys.argv[1])\nfor n in (9, 10): f(jnp.ones((n, n)))"
     *_, said = counts(start(COMPUTE + code, tmp_path / "compiled"))
-    assert said.startswith(f"para-jax: {tmp_path / 'compiled'} takes no compiled programs (")
+    assert said.startswith(f"para-jax: {tmp_path / 'compiled'} cannot hold compiled programs (")
     assert said.count("\n") == 1
 
 

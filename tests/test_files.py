@@ -14,13 +14,13 @@ from safetensors.numpy import save
 
 from para_jax import ParaJaxError
 from para_jax.files import (
-    Growing,
-    appear,
+    AppendFile,
     changes,
     json_line,
     read_back,
     replacing,
     safetensors,
+    wait_until_visible,
     write_file,
     write_json,
     write_text,
@@ -51,7 +51,9 @@ def test_a_full_disk_is_named_and_loses_nothing(tmp_path: Path, full_disk: None)
         write_text(path, "x" * 5000)
     assert list(tmp_path.iterdir()) == []
     write_text(path, "kept")
-    with pytest.raises(ParaJaxError, match=f"{path} could not be written: File too large; what was there stays as it"):
+    with pytest.raises(
+        ParaJaxError, match=f"{path} could not be written: File too large; the existing file is unchanged"
+    ):
         write_text(path, "x" * 5000)
     assert path.read_text() == "kept" and list(tmp_path.iterdir()) == [path]
 
@@ -98,7 +100,7 @@ def test_a_file_system_without_locks(
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     (tmp_path / "it").mkdir()
     first, second = (Lock(tmp_path / "it" / ".lock", "it") for _ in range(2))
-    words = f"para-jax: {tmp_path}/it is on a file system without locks; nobody else is kept from writing there\n"
+    words = f"para-jax: {tmp_path}/it is on a file system without locks; other processes are not locked out\n"
     assert capsys.readouterr().err == 2 * words
     first.release()
     second.release()
@@ -108,13 +110,13 @@ def test_a_file_system_without_locks(
 def test_a_file_that_grows(tmp_path: Path) -> None:
     path = tmp_path / "a"
     path.write_bytes(b"12345")
-    with Growing(path, keep=3) as file:
+    with AppendFile(path, keep=3) as file:
         file.write(b"x")
-        file.settle()
+        file.reopen()
         file.write(b"y")
         assert path.read_bytes() == b"123xy"
     with pytest.raises(IsADirectoryError):
-        Growing(tmp_path)
+        AppendFile(tmp_path)
 
 
 def test_tensors_are_written_as_safetensors_writes_them(tmp_path: Path) -> None:
@@ -137,7 +139,7 @@ def test_tensors_are_written_as_safetensors_writes_them(tmp_path: Path) -> None:
 def test_what_does_not_appear_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("para_jax.files.PATIENCE", 0.01)
     (tmp_path / "a").write_bytes(b"12")
-    appear(tmp_path / "a", 2)
+    wait_until_visible(tmp_path / "a", 2)
     for path, size in ((tmp_path / "a", 3), (tmp_path / "b", None)):
-        with pytest.raises(OSError, match="it was written, and is not there after"):
-            appear(path, size)
+        with pytest.raises(OSError, match="it was written, and is not visible after"):
+            wait_until_visible(path, size)

@@ -55,7 +55,7 @@ def test_a_gated_model(endpoint: str, tmp_path) -> None:
 @pytest.mark.slow
 def test_a_model_that_is_not_there(endpoint: str, tmp_path) -> None:
     said = asked(endpoint, "para_jax.BackboneConfig.from_pretrained('owner/absent')", tmp_path)
-    assert said.startswith("owner/absent is neither a folder here nor") and "Check the spelling" in said
+    assert said.startswith("owner/absent is not a local folder") and "Check the spelling" in said
 
 
 def test_a_gated_data_set(endpoint: str, tmp_path) -> None:
@@ -66,4 +66,4 @@ def test_a_gated_data_set(endpoint: str, tmp_path) -> None:
 @pytest.mark.slow
 def test_a_data_set_that_is_not_there(endpoint: str, tmp_path) -> None:
     said = asked(endpoint, "para_jax.read_rows('hf:owner/absent/config')", tmp_path)
-    assert said.startswith("owner/absent is neither a folder here nor"), said
+    assert said.startswith("owner/absent is not a local folder"), said

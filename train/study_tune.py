@@ -25,7 +25,7 @@ from para_jax.adapters.method import MethodConfig
 from para_jax.data.examples import Example
 from para_jax.data.order import order
 from para_jax.training.metrics import Progress
-from para_jax.training.places import in_order
+from para_jax.training.places import values_by_tenant
 from para_jax.training.programs import Parts, Programs
 from para_jax.training.tuning import Tuning
 from para_jax.training.watch import dev_losses
@@ -103,7 +103,7 @@ def tune(
                 batches = list(parts.layout.batches([names], of_step, parts.shapes))
                 began = time.perf_counter()
                 state, sums, values = parts.step(backbone, state, sums, slots, batches)
-                losses = in_order([names], jax.device_get(values))["loss"]
+                losses = values_by_tenant([names], jax.device_get(values))["loss"]
                 tokens = sum(len(e) for some in of_step.values() for e in some)
                 rates.append(tokens / (time.perf_counter() - began))
                 progress.update(step + 1, steps, tokens, losses)

@@ -19,7 +19,7 @@ from para_jax.cli.faults import in_one_line
 from para_jax.cli.options import Parser, check_texts
 from para_jax.compile_cache import quiet_loading
 from para_jax.errors import ParaJaxError
-from para_jax.mounts import way_out
+from para_jax.mounts import remedy
 from para_jax.torch_files import hide_torch
 
 STOPPED = 130  # the exit code of Ctrl-C
@@ -60,31 +60,31 @@ def parser() -> Parser:
 
 
 def command() -> NoReturn:
-    """The process of `para-jax`: runs `main`, without torch, and leaves the garbage collector little to do.
+    """The entry point of `para-jax`: runs `main`, without torch, and with fewer garbage collections.
 
-    Imports make some 300,000 objects that stay. To look through them again and again takes a second of a start, and
-    another one of the end.
+    Imports create about 300,000 permanent objects. Collections that scan them would take a second at the start, and
+    another one at exit.
     """
     gc.set_threshold(100_000)
     hide_torch()
-    # A model may write what a terminal's encoding does not have.
+    # Models may generate characters that the terminal's encoding does not have.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    threading.excepthook = _of_thread
+    threading.excepthook = _report_thread_error
     code = main()
     gc.freeze()
     if code == STOPPED:
-        # Whoever presses Ctrl-C again does not wait for threads that compile, and sees no traceback of them.
+        # Exit without waiting for threads that compile, and without their tracebacks.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         os._exit(code)
     sys.exit(code)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a verb and returns its exit code: 0, 1 for a mistake of the caller, 130 for Ctrl-C.
+    """Runs a verb and returns its exit code: 0, 1 for an error, 130 for Ctrl-C.
 
-    One of several processes that does not succeed ends here and now; the others are not to wait for it.
+    In a multi-process run, a process that fails exits at once, so that the others do not wait for it.
     """
     try:
         args = parser().parse(argv)
@@ -92,17 +92,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 1
     quiet_loading()
-    # transformers would say that torch is missing, which nothing here needs.
+    # transformers would warn that torch is missing, which is not needed.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     code = _flushed(args.verb, _run(args))
-    if code and _of_several():
-        from para_jax.distributed import leave
+    if code and _is_multiprocess():
+        from para_jax.distributed import exit_at_once
 
-        leave(code)
+        exit_at_once(code)
     return code
 
 
-def _of_several() -> bool:
+def _is_multiprocess() -> bool:
     if "jax" not in sys.modules:
         return False
     import jax
@@ -115,43 +115,43 @@ def _run(args: argparse.Namespace) -> int:
         check_texts(args)
         return VERBS[args.verb].run(args) or 0
     except ParaJaxError as error:
-        _say(args.verb, str(error))
+        _print_error(args.verb, str(error))
     except BrokenPipeError:
         pass
     except OSError as error:
         where = "" if error.filename is None else f"{error.filename}: "
-        way = way_out(error, error.filename) if isinstance(error.filename, str) else ""
-        # Whoever writes a file names it, so this is what is printed.
+        way = remedy(error, error.filename) if isinstance(error.filename, str) else ""
+        # Errors of files have a filename, so this one comes from stdout.
         full = error.filename is None and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
-        said = f"{STDOUT if full else where}{error.strerror or in_one_line(error)}"
-        _say(args.verb, f"{said}; {way} and run again" if way else said)
+        message = f"{STDOUT if full else where}{error.strerror or in_one_line(error)}"
+        _print_error(args.verb, f"{message}; {way} and run again" if way else message)
     except KeyboardInterrupt as stop:
-        _say(args.verb, str(stop) or "stopped")
-        # A machine that is taken away is no failure: whoever started the run starts it again.
+        _print_error(args.verb, str(stop) or "stopped")
+        # Preemption is not a failure: the scheduler starts the run again.
         return 0 if getattr(stop, "preempted", False) else STOPPED
     except Exception as error:
-        _say(args.verb, faults.said(args.verb, error, _of_several()))
+        _print_error(args.verb, faults.describe(args.verb, error, _is_multiprocess()))
     return 1
 
 
-def _say(verb: str, message: str) -> None:
+def _print_error(verb: str, message: str) -> None:
     print(f"para-jax {verb}: {message}", file=sys.stderr)
 
 
 def _flushed(verb: str, code: int) -> int:
-    """The exit code, when all of stdout is written. Python would say that it cannot be, at its end, in a traceback."""
+    """Flushes stdout and returns the exit code. Otherwise Python would print a traceback at exit if that fails."""
     try:
         sys.stdout.flush()
     except OSError as error:
         if not isinstance(error, BrokenPipeError):
-            _say(verb, f"{STDOUT}{error.strerror}")
+            _print_error(verb, f"{STDOUT}{error.strerror}")
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return code or 1
     return code
 
 
-def _of_thread(given: threading.ExceptHookArgs) -> None:
-    """What went wrong in a thread that nobody waits for."""
+def _report_thread_error(given: threading.ExceptHookArgs) -> None:
+    """Prints an uncaught error of a thread in one line."""
     error = given.exc_value
     if error is not None:
-        _say("thread", in_one_line(error) if isinstance(error, OSError) else faults.said("thread", error))
+        _print_error("thread", in_one_line(error) if isinstance(error, OSError) else faults.describe("thread", error))

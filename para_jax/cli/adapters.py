@@ -1,4 +1,4 @@
-"""The adapters that verbs are given: their folders, their bank, and the tokenizers that are kept with them."""
+"""The adapters on the command line: their folders, their bank, and their tokenizers."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ if TYPE_CHECKING:
 
 
 def adapter_folders(folder: str | Path, names: Sequence[str] | None = None) -> dict[str, Path]:
-    """The adapters below a folder by name, all or those named.
+    """The folders of the adapters in a folder, by name; all, or those in `names`.
 
-    Raises ParaJaxError for a name that is not there, or a folder without adapters, and says which folder is meant.
+    Raises ParaJaxError for an unknown name, or a folder without adapters, and suggests the right folder.
     """
     from para_jax.adapters.weights import CONFIG, adapters_below
 
     folder = Path(folder)
-    there = {name: folder / name for name in adapters_below(folder)}
-    if not there:
+    found = {name: folder / name for name in adapters_below(folder)}
+    if not found:
         raise ParaJaxError(_no_adapters(folder, CONFIG))
     for name in names or ():
-        if name not in there:
-            raise unknown(f"tenant in {folder}", name, there)
-    return there if names is None else {name: there[name] for name in names}
+        if name not in found:
+            raise unknown(f"tenant in {folder}", name, found)
+    return found if names is None else {name: found[name] for name in names}
 
 
 def _no_adapters(folder: Path, config: str) -> str:
-    """What a folder without adapters is instead, and what to give."""
+    """An error message for a folder without adapters, with the folder to give instead."""
     if not folder.is_dir():
-        what = f"is a file; give the folder that {folder.name} is in" if folder.exists() else "is no folder"
+        what = f"is a file; give the folder that {folder.name} is in" if folder.exists() else "is not a folder"
         return (
             f"--adapters {folder} {what}; give the --out folder of para-jax finetune, or one with NAME/ for each tenant"
         )
     if (folder / config).is_file():
-        whole = folder.resolve()
+        path = folder.resolve()
         return (
-            f"{folder} is an adapter itself; --adapters takes the folder that adapters are in: --adapters "
-            f"{whole.parent}, with {whole.name} as the tenant"
+            f"{folder} is an adapter itself; --adapters takes the folder that contains adapters: --adapters "
+            f"{path.parent}, with {path.name} as the tenant"
         )
     if inner := sorted({path.parent.parent for path in folder.glob(f"*/*/{config}")}):
         others = f" (or {', '.join(map(str, inner[1:5]))})" if len(inner) > 1 else ""
@@ -53,7 +53,7 @@ def _no_adapters(folder: Path, config: str) -> str:
 def load_bank(
     folder: str | Path | None, names: Sequence[str], config: BackboneConfig, check_finite: bool = True
 ) -> AdapterBank | None:
-    """The bank of the tenants that are named, or None without a folder or a name."""
+    """The bank of the named tenants; None without a folder or names."""
     from para_jax import AdapterBank
 
     if folder is None or not names:
@@ -62,32 +62,32 @@ def load_bank(
 
 
 class RowTokenizers:
-    """The tokenizers of rows: the backbone's, unless one is kept with a row's adapters. Each folder is read once."""
+    """The tokenizers of rows: the backbone's, unless an adapter was saved with its own. Each folder is read once."""
 
     def __init__(self, tokenizer: Any, folder: str | Path | None, vocab_size: int):
         self.tokenizer, self.folder, self.vocab_size = tokenizer, folder, vocab_size
-        self._kept: dict[str, Any] = {}
+        self._cache: dict[str, Any] = {}
 
-    def of(self, tenants: Sequence[str], chat: bool = True) -> Any:
-        """Of a row of these tenants.
+    def get(self, tenants: Sequence[str], chat: bool = True) -> Any:
+        """The tokenizer of a row with these tenants.
 
-        Raises ParaJaxError if they do not have the same: for a chat the same template, for a prompt the same tokens.
+        Raises ParaJaxError if their tokenizers differ, or for a chat, if their chat templates differ.
         """
         if self.folder is None or not tenants:
             return self.tokenizer
-        own = [self._of(name) for name in tenants]
-        if len({id(getattr(x, "backend_tokenizer", x)) for x in own}) > 1:
-            raise ParaJaxError(f"{' and '.join(tenants)} have different tokenizers; give each a row of its own")
-        if chat and len({json.dumps(x.chat_template) for x in own}) > 1:
+        tokenizers = [self._load(name) for name in tenants]
+        if len({id(getattr(x, "backend_tokenizer", x)) for x in tokenizers}) > 1:
+            raise ParaJaxError(f"{' and '.join(tenants)} have different tokenizers; use a separate row for each")
+        if chat and len({json.dumps(x.chat_template) for x in tokenizers}) > 1:
             raise ParaJaxError(
                 f"{' and '.join(tenants)} have different chat templates; give prompts instead of messages"
             )
-        return own[0]
+        return tokenizers[0]
 
-    def _of(self, name: str) -> Any:
+    def _load(self, name: str) -> Any:
         from para_jax.convert.adapter_tokenizer import adapter_tokenizer
 
-        if name not in self._kept:
+        if name not in self._cache:
             folder = Path(self.folder or "") / name
-            self._kept[name] = adapter_tokenizer(self.tokenizer, folder, self.vocab_size)
-        return self._kept[name]
+            self._cache[name] = adapter_tokenizer(self.tokenizer, folder, self.vocab_size)
+        return self._cache[name]

@@ -1,4 +1,4 @@
-"""What several verbs share: the model and the tenants named on the command line."""
+"""Options and functions that several verbs share, for the model and the tenants."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from para_jax.config import BackboneConfig
 
 T = TypeVar("T")
-Source = str | list[tuple[str, dict[str, Any]]]  # what `read_rows` takes, or what it gives
+Source = str | list[tuple[str, dict[str, Any]]]  # a source of `read_rows`, or its result
 
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +32,7 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         metavar="DIR",
-        help="Hugging Face checkpoint: a folder or a hub id (default: the tiny one that ships)",
+        help="Hugging Face checkpoint: a folder or a hub id (default: the tiny model that ships)",
     )
 
 
@@ -47,28 +47,28 @@ def add_compile_cache(parser: argparse.ArgumentParser) -> None:
 
 
 def add_model(parser: argparse.ArgumentParser, processes: bool = True) -> None:
-    """--model, --dtype, --quantize, --mesh, --compile-cache, and with `processes` which one of several this is."""
+    """--model, --dtype, --quantize, --mesh, --compile-cache, and with `processes` the multi-process options."""
     add_checkpoint(parser)
     add_compile_cache(parser)
     parser.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
         default="auto",
-        help="of weights and computation (default: bfloat16 on TPU and GPU, float16 on a GPU before Ampere, "
+        help="dtype of weights and computation (default: bfloat16 on TPU and GPU, float16 on a GPU before Ampere, "
         "float32 on CPU)",
     )
     parser.add_argument(
         "--mesh",
         metavar="AXIS=N,...",
         default="auto",
-        help="devices to split the model and the rows over: data=2,fsdp=4,tensor=2 (default: all "
-        "accelerators, as suits the model)",
+        help="mesh to shard the model and the rows over: data=2,fsdp=4,tensor=2 (default: all accelerators, in a "
+        "mesh that suits the model)",
     )
     parser.set_defaults(coordinator=None, processes=None, process=None)
     if processes:
         _add_processes(parser)
     parser.add_argument(
-        "--quantize", choices=("int8", "int4"), help="the layers' weights in few bits, for small accelerators"
+        "--quantize", choices=("int8", "int4"), help="quantize the layers' weights, for small accelerators"
     )
 
 
@@ -76,11 +76,11 @@ def _add_processes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--coordinator",
         metavar="HOST:PORT",
-        help="this is one of several processes: where the first one is, or auto on Cloud TPU, SLURM and Kubernetes",
+        help="join a multi-process run: the address of process 0, or auto on Cloud TPU, SLURM and Kubernetes",
     )
-    parser.add_argument("--processes", type=within(COUNT), metavar="N", help="with --coordinator: how many there are")
+    parser.add_argument("--processes", type=within(COUNT), metavar="N", help="with --coordinator: their number")
     parser.add_argument(
-        "--process", type=within(Whole(0)), metavar="I", help="with --coordinator: which this is, from 0"
+        "--process", type=within(Whole(0)), metavar="I", help="with --coordinator: the index of this process, from 0"
     )
 
 
@@ -88,7 +88,7 @@ def add_adapters(parser: argparse.ArgumentParser) -> None:
     """--adapters and --allow-nan."""
     parser.add_argument("--adapters", metavar="DIR", help="folder with NAME/ for each tenant (finetune's --out)")
     parser.add_argument(
-        "--allow-nan", action="store_true", help="take adapters that have NaN or infinite values, to look at them"
+        "--allow-nan", action="store_true", help="load adapters that have NaN or infinite values, to inspect them"
     )
 
 
@@ -116,8 +116,8 @@ def add_sources(parser: argparse.ArgumentParser, whose: str = "", more: str = ""
     parser.add_argument(
         "--template",
         metavar=f"{whose}FILE.json",
-        help="makes prompts of rows with other columns, instead of the template that ships for their data set; also "
-        f"the name of one that ships, as glue/sst2{more}",
+        help="template that makes prompts from rows with other columns (default: the one that ships for the data set); "
+        f"a file, or the name of one that ships, such as glue/sst2{more}",
         **options,
     )
     parser.add_argument(
@@ -126,10 +126,10 @@ def add_sources(parser: argparse.ArgumentParser, whose: str = "", more: str = ""
 
 
 def begin_model(args: argparse.Namespace, stacked: bool | None = None) -> tuple[Loading, Any]:
-    """The backbone, which is read in a thread from now on, and its tokenizer.
+    """Starts to read the backbone in a thread. Returns it and its tokenizer.
 
-    `stacked` is as for `Backbone.from_pretrained`: true for verbs that fine-tune. Raises ParaJaxError if either cannot
-    be had.
+    `stacked` is as for `Backbone.from_pretrained`: True for verbs that fine-tune. Raises ParaJaxError if either cannot
+    be loaded.
     """
     from para_jax import tiny_backbone_path
     from para_jax.backbones.loading import Loading, default_mesh
@@ -149,13 +149,13 @@ def begin_model(args: argparse.Namespace, stacked: bool | None = None) -> tuple[
 
 
 def load_model(args: argparse.Namespace, stacked: bool | None = None) -> tuple[Backbone, Any]:
-    """The backbone and its tokenizer, as `begin_model` has them."""
+    """Like `begin_model`, but waits for the backbone."""
     loading, tokenizer = begin_model(args, stacked)
     return loading.backbone(), tokenizer
 
 
 def start_processes(args: argparse.Namespace) -> None:
-    """Joins the processes that --coordinator names, before any device is looked at."""
+    """Joins the multi-process run of --coordinator, before JAX initializes devices."""
     if args.coordinator is None:
         if args.processes is not None or args.process is not None:
             raise ParaJaxError("--processes and --process go with --coordinator HOST:PORT")
@@ -174,12 +174,12 @@ def start_processes(args: argparse.Namespace) -> None:
     join_processes(None if auto else args.coordinator, args.processes, args.process)
     if not is_main_process():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (until the process ends)
-        # All processes read the same checkpoint; the first one says what is ignored, and what is used instead.
+        # All processes read the same checkpoint; only the main process logs warnings about it.
         logging.getLogger("para_jax").setLevel(logging.ERROR)
 
 
 def load_config(model: str | None) -> BackboneConfig:
-    """The shape of a backbone from config.json alone: a folder's, a hub id's, or that file; the tiny one's, if None."""
+    """The config of a backbone from config.json: a folder, a hub id, or the file; by default the tiny backbone's."""
     from para_jax import tiny_backbone_path
     from para_jax.config import BackboneConfig, read_json
 
@@ -190,19 +190,19 @@ def load_config(model: str | None) -> BackboneConfig:
 
 
 def tenant_sources(args: argparse.Namespace, option: str = "tenant") -> dict[str, Source]:
-    """Each tenant's source, or its rows where these come from a source of several tenants.
+    """Each tenant's source, or its rows if they come from a source with several tenants.
 
-    `option` is tenant, for --tenant and --tenant-from, or dev. Raises ParaJaxError for a tenant that has two
-    sources, and if there is no tenant.
+    `option` is tenant (--tenant and --tenant-from) or dev. Raises ParaJaxError for a tenant with two sources, and if
+    there is no tenant.
     """
-    from para_jax.data.rows import by_tenant
+    from para_jax.data.rows import group_by_tenant
 
     found: dict[str, Source] = dict(pairs(getattr(args, option), f"--{option}"))
     general = [value for value in args.template if "=" not in value]
     for source in getattr(args, f"{option}_from"):
-        for name, rows in by_tenant(read_rows(source, general[-1] if general else None, args.data_dir)).items():
+        for name, rows in group_by_tenant(read_rows(source, general[-1] if general else None, args.data_dir)).items():
             if name in found:
-                raise ParaJaxError(f"{rows[0][0]}: tenant {name!r} has rows from elsewhere already; give it one source")
+                raise ParaJaxError(f"{rows[0][0]}: tenant {name!r} has another source already; give it one source")
             found[name] = rows
     if not found and option == "tenant":
         raise ParaJaxError("give each tenant's rows: --tenant NAME=SOURCE, or --tenant-from SOURCE for several")
@@ -227,12 +227,12 @@ def pairs(values: Sequence[str], option: str) -> dict[str, str]:
 
 
 def per_tenant(values: Sequence[str], option: str, names: Sequence[str], kind: Callable[[str], T]) -> dict[str, T]:
-    """VALUE for all tenants, or NAME=VALUE for one; the more particular wins.
+    """VALUE for all tenants, or NAME=VALUE for one, which overrides it.
 
     >>> per_tenant(["100", "acme=300"], "--steps", ["acme", "globex"], Whole(1).parse)
     {'acme': 300, 'globex': 100}
 
-    Raises ParaJaxError for an unknown tenant, and for what `kind` raises ValueError for, which says what it has to be.
+    Raises ParaJaxError for an unknown tenant, and for a value for which `kind` raises ValueError.
     """
     general: dict[str, T] = {}
     particular: dict[str, T] = {}
@@ -251,7 +251,7 @@ def per_tenant(values: Sequence[str], option: str, names: Sequence[str], kind: C
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Columns of text, the first flush left and the others flush right.
+    """Columns of text, the first left-aligned and the others right-aligned.
 
     >>> print(table(["tenant", "loss"], [["acme", 1.5], ["globex", 12]]))
     tenant  loss

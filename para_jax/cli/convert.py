@@ -1,10 +1,10 @@
-"""Write a checkpoint as a Hugging Face folder: cast, merged with an adapter, made safetensors, in files of a size.
+"""Write a checkpoint as a Hugging Face folder: cast, merged with an adapter, as safetensors, in files of a given size.
 
   para-jax convert --model DIR --out DIR --dtype bfloat16
   para-jax convert --model DIR --adapter runs/first/acme --out DIR      (LoRA or (IA)3 merged into the weights)
   para-jax convert --model DIR --check                                  (reads everything and writes nothing)
 
-transformers opens what is written, and so does this library. Tokenizer and generation config come along.
+transformers and this library can load the result. The tokenizer and the generation config are copied.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
-        help="of the weights that are written (default: as they are in the checkpoint's files)",
+        help="dtype to write (default: the checkpoint's)",
     )
     parser.add_argument("--out", metavar="DIR", help="folder to write")
     parser.add_argument("--adapter", metavar="DIR", help="an adapter's folder, to merge into the weights")
-    parser.add_argument("--shard-size", metavar="SIZE", help="the most of one file (default: 5GB)")
+    parser.add_argument("--shard-size", metavar="SIZE", help="maximum size of a file (default: 5GB)")
     parser.add_argument("--check", action="store_true", help="refuse NaN and infinite weights")
     parser.add_argument("--overwrite", action="store_true", help="replace --out if it is a checkpoint")
 
 
 def run(args: argparse.Namespace) -> int:
     if args.out is None and not args.check:
-        raise ParaJaxError("give --out DIR, or --check alone to look at the weights")
+        raise ParaJaxError("give --out DIR, or --check alone to check the weights")
     if args.out is None:
         refuse(args, ("dtype", "shard_size", "overwrite"), "without --out DIR: nothing is written")
     else:
@@ -58,30 +58,28 @@ def run(args: argparse.Namespace) -> int:
     set_up(args.compile_cache)
     model = args.model or tiny_backbone_path()
     folder = fetched(model)
-    architecture_from_hf(
-        read_json(folder / CONFIG), model
-    )  # raises for what is not supported, before weights are looked at
+    architecture_from_hf(read_json(folder / CONFIG), model)  # raises for unsupported models, before weights are read
     dtypes = sorted(set(open_tensors(folder).dtype.values()))
     if len(dtypes) > 1 and args.dtype == "auto" and args.out is not None:
-        raise ParaJaxError(f"{model} has tensors of {' and '.join(dtypes)}; say with --dtype what to write")
+        raise ParaJaxError(f"{model} has tensors of {' and '.join(dtypes)}; choose one with --dtype")
     written = dtypes[0] if args.dtype == "auto" else args.dtype
-    # Merged in float32, where a small change is not lost in rounding, and cast when it is written.
-    as_it_is = args.adapter is None and dtypes == [written] == ["bfloat16"]
+    # Merged in float32, so that small updates are not lost in rounding, and cast when written.
+    unchanged = args.adapter is None and dtypes == [written] == ["bfloat16"]
     backbone = Backbone.from_pretrained(
-        model, dtype="bfloat16" if as_it_is else "float32", stacked=False, check_finite=args.check
+        model, dtype="bfloat16" if unchanged else "float32", stacked=False, check_finite=args.check
     )
     print(f"{model}: {backbone.config.size:,} parameters, family {backbone.config.family}")
-    own = template = None
+    new_tokenizer = template = None
     if args.adapter is not None:
         adapter = load_adapter(args.adapter, backbone.config)
         if has_tokenizer(args.adapter):
             tokenizer = load_tokenizer(folder)
-            spoken = adapter_tokenizer(tokenizer, args.adapter, backbone.config.vocab_size)
-            own = None if spoken is tokenizer else spoken
+            merged_tokenizer = adapter_tokenizer(tokenizer, args.adapter, backbone.config.vocab_size)
+            new_tokenizer = None if merged_tokenizer is tokenizer else merged_tokenizer
         backbone, template = merge_adapter(backbone, adapter), adapter.chat_template
     if args.out is not None:
         save_backbone(
-            backbone, args.out, dtype=written, like=folder, tokenizer=own, chat_template=template,
+            backbone, args.out, dtype=written, like=folder, tokenizer=new_tokenizer, chat_template=template,
             shard_size=size, overwrite=args.overwrite,
         )  # fmt: skip
         files = sorted(path.name for path in Path(args.out).glob("*.safetensors"))
@@ -91,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def shard_bytes(text: str) -> int:
-    """A size as transformers writes it.
+    """Parses a size in transformers' format.
 
     >>> shard_bytes("5GB"), shard_bytes("200mb"), shard_bytes("1000")
     (5000000000, 200000000, 1000)

@@ -1,7 +1,7 @@
-"""What a report of a problem needs: versions, devices, kernels and why these, the cache, disk and memory.
+"""Print the environment for a bug report: versions, devices, kernels and why, the cache, disk and memory.
 
-It never fails: what is missing, or does not start, is said. JAX is started in a process of its own, which takes the
-accelerator for that long. In a notebook that has it, call `para_jax.cli.env.environment` instead.
+It never fails: it reports what is missing or does not start. JAX starts in a subprocess, which uses the accelerator for
+that time. In a notebook that already uses the accelerator, call `para_jax.cli.env.environment` instead.
 
   para-jax env
   para-jax env --model DIR --json env.json
@@ -32,16 +32,16 @@ PACKAGES = (
     "jax-cuda12-plugin", "jax-cuda13-plugin",
 )  # fmt: skip
 LLAMA = (128256, 4096, 14336, 32, 32, 8, 128)  # the shapes of Llama 3 8B, in the order of BackboneConfig
-WAIT = 180  # seconds for JAX to start, and to compile a kernel that it has not met before
+WAIT = 180  # seconds for JAX to start, and to compile a kernel for the first time
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         metavar="DIR",
-        help="whose kernels: a folder or hub id with config.json (default: a model with the shapes of Llama 3 8B)",
+        help="model to choose kernels for: a folder or hub id with config.json (default: the shapes of Llama 3 8B)",
     )
-    parser.add_argument("--json", metavar="OUT.json", help="write it")
+    parser.add_argument("--json", metavar="OUT.json", help="write everything as JSON")
     parser.add_argument("--overwrite", action="store_true", help="replace --json if it exists")
 
 
@@ -56,29 +56,29 @@ def run(args: argparse.Namespace) -> int:
 
 
 def environment(model: str | None = None) -> dict[str, Any]:
-    """What `para-jax env` prints, as JSON has it; None for what is not there.
+    """What `para-jax env` prints, as a JSON-serializable dict; None for what does not exist.
 
-    JAX is asked in this process if it is loaded already, and else in one of its own.
+    JAX is queried in this process if it is imported already, and otherwise in a subprocess.
 
     >>> environment()["devices"][0]["platform"] in ("cpu", "gpu", "tpu")
     True
     """
-    asked = of_jax(model) if "jax" in sys.modules else _asked_aside(model)
+    from_jax = jax_environment(model) if "jax" in sys.modules else _ask_subprocess(model)
     return {
         "python": platform.python_version(),
         "system": platform.platform(),
         "versions": {name: machine.installed(name) or None for name in PACKAGES},
         "accelerator": machine.accelerator() or None,
         "nvidia_driver": machine.nvidia_driver() or None,
-        **asked,
-        "cache": _held(asked["cache"]),
-        "disk_free": {path: _free(path) for path in (os.path.abspath(""), asked["cache"]) if path},
+        **from_jax,
+        "cache": _folder_size(from_jax["cache"]),
+        "disk_free": {path: _free(path) for path in (os.path.abspath(""), from_jax["cache"]) if path},
         "host": {"cores": os.cpu_count(), **machine.host_memory()},
     }
 
 
-def of_jax(model: str | None = None) -> dict[str, Any]:
-    """The part of it that JAX knows, which starts here and takes its devices."""
+def jax_environment(model: str | None = None) -> dict[str, Any]:
+    """The part of `environment` that needs JAX, which starts and takes its devices."""
     found: dict[str, Any] = {"problem": None, "devices": [], "kernels": {}, "cache": None}
     try:
         import jax
@@ -95,7 +95,7 @@ def of_jax(model: str | None = None) -> dict[str, Any]:
             {"platform": d.platform, "kind": d.device_kind, "bytes": (d.memory_stats() or {}).get("bytes_limit")}
             for d in jax.local_devices()
         ]
-        # transformers reads a config.json, and takes ten seconds to be imported where torch is there too.
+        # Reading a config.json imports transformers, which takes ten seconds if torch is installed.
         config = BackboneConfig(*LLAMA) if model is None else common.load_config(model)
         choice = choose("auto", config, compute_dtype("auto"))
         found["kernels"]["attention"] = {"kernel": choice.kernel, "why": choice.why}
@@ -104,13 +104,15 @@ def of_jax(model: str | None = None) -> dict[str, Any]:
     return found
 
 
-def _asked_aside(model: str | None) -> dict[str, Any]:
-    code = "import json, sys; from para_jax.cli.env import of_jax; print(json.dumps(of_jax(sys.argv[1] or None)))"
-    # A GPU's memory is left to those who work.
-    given = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TPU_LOG_DIR": "disabled", **os.environ}
+def _ask_subprocess(model: str | None) -> dict[str, Any]:
+    code = (
+        "import json, sys; from para_jax.cli.env import jax_environment as f; print(json.dumps(f(sys.argv[1] or None)))"
+    )
+    # Do not preallocate a GPU's memory, which other processes may use.
+    environ = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TPU_LOG_DIR": "disabled", **os.environ}
     try:
         done = subprocess.run(
-            [sys.executable, "-c", code, model or ""], capture_output=True, text=True, env=given, timeout=WAIT
+            [sys.executable, "-c", code, model or ""], capture_output=True, text=True, env=environ, timeout=WAIT
         )
     except subprocess.TimeoutExpired:
         problem = f"JAX did not start within {WAIT} seconds"
@@ -118,11 +120,11 @@ def _asked_aside(model: str | None) -> dict[str, Any]:
         if done.returncode == 0:
             return json.loads(done.stdout.splitlines()[-1])
         last = "; ".join(done.stderr.strip().splitlines()[-3:])
-        problem = f"JAX did not start: its process ended with code {done.returncode}, and said: {last}"
+        problem = f"JAX did not start: its process exited with code {done.returncode}; its last output: {last}"
     return {"problem": problem, "devices": [], "kernels": {}, "cache": None}
 
 
-def _held(folder: str | None) -> dict[str, Any] | None:
+def _folder_size(folder: str | None) -> dict[str, Any] | None:
     if folder is None:
         return None
     sizes = [path.stat().st_size for path in Path(folder).glob("*") if path.is_file()]
@@ -130,24 +132,24 @@ def _held(folder: str | None) -> dict[str, Any] | None:
 
 
 def _free(path: str) -> int | None:
-    """Bytes that are free where a folder is, or will be."""
+    """Free bytes of the disk of a folder, which may not exist yet."""
     try:
-        there = next(at for at in (Path(path).absolute(), *Path(path).absolute().parents) if at.exists())
-        return shutil.disk_usage(there).free
+        existing = next(p for p in (Path(path).absolute(), *Path(path).absolute().parents) if p.exists())
+        return shutil.disk_usage(existing).free
     except (OSError, StopIteration):
         return None
 
 
 def lines(found: dict[str, Any]) -> list[str]:
-    """It for people to read."""
+    """The environment as lines of text."""
 
-    def of(size: int | None) -> str:
+    def size_text(size: int | None) -> str:
         return "unknown" if size is None else human(size)
 
     versions = [f"{name} {version}" for name, version in found["versions"].items() if version]
     missing = [name for name, version in found["versions"].items() if not version]
     host, cache, kernels = found["host"], found["cache"], found["kernels"]
-    devices = [f"{d['kind']} ({d['platform']}), {of(d['bytes'])}" for d in found["devices"]]
+    devices = [f"{d['kind']} ({d['platform']}), {size_text(d['bytes'])}" for d in found["devices"]]
     return [
         f"python {found['python']} on {found['system']}",
         ", ".join(versions),
@@ -158,7 +160,8 @@ def lines(found: dict[str, Any]) -> list[str]:
         "compiled programs: not kept"
         if cache is None
         else f"compiled programs: {cache['files']} files, {human(cache['bytes'])}, in {cache['folder']}",
-        *(f"disk: {of(free)} free in {path}" for path, free in found["disk_free"].items()),
-        f"host: {host['cores']} cores, {of(host['memory_available'])} of {of(host['memory'])} of memory available",
+        *(f"disk: {size_text(free)} free in {path}" for path, free in found["disk_free"].items()),
+        f"host: {host['cores']} cores, {size_text(host['memory_available'])} of {size_text(host['memory'])} of memory "
+        "available",
         *([f"problem: {found['problem']}"] if found["problem"] else []),
     ]

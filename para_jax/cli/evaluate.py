@@ -28,14 +28,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_adapters(parser)
     common.add_tenants(parser)
     parser.add_argument("--json", metavar="OUT.json", help="write the scores")
-    parser.add_argument("--predictions", metavar="OUT.jsonl", help="write every row with what was answered")
+    parser.add_argument("--predictions", metavar="OUT.jsonl", help="write every row with its answer")
     parser.add_argument("--overwrite", action="store_true", help="replace these files if they exist")
     parser.add_argument(
         "--max-new-tokens",
         action="append",
         default=[],
         metavar="[NAME=]N",
-        help="of every answer (default: 64); repeat",
+        help="maximum length of an answer (default: 64); repeat",
     )
     parser.add_argument("--batch-size", type=within(COUNT), default=32, help="rows that run together (default: 32)")
     parser.add_argument("--limit", type=within(COUNT), metavar="N", help="only the first N rows of each tenant")
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         action="append",
         default=[],
-        help="let a tenant's rows choose among the responses that occur among them, as if they had choices; repeat",
+        help="use all distinct responses of a tenant's rows as the choices of each row; repeat",
     )
 
 
@@ -60,23 +60,23 @@ def run(args: argparse.Namespace) -> int:
     templates = common.per_tenant(args.template, "--template", list(sources), str)
     limits = common.per_tenant(["64", *args.max_new_tokens], "--max-new-tokens", list(sources), COUNT.parse)
 
-    from para_jax.data.rows import of_tenant
+    from para_jax.data.rows import check_tenant
     from para_jax.distributed import is_main_process
     from para_jax.evaluation.evaluate import evaluate
 
     if args.adapters is not None:
-        adapter_folders(args.adapters, list(sources))  # raises, before the model is read
+        adapter_folders(args.adapters, list(sources))  # raises before the model is read
     loading, tokenizer = common.begin_model(args)
     config = loading.shapes.config
     bank = load_bank(args.adapters, list(sources), config, not args.allow_nan)
-    kept = RowTokenizers(tokenizer, args.adapters, config.vocab_size)
+    row_tokenizers = RowTokenizers(tokenizer, args.adapters, config.vocab_size)
     tenants, tokenizers = {}, {}
     for name, source in sources.items():
         rows = source if not isinstance(source, str) else read_rows(source, templates.get(name), args.data_dir)
-        of_tenant(rows, name)
+        check_tenant(rows, name)
         if name in args.choose:
             rows = with_choices(f"tenant {name!r}", rows)
-        tenants[name], tokenizers[name] = rows[: args.limit], kept.of([name])
+        tenants[name], tokenizers[name] = rows[: args.limit], row_tokenizers.get([name])
 
     scores = evaluate(
         loading,
@@ -113,22 +113,22 @@ COLUMNS = (
 
 
 def with_choices(whose: str, rows: Rows) -> Rows:
-    """The rows, each with all of their responses as its choices if it has none of its own.
+    """The rows, with all of their responses as the choices of every row without choices.
 
-    Raises ParaJaxError for too many responses, and where no row would have other choices than before.
+    Raises ParaJaxError for too many responses, and if all rows have choices already.
     """
     answers = sorted({row["response"] for _, row in rows if isinstance(row.get("response"), str)})
     if len(answers) > MOST_CHOICES:
         raise ParaJaxError(f"{whose} has {len(answers)} different responses, too many for --choose")
     if not answers:
-        raise ParaJaxError(f'--choose chooses among the texts under "response", and no row of {whose} has one')
+        raise ParaJaxError(f'--choose needs texts under "response", and no row of {whose} has one')
     if all("choices" in row for _, row in rows):
-        raise ParaJaxError(f"--choose has no effect on {whose}: all rows have choices of their own")
+        raise ParaJaxError(f"--choose has no effect on {whose}: all rows have choices already")
     return [(place, {"choices": answers, **row}) for place, row in rows]
 
 
 def score_table(scores: dict[str, dict[str, float]]) -> str:
-    """The scores that any tenant has, a row a tenant."""
+    """A table of the scores, with a row for each tenant."""
     columns = [(key, title) for key, title in COLUMNS if any(key in s for s in scores.values())]
 
     def cell(key: str, s: dict[str, float]) -> str:

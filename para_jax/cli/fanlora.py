@@ -1,4 +1,4 @@
-"""Keep the most critical modules of each layer: a FanLoRA setting from an adapter of all linear modules.
+"""Keep the most important modules of each layer: a FanLoRA setting from an adapter on all linear modules.
 
 Scores every module of the adapter on held-out rows, keeps the most important ones of each layer, and writes to OUT
 fanlora.json (the setting, for finetune's --method), scores.json and importance.png. The ablation score takes
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
     from para_jax.data.examples import Example
 
 SETTING, SCORES_FILE, PICTURE = "fanlora.json", "scores.json", "importance.png"
-# Options that say which rows a score is computed on, and how.
+# Options about the rows that a score is computed on.
 OF_ROWS = ("data", "rows", "template", "data_dir", "max_length", "truncate", "batch_size")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_model(parser, processes=False)
-    parser.add_argument("--adapter", metavar="DIR", required=True, help="LoRA of all linear modules, tuned")
+    parser.add_argument("--adapter", metavar="DIR", required=True, help="a tuned LoRA adapter on all linear modules")
     parser.add_argument(
         "--data",
         metavar="SOURCE",
@@ -44,29 +44,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     common.add_sources(parser)
     parser.add_argument("--rows", type=within(ROWS), metavar="N", help="rows drawn from each source (default: 64)")
-    parser.add_argument("--seed", type=within(SEED), help="of the rows, and of the random score")
+    parser.add_argument("--seed", type=within(SEED), help="seed of the sample of rows, and of the random score")
     parser.add_argument("--out", metavar="DIR", required=True, help="folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
 
     scoring = parser.add_argument_group("scoring")
     scoring.add_argument("--score", default="ablation", help="ablation (default), gradient, norm or random")
-    scoring.add_argument("--batch-size", type=within(COUNT), metavar="N", help="rows of a forward pass (default: 8)")
+    scoring.add_argument("--batch-size", type=within(COUNT), metavar="N", help="rows in a forward pass (default: 8)")
     scoring.add_argument(
         "--variants",
         type=within(COUNT),
         metavar="N",
-        help="ablations in one pass; fewer take less memory (default: 16)",
+        help="ablations in one pass; fewer need less memory (default: 16)",
     )
     scoring.add_argument(
-        "--max-length", type=within(Whole(2)), metavar="N", help="tokens of a row (default: the backbone's context)"
+        "--max-length",
+        type=within(Whole(2)),
+        metavar="N",
+        help="most tokens of a row (default: the backbone's context)",
     )
     scoring.add_argument("--truncate", action="store_true", help="cut prompts that are too long at their beginning")
 
     setting = parser.add_argument_group("setting")
     size = setting.add_mutually_exclusive_group(required=True)
-    size.add_argument("--keep", type=within(COUNT), metavar="N", help="modules of each layer")
+    size.add_argument("--keep", type=within(COUNT), metavar="N", help="number of modules to keep in each layer")
     size.add_argument(
-        "--budget", type=within(COUNT), metavar="N", help="parameters in all, spread evenly over the layers"
+        "--budget", type=within(COUNT), metavar="N", help="total number of parameters, spread evenly over the layers"
     )
     setting.add_argument("--r", type=within(COUNT), help="rank (default: the adapter's)")
     setting.add_argument("--lora-alpha", type=within(POSITIVE), help="numerator of the scale (default: the adapter's)")
@@ -89,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     adapter = load_adapter(args.adapter, shape)
     check(adapter, backbone)
     sites = list(shape.linear_sites)
-    if args.keep is not None and not 1 <= args.keep <= len(sites):  # before the scoring, which takes a while
+    if args.keep is not None and not 1 <= args.keep <= len(sites):  # before the scoring, which is slow
         raise ParaJaxError(f"--keep must be from 1 to {len(sites)}, the modules of a layer, not {args.keep}")
     examples = held_out(args, adapter_tokenizer(tokenizer, args.adapter, shape.vocab_size), shape)
     scores = importance_scores(
@@ -103,10 +106,10 @@ def run(args: argparse.Namespace) -> int:
         show=lambda line: print(line, flush=True),
     )
 
-    of_adapter: Any = adapter.config
-    same = {name: getattr(of_adapter, name) for name in ("use_rslora", "lora_dropout", "init_lora_weights")}
-    r = of_adapter.r if args.r is None else args.r
-    alpha = of_adapter.lora_alpha if args.lora_alpha is None else args.lora_alpha
+    lora: Any = adapter.config
+    same = {name: getattr(lora, name) for name in ("use_rslora", "lora_dropout", "init_lora_weights")}
+    r = lora.r if args.r is None else args.r
+    alpha = lora.lora_alpha if args.lora_alpha is None else args.lora_alpha
     kept = keep_within(scores, shape, args.budget, r) if args.keep is None else keep_number(scores, shape, args.keep)
     config = FanLoraConfig.of(kept, shape, r=r, lora_alpha=alpha, **same)
     with new_folder(out, SETTING, overwrite=args.overwrite) as partial:
@@ -131,14 +134,14 @@ def run(args: argparse.Namespace) -> int:
     )
     print(
         f"{sum(map(len, kept))} of {scores.size} modules, {config.size(shape):,} parameters at r={r} "
-        f"(all modules of the adapter: {of_adapter.size(shape):,})"
+        f"(all modules of the adapter: {lora.size(shape):,})"
     )
     print(f"setting, scores and picture in {out}; tune a task with: para-jax finetune --method {out / SETTING} ...")
     return 0
 
 
 def _check_score(args: argparse.Namespace) -> None:
-    """Raises ParaJaxError for a score that there is not, and for options that have no effect on it."""
+    """Raises ParaJaxError for an unknown score, and for options that have no effect on it."""
     from para_jax.importance.scores import NEED_ROWS, SCORES
 
     if args.score not in SCORES:
@@ -148,28 +151,28 @@ def _check_score(args: argparse.Namespace) -> None:
     if args.score not in NEED_ROWS:
         refuse(args, OF_ROWS, f"with --score {args.score}, which is computed without rows")
     if args.score != "ablation":
-        refuse(args, ("variants",), f"with --score {args.score}; it is of ablations")
+        refuse(args, ("variants",), f"with --score {args.score}; it is for ablations")
     if args.score == "norm":
-        refuse(args, ("seed",), "with --score norm, which draws nothing")
+        refuse(args, ("seed",), "with --score norm, which is not random")
 
 
 def by_importance(scores_s: Any, kept: tuple[str, ...], sites: list[str]) -> list[str]:
-    """The kept sites of a layer, the most important first."""
+    """The kept sites of a layer, sorted by importance."""
     return sorted(kept, key=lambda site: -scores_s[sites.index(site)])
 
 
 def held_out(args: argparse.Namespace, tokenizer: Any, shape: Any) -> list[Example]:
-    """The rows to score on, as many of each source."""
+    """The rows to score on, sampled from each source."""
     from para_jax.convert.tokenizer import end_tokens
     from para_jax.data.examples import encode_rows
     from para_jax.data.lengths import row_length
-    from para_jax.data.rows import of_tenant
+    from para_jax.data.rows import check_tenant
 
     length = row_length(args.max_length, shape.max_position_embeddings)
     eos = end_tokens(shape, tokenizer)
     examples: list[Example] = []
     for source in args.data:
-        rows = of_tenant(read_rows(source, args.template, args.data_dir), None)
+        rows = check_tenant(read_rows(source, args.template, args.data_dir), None)
         some = random.Random(args.seed or 0).sample(rows, min(args.rows or 64, len(rows)))
         examples += encode_rows(some, tokenizer, eos, length, truncate=args.truncate, one_pass=True)
     return examples

@@ -1,4 +1,4 @@
-"""What the command line says when something goes wrong that is not the caller's mistake: one line, and a file."""
+"""Reports unexpected errors on the command line: one line, and a file with the traceback."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from para_jax.cli.env import PACKAGES
 from para_jax.machine import installed
 
 VARIABLE = "PARA_JAX_TRACEBACK"
-LONGEST = 300  # letters of an error's own words
+LONGEST = 300  # characters of an error's message
 
 
-def said(verb: str, error: BaseException, several: bool = False) -> str:
-    """One line for an error that nobody expected. Its traceback is in the file that the line names.
+def describe(verb: str, error: BaseException, several: bool = False) -> str:
+    """One line about an unexpected error. It names a file with the traceback.
 
-    With PARA_JAX_TRACEBACK in the environment the traceback is in the line's place. `several` says that this is one of
-    several processes, which may fail because another one has.
+    With PARA_JAX_TRACEBACK in the environment, returns the traceback instead. `several` is True in a multi-process run,
+    where a process may fail because another one did.
     """
     if os.environ.get(VARIABLE):
         return "".join(traceback.format_exception(error))
@@ -29,31 +29,31 @@ def said(verb: str, error: BaseException, several: bool = False) -> str:
         return f"the package {error.name.partition('.')[0]} is not installed; install it with pip"
     what = in_one_line(error)
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in what:
-        return f"out of memory ({what}); take fewer or shorter rows at once, or --quantize int8"
+        return f"out of memory ({what}); use fewer or shorter rows at once, or --quantize int8"
     place = traceback.extract_tb(error.__traceback__)[-1:]
     where = f" in {os.path.basename(place[0].filename)}:{place[0].lineno}" if place else ""
     saved = f"{_saved(verb, error)} and what para-jax env prints, to {_tracker()}"
     if several:
         return (
-            f"stopped by {what}{where}; if another process stopped before this one, its own output says why. "
-            f"Otherwise this is a fault of para_jax. {saved}"
+            f"stopped by {what}{where}; if another process stopped before this one, its output says why. "
+            f"Otherwise this is a bug in para_jax. {saved}"
         )
-    return f"this is a fault of para_jax, not yours: {what}{where}. {saved}"
+    return f"this is a bug in para_jax, not your mistake: {what}{where}. {saved}"
 
 
 def in_one_line(error: BaseException) -> str:
-    """The kind of an error and the first line of what it says.
+    """The type of an error and the first line of its message.
 
     >>> in_one_line(KeyError("x")), in_one_line(AssertionError())
     ("KeyError: 'x'", 'AssertionError')
     """
-    words = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    short = words if len(words) <= LONGEST else f"{words[:LONGEST]}..."
+    message = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    short = message if len(message) <= LONGEST else f"{message[:LONGEST]}..."
     return f"{type(error).__name__}: {short}" if short else type(error).__name__
 
 
 def _saved(verb: str, error: BaseException) -> str:
-    """Writes the traceback, what was run and with which versions to a file, and says what to do with it."""
+    """Writes the traceback, the command and the versions to a file, and returns how to report it."""
     lines = [
         f"command: {shlex.join(sys.argv)}",
         f"python {platform.python_version()} on {platform.platform()}",
@@ -68,11 +68,11 @@ def _saved(verb: str, error: BaseException) -> str:
             file.write("\n".join(lines))
     except OSError as problem:
         return f"Its traceback could not be saved ({problem}): please report what it prints with {VARIABLE}=1"
-    return f"Please report it, with the traceback that is in {file.name}"
+    return f"Please report it, with the traceback in {file.name}"
 
 
 def _tracker() -> str:
-    """Where to: the address of [project.urls] in pyproject.toml, if this is an installed package."""
+    """The issue tracker, from [project.urls] in pyproject.toml, if the package is installed."""
     try:
         urls = metadata("para-jax").get_all("Project-URL") or []
     except PackageNotFoundError:

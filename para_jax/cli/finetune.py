@@ -1,13 +1,13 @@
 """Tune several tenants together on one frozen backbone.
 
-Every step takes rows of every tenant; each has its own loss, gradient clipping, learning rate, schedule and number
-of steps, and ends where it would have ended alone. OUT then holds NAME/ with each tenant's adapter, report.html and
-report.json, loss.png, metrics.jsonl, run.json and checkpoints/. Ctrl-C saves; --resume goes on as if nothing had
-happened.
+Every step has rows of every tenant. Each tenant has its own loss, gradient clipping, learning rate, schedule and number
+of steps, and the same result as if it was tuned alone. OUT then has NAME/ with each tenant's adapter, report.html and
+report.json, loss.png, metrics.jsonl, run.json and checkpoints/. Ctrl-C saves; --resume continues with bit-identical
+results.
 
   para-jax finetune --tenant mail=mail.jsonl --tenant faq=faq.jsonl --steps 500 --lr 3e-3 --out runs/first
 
-The tenants of one run may differ in method, and in its options:
+The tenants of a run may have different methods and options:
 
   para-jax finetune --tenant mail=mail.jsonl --tenant faq=faq.jsonl --method lora --method faq=para \
     --option lora.target_modules=all-linear --option lora.r=4 --out runs/mixed
@@ -30,7 +30,7 @@ from para_jax.cli.outputs import check_data_dir, check_folder
 from para_jax.cli.settings import add_settings, tenant_settings
 from para_jax.errors import ParaJaxError, unknown
 
-# Options that hold modules, which a shell writes with commas.
+# Options with lists of modules, separated by commas on the command line.
 MODULES = ("target_modules", "exclude_modules", "feedforward_modules")
 
 
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_tenants(parser, more=", or several with weights, 0.7*SOURCE+0.3*SOURCE")
     parser.add_argument("--out", metavar="DIR", required=True, help="folder for adapters, checkpoints and metrics")
     existing = parser.add_mutually_exclusive_group()
-    existing.add_argument("--resume", action="store_true", help="go on with the run in --out, if there is one")
+    existing.add_argument("--resume", action="store_true", help="continue the run in --out, if there is one")
     existing.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
     _add_method(parser.add_argument_group("method"))
     add_settings(parser.add_argument_group("tuning", "VALUE is for every tenant, NAME=VALUE for one; options repeat"))
@@ -61,19 +61,25 @@ def _add_method(group: Any) -> None:
         metavar="[METHOD.]KEY=VALUE",
         action="append",
         default=[],
-        help="an option of the methods that --method names, or of METHOD alone: pooling=mean, lora.lora_alpha=16, "
+        help="an option for all methods of --method, or for METHOD only: pooling=mean, lora.lora_alpha=16, "
         "target_modules=q_proj,v_proj; repeat",
     )
-    group.add_argument("--r", type=within(COUNT), help="the same as --option r=... (default: the method's)")
+    group.add_argument("--r", type=within(COUNT), help="short for --option r=... (default: the method's)")
     group.add_argument(
-        "--target-modules", nargs="+", metavar="SITE", help="as --option target_modules=... (default: the method's)"
+        "--target-modules",
+        nargs="+",
+        metavar="SITE",
+        help="as --option target_modules=... (default: the method's)",
     )
 
 
 def _add_rows(group: Any) -> None:
     group.add_argument("--rows", type=within(ROWS), default=16, help="rows of each tenant in a step (default: 16)")
     group.add_argument(
-        "--max-length", type=within(Whole(2)), metavar="N", help="tokens of a row (default: the backbone's context)"
+        "--max-length",
+        type=within(Whole(2)),
+        metavar="N",
+        help="most tokens of a row (default: the backbone's context)",
     )
     group.add_argument("--truncate", action="store_true", help="cut prompts that are too long at their beginning")
     group.add_argument(
@@ -81,14 +87,14 @@ def _add_rows(group: Any) -> None:
         metavar="[NAME=]FILE.jinja",
         action="append",
         default=[],
-        help="for rows of messages, instead of the tokenizer's; kept with the adapter; repeat",
+        help="chat template for messages, instead of the tokenizer's; saved with the adapter; repeat",
     )
     group.add_argument(
         "--allow-special-tokens",
         action="store_true",
-        help="learn responses that have an end-of-text token inside their text, instead of refusing them",
+        help="allow responses that contain an end-of-text token",
     )
-    group.add_argument("--seed", type=within(SEED), default=0, help="of the first weights and the order of rows")
+    group.add_argument("--seed", type=within(SEED), default=0, help="seed of the initial weights and the order of rows")
 
 
 def _add_steps(group: Any) -> None:
@@ -96,28 +102,28 @@ def _add_steps(group: Any) -> None:
         "--tenants-per-step",
         type=within(COUNT),
         metavar="N",
-        help="the most that have their turn at once (default: all)",
+        help="maximum number of tenants in a step (default: all)",
     )
     group.add_argument(
         "--spread-tenants",
         action=argparse.BooleanOptionalAction,
-        help="on a mesh: each device has tenants of its own, or a share of the rows of all (default: as divides)",
+        help="on a mesh: shard tenants over devices, or replicate them and shard their rows (default: by their number)",
     )
     group.add_argument(
         "--micro-batch-tokens",
         type=within(COUNT),
         metavar="N",
-        help="the most tokens computed at once on a device, to save memory (default: 1024 on a CPU, else 8192)",
+        help="maximum tokens in a micro-batch of a device, to save memory (default: 1024 on a CPU, else 8192)",
     )
     group.add_argument(
         "--remat",
         choices=("none", "layers", "products"),
-        help="what the backward pass computes again, for less memory: nothing, whole layers, or all of them but their "
-        "matmuls (default: layers on accelerators, products on a CPU)",
+        help="what the backward pass recomputes to save memory: nothing, layers, or layers without their matmuls "
+        "(default: layers on accelerators, products on a CPU)",
     )
     group.add_argument("--checkpoint-every", type=within(COUNT), default=500, metavar="N", help="steps (default: 500)")
     group.add_argument(
-        "--keep-checkpoints", type=within(KEEP), default=2, metavar="N", help="the newest, two or more (default: 2)"
+        "--keep-checkpoints", type=within(KEEP), default=2, metavar="N", help="how many, two or more (default: 2)"
     )
 
 
@@ -136,7 +142,7 @@ def _add_watching(group: Any) -> None:
         const=5,
         default=0,
         metavar="N",
-        help="trace N steps (5 without a number), after those that compile, into OUT/profile, which xprof opens",
+        help="write a trace of N steps (default: 5) without compilation to OUT/profile, for xprof",
     )
 
 
@@ -159,12 +165,12 @@ def run(args: argparse.Namespace) -> int:
     methods = method_configs(names, args.method, options)
     settings = tenant_settings(args, names, dev)
     chat_templates = common.per_tenant(args.chat_template, "--chat-template", names, template_file)
-    # Rows that come from --tenant-from have been through their template.
+    # Rows from --tenant-from are converted by their template already.
     in_files = [name for name in names if isinstance(tenants[name], str)]
     templates = common.per_tenant(args.template, "--template", names, str)
 
     show = partial(print, flush=True)
-    # Raises for a package that is missing, before the model is read.
+    # Raises for a missing package, before the model is read.
     loggers = Loggers(args.log, args.out, args.profile, show)
     loading, tokenizer = common.begin_model(args, stacked=True)
     with loggers:
@@ -201,20 +207,20 @@ def run(args: argparse.Namespace) -> int:
 
 
 def template_file(path: str) -> str:
-    """The text of a chat template. Raises ParaJaxError if there is no such file."""
+    """The text of a chat template. Raises ParaJaxError if the file does not exist."""
     if not Path(path).is_file():
-        raise ParaJaxError(f"--chat-template: {path} is no file")
+        raise ParaJaxError(f"--chat-template: {path} is not a file")
     try:
-        return Path(path).read_bytes().decode()  # bytes: line ends count in a template
+        return Path(path).read_bytes().decode()  # bytes, to keep line ends
     except UnicodeDecodeError as error:
         raise ParaJaxError(f"--chat-template: {path} is not UTF-8: {error}; save it as UTF-8") from None
 
 
 def method_configs(names: Sequence[str], chosen: Sequence[str], given: Sequence[str]) -> dict[str, Any]:
-    """Each tenant's config, of [NAME=]METHOD and [METHOD.]KEY=VALUE arguments.
+    """Each tenant's config, from [NAME=]METHOD and [METHOD.]KEY=VALUE arguments.
 
-    An option is for the tenants whose method is named; a JSON file says all that it means. Raises ParaJaxError for an
-    unknown method or option, with the nearest there is, and for an option that is for no tenant.
+    Options apply to methods that are given by name; a JSON file has all of its options. Raises ParaJaxError for an
+    unknown method or option, with the nearest valid name, and for an option that applies to no tenant.
 
     >>> configs = method_configs(["a", "b"], ["b=lora"], ["para.r=4", "target_modules=q_proj,o_proj"])
     >>> configs["a"].r, configs["b"].r, configs["b"].target_modules
@@ -225,15 +231,15 @@ def method_configs(names: Sequence[str], chosen: Sequence[str], given: Sequence[
     wanted = common.per_tenant(["para", *chosen], "--method", names, str)
     named = {method for method in wanted.values() if not method.endswith(".json")}
     general, particular = _options(given, named)
-    made = {
+    configs = {
         method: config_from_dict(method, general | particular[method]) if method in named else config_of(method)
         for method in dict.fromkeys(wanted.values())
     }
-    return {name: made[method] for name, method in wanted.items()}
+    return {name: configs[method] for name, method in wanted.items()}
 
 
 def _options(given: Sequence[str], methods: Collection[str]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """The options for all of these methods, and those for each."""
+    """The options for all of these methods, and the options by method."""
     general: dict[str, Any] = {}
     particular: dict[str, dict[str, Any]] = {method: {} for method in methods}
     for argument in given:
@@ -244,7 +250,7 @@ def _options(given: Sequence[str], methods: Collection[str]) -> tuple[dict[str, 
         if dot and method not in methods:
             raise unknown("method in --option", method, methods)
         if not methods:
-            raise ParaJaxError(f"--option {argument} is for no tenant: a JSON file given to --method has its own")
+            raise ParaJaxError(f"--option {argument} applies to no tenant: a JSON file of --method has its own options")
         options = particular[method] if dot else general
         if key in options:
             raise ParaJaxError(f"--option gives {key} twice")
@@ -253,7 +259,7 @@ def _options(given: Sequence[str], methods: Collection[str]) -> tuple[dict[str, 
 
 
 def option_value(key: str, text: str) -> Any:
-    r"""The value of an option: JSON if it is that, else a string, or names of modules between commas.
+    r"""The value of an option: JSON if it parses, else a string, or a list of modules separated by commas.
 
     >>> option_value("normalize", "false"), option_value("pooling", "mean"), option_value("target_modules", "q_proj")
     (False, 'mean', ['q_proj'])

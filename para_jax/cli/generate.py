@@ -1,14 +1,14 @@
-"""Answer prompts, each as its own tenant, in one batch.
+"""Answer prompts of several tenants in one batch.
 
---input holds rows {"tenant": NAME or null, "prompt": TEXT} (or "messages"); --output gets them back in order with
-"text" and "finish_reason" added, and with all keys of their own. A tenant may be names with strengths: {"mail": 0.5}
-takes half of what the adapter changes, {"mail": 0.5, "faq": 0.5} half of each.
+--input has rows {"tenant": NAME or null, "prompt": TEXT} (or "messages"). --output has the same rows in order, with
+"text" and "finish_reason" added; other keys are kept. A tenant may be names with adapter weights: {"mail": 0.5} takes
+half of an adapter, {"mail": 0.5, "faq": 0.5} half of each.
 
   para-jax generate --adapters runs/first --tenant mail --prompt "Dear customer,"
   para-jax generate --adapters runs/first --input rows.jsonl --output answers.jsonl
 
-Answers are written to OUT.partial as they come, in order, and take the name OUT when all are there. After a kill or a
-full disk the same command with --resume goes on, and ends with the same file.
+Answers are written to OUT.partial as they come, in order, and become OUT when all rows are answered. After a kill or a
+full disk, the same command with --resume continues, and the result is the same file.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from para_jax.errors import ParaJaxError
 from para_jax.files import remove
 from para_jax.progress import Pace, to_stderr
 
-# Batches whose rows are sorted together, and then written.
+# The number of batches whose rows are sorted together, and written together.
 WINDOW = 8
-# How much alike a key that is not known and one that is may be; tenant_id and tenant are 0.80, tennant and tenant 0.92.
+# Unknown keys that are more similar to a known key are errors: tenant_id to tenant is 0.80, tennant 0.92.
 NEAR = 0.84
 
 
@@ -43,21 +43,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--input", metavar="ROWS.jsonl", help="rows to answer")
     parser.add_argument("--output", metavar="OUT.jsonl", help="where the answered rows go")
     parser.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
-    parser.add_argument("--resume", action="store_true", help="go on with the answers in OUT.jsonl.partial, if any")
+    parser.add_argument("--resume", action="store_true", help="continue with the answers in OUT.jsonl.partial, if any")
     parser.add_argument("--tenant", metavar="NAME", help="with --prompt: whose adapter (default: none)")
     parser.add_argument("--prompt", metavar="TEXT", help="one prompt; the answer is printed")
     parser.add_argument("--max-new-tokens", type=within(COUNT), default=64, metavar="N", help="default: 64")
     parser.add_argument("--temperature", type=within(Number(0)), default=0.0, help="0, the default, is greedy")
     share = within(Number(0, 1))
     parser.add_argument(
-        "--top-k", type=within(Whole(0)), metavar="K", help="sample among the k likeliest tokens (default: all)"
+        "--top-k", type=within(Whole(0)), metavar="K", help="sample from the k likeliest tokens (default: all)"
     )
-    parser.add_argument("--top-p", type=share, metavar="P", help="sample among the likeliest that sum to p")
-    parser.add_argument("--min-p", type=share, metavar="P", help="and are at least p times as likely as the likeliest")
-    parser.add_argument("--repetition-penalty", type=within(POSITIVE), default=1.0, help="above 1: repeat less")
+    parser.add_argument("--top-p", type=share, metavar="P", help="sample from the likeliest tokens that sum to p")
+    parser.add_argument(
+        "--min-p", type=share, metavar="P", help="sample from tokens p times as likely as the likeliest"
+    )
+    parser.add_argument("--repetition-penalty", type=within(POSITIVE), default=1.0, help="above 1: less repetition")
     parser.add_argument("--num-beams", type=within(COUNT), default=1, help="beam search if above 1")
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end where this appears; repeat")
-    parser.add_argument("--seed", type=within(SEED), help="of the first row (default: 0); row i has seed + i")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end a text before this; repeat")
+    parser.add_argument("--seed", type=within(SEED), help="seed of the first row (default: 0); row i has seed + i")
     parser.add_argument("--batch-size", type=within(COUNT), help="rows decoded together (default: 32)")
 
 
@@ -81,11 +83,11 @@ def run(args: argparse.Namespace) -> int:
         if args.resume and not args.overwrite and answers.output.exists() and not answers.partial.exists():
             if not answers.finished(rows):
                 raise ParaJaxError(f"{args.output} exists and answers other rows; choose another --output")
-            remove(answers.about)  # as a kill between two renames leaves it
+            remove(answers.inputs)  # a kill between two removals may leave it
             print(f"{len(rows)} rows were in {args.output} already")
             return 0
     if names:
-        adapter_folders(args.adapters, names)  # raises, before the model is read
+        adapter_folders(args.adapters, names)  # raises before the model is read
     loading, tokenizer = common.begin_model(args)
     if is_main_process():
         print("".join(line + "\n" for line in lines), end="", file=sys.stderr)
@@ -93,20 +95,20 @@ def run(args: argparse.Namespace) -> int:
     bank = load_bank(args.adapters, names, config, not args.allow_nan)
     tokenizers = tokenizers_of(placed, RowTokenizers(tokenizer, args.adapters, config.vocab_size))
     prompts = prompts_of(placed, tokenizers)
-    given = {"bank": bank, "tenants": [row.get("tenant") for row in rows], **decoding(args, len(rows))}
-    given["eos_token_id"] = [ends(tokenizer, own, config) for own in tokenizers]
+    options = {"bank": bank, "tenants": [row.get("tenant") for row in rows], **decoding(args, len(rows))}
+    options["eos_token_id"] = [ends(tokenizer, each, config) for each in tokenizers]
     if answers is None:
         from para_jax.decoding.generate import complete
 
-        print(complete(loading, tokenizers, prompts, **given)[0].text)
+        print(complete(loading, tokenizers, prompts, **options)[0].text)
         return 0
-    answer(args, answers, rows, names, (loading, tokenizers, prompts), given)
+    answer(args, answers, rows, names, (loading, tokenizers, prompts), options)
     print(f"{len(rows)} rows in {args.output}")
     return 0
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises ParaJaxError for options that do not go together, or would have no effect, before anything is read."""
+    """Raises ParaJaxError for options that conflict or have no effect, before anything is read."""
     if (args.prompt is None) == (args.input is None):
         raise ParaJaxError("give either --prompt TEXT, or --input ROWS.jsonl and --output OUT.jsonl")
     if args.input is not None:
@@ -120,20 +122,20 @@ def check(args: argparse.Namespace) -> None:
         if args.adapters is not None and args.tenant is None:
             raise ParaJaxError("--adapters has no effect without --tenant NAME, which says whose adapter answers")
     if args.adapters is not None and not Path(args.adapters).is_dir():
-        raise ParaJaxError(f"--adapters {args.adapters} is no folder; give the --out folder of para-jax finetune")
+        raise ParaJaxError(f"--adapters {args.adapters} is not a folder; give the --out folder of para-jax finetune")
     if args.adapters is None:
         refuse(args, ("allow_nan",), "without --adapters")
     check_files(args, "output", kept=["output"])
-    if args.input is not None and Path(args.input).resolve() in Answers(args.output, 0, 1).beside:
-        raise ParaJaxError(f"--input {args.input} is where answers are kept until --output is whole; rename it")
+    if args.input is not None and Path(args.input).resolve() in Answers(args.output, 0, 1).partial_files:
+        raise ParaJaxError(f"--input {args.input} is the file for partial answers of --output; rename it")
     if args.temperature == 0:
-        refuse(args, ("top_k", "top_p", "min_p", "seed"), "where nothing is drawn; give --temperature above 0")
+        refuse(args, ("top_k", "top_p", "min_p", "seed"), "without sampling; give --temperature above 0")
     elif args.num_beams > 1:
-        raise ParaJaxError("--num-beams searches for the likeliest text, and --temperature draws one; leave out one")
+        raise ParaJaxError("--num-beams is a beam search, and --temperature samples; leave out one")
 
 
 def tenants_of(placed: Sequence[tuple[str, dict[str, Any]]], adapters: str | None) -> list[str]:
-    """The names of the tenants of rows. Raises ParaJaxError, with the row's place, for one that is none."""
+    """The names of the tenants of all rows. Raises ParaJaxError, with the row's place, for an invalid tenant."""
     from para_jax.adapters.rows import strengths_of
 
     names: dict[str, None] = {}
@@ -152,9 +154,9 @@ def tenants_of(placed: Sequence[tuple[str, dict[str, Any]]], adapters: str | Non
 
 
 def other_keys(placed: Sequence[tuple[str, dict[str, Any]]], source: str) -> list[str]:
-    """Lines that say which keys are not read, and which are replaced.
+    """Messages about keys that are not read, and about keys that are replaced.
 
-    Raises ParaJaxError for a key that is nearly one that is read.
+    Raises ParaJaxError for a key that is similar to a known one.
     """
 
     others: set[str] = set()
@@ -166,43 +168,43 @@ def other_keys(placed: Sequence[tuple[str, dict[str, Any]]], source: str) -> lis
             others.add(key)
     lines = []
     if others:
-        lines.append(f"{source}: keys that are not read go to the output as they are: {', '.join(sorted(others))}")
+        lines.append(f"{source}: keys that are not read are copied to the output: {', '.join(sorted(others))}")
     replaced = [key for key in ANSWER if any(key in row for _, row in placed)]
     if replaced:
-        lines.append(f"{source}: the output has new values of {' and '.join(replaced)}, which the rows have already")
+        lines.append(f"{source}: the output replaces {' and '.join(replaced)} of the rows")
     return lines
 
 
-def tokenizers_of(placed: Sequence[tuple[str, dict[str, Any]]], kept: RowTokenizers) -> list[Any]:
-    """Every row's tokenizer, with the chat template: the one that is kept with its adapters, or the backbone's."""
+def tokenizers_of(placed: Sequence[tuple[str, dict[str, Any]]], row_tokenizers: RowTokenizers) -> list[Any]:
+    """Each row's tokenizer, with its chat template: its adapters', or the backbone's."""
     from para_jax.adapters.rows import strengths_of
 
     found = []
     for place, row in placed:
         chat = "messages" in row or row.get("system") is not None
         try:
-            found.append(kept.of(list(strengths_of(row.get("tenant"))), chat))
+            found.append(row_tokenizers.get(list(strengths_of(row.get("tenant"))), chat))
         except ParaJaxError as error:
             raise ParaJaxError(f"{place}: {error}") from None
     return found
 
 
 def prompts_of(placed: Sequence[tuple[str, dict[str, Any]]], tokenizers: Sequence[Any]) -> list[list[int]]:
-    """Every row's prompt in tokens, by its tokenizer and its chat template."""
+    """Each row's prompt as token ids, by its tokenizer and chat template."""
     from para_jax.data.examples import encode_rows
 
     prompts: list[list[int]] = [[] for _ in placed]
-    for spoken in {id(own): own for own in tokenizers}.values():
-        places = [i for i, own in enumerate(tokenizers) if own is spoken]
-        rows = [(placed[i][0], {k: v for k, v in placed[i][1].items() if k in KEYS}) for i in places]
-        examples = encode_rows(rows, spoken, (), need_response=False, total=len(rows), show=to_stderr)
-        for i, example in zip(places, examples, strict=True):
+    for tokenizer in {id(each): each for each in tokenizers}.values():
+        indices = [i for i, each in enumerate(tokenizers) if each is tokenizer]
+        rows = [(placed[i][0], {k: v for k, v in placed[i][1].items() if k in KEYS}) for i in indices]
+        examples = encode_rows(rows, tokenizer, (), need_response=False, total=len(rows), show=to_stderr)
+        for i, example in zip(indices, examples, strict=True):
             prompts[i] = example.prompt_ids.tolist()
     return prompts
 
 
 def decoding(args: argparse.Namespace, rows: int) -> dict[str, Any]:
-    """The options of `complete` that are options here."""
+    """The options of `complete` that come from the command line."""
     given = {name: getattr(args, name) for name in ("top_k", "top_p", "min_p")}
     return {
         **{name: value for name, value in given.items() if value is not None},
@@ -222,9 +224,9 @@ def answer(
     rows: Sequence[dict[str, Any]],
     names: Sequence[str],
     inputs: tuple[Any, Any, list[list[int]]],
-    given: dict[str, Any],
+    options: dict[str, Any],
 ) -> None:
-    """Answers the rows that are not answered yet, and writes them; of several processes the first one writes."""
+    """Answers the rows that are not answered yet. The main process writes the answers."""
     from para_jax import tiny_backbone_path
     from para_jax.convert.checkpoint import fetched
     from para_jax.decoding.generate import Completion, complete
@@ -232,12 +234,13 @@ def answer(
 
     loading, _, prompts = inputs
     shapes = loading.shapes
-    about = {
+    description = {
         "rows_sha256": digest(rows),
         "prompts_sha256": digest(prompts),
         "model": stamps(fetched(args.model or tiny_backbone_path()), "config.json", "*.safetensors", "*.bin"),
         "adapters": {name: stamps(Path(args.adapters) / name, "adapter_*") for name in names},
-        "options": {k: v for k, v in given.items() if k not in ("bank", "tenants", "seed")} | {"seed": args.seed or 0},
+        "options": {k: v for k, v in options.items() if k not in ("bank", "tenants", "seed")}
+        | {"seed": args.seed or 0},
         "dtype": str(shapes.dtype),
         "quantize": args.quantize,
         "mesh": None if shapes.mesh is None else dict(shapes.mesh.shape),
@@ -249,10 +252,10 @@ def answer(
             answers.write([{**row, "text": c.text, "finish_reason": c.finish_reason} for row, c in some])
 
     with answers:
-        on_main_process(lambda: answers.open(about, args.resume))
+        on_main_process(lambda: answers.open(description, args.resume))
         done = int(broadcast(str(answers.done).encode()))
         if done:
-            print(f"going on after {done} of {len(rows)} rows", file=sys.stderr)
+            print(f"continuing after {done} of {len(rows)} rows", file=sys.stderr)
         pace = Pace("rows") if is_main_process() else None
-        complete(*inputs, **given, window=answers.window, skip=done, on_window=write, progress=pace)
+        complete(*inputs, **options, window=answers.window, skip=done, on_window=write, progress=pace)
         on_main_process(answers.finish)

@@ -1,9 +1,9 @@
-"""What each method costs on a backbone: parameters, bytes stored, bytes in flight, bytes read while decoding.
+"""Print what each method costs on a backbone: parameters, bytes stored, bytes in flight, bytes read while decoding.
 
-Computed from config.json alone, with no weights. A request in flight holds its prepared adapter in the compute dtype,
-and every decode step reads all of it, beside the backbone's weights, which are read once for all rows. Keys and
-values, the same for every method, are left out. Every row counts as another tenant's. Where a backbone's layers are
-stacked, the pairs of modules that only some layers have (FanLoRA's) are padded to all layers; this is not counted.
+The figures need config.json only, no weights. A request in flight has its prepared adapter in the compute dtype, and
+every decode step reads it. The backbone's weights are read once for all rows. Keys and values are left out, because
+they are the same for all methods. Every row counts as a different tenant. If layers are stacked, modules that only some
+layers have (FanLoRA) are padded to all layers; this padding is not counted.
 
   para-jax methods --model DIR --rows 32
 """
@@ -32,9 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", metavar="DIR", help="a folder or hub id with config.json, or that file (default: the tiny backbone)"
     )
     parser.add_argument(
-        "--rows", type=within(COUNT), default=8, metavar="N", help="rows that decode together (default: 8)"
+        "--rows", type=within(COUNT), default=8, metavar="N", help="rows in a decoding batch (default: 8)"
     )
-    parser.add_argument("--dtype", choices=COMPUTE, default="bfloat16", help="of computation (default: bfloat16)")
+    parser.add_argument("--dtype", choices=COMPUTE, default="bfloat16", help="dtype of computation (default: bfloat16)")
     parser.add_argument("--json", metavar="OUT.json", help="write the figures")
     parser.add_argument("--overwrite", action="store_true", help="replace --json if it exists")
 
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def usual(shape: BackboneShape) -> Mapping[str, MethodConfig]:
-    """Every method at its usual settings."""
+    """Every method with its usual settings."""
     from para_jax.adapters.registry import METHODS
 
     return {name: config for method in METHODS.values() for name, config in method.usual(shape).items()}

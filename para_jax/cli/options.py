@@ -1,4 +1,4 @@
-"""The parser of the command line: mistakes in one line, numbers in their range, and texts that are UTF-8."""
+"""The parser of the command line: errors in one line, numbers in range, and valid UTF-8."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from para_jax.errors import ParaJaxError, unknown
 
 N = TypeVar("N", int, float)
 
-# More rows of a tenant than a step could hold.
+# More rows of a tenant than a step can have.
 ROWS = Whole(1, 2**20)
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises ParaJaxError for what it cannot parse, with the name of the command in front."""
+    """Raises ParaJaxError, prefixed with the name of the command, instead of exiting."""
 
     def error(self, message: str) -> NoReturn:
-        """Raises it."""
+        """Raises ParaJaxError."""
         message = message.removeprefix("argument ")
         name, colon, rest = message.partition(": ")
         if colon and rest.startswith("must be"):
             message = f"{name} {rest}"
         if rest.startswith("expected "):
-            message += f"; a value that begins with - is written {name.split('/')[0]}=VALUE"
+            message += f"; write a value that starts with - as {name.split('/')[0]}=VALUE"
         raise ParaJaxError(f"{self.prog}: {message}")
 
     def parse(self, args: Sequence[str] | None = None) -> argparse.Namespace:
-        """As `parse_args`, but an option that does not exist is an error with the nearest one that does."""
+        """Like `parse_args`, but the error for an unknown option suggests the nearest one."""
         found, more = self.parse_known_args(args)
         if not more:
             return found
@@ -42,7 +42,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def within(kind: Whole | Number) -> Callable[[str], Any]:
-    """The `type` of an option whose value is a number of this range."""
+    """The `type` of an option whose value is a number in a range."""
 
     def parsed(text: str) -> int | float:
         try:
@@ -54,7 +54,7 @@ def within(kind: Whole | Number) -> Callable[[str], Any]:
 
 
 def check_texts(args: argparse.Namespace) -> None:
-    """Raises ParaJaxError for an option with an empty value, or one that is not UTF-8."""
+    """Raises ParaJaxError for an option with an empty or invalid UTF-8 value."""
     for name, value in vars(args).items():
         option = name_of(name)
         for text in value if isinstance(value, list) else [value]:
@@ -63,12 +63,12 @@ def check_texts(args: argparse.Namespace) -> None:
             if not text:
                 raise ParaJaxError(f"{option} is empty; give it a value, or leave it out")
             if "\0" in text:
-                raise ParaJaxError(f"{option} has a zero character, which no name can have")
+                raise ParaJaxError(f"{option} has a null character, which names cannot have")
             check_text(option, text)
 
 
 def name_of(dest: str) -> str:
-    """An option as it is written.
+    """An option as written on the command line.
 
     >>> name_of("max_new_tokens")
     '--max-new-tokens'
@@ -77,7 +77,7 @@ def name_of(dest: str) -> str:
 
 
 def refuse(args: argparse.Namespace, names: Sequence[str], why: str) -> None:
-    """Raises ParaJaxError if one of these options was given: it would have no effect, and `why` says why."""
+    """Raises ParaJaxError if one of these options was given; `why` explains why it has no effect."""
     for name in names:
         value = getattr(args, name)
         if value is not None and value is not False and value != []:

@@ -1,4 +1,4 @@
-"""Outputs, checked before the work begins: they can be written, and they replace nothing that is needed."""
+"""Checks outputs before the work starts: they can be written, and do not replace inputs."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from pathlib import Path
 from para_jax.cli.options import name_of
 from para_jax.data.sources import mixture
 from para_jax.errors import ParaJaxError
-from para_jax.mounts import check_creatable, check_mounted, way_out
+from para_jax.mounts import check_creatable, check_mounted, remedy
 
-# Options that name files or folders to read, or sources of rows; with NAME= in front, or without.
+# Options with files, folders or sources of rows to read, optionally after NAME=.
 SOURCES = ("tenant", "tenant_from", "dev", "dev_from", "data")
 INPUTS = ("model", "adapters", "adapter", "input", *SOURCES, "template", "chat_template", "method")
-LONGEST = 240  # bytes of a name; file systems have 255, and what is written takes its name at the end
+LONGEST = 240  # bytes of a name; file systems allow 255, and temporary names are longer
 
 
 def check_files(args: argparse.Namespace, *options: str, kept: Sequence[str] = ()) -> None:
-    """Raises ParaJaxError unless these options of files to write, as far as they are given, can be written.
+    """Raises ParaJaxError if one of these options, if given, names a file that cannot be written.
 
-    Each is a new file, or with --overwrite an existing one, in a folder where files can be made; it is no input and no
-    other output. `kept` names options whose existing file the caller looks at itself.
+    Without --overwrite the file must be new. Its folder must be writable. It must not be an input or another output.
+    `kept` names options whose existing file is checked by the caller.
     """
     given = {name: Path(getattr(args, name)) for name in options if getattr(args, name) is not None}
     if not given and getattr(args, "overwrite", False):
@@ -37,36 +37,36 @@ def check_files(args: argparse.Namespace, *options: str, kept: Sequence[str] = (
             raise ParaJaxError(f"{option} {path} is a folder; name a file in it")
         if len(path.name.encode()) > LONGEST:
             raise ParaJaxError(f"{option} {path} has a name of more than {LONGEST} bytes; choose a shorter one")
-        for of, source in read.items():
+        for what, source in read.items():
             if source == place or (place.exists() and _needed(place, source)):
-                raise ParaJaxError(f"{option} {path} would replace {of}; choose another file")
+                raise ParaJaxError(f"{option} {path} would replace {what}; choose another file")
         if path.exists() and not path.is_file():
-            raise ParaJaxError(f"{option} {path} is no file that can be replaced; choose another, or leave it out")
+            raise ParaJaxError(f"{option} {path} is not a regular file; choose another, or leave it out")
         if path.exists() and not args.overwrite and name not in kept:
             raise ParaJaxError(f"{path} exists; choose another {option} or pass --overwrite")
         _check_place(option, path)
 
 
 def check_folder(args: argparse.Namespace, marker: str | None = None) -> None:
-    """Raises ParaJaxError unless --out can be made a folder, and replaces none of the inputs.
+    """Raises ParaJaxError unless --out can be created as a folder without replacing an input.
 
-    With `marker`, a folder that exists is replaced with --overwrite only, and only if it holds a file of this name.
+    With `marker`, an existing folder is replaced only with --overwrite, and only if it has a file of this name.
     """
     path = Path(args.out)
     if marker is not None and path.exists() and not args.overwrite:
         raise ParaJaxError(f"{path} exists; choose another --out or pass --overwrite")
     if path.exists() and not path.is_dir():
         raise ParaJaxError(f"--out {path} is a file; choose a folder")
-    for of, source in inputs(args).items():
+    for what, source in inputs(args).items():
         if args.overwrite and source.is_relative_to(path.resolve()):
-            raise ParaJaxError(f"--out {path} holds {of}, which it would replace; choose another folder")
+            raise ParaJaxError(f"--out {path} holds {what}, which it would replace; choose another folder")
     if marker is not None and path.exists() and not (path / marker).is_file():
         raise ParaJaxError(f"{path} exists and holds no {marker}; remove it yourself or choose another folder")
     _check_place("--out", path)
 
 
 def inputs(args: argparse.Namespace) -> dict[str, Path]:
-    """The files and folders that options name to be read, by how a message calls them."""
+    """The existing files and folders that options read, by their description in messages."""
     found = {}
     for name in INPUTS:
         value = getattr(args, name, None)
@@ -79,19 +79,19 @@ def inputs(args: argparse.Namespace) -> dict[str, Path]:
 
 
 def _paths(text: str) -> Iterator[Path]:
-    """What may be a path in an option's value: that of a tenant may be NAME=0.7*FILE.jsonl+0.3*hf:FOLDER:SPLIT."""
+    """The possible paths in the value of an option, such as NAME=0.7*FILE.jsonl+0.3*hf:FOLDER:SPLIT."""
 
     for value in (text, text.partition("=")[2]):
         try:
             sources = [source for _, source in mixture(value)]
-        except ParaJaxError:  # reading it says so
+        except ParaJaxError:  # raised again when it is read
             continue
         for source in filter(None, sources):
             yield Path(source.removeprefix("hf:").partition(":")[0] if source.startswith("hf:") else source)
 
 
 def _needed(place: Path, source: Path) -> bool:
-    """Whether an existing file is a part of a folder that is read: of a checkpoint, or of an adapter."""
+    """Whether an existing file belongs to an input folder: a checkpoint, or an adapter."""
     if not source.is_dir() or not place.is_relative_to(source):
         return False
     return any((folder / "adapter_config.json").is_file() for folder in place.parents) or (
@@ -104,12 +104,12 @@ def _check_place(option: str, path: Path) -> None:
     try:
         check_creatable(path.resolve())
     except OSError as error:
-        parts = f"{option} {path} cannot be written: {error.strerror or error}", way_out(error, path)
+        parts = f"{option} {path} cannot be written: {error.strerror or error}", remedy(error, path)
         raise ParaJaxError("; ".join(filter(None, parts))) from None
 
 
 def check_data_dir(args: argparse.Namespace) -> None:
-    """Raises ParaJaxError for --data-dir without a source of TensorFlow Datasets."""
+    """Raises ParaJaxError for --data-dir without a tfds: source."""
     sources = [source for name in SOURCES for source in getattr(args, name, ())]
     if args.data_dir is not None and not any("tfds:" in source for source in sources):
         raise ParaJaxError("--data-dir has no effect without a source tfds:NAME")

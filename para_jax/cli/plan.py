@@ -1,14 +1,14 @@
-"""What tuning or decoding takes on TPUs that are not here: memory, collectives, and an estimate of time.
+"""Plan tuning or decoding on TPUs that you do not have: memory, collectives, and an estimate of time.
 
-From config.json alone, with no weights, the very programs that would run are compiled for the chips, sharded over a
-mesh. Without --mesh, meshes are searched, and batches where --rows has several. Exit code 0: it fits; 1: it does not,
-and what to change is printed.
+It compiles the actual programs for the chips, sharded over a mesh. It needs config.json only, no weights. Without
+--mesh it searches meshes, and with several --rows it compares batches. Exit code 0: it fits; 1: it does not fit, and
+remedies are printed.
 
   para-jax plan --model DIR --topology v5e:1x1 --quantize int8 --rows 8 --micro-batch-tokens 2048
   para-jax plan --model DIR --topology v5e:8x8 --mode decode --rows 64,256 --length 1024 --json plan.json
 
-Programs for TPUs are compiled by libtpu (pip install "para-jax[tpu]"), without a TPU. For GPUs (gpu:h100x8) they are
-compiled for as many CPUs: what goes in is exact then, the rest an estimate. docs/plan.md says what the figures mean.
+libtpu (pip install "para-jax[tpu]") compiles for TPUs, and needs no TPU. For GPUs (gpu:h100x8) programs are compiled
+for as many CPU devices: the size of arguments is exact, the rest is an estimate. docs/plan.md explains the figures.
 """
 
 from __future__ import annotations
@@ -43,54 +43,54 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--topology", metavar="CHIP:SHAPE", required=True, help="v4:2x2x1, v5e:4x4, v5p:4x4x4, v6e:8x8, ...; gpu:h100x8"
     )
-    parser.add_argument("--mode", choices=("train", "decode"), default="train", help="what is to run (default: train)")
-    parser.add_argument("--mesh", metavar="AXIS=N,...", help="as fsdp=8,tensor=2 (default: the best there is)")
+    parser.add_argument("--mode", choices=("train", "decode"), default="train", help="what to plan (default: train)")
+    parser.add_argument("--mesh", metavar="AXIS=N,...", help="such as fsdp=8,tensor=2 (default: search for the best)")
     parser.add_argument(
-        "--method", default="para", help='of the tenants: para, lora, ...; or a JSON file {"method": ...}'
+        "--method", default="para", help='method of the tenants: para, lora, ...; or a JSON file {"method": ...}'
     )
     parser.add_argument(
         "--option", metavar="KEY=VALUE", action="append", default=[], help="an option of the method; repeat"
     )
     parser.add_argument(
-        "--tenants", type=within(COUNT), default=1, metavar="N", help="that are tuned or served (default: 1)"
+        "--tenants", type=within(COUNT), default=1, metavar="N", help="tenants that are tuned or served (default: 1)"
     )
     parser.add_argument(
         "--rows",
         metavar="N[,N...]",
-        help="of each tenant in a tuning step (default: 16), of all while decoding (default: 8); several are compared",
+        help="rows of each tenant in a tuning step (default: 16) or of all in decoding (default: 8); several to try",
     )
     parser.add_argument(
         "--length",
         type=within(COUNT),
         metavar="T",
-        help="tokens of a row to tune on (default: 2048) or of a prompt (default: 1024)",
+        help="tokens of a tuning row (default: 2048) or of a prompt (default: 1024)",
     )
     parser.add_argument(
-        "--new-tokens", type=within(COUNT), metavar="T", help="that a decoded row has room for (default: 256)"
+        "--new-tokens", type=within(COUNT), metavar="T", help="maximum new tokens of a decoded row (default: 256)"
     )
     parser.add_argument(
         "--micro-batch-tokens",
         type=within(COUNT),
         metavar="N",
-        help="the most tokens of a tuning step that a device computes at once (default: as finetune)",
+        help="maximum tokens in a micro-batch of a device (default: as finetune)",
     )
     parser.add_argument(
         "--remat",
         choices=("none", "layers", "products"),
-        help="what a tuning step computes again in its backward pass, as finetune has it (default: layers)",
+        help="what the backward pass recomputes, as in finetune (default: layers)",
     )
-    parser.add_argument("--quantize", choices=("int8", "int4"), help="the layers' weights in few bits")
+    parser.add_argument("--quantize", choices=("int8", "int4"), help="quantize the layers' weights")
     parser.add_argument(
         "--dtype",
         choices=("bfloat16", "float16", "float32"),
-        help="of computation (default: bfloat16; of a t4, float16)",
+        help="dtype of computation (default: bfloat16; on a t4 float16)",
     )
     parser.add_argument(
         "--tries",
         type=within(COUNT),
         default=3,
         metavar="N",
-        help="meshes that fit, or remedies, to compile (default: 3)",
+        help="fitting meshes, or remedies, to compile (default: 3)",
     )
     parser.add_argument("--json", metavar="OUT.json", help="write the plan")
     parser.add_argument("--overwrite", action="store_true", help="replace --json if it exists")
@@ -102,16 +102,16 @@ def run(args: argparse.Namespace) -> int:
     chip = parse_topology(args.topology).chip
     jobs = jobs_of(args, chip.dtype)
 
-    from para_jax.planning.process import plan_aside
+    from para_jax.planning.process import plan_in_subprocess
 
-    made = plan_aside(jobs, args.topology, args.mesh, args.tries, lambda line: print(line, file=sys.stderr))
-    described = {
+    made = plan_in_subprocess(jobs, args.topology, args.mesh, args.tries, lambda line: print(line, file=sys.stderr))
+    about = {
         "model": Path(jobs[0].config.name).name,
         "parameters": jobs[0].config.size,
         "method": jobs[0].method.method,
         **{name: getattr(jobs[0], name) for name in ("mode", "tenants", "length", "new_tokens", "dtype")},
     }
-    made = {"fits": made.pop("fits"), **described, **made}
+    made = {"fits": made.pop("fits"), **about, **made}
     print("\n".join(report(made)))
     if args.json:
         write_json(args.json, made)
@@ -120,18 +120,18 @@ def run(args: argparse.Namespace) -> int:
 
 
 def jobs_of(args: argparse.Namespace, dtype: Literal["bfloat16", "float16"]) -> list[Job]:
-    """A job for each of `--rows`, computed in `dtype` unless `--dtype` names another."""
+    """A job for each value of `--rows`, with `dtype` unless `--dtype` is given."""
     from para_jax.planning.job import Job
 
     for mode, options in ONLY.items():
         for option in options:
             if mode != args.mode and getattr(args, option) is not None:
                 raise ParaJaxError(
-                    f"--{option.replace('_', '-')} is of --mode {mode}; --mode {args.mode} has no use of it"
+                    f"--{option.replace('_', '-')} is for --mode {mode}, and has no effect in --mode {args.mode}"
                 )
     config = common.load_config(args.model)
     method = method_configs(["tenant"], [args.method], args.option)["tenant"]
-    method.size(config)  # raises for a target that is none
+    method.size(config)  # raises for an unknown target
     context, training = config.max_position_embeddings, args.mode == "train"
     length = args.length if args.length is not None else min(2048, context) if training else min(1024, context // 2)
     new_tokens = args.new_tokens if args.new_tokens is not None else min(256, max(1, context - length))
@@ -139,7 +139,7 @@ def jobs_of(args: argparse.Namespace, dtype: Literal["bfloat16", "float16"]) -> 
     try:
         every = [COUNT.parse(part) for part in text.split(",")]
     except ValueError as error:
-        raise ParaJaxError(f"--rows {error}; several have commas between them") from None
+        raise ParaJaxError(f"--rows {error}; separate several values with commas") from None
     return [
         Job(
             config,
@@ -159,7 +159,7 @@ def jobs_of(args: argparse.Namespace, dtype: Literal["bfloat16", "float16"]) -> 
 
 
 def report(made: dict[str, Any]) -> list[str]:
-    """A plan for people to read."""
+    """A plan as lines of text."""
 
     best, hbm = made["plan"], made["hbm"]
     verdict = "fits" if made["fits"] else "does not fit"
@@ -181,9 +181,9 @@ def report(made: dict[str, Any]) -> list[str]:
         lines.append(f"The weights alone are {human(best['weights'])} a device, so nothing was compiled.")
     lines += [f"{program['name']}: {program['problem']}" for program in best["programs"] if program["problem"]]
     kinds = [
-        [f"{program['name']}: {kind}", of["count"], human(of["bytes"])]
+        [f"{program['name']}: {kind}", total["count"], human(total["bytes"])]
         for program in best["programs"]
-        for kind, of in program["collectives"].items()
+        for kind, total in program["collectives"].items()
     ]
     if kinds:
         lines += ["", common.table(["collectives in a run", "count", "sent by a device"], kinds)]
@@ -197,7 +197,7 @@ def report(made: dict[str, Any]) -> list[str]:
             "What would make it fit:" if made["remedies"] else "No single change that was tried makes it fit.",
         ]
         lines += [f"  {way['change']}: {human(way['peak'])}, {fast(way)} tokens/s" for way in made["remedies"]]
-    return [*lines, "", *resting_on(made["assumptions"])]
+    return [*lines, "", *assumption_lines(made["assumptions"])]
 
 
 def settings(made: dict[str, Any], one: dict[str, Any]) -> str:
@@ -238,12 +238,12 @@ def time_table(programs: list[dict[str, Any]]) -> tuple[list[str], list[list[str
     return ["estimated seconds", *columns[:3], "in all", "tokens/s", "bound by"], rows
 
 
-def resting_on(found: dict[str, Any]) -> list[str]:
-    """The assumptions, in words."""
+def assumption_lines(found: dict[str, Any]) -> list[str]:
+    """The assumptions as lines of text."""
     share = found["efficiency"]
     return [
-        f"Estimates rest on {found['peak_flops'] / 1e12:.0f} TFLOP/s x {share['flops']}, HBM of "
+        f"Estimates assume {found['peak_flops'] / 1e12:.0f} TFLOP/s x {share['flops']}, HBM of "
         f"{found['hbm_bytes_per_second'] / 1e9:.0f} GB/s x {share['hbm']}, links of "
-        f"{found['link_bytes_per_second'] / 1e9:.0f} GB/s x {share['links']} ({found['source']}), and on this:",
+        f"{found['link_bytes_per_second'] / 1e9:.0f} GB/s x {share['links']} ({found['source']}), and:",
         *(f"- {words}" for words in found["words"]),
     ]

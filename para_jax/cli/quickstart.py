@@ -1,7 +1,7 @@
-"""Tune three tenants on the tiny backbone that ships, and let them answer the same prompts in one batch.
+"""Tune three tenants on the tiny backbone that ships, and answer the same prompts with all of them in one batch.
 
-Needs no network, no accelerator and under three minutes on two CPU cores. Prints what each tenant learned, and
-writes the adapters, the losses, the numbers and a picture to OUT.
+It needs no network and no accelerator, and takes under three minutes on two CPU cores. It prints what each tenant
+learned, and writes the adapters, the losses, the scores and a plot to OUT.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
     parser.add_argument("--steps", type=within(COUNT), default=250, help="default: 250")
-    parser.add_argument("--lr", type=within(POSITIVE), default=5e-3, help="highest learning rate (default: 5e-3)")
+    parser.add_argument("--lr", type=within(POSITIVE), default=5e-3, help="peak learning rate (default: 5e-3)")
     parser.add_argument("--seed", type=within(SEED), default=0)
     common.add_compile_cache(parser)
     parser.set_defaults(
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     )
     seconds = time.monotonic() - started
     lines = read_metrics(Path(args.out, METRICS))
-    # From here on its layers lie as decoding likes it; it is small enough to be read twice.
+    # Read again with unstacked layers, which decode faster.
     backbone, _ = common.load_model(args)
     bytes_of_adapter = sum(path.stat().st_size for path in Path(args.out, next(iter(train))).iterdir())
     report: dict[str, Any] = {
@@ -117,15 +117,15 @@ def scores(backbone: Any, tokenizer: Any, bank: Any, rows: Rows, bytes_of_adapte
 
 
 def answers(backbone: Any, tokenizer: Any, bank: Any, prompts: Sequence[str]) -> dict[str, Any]:
-    """What each tenant, and the bare backbone, says to the same prompts in one batch, and how fast; prints it."""
+    """Answers the same prompts as each tenant and as the bare backbone in one batch; prints and times it."""
     from para_jax.decoding.generate import complete
 
     tenants = [None, *bank.names]
     batch = [(prompt, tenant) for prompt in prompts for tenant in tenants]
-    asked, of = [prompt for prompt, _ in batch], [tenant for _, tenant in batch]
-    for _ in range(2):  # the first time it compiles
+    row_prompts, row_tenants = [prompt for prompt, _ in batch], [tenant for _, tenant in batch]
+    for _ in range(2):  # the first call compiles
         started = time.monotonic()
-        completions = complete(backbone, tokenizer, asked, bank=bank, tenants=of, max_new_tokens=16)
+        completions = complete(backbone, tokenizer, row_prompts, bank=bank, tenants=row_tenants, max_new_tokens=16)
         seconds = time.monotonic() - started
     print(f"\nthe same prompts, {len(batch)} rows of {len(bank.names)} tenants and none in one batch:")
     for i, ((prompt, tenant), answer) in enumerate(zip(batch, completions, strict=True)):

@@ -1,4 +1,4 @@
-"""The quickstart's picture: how the losses fell, and what that did to the answers."""
+"""The quickstart's plot: losses, and exact match before and after tuning."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each tenant's settings of a run, from the options of `para-jax finetune`."""
+"""Each tenant's settings, from the options of `para-jax finetune`."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ def add_settings(group: Any) -> None:
     """The options of `Settings`, and the sources of dev rows."""
     for name, metavar, text in (
         ("--steps", "[NAME=]N", "steps (default: 1000)"),
-        ("--epochs", "[NAME=]N", "how often the rows are seen, instead of --steps"),
-        ("--lr", "[NAME=]RATE", "highest learning rate (default: 1e-3)"),
-        ("--warmup-ratio", "[NAME=]SHARE", "share of the steps in which the rate rises; then it falls (default: 0.06)"),
+        ("--epochs", "[NAME=]N", "number of passes over the rows, instead of --steps"),
+        ("--lr", "[NAME=]RATE", "peak learning rate (default: 1e-3)"),
+        ("--warmup-ratio", "[NAME=]SHARE", "share of the steps with a rising rate; then it decays (default: 0.06)"),
         ("--weight-decay", "[NAME=]DECAY", "AdamW's weight decay (default: 0.0)"),
         ("--max-grad-norm", "[NAME=]NORM", "the norm to which a tenant's gradient is clipped (default: 1.0)"),
-        ("--weight", "[NAME=]W", "how often a tenant has its turn, with --tenants-per-step (default: 1)"),
-        ("--dev", "NAME=SOURCE", "rows to choose the best adapter by, which are not learnt from"),
-        ("--dev-from", "SOURCE", "such rows of several tenants, as --tenant-from"),
-        ("--eval-every", "[NAME=]N", "a tenant's steps between looks at its dev rows (default: at its end)"),
-        ("--patience", "[NAME=]N", "looks without a better one after which a tenant stops (default: it does not)"),
+        ("--weight", "[NAME=]W", "how often a tenant is scheduled, with --tenants-per-step (default: 1)"),
+        ("--dev", "NAME=SOURCE", "held-out rows that select a tenant's best adapter"),
+        ("--dev-from", "SOURCE", "dev rows of several tenants, as --tenant-from"),
+        ("--eval-every", "[NAME=]N", "a tenant's steps between evaluations on dev rows (default: at its end)"),
+        ("--patience", "[NAME=]N", "evaluations without a lower dev loss before a tenant stops (default: never)"),
     ):
         group.add_argument(name, metavar=metavar, action="append", default=[], help=text)
 
@@ -36,7 +36,7 @@ def add_settings(group: Any) -> None:
 def tenant_settings(args: argparse.Namespace, names: Sequence[str], dev: Collection[str]) -> dict[str, Settings]:
     """Each tenant's settings.
 
-    Raises ParaJaxError for a value out of its range, and for one that would have no effect.
+    Raises ParaJaxError for a value out of range, and for one that has no effect.
     """
     from para_jax.training.settings import RANGES, Settings
 
@@ -60,4 +60,4 @@ def tenant_settings(args: argparse.Namespace, names: Sequence[str], dev: Collect
             f"--weight has no effect without --tenants-per-step below {len(names)}: every tenant is in every step"
         )
     given: dict[str, dict[str, Any]] = {n: {k: v[n] for k, v in values.items() if n in v} for n in names}
-    return {name: Settings(**own) for name, own in given.items()}
+    return {name: Settings(**options) for name, options in given.items()}

@@ -8,9 +8,9 @@ A step of three tenants, A, B and C, on two devices with rows, in one micro-batc
     group 1  row 2   B1 B1 B1 | B2 B2  .  .  .     3 2               1   (B)
              row 3   C0 C0 C0 C0 C0  .  .  .       5 0               2   (C)
 
-A *group* is the rows of one device. A *place* is one of the n tenants of the step, here A, B, C = 0, 1, 2; where
-tenants are spread over devices, each group has places of its own. Targets are a flat list of each group, because few
-token slots have one: logits are computed for those only. Axes: b rows of all groups, t token slots of a row, s
+A *group* is the rows of one device. A *place* is the position of a tenant in the step, here A, B, C = 0, 1, 2; if
+tenants are sharded over devices, each group has its own places. The targets of a group are a flat list, because few
+token slots have a target and logits are computed only for these. Axes: b rows of all groups, t token slots of a row, s
 sequences of a row, g groups, e adapters of a group, k targets of a group, n places.
 """
 
@@ -32,12 +32,12 @@ if TYPE_CHECKING:
 
 
 class Targets(NamedTuple):
-    """The tokens to predict, of each group of rows.
+    """The tokens to predict, for each group of rows.
 
     Attributes:
-      slot: (g, k) the token slot that predicts it, counted over the group's rows.
-      token: (g, k) the token that is to come there.
-      place: (g, k) the place of its tenant; n where the list is longer than there are targets.
+      slot: (g, k) the token slot that predicts the target, counted over the group's rows.
+      token: (g, k) the token to predict.
+      place: (g, k) the place of the tenant; n (out of range) for padding.
     """
 
     slot: Int[np.ndarray, "g k"]
@@ -52,16 +52,16 @@ class Targets(NamedTuple):
 )
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch, in g groups of rows: one for every device that has rows.
+    """One micro-batch, in g groups of rows, one for each device with rows.
 
     Attributes:
-      tokens: (b, t) the sequences of a row, one after the other, right-padded.
-      length, prompt_length: (b, s) tokens of each sequence, and of its prompt; 0 where there is none.
-      item: (b, s) the number of each sequence among its tenant's rows of the step.
-      place: (g, e) the place of each of a group's adapters; n where its rows are empty. Each adapter serves b / (g e)
-        consecutive rows.
+      tokens: (b, t) packed sequences, right-padded.
+      length, prompt_length: (b, s) the number of tokens of each sequence, and of its prompt; 0 if there is none.
+      item: (b, s) the index of each sequence among its tenant's rows of the step.
+      place: (g, e) the place of each adapter of a group; n (out of range) if its rows are empty. Each adapter serves
+        b / (g e) consecutive rows.
       targets: the tokens to predict.
-      count: (g, n) each place's targets in all micro-batches of the step, over which its loss is the mean.
+      count: (g, n) the number of targets of each place in all micro-batches of the step, the denominator of its loss.
     """
 
     tokens: Int[np.ndarray, "b t"]
@@ -74,7 +74,7 @@ class Batch:
 
     @property
     def repeats(self) -> int:
-        """How many consecutive rows an adapter serves."""
+        """The number of consecutive rows that an adapter serves."""
         return self.tokens.shape[0] // self.place.size
 
 
@@ -85,12 +85,12 @@ def make_batch(
     count: Int[np.ndarray, "g n"],
     repeats: int = 1,
 ) -> Batch:
-    """A micro-batch of this shape of each group's packed rows.
+    """A micro-batch of this shape from each group's packed rows.
 
     Args:
-      examples: of each place that a row names, the sequences that its items count from.
+      examples: for each place, the sequences that the items of its rows index.
       count: as in `Batch`.
-      repeats: how many consecutive rows have one tenant.
+      repeats: the number of consecutive rows with the same tenant.
     """
     g, n = count.shape
     b = g * shape.rows
@@ -99,29 +99,29 @@ def make_batch(
     place = np.full((g, shape.rows // repeats), n, np.int32)
     slot, token = (np.zeros((g, shape.targets), np.int32) for _ in range(2))
     targets = Targets(slot, token, np.full((g, shape.targets), n, np.int32))
-    for group, own in enumerate(rows):
+    for group, group_rows in enumerate(rows):
         filled = 0
-        for i, row in enumerate(own):
+        for i, row in enumerate(group_rows):
             local = row.place % n
             place[group, i // repeats] = local
             at, start = group * shape.rows + i, 0
-            for s, number in enumerate(row.items):
-                example = examples[row.place][number]
+            for s, index in enumerate(row.items):
+                example = examples[row.place][index]
                 end = start + example.ids.size
                 tokens[at, start:end] = example.ids
                 length[at, s], prompt_length[at, s] = example.ids.size, example.prompt_length
-                item[at, s] = number
-                (learnt,) = np.nonzero(example.targets >= 0)
-                here = slice(filled, filled + learnt.size)
-                targets.slot[group, here] = i * shape.length + start + learnt
-                targets.token[group, here] = example.targets[learnt]
+                item[at, s] = index
+                (positions,) = np.nonzero(example.targets >= 0)
+                here = slice(filled, filled + positions.size)
+                targets.slot[group, here] = i * shape.length + start + positions
+                targets.token[group, here] = example.targets[positions]
                 targets.place[group, here] = local
-                start, filled = end, filled + learnt.size
+                start, filled = end, filled + positions.size
     return Batch(tokens, length, prompt_length, item, place, targets, count)
 
 
 def one_row_each(examples: Sequence[Example], rows: int | None = None) -> Batch:
-    """A micro-batch in which every example of one tenant has a row of its own; `rows` adds empty ones.
+    """A micro-batch of one tenant with one example per row, padded with empty rows to `rows`.
 
     >>> batch = one_row_each([Example.of([5, 6], [7, 0]), Example.of([3], [4, 0])])
     >>> batch.tokens.tolist(), batch.targets.token[0].tolist()

@@ -1,8 +1,8 @@
-"""Examples, and many of them in a few arrays.
+"""`Example` and `Examples`: tokenized rows, stored compactly.
 
-An `Example` is what a row teaches: the tokens that go in, and the token to predict at each place. `Examples` holds the
-rows of a source in one buffer each for all ids and all targets, of which an Example is a view: eight bytes a token,
-where Python's ints take thirty, and a pickle that is no larger.
+An `Example` has the input tokens of a row and the token to predict at each position. `Examples` stores all rows of a
+source in two buffers, ids and targets, and its Examples are views. This takes eight bytes per token, in memory and as a
+pickle; lists of Python ints take thirty.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """The tokens that go in, and what is to be predicted from them.
+    """A tokenized row: input tokens, and the targets to predict.
 
     >>> e = Example.of([5, 6, 7], [8, 0])
     >>> e.ids.tolist(), e.targets.tolist(), len(e)
     ([5, 6, 7, 8], [-1, -1, 8, 0], 5)
 
     Attributes:
-      ids: prompt and response without the response's last token, from which nothing is predicted.
-      targets: the token to predict at each place, -1 where nothing is learnt. The last place has one, if any has.
-      prompt_length: tokens of the prompt, of a chat's first prompt; adapters are prepared from these.
-      prompt, response, references, choices: texts, where they were kept; stripped, but for the prompt.
-      choice_ids: the tokens of each choice, without an end.
+      ids: prompt and response, without the last token of the response, which is only predicted.
+      targets: the token to predict at each position, or -1. If there are targets, the last position has one.
+      prompt_length: the number of tokens of the prompt, or of a chat's first prompt; adapters are prepared from these.
+      prompt, response, references, choices: optional texts; stripped, except for the prompt.
+      choice_ids: the tokens of each choice, without an end-of-text token.
       place: the file and line, or the source and row.
     """
 
@@ -57,7 +57,7 @@ class Example:
         response: str = "",
         **rest: Any,
     ) -> Example:
-        """A prompt and its response, which is empty for generation. Raises ParaJaxError for an empty prompt."""
+        """From a prompt and a response (empty for generation). Raises ParaJaxError for an empty prompt."""
         p, r = len(prompt_ids), len(response_ids)
         if not p:
             raise ParaJaxError("the prompt has no tokens; an adapter is prepared from it")
@@ -75,16 +75,16 @@ class Example:
 
     @property
     def response_ids(self) -> Int[np.ndarray, " r"]:
-        """The targets that are learnt; the end-of-text token is the last of a response."""
+        """All targets. The last token of a response is the end-of-text token."""
         return self.targets[self.targets >= 0]
 
     def __len__(self) -> int:
-        """The tokens of prompt and response together, as `max_length` counts them."""
+        """The number of tokens of prompt and response, as counted by `max_length`."""
         return self.ids.size + (bool(self.ids.size) and self.targets.item(-1) >= 0)
 
 
 class Texts(NamedTuple):
-    """What an Example has beside its tokens, for those who evaluate."""
+    """The texts of an Example, which evaluation needs."""
 
     prompt: str = ""
     response: str = ""
@@ -94,12 +94,12 @@ class Texts(NamedTuple):
 
 
 NO_TEXTS = Texts()
-# A place and the number at its end, which fits into 64 bits.
+# A place, split before the number at its end, which fits into 64 bits.
 _NUMBERED = re.compile(r"(?s)(.*?)(0|[1-9]\d{0,17})")
 
 
 class Places(Sequence[str]):
-    """Where rows come from, such as "mail.jsonl:7", each in twelve bytes: which source, and the number in it.
+    """Where rows come from, such as "mail.jsonl:7", stored in twelve bytes each: a source and a number.
 
     >>> places = Places.of(["a.jsonl:1", "a.jsonl:20", "b row 007", ""])
     >>> list(places), places.sources
@@ -113,7 +113,7 @@ class Places(Sequence[str]):
 
     @classmethod
     def of(cls, places: Iterable[str]) -> Places:
-        """These places."""
+        """Packs a list of places."""
         known: dict[str, int] = {}
         source, number = array("i"), array("q")
         for place in places:
@@ -138,7 +138,7 @@ class Places(Sequence[str]):
 
 @dataclass(frozen=True, eq=False)
 class Examples(Sequence[Example]):
-    """Many examples in a few arrays; each one is a view, made when it is asked for, and so is a slice.
+    """Many examples in a few arrays. Items and slices are views, created on access.
 
     >>> examples = Examples.of([Example.of([5, 6], [7, 0], place="a:1"), Example.of([8], [9, 0], place="a:2")])
     >>> examples.lengths.tolist(), examples.target_counts.tolist()
@@ -147,12 +147,12 @@ class Examples(Sequence[Example]):
     ([8, 9], 'a:2')
 
     Attributes:
-      ids, targets: those of all rows.
-      starts: where each row's begin.
-      lengths: how many each row has, `Example.ids.size`.
-      prompt_lengths, target_counts: tokens of each row's prompt, and targets that are learnt.
+      ids, targets: of all rows, concatenated.
+      starts: the offset of each row.
+      lengths: the length of each row, `Example.ids.size`.
+      prompt_lengths, target_counts: the number of prompt tokens and of targets of each row.
       places: where each row comes from.
-      texts: what else each row has; None if no row has any.
+      texts: the texts of each row; None if no row has any.
     """
 
     ids: Int[np.ndarray, " tokens"]
@@ -166,7 +166,7 @@ class Examples(Sequence[Example]):
 
     @classmethod
     def of(cls, rows: Iterable[Example]) -> Examples:
-        """These rows, taken one by one; what is one already is returned as it is."""
+        """Packs rows, which may be an iterator. Examples are returned unchanged."""
         if isinstance(rows, Examples):
             return rows
         ids, targets, lengths, prompt_lengths, target_counts = (array("i") for _ in range(5))
@@ -179,14 +179,14 @@ class Examples(Sequence[Example]):
                 lengths.append(e.ids.size)
                 prompt_lengths.append(e.prompt_length)
                 target_counts.append(int(np.count_nonzero(e.targets >= 0)))
-                own = Texts(e.prompt, e.response, e.references, e.choices, e.choice_ids)
-                texts.append(NO_TEXTS if own == NO_TEXTS else own)
+                row_texts = Texts(e.prompt, e.response, e.references, e.choices, e.choice_ids)
+                texts.append(NO_TEXTS if row_texts == NO_TEXTS else row_texts)
                 yield e.place
 
-        where = Places.of(places())
+        packed_places = Places.of(places())
         arrays = (np.frombuffer(x, np.int32) for x in (ids, targets, lengths, prompt_lengths, target_counts))
-        kept = None if all(own is NO_TEXTS for own in texts) else tuple(texts)
-        return cls._contiguous(*arrays, where, kept)
+        any_texts = any(row_texts is not NO_TEXTS for row_texts in texts)
+        return cls._contiguous(*arrays, packed_places, tuple(texts) if any_texts else None)
 
     @classmethod
     def _contiguous(cls, ids: Any, targets: Any, lengths: Any, *rest: Any) -> Examples:
@@ -221,27 +221,27 @@ class Examples(Sequence[Example]):
 
     @property
     def highest_token(self) -> int:
-        """The highest of all rows' ids and targets."""
-        own = self.compact()
-        return max(int(own.ids.max(initial=-1)), int(own.targets.max(initial=-1)))
+        """The highest token id in ids and targets."""
+        rows = self.compact()
+        return max(int(rows.ids.max(initial=-1)), int(rows.targets.max(initial=-1)))
 
     def compact(self) -> Examples:
-        """The same rows with nothing in the buffers but them, one after the other; of all rows, the same object."""
+        """The same rows with contiguous buffers that hold nothing else; returns itself if that is the case already."""
         ends = np.cumsum(self.lengths, dtype=np.int64)
         total = int(ends[-1]) if len(self) else 0
         if total == self.ids.size and np.array_equal(self.starts, ends - self.lengths):
             return self
-        # The place of each token in the buffers as they are.
-        taken = np.arange(total) + np.repeat(self.starts - (ends - self.lengths), self.lengths)
+        # The index of each token in the current buffers.
+        index = np.arange(total) + np.repeat(self.starts - (ends - self.lengths), self.lengths)
         rest = (self.lengths, self.prompt_lengths, self.target_counts, self.places, self.texts)
-        return self._contiguous(self.ids[taken], self.targets[taken], *rest)
+        return self._contiguous(self.ids[index], self.targets[index], *rest)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        own = self.compact()
-        # As bytes, which every pickle protocol writes as they are.
-        arrays = (own.ids, own.targets, own.lengths, own.prompt_lengths, own.target_counts)
-        return _unpickled, (tuple(x.astype("<i4", copy=False).tobytes() for x in arrays), own.places, own.texts)
+        rows = self.compact()
+        # As bytes, which every pickle protocol stores without overhead.
+        arrays = (rows.ids, rows.targets, rows.lengths, rows.prompt_lengths, rows.target_counts)
+        return _unpickle, (tuple(x.astype("<i4", copy=False).tobytes() for x in arrays), rows.places, rows.texts)
 
 
-def _unpickled(arrays: tuple[bytes, ...], *rest: Any) -> Examples:
+def _unpickle(arrays: tuple[bytes, ...], *rest: Any) -> Examples:
     return Examples._contiguous(*(np.frombuffer(x, "<i4").astype(np.int32, copy=False) for x in arrays), *rest)

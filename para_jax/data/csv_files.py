@@ -1,4 +1,4 @@
-"""Rows of a CSV file, whose first line names the columns."""
+"""Reads CSV and TSV files. The first line names the columns."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
 def table(path: str | Path, content: bytes) -> Table:
-    """The rows of a CSV or TSV file; every value is a text, and an empty one counts as none.
+    """The rows of a CSV or TSV file. Every value is a string; empty values are None.
 
-    Raises ParaJaxError, with file and line, for a row with more or fewer values than there are columns, a column that
-    is there twice or has no name, an unclosed quotation mark, and text that is not UTF-8.
+    Raises ParaJaxError, with file and line, for a row with a wrong number of values, a duplicate or unnamed column, an
+    unclosed quotation mark, and text that is not UTF-8.
     """
     path = Path(path)
     try:

@@ -1,4 +1,4 @@
-"""Rows that are too long: refused, cut, or left out, and said."""
+"""Rows that are too long: an error, or truncated or dropped with a warning."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from para_jax.errors import ParaJaxError
 SHORTEN = "remove them, or pass truncate (--truncate) to cut their prompts at the beginning"
 
 
-def row_length(asked: int | None, context: int) -> int:
-    """The most tokens of a row: `asked`, or else the backbone's context. Raises ParaJaxError for more than that."""
-    if asked is not None and asked > context:
-        raise ParaJaxError(f"--max-length must be at most {context}, the backbone's context, not {asked}")
-    return asked or context
+def row_length(requested: int | None, context: int) -> int:
+    """`requested`, by default the backbone's context. Raises ParaJaxError if it exceeds the context."""
+    if requested is not None and requested > context:
+        raise ParaJaxError(f"--max-length must be at most {context}, the backbone's context, not {requested}")
+    return requested or context
 
 
-class Letters:
-    """How many letters a text may have before it is too long whatever its tokens are."""
+class CharacterLimit:
+    """An upper bound on the characters of a text of `max_length` tokens."""
 
     def __init__(self, tokenizer: Any, max_length: int) -> None:
         self.tokenizer, self.max_length = tokenizer, max_length
@@ -34,42 +34,42 @@ class Letters:
     def most(self) -> int:
         return self.max_length * max(map(len, self.tokenizer.get_vocab()))
 
-    def check(self, own: Sequence[Turn]) -> None:
+    def check(self, turns: Sequence[Turn]) -> None:
         """Raises ParaJaxError for a text that is too long."""
-        letters = max((len(turn.prompt) + len(turn.answer) for turn in own), default=0)
-        if letters > 16 * self.max_length and letters > self.most:
-            raise ParaJaxError(f"{letters:,} letters are more than {self.max_length} tokens; {SHORTEN}")
+        characters = max((len(turn.prompt) + len(turn.answer) for turn in turns), default=0)
+        if characters > 16 * self.max_length and characters > self.most:
+            raise ParaJaxError(f"{characters:,} characters are more than {self.max_length} tokens; {SHORTEN}")
 
 
-class Cuts:
-    """Cuts examples to a length, and says how many and by how much."""
+class Truncation:
+    """Truncates examples, and counts how many and by how much."""
 
     def __init__(self, limit: int, bos: int | None) -> None:
         self.limit, self.bos = limit, bos
-        self.by: list[int] = []
-        self.left_out: list[str] = []
+        self.removed: list[int] = []
+        self.dropped: list[str] = []
 
-    def cut(self, e: Example) -> Example | None:
-        """The example in at most so many tokens; None if its response is too long."""
-        short = cut(e, self.limit, self.bos)
+    def apply(self, e: Example) -> Example | None:
+        """The example with at most `limit` tokens; None if its response is too long."""
+        short = truncate(e, self.limit, self.bos)
         if short is None:
-            self.left_out.append(e.place)
+            self.dropped.append(e.place)
         elif short is not e:
-            self.by.append(len(e) - len(short))
+            self.removed.append(len(e) - len(short))
         return short
 
-    def say(self, kept: int) -> None:
-        """Warns of what was cut. Raises ParaJaxError if nothing is left."""
-        log = logging.getLogger(__name__)
-        if self.by:
+    def log(self, kept: int) -> None:
+        """Logs warnings about truncated and dropped rows. Raises ParaJaxError if no row is left."""
+        log, n = logging.getLogger(__name__), len(self.removed)
+        if n:
             log.warning(
                 "%d of %d rows are longer than %s tokens; their prompts are cut at the beginning, by %d tokens in the "
-                "mean and by %d at most", len(self.by), kept, self.limit, sum(self.by) // len(self.by), max(self.by),
+                "mean and by %d at most", n, kept, self.limit, sum(self.removed) // n, max(self.removed),
             )  # fmt: skip
-        if self.left_out:
+        if self.dropped:
             what = (
-                f"{len(self.left_out)} rows are left out: their responses leave less than a quarter of {self.limit} "
-                f"tokens for the prompt (the first: {self.left_out[0]})"
+                f"{len(self.dropped)} rows are left out: their responses leave less than a quarter of {self.limit} "
+                f"tokens for the prompt (the first: {self.dropped[0]})"
             )
             if not kept:
                 raise ParaJaxError(f"{what}, and no row is left; pass a larger max_length (--max-length)")
@@ -93,13 +93,13 @@ def check_lengths(examples: Sequence[Example], context: int) -> None:
     for e in examples:
         if len(e) > context:
             raise ParaJaxError(
-                f"{e.place or 'a row'}: {len(e)} tokens are longer than the backbone's context of {context}; shorten "
+                f"{e.place or 'a row'}: {len(e)} tokens exceed the backbone's context of {context}; shorten "
                 "the row, or read the rows with max_length"
             )
 
 
-def cut(e: Example, max_length: int, bos: int | None) -> Example | None:
-    """The example with its prompt cut at the beginning, behind its beginning-of-text token; its response is kept whole.
+def truncate(e: Example, max_length: int, bos: int | None) -> Example | None:
+    """The example with the start of its prompt removed, but for a beginning-of-text token; the response is kept.
 
     None if the response leaves less than a quarter of `max_length` for the prompt.
     """
@@ -109,7 +109,7 @@ def cut(e: Example, max_length: int, bos: int | None) -> Example | None:
     room = max_length - response.size
     if room < max(1, max_length // 4):
         return None
-    begins = e.prompt_ids[:1] if room > 1 and e.prompt_ids[0] == bos else e.prompt_ids[:0]
-    prompt = [*begins, *e.prompt_ids[len(e.prompt_ids) - (room - begins.size) :]]
+    prefix = e.prompt_ids[:1] if room > 1 and e.prompt_ids[0] == bos else e.prompt_ids[:0]
+    prompt = [*prefix, *e.prompt_ids[len(e.prompt_ids) - (room - prefix.size) :]]
     short = Example.of(prompt, response)
     return replace(e, ids=short.ids, targets=short.targets, prompt_length=short.prompt_length)

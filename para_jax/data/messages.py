@@ -1,7 +1,7 @@
-"""A chat's messages, checked, and its texts as the chat template writes them.
+"""Validates the messages of a chat, and renders them with the chat template.
 
-Whatever a message holds has to reach the text: a template that leaves out a message, or a key of one, would train on
-less than the row says. So what a template does not write is refused.
+Everything in a message must reach the rendered text. If a template leaves out a message or a key of one, training would
+silently ignore a part of the row, so that is an error.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from para_jax.errors import ParaJaxError, unknown
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-# A template need not write these: `weight` says what is learnt, and `tool_call_id` which call a tool answers.
+# Keys that a template need not write as such: `weight` selects what is learnt, `tool_call_id` a call.
 OURS = ("role", "content", "weight", "tool_call_id")
 # Other libraries' names for `weight`.
 MARKS = ("train", "training", "trainable", "loss", "loss_mask", "mask", "masked", "learn")
@@ -23,13 +23,13 @@ MARKS = ("train", "training", "trainable", "loss", "loss_mask", "mask", "masked"
 
 @dataclass(frozen=True)
 class Chat:
-    """Messages and tools as a chat template takes them.
+    """Messages and tools in the form that a chat template takes.
 
     Attributes:
-      messages: without `weight` and without nulls; content is one text.
-      weights: of each message, 1 where an assistant's turn is learnt.
+      messages: without `weight` and nulls; content is a string.
+      weights: for each message, 1 if it is an assistant turn to learn, else 0.
       tools: what the assistant may call.
-      tokenizer: whose template writes the chat.
+      tokenizer: its template renders the chat.
     """
 
     messages: list[dict[str, Any]]
@@ -39,7 +39,7 @@ class Chat:
 
     @classmethod
     def of(cls, messages: Any, tools: Any, tokenizer: Any) -> Chat:
-        """Raises ParaJaxError for messages or tools that are not what they have to be."""
+        """Raises ParaJaxError for malformed messages or tools."""
         if not getattr(tokenizer, "chat_template", None):
             raise ParaJaxError("the tokenizer has no chat template; give prompt and response instead of messages")
         if not isinstance(messages, list) or not all(isinstance(m, dict) and "role" in m for m in messages):
@@ -56,21 +56,21 @@ class Chat:
         return cls(read, tuple(weights), tools or None, tokenizer)
 
     def text(self, end: int | None = None, answer_next: bool = False) -> str:
-        """The first `end` messages as the template writes them, and with `answer_next` how it begins the answer."""
-        return self._written(self.messages[:end], self.tools, answer_next)
+        """The first `end` messages, rendered; with `answer_next` also the start of the next answer."""
+        return self._render(self.messages[:end], self.tools, answer_next)
 
     def generated_end(self, end: int) -> int | None:
-        """Where the text of the first `end` messages leaves what the template marks with {% generation %}.
+        """Where the last {% generation %} block ends in the text of the first `end` messages.
 
-        What follows, such as the line break behind a turn, is the template's and not the assistant's to say. None for a
-        template without marks.
+        Text after it, such as the line break after a turn, comes from the template and not from the assistant. None for
+        a template without such blocks.
         """
         template = self.tokenizer.get_chat_template(tools=self.tools)
         if not re.search(r"\{%-?\s*generation\s*-?%\}", template):
             return None
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        # apply_chat_template would make tokens of the whole chat to tell this.
+        # apply_chat_template would tokenize the whole chat for this.
         rendered: Any = render_jinja_template(
             conversations=[self.messages[:end]],
             tools=self.tools,
@@ -82,16 +82,16 @@ class Chat:
         return ends[-1] if ends else 0
 
     def check_written(self, end: int, answer_next: bool = False) -> None:
-        """Raises ParaJaxError for what the template leaves out of the first `end` messages, and for unused tools."""
+        """Raises ParaJaxError if the template leaves out a part of the first `end` messages, or the tools."""
         messages = self.messages[:end]
-        if self.tools and self.text(end, answer_next) == self._written(messages, None, answer_next):
-            raise ParaJaxError('the chat template does not write "tools"; take them out, or give another template')
-        # Contents with a mark each show in one text which are written at all.
+        if self.tools and self.text(end, answer_next) == self._render(messages, None, answer_next):
+            raise ParaJaxError('the chat template does not write "tools"; remove them, or give another template')
+        # A mark in each content shows in one rendering which contents are written.
         marks = {i: f"\ue000{i}\ue001" for i, message in enumerate(messages) if message.get("content", "").strip()}
         marked = [{**m, "content": m["content"] + marks[i]} if i in marks else m for i, m in enumerate(messages)]
-        whole = self._written(marked, self.tools, answer_next)
+        text = self._render(marked, self.tools, answer_next)
         for i, message in enumerate(messages):
-            if i in marks and marks[i] not in whole:
+            if i in marks and marks[i] not in text:
                 self._check_key(i, end, "content", marked[i], answer_next)
             for key, value in message.items():
                 if key not in OURS and value not in ("", [], {}):
@@ -99,39 +99,39 @@ class Chat:
                     self._check_key(i, end, key, without, answer_next)
 
     def _check_key(self, i: int, end: int, key: str, other: dict[str, Any], answer_next: bool) -> None:
-        """Raises ParaJaxError if the text stays the same with another message in the place of one."""
-        # A template may leave out of earlier turns what it writes in the last one, such as reasoning.
+        """Raises ParaJaxError if the text does not change when message `i` is replaced by `other`."""
+        # A template may write some keys, such as reasoning, in the last turn only.
         for last in (i + 1, end):
             changed = [*self.messages[:i], other, *self.messages[i + 1 : last]]
             try:
-                if self.text(last, answer_next) != self._written(changed, self.tools, answer_next):
+                if self.text(last, answer_next) != self._render(changed, self.tools, answer_next):
                     return
             except ParaJaxError:
                 continue  # such as a template that wants a user's message
         raise ParaJaxError(
-            f"message {i + 1} ({other['role']}): the chat template does not write {key!r}; take it out, or give a "
+            f"message {i + 1} ({other['role']}): the chat template does not write {key!r}; remove it, or give a "
             "template that does (--chat-template)"
         )
 
-    def _written(self, messages: list[dict[str, Any]], tools: list[Any] | None, answer_next: bool = False) -> str:
+    def _render(self, messages: list[dict[str, Any]], tools: list[Any] | None, answer_next: bool = False) -> str:
         try:
             text: str = self.tokenizer.apply_chat_template(
                 messages, tools=tools, tokenize=False, add_generation_prompt=answer_next
             )
-        except Exception as error:  # a template is a program, and may fail in any way
+        except Exception as error:  # a template is a program and may raise anything
             raise ParaJaxError(f"the chat template refuses this: {_words(error)}") from error
         return text
 
 
 def _words(error: Exception) -> str:
-    """An error of a chat template in one line, with the template's line where there is one."""
+    """An error of a chat template in one line, with the template's line if it is known."""
     words = " ".join(str(error).split()) or type(error).__name__
     line = getattr(error, "lineno", None)
     return f"{words} (line {line} of the template)" if line else words
 
 
 def _weight(message: Mapping[str, Any]) -> int:
-    """Whether a message is learnt: an assistant's is, unless it has the weight 0."""
+    """1 if a message is learnt: an assistant's without the weight 0."""
     weight, role = message.get("weight"), message["role"]
     if weight is None:
         return int(role == "assistant")
@@ -143,7 +143,7 @@ def _weight(message: Mapping[str, Any]) -> int:
 
 
 def _message(message: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
-    """A message as a template takes it. Raises ParaJaxError for what it may not hold."""
+    """A message in the form that a template takes. Raises ParaJaxError if it is malformed."""
     role = message["role"]
     if not isinstance(role, str) or not (role in ROLES or _names(role, tokenizer)):
         raise unknown("role", role, ROLES)
@@ -161,14 +161,14 @@ def _message(message: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
 
 
 def _names(role: str, tokenizer: Any) -> bool:
-    """Whether a chat template has this role as a string, such as Llama 3's "ipython"."""
-    templates = tokenizer.chat_template
-    some = templates.values() if isinstance(templates, dict) else [templates]
-    return any(f"'{role}'" in text or f'"{role}"' in text for text in some)
+    """Whether a chat template mentions this role as a string, such as Llama 3's "ipython"."""
+    template = tokenizer.chat_template
+    templates = template.values() if isinstance(template, dict) else [template]
+    return any(f"'{role}'" in text or f'"{role}"' in text for text in templates)
 
 
 def _content(content: Any) -> str:
-    """The text of a message: a string, or a list of parts that are texts, which are joined as they are."""
+    """The text of a message: a string, or the concatenation of a list of text parts."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
@@ -188,7 +188,7 @@ def _content(content: Any) -> str:
 
 
 def _calls(calls: Any) -> list[dict[str, Any]]:
-    """Tool calls, with arguments that are JSON in a string, as OpenAI's files have them, made an object.
+    """Tool calls. Arguments that are a JSON string, as in OpenAI's files, are parsed.
 
     >>> _calls([{"type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}])
     [{'type': 'function', 'function': {'name': 'add', 'arguments': {'a': 1}}}]
@@ -207,14 +207,14 @@ def _calls(calls: Any) -> list[dict[str, Any]]:
             except ValueError as error:
                 raise ParaJaxError(f'"arguments" of the call of {function["name"]!r} are not JSON: {error}') from None
         if arguments is not None and not isinstance(arguments, dict):
-            raise ParaJaxError(f'"arguments" of the call of {function["name"]!r} are no JSON object')
-        whole = function if arguments is None else {**function, "arguments": arguments}
-        read.append({**call, "function": whole} if "function" in call else whole)
+            raise ParaJaxError(f'"arguments" of the call of {function["name"]!r} are not a JSON object')
+        function = function if arguments is None else {**function, "arguments": arguments}
+        read.append({**call, "function": function} if "function" in call else function)
     return read
 
 
 def texts_of(value: Any) -> list[str]:
-    """All strings in a message, keys aside.
+    """All string values in a message.
 
     >>> texts_of({"content": "a", "tool_calls": [{"function": {"name": "f", "arguments": {"city": "b"}}}]})
     ['a', 'f', 'b']

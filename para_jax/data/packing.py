@@ -1,7 +1,7 @@
-"""Packing: several sequences of one tenant in a row, so that a few fixed shapes hold rows of any length.
+"""Packing: several sequences of one tenant in a row, so that a few fixed shapes hold sequences of any length.
 
-The sequences of a step are packed into rows of one or two lengths (`pack`), and the rows are dealt to micro-batches of
-the planned shapes (`deal`). Both depend on their arguments only.
+The sequences of a step are packed into rows of one or two lengths (`pack`), and the rows are distributed over
+micro-batches of the planned shapes (`deal`). Both are deterministic.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ class Shape(NamedTuple):
     """The static sizes of a micro-batch.
 
     Attributes:
-      rows: packed rows of each group (there is one group for each device that has rows).
-      length: tokens of a row.
-      segments: sequences of a row, at most.
-      targets: tokens to predict in a group, at most.
+      rows: the number of packed rows of a group; there is one group for each device with rows.
+      length: the number of token slots of a row.
+      segments: the maximum number of sequences in a row.
+      targets: the maximum number of targets in a group.
     """
 
     rows: int
@@ -28,13 +28,13 @@ class Shape(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """Token slots of a group."""
+        """The number of token slots of a group."""
         return self.rows * self.length
 
 
 @dataclass
 class Row:
-    """A packed row: the place of its tenant in the step, which sequences it holds, their tokens and targets."""
+    """A packed row: the place of its tenant in the step, its sequences, and their numbers of tokens and targets."""
 
     place: int
     items: list[int] = field(default_factory=list)
@@ -42,7 +42,7 @@ class Row:
     targets: int = 0
 
     def fits(self, tokens: int, targets: int, shape: Shape) -> bool:
-        """Whether one more sequence of this size fits a row of this shape."""
+        """Whether another sequence of this size fits into this row of a shape."""
         return (
             self.tokens + tokens <= shape.length
             and len(self.items) < shape.segments
@@ -51,17 +51,17 @@ class Row:
 
 
 class Sizes(NamedTuple):
-    """One tenant's rows of one step: the tokens and the targets of each."""
+    """The numbers of tokens and of targets of each of a tenant's rows in a step."""
 
     tokens: Sequence[int]
     targets: Sequence[int]
 
 
 def pack(tokens: Sequence[int], targets: Sequence[int], shapes: Sequence[Shape], place: int = 0) -> list[list[Row]]:
-    """Packs one tenant's sequences into rows, best fit, the longest sequence first.
+    """Packs one tenant's sequences into rows: best fit, in order of decreasing length.
 
-    `shapes` differ in length and come by length; a sequence opens a row of the shortest that it fits, and fills what is
-    left in others. Returns the rows of each shape. Every sequence has to fit the longest.
+    `shapes` have different lengths and are sorted by length. A sequence goes into the fullest open row that it fits, or
+    opens a row of the shortest shape that it fits. Returns the rows of each shape. Every sequence must fit the longest.
 
     >>> shapes = [Shape(1, 8, 4, 9), Shape(1, 12, 4, 9)]
     >>> [[row.items for row in rows] for rows in pack([5, 3, 9, 4], [1, 1, 1, 1], shapes)]
@@ -69,72 +69,72 @@ def pack(tokens: Sequence[int], targets: Sequence[int], shapes: Sequence[Shape],
     """
     rows: list[list[Row]] = [[] for _ in shapes]
     for item in sorted(range(len(tokens)), key=lambda i: -tokens[i]):
-        need, wants = tokens[item], targets[item]
+        n, n_targets = tokens[item], targets[item]
         open_rows = [
             (shape.length - row.tokens, at, i)
             for at, shape in enumerate(shapes)
             for i, row in enumerate(rows[at])
-            if row.fits(need, wants, shape)
+            if row.fits(n, n_targets, shape)
         ]
         if open_rows:
             _, at, i = min(open_rows)
             row = rows[at][i]
         else:
-            at = next(i for i, shape in enumerate(shapes) if need <= shape.length)
+            at = next(i for i, shape in enumerate(shapes) if n <= shape.length)
             row = Row(place)
             rows[at].append(row)
         row.items.append(item)
-        row.tokens += need
-        row.targets += wants
+        row.tokens += n
+        row.targets += n_targets
     return rows
 
 
 def deal(rows: Sequence[Sequence[Row]], shapes: Sequence[Shape]) -> Iterator[tuple[int, list[list[Row]]]]:
-    """Deals each group's rows, all of one length, to micro-batches of one or two shapes of that length.
+    """Distributes each group's rows, all of one length, over micro-batches of one or two shapes of that length.
 
-    The shapes come by rows. What is left is dealt to the largest while it is more than that holds, and then to the
-    smallest that holds it. Yields the number of the shape and the rows of each group.
+    The shapes are sorted by their numbers of rows. While more rows are left than the largest shape holds, it uses the
+    largest, and then the smallest that holds the rest. Yields the index of the shape and the rows of each group.
 
     >>> small, large = Shape(1, 8, 4, 9), Shape(3, 8, 4, 9)
     >>> [(at, len(rows[0])) for at, rows in deal([[Row(0)] * 7], [small, large])]
     [(1, 3), (1, 3), (0, 1)]
     """
-    at = [0] * len(rows)
-    while any(at[g] < len(own) for g, own in enumerate(rows)):
-        left = max(len(own) - at[g] for g, own in enumerate(rows))
+    done = [0] * len(rows)
+    while any(done[g] < len(group) for g, group in enumerate(rows)):
+        left = max(len(group) - done[g] for g, group in enumerate(rows))
         chosen = next((i for i, shape in enumerate(shapes) if left <= shape.rows), len(shapes) - 1)
         dealt: list[list[Row]] = []
-        for g, own in enumerate(rows):
-            start, targets = at[g], 0
-            while at[g] < min(len(own), start + shapes[chosen].rows):
-                targets += own[at[g]].targets
+        for g, group in enumerate(rows):
+            start, targets = done[g], 0
+            while done[g] < min(len(group), start + shapes[chosen].rows):
+                targets += group[done[g]].targets
                 if targets > shapes[chosen].targets:
                     break
-                at[g] += 1
-            dealt.append(list(own[start : at[g]]))
+                done[g] += 1
+            dealt.append(list(group[start : done[g]]))
         yield chosen, dealt
 
 
 def pack_step(step: Sequence[Sizes], shapes: Sequence[Shape]) -> list[list[Row]]:
-    """A step's rows of each length, all tenants' after another."""
-    packed = [pack(own.tokens, own.targets, shapes, place) for place, own in enumerate(step)]
+    """The packed rows of a step for each shape, tenant by tenant."""
+    packed = [pack(sizes.tokens, sizes.targets, shapes, place) for place, sizes in enumerate(step)]
     return [[row for rows in packed for row in rows[at]] for at in range(len(shapes))]
 
 
 def micro_batches(
     step: Sequence[Sizes], shapes: Sequence[Shape], groups: int, group_of: Sequence[int] | None = None
 ) -> Iterator[tuple[int, list[list[Row]]]]:
-    """A step's rows packed and dealt: the number of a shape, and the rows of each group, for each micro-batch.
+    """Packs a step. Yields the index of the shape and the rows of each group for each micro-batch.
 
-    `group_of` says in which group each tenant's rows have to be; without it they are dealt over all groups in turn.
+    `group_of` gives the group of the rows at each place; without it, rows are distributed round-robin over all groups.
     """
     lengths = dict.fromkeys(shape.length for shape in shapes)
     longest = [max((s for s in shapes if s.length == length), key=lambda s: s.rows) for length in lengths]
     limits = [shape._replace(targets=min(s.targets for s in shapes if s.length == shape.length)) for shape in longest]
     for at, rows in enumerate(pack_step(step, limits)):
-        of_groups: list[list[Row]] = [[] for _ in range(groups)]
-        for turn, row in enumerate(rows):
-            of_groups[turn % groups if group_of is None else group_of[row.place]].append(row)
-        own = [i for i, shape in enumerate(shapes) if shape.length == limits[at].length]
-        for chosen, dealt in deal(of_groups, [shapes[i] for i in own]):
-            yield own[chosen], dealt
+        by_group: list[list[Row]] = [[] for _ in range(groups)]
+        for i, row in enumerate(rows):
+            by_group[i % groups if group_of is None else group_of[row.place]].append(row)
+        same_length = [i for i, shape in enumerate(shapes) if shape.length == limits[at].length]
+        for chosen, dealt in deal(by_group, [shapes[i] for i in same_length]):
+            yield same_length[chosen], dealt

@@ -1,4 +1,4 @@
-"""The data of `para-jax quickstart`: three tenants that read the same one-sentence stories, each with its own job."""
+"""The data of `para-jax quickstart`: three tenants with different tasks on the same one-sentence stories."""
 
 from __future__ import annotations
 
@@ -65,12 +65,12 @@ class Story(NamedTuple):
 
     @property
     def text(self) -> str:
-        told = f"the {self.how} {self.person} {self.verb} to the {self.place}"
-        told = f"{self.time} {told}" if self.time_first else f"{told} {self.time}"
-        return told[0].upper() + told[1:] + "."
+        text = f"the {self.how} {self.person} {self.verb} to the {self.place}"
+        text = f"{self.time} {text}" if self.time_first else f"{text} {self.time}"
+        return text[0].upper() + text[1:] + "."
 
 
-# What each tenant answers: it names the feeling, copies the place, or turns the story into a question.
+# The task of each tenant: it names the feeling, copies the place, or turns the story into a question.
 JOBS: dict[str, Callable[[Story], str]] = {
     "mood": lambda story: story.feeling,
     "place": lambda story: f"the {story.place}",
@@ -81,10 +81,10 @@ Rows = dict[str, list[dict[str, str]]]
 
 
 def quickstart_rows(seed: int = 0, train: int = 1500, held_out: int = 100) -> tuple[Rows, Rows]:
-    """Training and held-out rows of every tenant; row i has the same prompt for all of them.
+    """Training and held-out rows of every tenant; row i has the same prompt for all tenants.
 
-    Each feeling's words meet two of the 24 people in held-out rows only, so none of those pairs was trained on. No
-    prompt comes twice. The rows depend on the arguments only.
+    Each word for a feeling is paired with two of the 24 people in held-out rows only, so these pairs are never trained
+    on. All prompts are different. The rows depend only on the arguments.
 
     >>> rows, held_out = quickstart_rows()
     >>> held_out["mood"][0]["prompt"]
@@ -93,14 +93,14 @@ def quickstart_rows(seed: int = 0, train: int = 1500, held_out: int = 100) -> tu
     ['anger', 'the prison', 'Where is the maid?']
     """
     rng = random.Random(seed)
-    trained: list[tuple[str, str, str]] = []
-    apart: list[tuple[str, str, str]] = []
+    train_words: list[tuple[str, str, str]] = []
+    held_out_words: list[tuple[str, str, str]] = []
     for feeling, words in FEELINGS.items():
         for how in words:
-            strangers = rng.sample(PEOPLE, len(PEOPLE) // 10)
+            held_out_people = rng.sample(PEOPLE, len(PEOPLE) // 10)
             for person in PEOPLE:
-                (apart if person in strangers else trained).append((feeling, how, person))
-    return _rows(rng, trained, train), _rows(rng, apart, held_out)
+                (held_out_words if person in held_out_people else train_words).append((feeling, how, person))
+    return _rows(rng, train_words, train), _rows(rng, held_out_words, held_out)
 
 
 def _rows(rng: random.Random, words: list[tuple[str, str, str]], count: int) -> Rows:

@@ -1,4 +1,4 @@
-"""A tenant's rows, in whatever form they are given, as examples."""
+"""`Reader`: a tenant's rows, in any supported form, as examples."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from typing import Any
 from para_jax.convert.tokenizer import with_chat_template
 from para_jax.data.examples import Example, encode_rows
 from para_jax.data.order import read_mixture
-from para_jax.data.rows import of_tenant
+from para_jax.data.rows import check_tenant
 from para_jax.errors import ParaJaxError
 
-# What `Reader` reads: a source of `sources.read_rows` or a mixture of several, rows as JSON has them, rows with their
-# places, or examples.
+# The inputs of `Reader`: a source of `sources.read_rows` or a mixture of several, rows as dicts, (place, row) pairs, or
+# examples.
 Source = str | Path | Sequence[Mapping[str, Any]] | Sequence[tuple[str, Mapping[str, Any]]] | Sequence[Example]
 
 
 @dataclass(frozen=True)
 class Reader:
-    """Makes examples of rows, for one backbone.
+    """Encodes rows as examples, for one backbone.
 
     Attributes:
-      tokenizer: of transformers; None if all rows are examples already.
+      tokenizer: a transformers tokenizer; None if all rows are examples already.
       eos_token_ids: the ids that end a text (`end_tokens`).
-      max_length: the most tokens of a row.
+      max_length: the maximum number of tokens of a row.
       truncate, keep_texts, allow_special_tokens, show: as for `encode_rows`.
       data_dir: where TFDS keeps its data.
 
@@ -54,18 +54,18 @@ class Reader:
         """The examples of one tenant.
 
         Args:
-          template: makes prompts and responses of a source's columns; the name of a file, or of one that ships. Rows in
-            memory are taken as they are.
+          template: makes prompts and responses from a source's columns; a file, or the name of a template that ships.
+            Rows in memory do not use it.
           one_pass: make one example of all turns of a chat (`encode_rows`).
 
-        Raises ParaJaxError as `read_examples` does, for rows without a tokenizer, and for rows that are none.
+        Raises ParaJaxError as `read_examples` does, for text rows without a tokenizer, and for rows that are not dicts.
         """
         if are_examples(rows):
             return rows  # type: ignore[return-value]
         if self.tokenizer is None:
             raise ParaJaxError(f"the rows of {tenant!r} are text; pass tokenizer=load_tokenizer(model) to read them")
-        given = self.tokenizer, self.eos_token_ids, self.max_length
-        how: dict[str, Any] = {
+        args = self.tokenizer, self.eos_token_ids, self.max_length
+        options: dict[str, Any] = {
             "truncate": self.truncate,
             "keep_texts": self.keep_texts,
             "allow_special_tokens": self.allow_special_tokens,
@@ -74,17 +74,17 @@ class Reader:
         }
         if isinstance(rows, str | Path):
             where = {"tenant": tenant, "template": template, "data_dir": self.data_dir}
-            return read_mixture(str(rows), *given, **where, **how)
-        return encode_rows(of_tenant(_in_place(tenant, rows), tenant), *given, total=len(rows), **how)
+            return read_mixture(str(rows), *args, **where, **options)
+        return encode_rows(check_tenant(_with_places(tenant, rows), tenant), *args, total=len(rows), **options)
 
 
 def are_examples(rows: Source) -> bool:
-    """Whether these rows need not be read."""
+    """Whether these rows are encoded already."""
     return not isinstance(rows, str | Path) and (len(rows) == 0 or isinstance(rows[0], Example))
 
 
-def _in_place(tenant: str, rows: Sequence[Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Rows with places that an error can name."""
+def _with_places(tenant: str, rows: Sequence[Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Rows with places, which errors name."""
     placed = []
     for i, row in enumerate(rows, 1):
         place, row = row if isinstance(row, tuple) and len(row) == 2 else (f"{tenant} row {i}", row)

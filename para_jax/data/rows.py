@@ -1,4 +1,4 @@
-"""What a row says: its prompts and responses as texts, each key used or refused by name."""
+"""The prompts and responses of a row as texts. Unknown and unused keys are errors."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ ANSWERS = ("response", "completion")
 
 
 class Turn(NamedTuple):
-    """A prompt and what follows it, as they are joined.
+    """A prompt and its answer, ready to be concatenated.
 
     Attributes:
-      chat: whether a chat template wrote them.
-      said: the row's own texts in the answer.
+      chat: whether a chat template rendered them.
+      row_texts: the texts of the row that the answer contains.
     """
 
     prompt: str
     answer: str
     chat: bool
-    said: Sequence[str]
+    row_texts: Sequence[str]
     references: tuple[str, ...]
     choices: tuple[str, ...]
     place: str
 
 
 def turns(place: str, row: Mapping[str, Any], tokenizer: Any, need_response: bool) -> Iterator[Turn]:
-    """The turns of a row: one, or each turn of the assistant that is learnt.
+    """The turns of a row: one, or each assistant turn that is learnt.
 
-    Raises ParaJaxError for a key that is unknown or goes unused, and for a value that is not what it has to be.
+    Raises ParaJaxError for an unknown or unused key, and for an invalid value.
     """
     for key in row:
         if key not in KEYS:
-            raise ParaJaxError(f"{unknown('key', key, KEYS)}. Rows of other keys become prompts by a --template")
+            raise ParaJaxError(f"{unknown('key', key, KEYS)}. A --template makes prompts from rows with other keys")
     row = {key: value for key, value in row.items() if value is not None}
     references, choices = texts(row, "references"), texts(row, "choices")
     chat = _chat(row, tokenizer, need_response)
@@ -51,8 +51,8 @@ def turns(place: str, row: Mapping[str, Any], tokenizer: Any, need_response: boo
         if references or choices:
             pairs = list(pairs)
             if len(pairs) > 1:
-                raise ParaJaxError(f"references and choices are of one response, and {len(pairs)} turns are learnt")
-    for prompt, answer, said in pairs:
+                raise ParaJaxError(f"references and choices need one response, and {len(pairs)} turns are learnt")
+    for prompt, answer, row_texts in pairs:
         if not prompt.strip():
             raise ParaJaxError("the prompt is empty; an adapter is prepared from it")
         if need_response and not answer.strip():
@@ -60,11 +60,11 @@ def turns(place: str, row: Mapping[str, Any], tokenizer: Any, need_response: boo
         for what, text in (("the prompt", prompt), ("the response", answer)):
             check_text(what, text)
         spaced = tuple(_spaced(prompt, choice) for choice in choices)
-        yield Turn(prompt, answer, chat is not None, said, references, spaced, place)
+        yield Turn(prompt, answer, chat is not None, row_texts, references, spaced, place)
 
 
 def _chat(row: Mapping[str, Any], tokenizer: Any, need_response: bool) -> Chat | None:
-    """The chat that a row is; None for a prompt that goes to the model as it is."""
+    """The chat of a row; None for a plain prompt."""
     tools = row.get("tools")
     if "messages" in row:
         if both := [key for key in ("prompt", *ANSWERS) if key in row]:
@@ -80,7 +80,7 @@ def _chat(row: Mapping[str, Any], tokenizer: Any, need_response: bool) -> Chat |
         raise ParaJaxError('"tools" go with "messages"')
     if "system" not in row:
         return None
-    _pair(row, need_response)  # raises what is wrong with the two
+    _pair(row, need_response)  # raises for an invalid prompt or response
     if not getattr(tokenizer, "chat_template", None):
         raise ParaJaxError('the tokenizer has no chat template to write "system" with; put it into the prompt')
     answers = [_message("assistant", row[key]) for key in ANSWERS if need_response and key in row]
@@ -95,7 +95,7 @@ def _message(role: str, content: Any) -> dict[str, Any]:
 
 
 def _pair(row: Mapping[str, Any], need_response: bool) -> tuple[str, str]:
-    """The prompt of a row and what is to follow it."""
+    """The prompt and the answer of a row."""
     if not isinstance(row.get("prompt"), str):
         raise ParaJaxError('no text under "prompt" (and no "messages")')
     answers = [key for key in ANSWERS if key in row] if need_response else []
@@ -113,7 +113,7 @@ def _spaced(prompt: str, answer: str) -> str:
 
 
 def texts(row: Mapping[str, Any], key: str) -> tuple[str, ...]:
-    """A list of texts under a key. Raises ParaJaxError for anything else, such as one text, which is no list.
+    """The list of texts under a key. Raises ParaJaxError for anything else, such as a single text.
 
     >>> texts({"references": ["a cat", "the cat"]}, "references"), texts({}, "references")
     (('a cat', 'the cat'), ())
@@ -130,35 +130,35 @@ def texts(row: Mapping[str, Any], key: str) -> tuple[str, ...]:
     return tuple(value)
 
 
-def of_tenant(rows: Rows, tenant: str | None) -> Rows:
-    """The rows of one tenant's source. Raises ParaJaxError for rows that name another one.
+def check_tenant(rows: Rows, tenant: str | None) -> Rows:
+    """Returns `rows`. Raises ParaJaxError if a row names another tenant.
 
     Args:
-      tenant: whose source it is; None if nobody said, and then all rows have to name the same, or none.
+      tenant: the tenant of the source. If it is None, all rows with a tenant must name the same one.
     """
     named = [(place, row["tenant"]) for place, row in rows if row.get("tenant") is not None]
-    whose = tenant if tenant is not None or not named else named[0][1]
+    expected = tenant if tenant is not None or not named else named[0][1]
     problems = []
     for place, name in named:
         if not isinstance(name, str):
             problems.append(f'{place}: "tenant" is a {type(name).__name__}, not a name')
-        elif name != whose:
+        elif name != expected:
             problems.append(
-                f"{place}: the row is of tenant {name!r}, and its source is given to {whose!r}; a source for several "
-                "tenants is read by --tenant-from"
+                f"{place}: the row names tenant {name!r}, and its source belongs to {expected!r}; --tenant-from reads "
+                "a source with several tenants"
             )
     raise_problems(problems)
     return rows
 
 
-def by_tenant(rows: Rows) -> dict[str, Rows]:
-    """The rows of a source for several tenants, by the tenant that each names, in order.
+def group_by_tenant(rows: Rows) -> dict[str, Rows]:
+    """Groups the rows of a source with several tenants by tenant, in order.
 
     >>> rows = [("a:1", {"tenant": "x", "prompt": "p"}), ("a:2", {"tenant": "y", "prompt": "q"})]
-    >>> list(by_tenant(rows))
+    >>> list(group_by_tenant(rows))
     ['x', 'y']
 
-    Raises ParaJaxError for rows that name none.
+    Raises ParaJaxError for rows without a tenant.
     """
     found: dict[str, Rows] = {}
     problems = []

@@ -1,14 +1,14 @@
-"""A tenant's rows, wherever they are: a JSONL file, TensorFlow Datasets, or a folder of Hugging Face's `datasets`.
+"""Reads a tenant's rows from a JSONL or CSV file, TensorFlow Datasets, or Hugging Face's `datasets`.
 
   FILE.jsonl                    one JSON object a line; also FILE.jsonl.gz
   FILE.csv, FILE.tsv            a table whose first line names the columns; also FILE.csv.gz
   tfds:NAME[/CONFIG][:SPLIT]    tfds:squad, tfds:super_glue/boolq:train[:90%]
-  hf:FOLDER[:SPLIT]             a folder of save_to_disk, or of json, parquet, arrow or csv files
-  hf:OWNER/NAME[/CONFIG][:SPLIT]    a data set of the hub, which is downloaded
+  hf:FOLDER[:SPLIT]             a folder written by save_to_disk, or with json, parquet, arrow or csv files
+  hf:OWNER/NAME[/CONFIG][:SPLIT]    a data set on the hub, which is downloaded
 
-A row is {"prompt", "response"}, {"prompt", "completion"} or {"messages": [...]}, and may have `system` (a text that
-becomes a system message), `tools`, `references` (answers that are as good), `choices` (answers to choose from) and
-`tenant` (whose row it is). Rows of other columns become such rows by a template.
+A row is {"prompt", "response"}, {"prompt", "completion"} or {"messages": [...]}. Optional keys are `system` (the text
+of a system message), `tools`, `references` (equally good answers), `choices` (answers to choose from) and `tenant` (the
+name of its tenant). A template converts rows with other columns.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ def read_rows(source: str | Path, template: Template | str | None = None, data_d
     """The rows of a source with their places, such as "mail.jsonl:7" or "tfds:squad:train row 17".
 
     Args:
-      template: makes prompts of rows, instead of the one that ships for the data set; the name of a JSON file, or of
-        a template that ships.
+      template: converts rows, instead of the template that ships for the data set; a JSON file, or the name of a
+        template that ships.
       data_dir: where TFDS keeps its data (default: TFDS_DATA_DIR, then TFDS's own default).
 
-    Raises ParaJaxError for a source that cannot be read, a template that does not fit its columns, columns that are no
-    prompt and response where there is no template, and a source in which no row can be used.
+    Raises ParaJaxError for a source that cannot be read, a template that does not fit its columns, columns other than
+    the above without a template, and a source without usable rows.
 
     >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as folder:
@@ -63,10 +63,10 @@ def read_rows(source: str | Path, template: Template | str | None = None, data_d
     elif Path(str(source).removesuffix(".gz")).suffix.lower() in csv_files.DELIMITERS:
         table = csv_files.table(str(source).removesuffix(".gz"), _content(_file(source)))
     else:
-        plain = read_jsonl(source)
+        jsonl = read_jsonl(source)
         if template is None:
-            return plain
-        table = Table(tuple(dict.fromkeys(key for _, row in plain for key in row)), plain)
+            return jsonl
+        table = Table(tuple(dict.fromkeys(key for _, row in jsonl for key in row)), jsonl)
     if isinstance(template, str):
         template = Template.load(template)
     template = template or _template(table, str(source))
@@ -76,21 +76,21 @@ def read_rows(source: str | Path, template: Template | str | None = None, data_d
             logging.getLogger(__name__).warning("%s: the columns %s are not read", source, ", ".join(unused))
         return [(place, {key: row[key] for key in KEYS if row.get(key) is not None}) for place, row in rows]
     template.check(table.columns)
-    made, problems = [], []
+    converted, problems = [], []
     for place, row in rows:
         try:
-            made.append((place, template.row(row)))
+            converted.append((place, template.row(row)))
         except ParaJaxError as error:
             problems.append(f"{place}: {error}")
     raise_problems(problems)
-    return made
+    return converted
 
 
 def read_jsonl(path: str | Path) -> Rows:
     """The rows of a JSONL file with their places ("file:line"). Raises ParaJaxError that lists malformed lines."""
     path = _file(path)
     rows, problems = [], []
-    # Not splitlines: JSON strings may hold line separators of Unicode.
+    # Not splitlines: JSON strings may contain Unicode line separators.
     for number, line in enumerate(_content(path).split(b"\n"), 1):
         if not line.strip():
             continue
@@ -106,7 +106,7 @@ def read_jsonl(path: str | Path) -> Rows:
             problems.append(f"{path}:{number}: {error}")
             continue
         except (ValueError, RecursionError):  # Python's limits: 4,300 digits, 1,000 brackets
-            problems.append(f"{path}:{number} has a number of too many digits, or too many brackets in each other")
+            problems.append(f"{path}:{number} has a number with too many digits, or too deeply nested brackets")
             continue
         if not isinstance(row, dict):
             problems.append(f"{path}:{number} is a {type(row).__name__}, not an object with a prompt")
@@ -120,7 +120,7 @@ def read_jsonl(path: str | Path) -> Rows:
 
 def _file(path: str | Path) -> Path:
     if not Path(path).is_file():
-        raise ParaJaxError(f"{path} is no file; rows come from {FORMS}")
+        raise ParaJaxError(f"{path} is not a file; rows come from {FORMS}")
     return Path(path)
 
 
@@ -140,24 +140,24 @@ def _content(path: Path) -> bytes:
     content = content.removeprefix(codecs.BOM_UTF8)
     if content.lstrip()[:1] == b"[":
         raise ParaJaxError(
-            f"{path} is a JSON array; write each of its objects on a line of its own, such as jq -c '.[]'"
+            f"{path} is a JSON array; write each of its objects on its own line, for instance with jq -c '.[]'"
         )
     return content
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object. Raises ParaJaxError for a key that is there twice, of which json would drop the first."""
+    """A JSON object. Raises ParaJaxError for a duplicate key, which json would ignore."""
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise ParaJaxError(f"the key {next(key for key in found if keys.count(key) > 1)!r} is there twice")
+        raise ParaJaxError(f"the key {next(key for key in found if keys.count(key) > 1)!r} occurs twice")
     return found
 
 
 def mixture(text: str) -> list[tuple[float, str]]:
     """The sources of a tenant with their weights: SOURCE, or WEIGHT*SOURCE+WEIGHT*SOURCE...
 
-    Raises ParaJaxError for a weight that is not above 0, and for a source without one beside others that have one.
+    Raises ParaJaxError for a weight that is not above 0, and if only some sources have weights.
 
     >>> mixture("tfds:squad:train+validation")
     [(1.0, 'tfds:squad:train+validation')]
@@ -174,24 +174,24 @@ def mixture(text: str) -> list[tuple[float, str]]:
         try:
             number = float(weight)
         except ValueError:
-            raise ParaJaxError(f"{weight!r} in {text!r} is no number; write 0.7*SOURCE+0.3*SOURCE") from None
+            raise ParaJaxError(f"{weight!r} in {text!r} is not a number; write 0.7*SOURCE+0.3*SOURCE") from None
         if number <= 0 or not source:
-            raise ParaJaxError(f"{part!r} in {text!r} has to be a weight above 0 and a source: 0.7*tfds:squad")
+            raise ParaJaxError(f"{part!r} in {text!r} must be a weight above 0 and a source: 0.7*tfds:squad")
         parts.append((number, source))
     return parts
 
 
 def _template(table: Table, source: str) -> Template | None:
-    """The template that ships for a table; None if its columns need none."""
+    """The template that ships for a table; None if its rows need no template."""
     for name in (table.dataset, table.dataset.partition("/")[0]):
         if name in shipped():
             return Template.load(name)
     if _is_ready(table.columns):
         return None
     raise ParaJaxError(
-        f"{source} has the columns {', '.join(sorted(table.columns))}, and no template that makes prompts of them; "
-        f"write one over these columns, such as {EXAMPLE}, and pass it with --template FILE.json, or one that ships "
-        "with --template NAME (glue/sst2, squad, ...)"
+        f"{source} has the columns {', '.join(sorted(table.columns))}, and needs a template that makes prompts from "
+        f"them; write one such as {EXAMPLE} and pass it with --template FILE.json, or pass one that ships with "
+        "--template NAME (glue/sst2, squad, ...)"
     )
 
 
@@ -200,11 +200,11 @@ def _is_ready(columns: Collection[str]) -> bool:
 
 
 def _labelled(table: Table, source: str) -> Rows:
-    """The rows that have their labels: test splits of benchmarks keep them back as -1."""
+    """The rows with labels. Test splits of benchmarks have -1 instead."""
     rows = [(place, dict(row)) for place, row in table.rows]
     kept = [(place, row) for place, row in rows if all(row[key] != -1 for key in table.labels)]
     if not kept:
-        why = f"no row has a label in {', '.join(table.labels)}" if rows else "there is no row"
+        why = f"no row has a label in {', '.join(table.labels)}" if rows else "there are no rows"
         raise ParaJaxError(f"{source} has no usable rows: {why}; its splits: {', '.join(table.splits)}")
     if len(kept) < len(rows):
         logging.getLogger(__name__).warning(

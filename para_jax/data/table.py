@@ -1,4 +1,4 @@
-"""What every form of source is read into before its rows become prompts."""
+"""`Table`: the rows of any source, before a template makes prompts from them."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class Table(NamedTuple):
     """Rows of named columns.
 
     Attributes:
-      columns: their names.
-      rows: each with its place, such as "tfds:squad:train row 17"; rows are counted from 0, as both libraries do.
-      labels: the columns that hold a class's number, or -1 where the row has none.
-      dataset: whose shipped template fits; empty if the source does not say.
-      splits: what else could be read of the source.
+      columns: the names of the columns.
+      rows: (place, row) pairs, such as "tfds:squad:train row 17"; rows are counted from 0, as both libraries do.
+      labels: the columns with the index of a class, or -1 if the row has no label.
+      dataset: the name of the data set, which selects a template that ships; empty if unknown.
+      splits: the splits of the source.
     """
 
     columns: tuple[str, ...]
@@ -30,7 +30,7 @@ class Table(NamedTuple):
 
 
 def check_split(split: str, known: Collection[str], source: str) -> None:
-    """Raises ParaJaxError unless each name in a split such as train[:90%]+test is known.
+    """Raises ParaJaxError for an unknown name in a split such as train[:90%]+test.
 
     >>> check_split("train[:90%]+test", ["train", "test"], "tfds:trec")
     >>> check_split("trian", ["train", "test"], "tfds:trec")
@@ -44,7 +44,7 @@ def check_split(split: str, known: Collection[str], source: str) -> None:
 
 
 def raise_problems(problems: list[str]) -> None:
-    """Raises one ParaJaxError for all problems, if there is one."""
+    """Raises one ParaJaxError for all problems, if any."""
     if problems:
         more = f"\n... and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
         raise ParaJaxError("\n".join(problems[:SHOWN]) + more)

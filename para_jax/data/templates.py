@@ -1,7 +1,7 @@
-"""Prompt templates: how a row of any columns becomes a prompt, its response, and the choices there are.
+"""Prompt templates, which convert rows with any columns into prompts, responses and choices.
 
-A template is a JSON file of jinja2 texts over the columns of a row; those that ship are in assets/templates, by the
-names of TensorFlow Datasets.
+A template is a JSON file with jinja2 texts over the columns of a row. The templates that ship are in assets/templates,
+named like the data sets of TensorFlow Datasets.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ EXAMPLE = '{"prompt": "Question: {{question}}\\nAnswer:", "response": "{{answer}
 
 
 class Template:
-    r"""A prompt and a response as jinja2 texts over the columns of a row, and perhaps more.
+    r"""A prompt and a response as jinja2 texts over the columns of a row, and optional fields.
 
-    `system` and `tenant` are texts as well: a system message, and whose row it is.
+    `system` (a system message) and `tenant` (the tenant of the row) are texts too.
 
-    Choices and references are each a list of texts, or a jinja2 expression whose value is a list. Prompt and response
-    see the choices of their row as `choices`, so that a label can be a place among them. `row` is the whole row, for
-    columns whose names are no names in jinja2: row["label-coarse"].
+    `choices` and `references` are each a list of texts, or a jinja2 expression whose value is a list. The other texts
+    can use the choices of their row as `choices`, for instance indexed by a label. `row` is the row as a dict, for
+    column names that are not identifiers: row["label-coarse"].
 
     >>> template = Template({"prompt": "{{text}}\nMood:", "response": "{{choices[label]}}", "choices": ["bad", "good"]})
     >>> template.row({"text": "What a film!", "label": 1})
@@ -43,16 +43,16 @@ class Template:
     """
 
     def __init__(self, fields: Mapping[str, Any], name: str = "template") -> None:
-        """Raises ParaJaxError for a field that there is not, one that is missing, or one that is not jinja2."""
+        """Raises ParaJaxError for an unknown or missing field, or one that is not valid jinja2."""
         self.name, self.fields = name, dict(fields)
         for key, value in fields.items():
             if key not in FIELDS:
                 raise unknown(f"field of {name}", key, FIELDS)
             texts = value if isinstance(value, list) and key in LISTS else [value]
             if not all(isinstance(text, str) for text in texts):
-                raise ParaJaxError(f"{name}: {key} has to be a text" + (" or a list of them" if texts is value else ""))
+                raise ParaJaxError(f"{name}: {key} must be a text" + (" or a list of them" if texts is value else ""))
         if missing := [key for key in NEEDED if key not in fields]:
-            raise ParaJaxError(f"{name} has no {' and no '.join(missing)}; a template is such as {EXAMPLE}")
+            raise ParaJaxError(f"{name} has no {' and no '.join(missing)}; write a template such as {EXAMPLE}")
         import jinja2
 
         environment = _environment()
@@ -70,25 +70,25 @@ class Template:
 
     @classmethod
     def load(cls, name: str) -> Template:
-        """The template of a JSON file, or the one that ships under this name, such as squad or glue/sst2.
+        """Loads a JSON file, or a template that ships, by its name such as squad or glue/sst2.
 
-        Raises ParaJaxError if there is neither, or if it is no template.
+        Raises ParaJaxError if it does not exist or is not a template.
         """
         path = Path(name) if name.endswith(".json") else FOLDER / f"{name}.json"
         if not path.is_file():
             if name.endswith(".json"):
-                raise ParaJaxError(f"{path} is no file; write a template to it, such as {EXAMPLE}")
+                raise ParaJaxError(f"{path} is not a file; write a template to it, such as {EXAMPLE}")
             raise unknown("template (a name without .json)", name, shipped())
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
             raise ParaJaxError(f"{path} is not JSON: {error}") from None
         if not isinstance(fields, dict):
-            raise ParaJaxError(f"{path} holds no template, such as {EXAMPLE}")
+            raise ParaJaxError(f"{path} is not a template, such as {EXAMPLE}")
         return cls(fields, name)
 
     def check(self, columns: Collection[str]) -> None:
-        """Raises ParaJaxError for a column that is used and is not there."""
+        """Raises ParaJaxError if the template uses a column that does not exist."""
         from jinja2 import meta
 
         environment = _environment()
@@ -96,25 +96,27 @@ class Template:
             texts = value if isinstance(value, list) else [value]
             if key in LISTS and not isinstance(value, list):
                 texts = ["{{" + value + "}}"]
-            own = {"row", "choices"} if key in TEXTS and "choices" in self.fields else {"row"}
+            special = {"row", "choices"} if key in TEXTS and "choices" in self.fields else {"row"}
             for text in texts:
                 for used in sorted(meta.find_undeclared_variables(environment.parse(text))):
-                    if used not in columns and used not in own and used not in environment.globals:
+                    if used not in columns and used not in special and used not in environment.globals:
                         raise unknown(f"column in {self.name}", used, columns)
 
     def row(self, columns: Mapping[str, Any]) -> dict[str, Any]:
-        """The prompt, the response, and what else the template has, of one row. Raises ParaJaxError if it fails."""
-        seen = {"row": columns, **columns}
-        made: dict[str, Any] = {}
+        """The fields of one row. Raises ParaJaxError if the template fails."""
+        scope = {"row": columns, **columns}
+        lists: dict[str, Any] = {}
         try:
             for key, value in self._lists.items():
-                made[key] = [t.render(seen) for t in value] if isinstance(value, list) else _listed(key, value(seen))
-            if "choices" in made:
-                seen["choices"] = made["choices"]
-            texts = {key: text.render(seen) for key, text in self._texts.items()}
-        except Exception as error:  # a template is a program of the user's, and may fail in any way
+                lists[key] = (
+                    [t.render(scope) for t in value] if isinstance(value, list) else _as_list(key, value(scope))
+                )
+            if "choices" in lists:
+                scope["choices"] = lists["choices"]
+            fields = {key: text.render(scope) for key, text in self._texts.items()}
+        except Exception as error:  # a template is the user's program, and may raise anything
             raise ParaJaxError(f"{self.name}: {error} (columns: {', '.join(columns)})") from error
-        return texts | {key: value for key, value in made.items() if value}
+        return fields | {key: value for key, value in lists.items() if value}
 
 
 def shipped() -> dict[str, Path]:
@@ -126,24 +128,24 @@ def shipped() -> dict[str, Path]:
     return {p.relative_to(FOLDER).with_suffix("").as_posix(): p for p in sorted(FOLDER.rglob("*.json"))}
 
 
-def _listed(key: str, values: Any) -> list[str]:
-    """The texts of an expression's value. Raises ParaJaxError for what is no list, such as one text: no letters."""
+def _as_list(key: str, values: Any) -> list[str]:
+    """The texts in the value of an expression. Raises ParaJaxError unless it is a list; a string is not split."""
     if not isinstance(values, list | tuple):
         raise ParaJaxError(f"{key} is a {type(values).__name__} in this row, not a list of texts")
-    return [str(_written(value)) for value in values]
+    return [str(_finalize(value)) for value in values]
 
 
-def _written(value: Any) -> Any:
-    """What a template writes. Raises ParaJaxError for a value that would become Python's spelling of it."""
+def _finalize(value: Any) -> Any:
+    """Checks a value that a template writes. Raises ParaJaxError instead of writing it as a Python literal."""
     if value is None or isinstance(value, list | tuple | dict | bytes):
         what = "null" if value is None else f"a {type(value).__name__}"
-        raise ParaJaxError(f"a value is {what} in this row, not a text; choose what the template writes of it")
+        raise ParaJaxError(f"a value is {what} in this row, not a text; change the template so that it writes a text")
     return value
 
 
 def _environment() -> SandboxedEnvironment:
-    """As strict as can be: a template may come from someone else, and an unknown name in it is a mistake."""
+    """A strict, sandboxed environment: templates may come from others, and unknown names are mistakes."""
     from jinja2 import StrictUndefined
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    return ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True, finalize=_written)
+    return ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True, finalize=_finalize)

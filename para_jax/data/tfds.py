@@ -1,4 +1,4 @@
-"""Rows of TensorFlow Datasets, read and prepared without TensorFlow."""
+"""Reads and prepares TensorFlow Datasets, without TensorFlow."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from para_jax.data.templates import shipped
 from para_jax.distributed import broadcast, is_main_process
 from para_jax.errors import ParaJaxError, unknown
 
-# Where builders are that register themselves only when they are imported.
+# Modules whose builders register themselves only when imported.
 MORE_BUILDERS = ("text", "question_answering", "summarization", "translate", "text_simplification")
 
 
 def table(source: str, data_dir: str | Path | None = None) -> Table:
-    """The rows of NAME[/CONFIG][:SPLIT]; the split is train unless it is given, and may be sliced: train[:90%].
+    """The rows of NAME[/CONFIG][:SPLIT]. The split defaults to train, and may be sliced: train[:90%].
 
     Data that is not in `data_dir` is downloaded and prepared there. Raises ParaJaxError if TFDS is not installed or
-    does not load, for an unknown name, config or split, and where the data is not there and cannot be had.
+    does not load, for an unknown name, config or split, and if the data cannot be downloaded.
     """
-    tfds = _loaded(source)
+    tfds = _import_tfds(source)
     name, _, split = source.partition(":")
     split = split or "train"
     root = Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
     builder = builder_of(name, root)
-    # Of several processes the first one prepares, and its failure is everyone's.
+    # The main process prepares the data, and all processes raise its error.
     problem = b""
     if is_main_process() and not builder.data_path.exists():
         try:
@@ -45,7 +45,7 @@ def table(source: str, data_dir: str | Path | None = None) -> Table:
     if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
         raise ParaJaxError(
             f"{builder.data_path} was prepared as {builder.info.file_format.value}, but only array_record is read; "
-            "remove it to have it prepared anew, or choose another --data-dir"
+            "remove it, and it is prepared again, or choose another --data-dir"
         )
     check_split(split, builder.info.splits, f"tfds:{name}")
     try:
@@ -54,17 +54,17 @@ def table(source: str, data_dir: str | Path | None = None) -> Table:
         raise ParaJaxError(f"tfds:{source} has no such rows: {str(error).splitlines()[-1]}") from None
     features = builder.info.features
 
-    def placed() -> Iterator[tuple[str, dict[str, Any]]]:
+    def rows_with_places() -> Iterator[tuple[str, dict[str, Any]]]:
         for i in range(len(rows)):
             yield f"tfds:{name}:{split} row {i}", _plain(rows[i])
 
     labels = tuple(key for key, feature in features.items() if isinstance(feature, tfds.features.ClassLabel))
-    return Table(tuple(features), placed(), labels, name, tuple(builder.info.splits))
+    return Table(tuple(features), rows_with_places(), labels, name, tuple(builder.info.splits))
 
 
-def _loaded(source: str) -> Any:
-    """TFDS, with all its builders of texts."""
-    # It logs the traceback of what it cannot import, which is said in one line below.
+def _import_tfds(source: str) -> Any:
+    """The tensorflow_datasets module with all builders of text data sets."""
+    # TFDS logs tracebacks of failed imports; one line is raised below instead.
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -75,7 +75,7 @@ def _loaded(source: str) -> Any:
             importlib.import_module(f"tensorflow_datasets.{module}")
     except ImportError as error:
         raise ParaJaxError(f"tfds:{source} needs TensorFlow Datasets: pip install 'para-jax[data]' ({error})") from None
-    except Exception as error:  # protobuf raises its own on Colab's CPU and GPU images
+    except Exception as error:  # protobuf raises its own exceptions on Colab's CPU and GPU images
         raise ParaJaxError(
             f"tfds:{source} needs TensorFlow Datasets, which does not load: {str(error).partition('. ')[0]}. If its "
             "tensorflow-metadata is too new for this protobuf: pip install 'tensorflow-metadata<1.18'"
@@ -87,12 +87,12 @@ def _loaded(source: str) -> Any:
 
 def builder_of(name: str, root: Path) -> Any:
     """The builder of NAME[/CONFIG], with its data in `root`. Raises ParaJaxError if there is no such builder."""
-    tfds = _loaded(name)
+    tfds = _import_tfds(name)
     dataset, _, config = name.partition("/")
     known = tfds.list_builders(with_community_datasets=False)
     if dataset not in known:
         try:
-            return tfds.builder(name, data_dir=root)  # prepared by code that is not here
+            return tfds.builder(name, data_dir=root)  # prepared already, by code that is not installed here
         except ValueError:
             raise unknown("TFDS data set", dataset, known) from None
     try:
@@ -101,7 +101,7 @@ def builder_of(name: str, root: Path) -> Any:
         configs = kind.builder_configs
         if config and config not in configs:
             raise unknown(f"config of {dataset}", config, configs)
-        # The first config is meant only where the data set as a whole has a template: squad, but not glue.
+        # The first config is the default only if a template has the name of the data set: squad, but not glue.
         if not config and len(configs) > 1 and dataset not in shipped():
             raise ParaJaxError(f"{dataset} has several configs; write tfds:{dataset}/CONFIG: {', '.join(configs)}")
         return tfds.builder(name, data_dir=root)
@@ -112,26 +112,26 @@ def builder_of(name: str, root: Path) -> Any:
 def _prepare(builder: Any, name: str) -> None:
     import tensorflow_datasets as tfds
 
-    if not sys.stderr.isatty():  # a log would be full of its bars
+    if not sys.stderr.isatty():  # its progress bars would fill a log file
         tfds.disable_progress_bar()
-    config = tfds.download.DownloadConfig(try_download_gcs=False)  # which has files for TensorFlow only
+    config = tfds.download.DownloadConfig(try_download_gcs=False)  # GCS has files for TensorFlow only
     try:
         builder.download_and_prepare(download_config=config, file_format="array_record")
-    except Exception as error:  # a builder is someone else's program, and fails as its author's libraries do
+    except Exception as error:  # builders may raise anything
         reason = str(error).strip().partition("\n")[0]
         folder = builder.data_path
         raise ParaJaxError(
-            f"tfds:{name} is not in {folder.parents[1 + bool(builder.builder_config)]}, and cannot be downloaded and "
-            f"prepared ({type(error).__name__}: {reason}). Prepare it where there is a network, with --data-dir, and "
-            f"copy {folder} from there; or give the --data-dir that has it"
+            f"tfds:{name} is not in {folder.parents[1 + bool(builder.builder_config)]}, and could not be downloaded "
+            f"and prepared ({type(error).__name__}: {reason}). Prepare it on a machine with a network, with "
+            f"--data-dir, and copy {folder} from there; or give the --data-dir that has it"
         ) from error
 
 
 def _stand_in_for_tensorflow(builder_cls: Any) -> None:
-    """Gives a builder the little of TensorFlow that those of texts use: opening files, and names of dtypes.
+    """Gives a builder a stand-in for the parts of TensorFlow that text builders use: opening files, and dtypes.
 
-    TFDS reads and writes array_record without TensorFlow, but unpacks archives with its gfile, and super_glue writes
-    int32 as tf.int32. Where TensorFlow is installed it is used.
+    TFDS reads and writes array_record without TensorFlow, but unpacks archives with tf.io.gfile, and super_glue uses
+    tf.int32. If TensorFlow is installed, nothing is replaced.
     """
     if find_spec("tensorflow") is not None:
         return
@@ -148,7 +148,7 @@ def _stand_in_for_tensorflow(builder_cls: Any) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """Python's own types, and texts for bytes."""
+    """A value as plain Python types, with bytes decoded."""
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace")
     if isinstance(value, np.ndarray | np.generic):

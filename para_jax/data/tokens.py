@@ -1,4 +1,4 @@
-"""Texts to tokens: prompts, what follows them, and how responses end."""
+"""Tokenizes turns: prompts, answers, and the end-of-text token of responses."""
 
 from __future__ import annotations
 
@@ -9,48 +9,50 @@ from typing import Any
 from para_jax.data.rows import Turn
 from para_jax.errors import ParaJaxError
 
-ALLOW = "take it out, or pass allow_special_tokens (--allow-special-tokens) if it is meant"
+ALLOW = "remove it, or pass allow_special_tokens (--allow-special-tokens) if it is meant"
 
 
-def encoded(chunk: Sequence[Sequence[Turn]], tokenizer: Any) -> Iterator[tuple[Turn, list[int], list[list[int]]]]:
-    """Every turn of these rows: its prompt, and what follows it, the answer and each choice.
+def tokenize(chunk: Sequence[Sequence[Turn]], tokenizer: Any) -> Iterator[tuple[Turn, list[int], list[list[int]]]]:
+    """Yields for each turn of these rows the ids of its prompt, and those of its answer and of each choice.
 
-    A prompt's tokens are those that it has alone, as it will have when served.
+    A prompt has the same tokens as when it is tokenized alone, as it is when served.
     """
-    plain = [turn for own in chunk for turn in own if not turn.chat]
-    texts = [[turn.prompt, *(turn.prompt + x for x in (turn.answer, *turn.choices))] for turn in plain]
-    flat = iter(_ids(tokenizer, [text for some in texts for text in some], special=True))
-    of_plain = iter([[next(flat) for _ in some] for some in texts])
-    chats = [own for own in chunk if own and own[0].chat]
-    groups = [[t for turn in own for t in (turn.prompt, *(turn.prompt + x for x in (turn.answer, *turn.choices)))]
-              for own in chats]  # fmt: skip
-    of_chats = iter([ids for group in prefix_ids(tokenizer, groups) for ids in group])
-    for own in chunk:
-        for turn in own:
+    plain = [_texts(turn) for turns in chunk for turn in turns if not turn.chat]
+    flat = iter(_ids(tokenizer, [text for texts in plain for text in texts], special=True))
+    plain_ids = iter([[next(flat) for _ in texts] for texts in plain])
+    chats = [[text for turn in turns for text in _texts(turn)] for turns in chunk if turns and turns[0].chat]
+    chat_ids = iter([ids for group in prefix_ids(tokenizer, chats) for ids in group])
+    for turns in chunk:
+        for turn in turns:
             answers = (turn.answer, *turn.choices)
-            prompt, *wholes = [next(of_chats) for _ in range(1 + len(answers))] if turn.chat else next(of_plain)
-            yield turn, prompt, [_rest(tokenizer, prompt, *pair) for pair in zip(wholes, answers, strict=True)]
+            prompt, *joined = [next(chat_ids) for _ in range(1 + len(answers))] if turn.chat else next(plain_ids)
+            yield turn, prompt, [_suffix(tokenizer, prompt, *pair) for pair in zip(joined, answers, strict=True)]
 
 
-def _rest(tokenizer: Any, prompt: list[int], whole: list[int], answer: str) -> list[int]:
-    if whole[: len(prompt)] == prompt:
-        return whole[len(prompt) :]
-    # The border is inside a token of the whole.
+def _texts(turn: Turn) -> list[str]:
+    """The prompt of a turn, and the prompt followed by the answer and by each choice."""
+    return [turn.prompt, *(turn.prompt + answer for answer in (turn.answer, *turn.choices))]
+
+
+def _suffix(tokenizer: Any, prompt: list[int], joined: list[int], answer: str) -> list[int]:
+    if joined[: len(prompt)] == prompt:
+        return joined[len(prompt) :]
+    # A token spans the border between prompt and answer.
     return _ids(tokenizer, [answer])[0]
 
 
 def _ids(tokenizer: Any, texts: list[str], special: bool = False) -> list[list[int]]:
     if not texts:
         return []
-    found: list[list[int]] = tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
-    return found
+    ids: list[list[int]] = tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
+    return ids
 
 
 def prefix_ids(tokenizer: Any, groups: Sequence[Sequence[str]]) -> list[list[list[int]]]:
-    """The tokens of each text, where the texts of a group begin alike: prompts and answers of one chat.
+    """The tokens of each text, computed quickly if the texts of a group share a prefix, like the turns of one chat.
 
-    A tokenizer cuts a text at its special tokens first. So the tokens of a text that ends somewhere in the group's
-    longest one are those of the longest up to a special token, and those of the rest from there.
+    A tokenizer splits a text at special tokens first. So a prefix of the group's longest text has the tokens of the
+    longest text up to its last special token, and only the rest is tokenized.
 
     >>> from para_jax import tiny_backbone_path
     >>> from para_jax.convert.tokenizer import load_tokenizer
@@ -66,25 +68,25 @@ def prefix_ids(tokenizer: Any, groups: Sequence[Sequence[str]]) -> list[list[lis
     longest = [max(group, key=len) for group in groups]
     if not longest:
         return []
-    whole = tokenizer(longest, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    encoding = tokenizer(longest, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     heads: list[list[list[int]]] = []
     tails: list[str] = []
-    for group, long, ids, spans in zip(groups, longest, whole["input_ids"], whole["offset_mapping"], strict=True):
+    for group, long, ids, spans in zip(groups, longest, encoding["input_ids"], encoding["offset_mapping"], strict=True):
         cuts = [(stop, start, k) for k, (token, (start, stop)) in enumerate(zip(ids, spans, strict=True))
                 if token in cutters]  # fmt: skip
-        own = []
+        group_heads = []
         for text in group:
             at = bisect_right(cuts, len(text), key=lambda cut: cut[0]) - 1
             _, start, k = cuts[at] if at >= 0 and long.startswith(text) else (0, 0, 0)
-            own.append(ids[:k])
+            group_heads.append(ids[:k])
             tails.append(text[start:])
-        heads.append(own)
-    rest = iter(_ids(tokenizer, tails))
-    return [[head + next(rest) for head in own] for own in heads]
+        heads.append(group_heads)
+    tail_ids = iter(_ids(tokenizer, tails))
+    return [[head + next(tail_ids) for head in group_heads] for group_heads in heads]
 
 
 def _cutters(tokenizer: Any) -> frozenset[int]:
-    """The special tokens at which a text is cut wherever they stand, whatever is around them; none of a slow one."""
+    """The special tokens that split a text whatever surrounds them; none for a slow tokenizer."""
     if not getattr(tokenizer, "is_fast", False):
         return frozenset()
     return frozenset(
@@ -94,20 +96,20 @@ def _cutters(tokenizer: Any) -> frozenset[int]:
     )
 
 
-def ended(turn: Turn, ids: list[int], tokenizer: Any, eos: Sequence[int], allow: bool) -> list[int]:
-    """A response's tokens with its end: an end-of-text token is put behind it if it has none.
+def with_end(turn: Turn, ids: list[int], tokenizer: Any, eos: Sequence[int], allow: bool) -> list[int]:
+    """The tokens of a response up to its end-of-text token, which is appended if there is none.
 
-    Of a chat, the template writes the end, and what it writes after that is not learnt. Raises ParaJaxError for an
-    end-of-text token in the row's own text, unless `allow`; then all of the text is kept.
+    A chat template writes the end-of-text token itself, and what it writes after that is not learnt. Raises
+    ParaJaxError for an end-of-text token in the text of the row, unless `allow`; then the full text is kept.
     """
-    places = [i for i, token in enumerate(ids) if token in eos]
+    positions = [i for i, token in enumerate(ids) if token in eos]
     if turn.chat:
         ends = [tokenizer.decode([token]) for token in eos]
-        inside = next((end for end in ends if end and any(end in text for text in turn.said)), None)
-        kept = ids[: places[-1 if inside else 0] + 1] if places else [*ids, *eos[:1]]
+        inside = next((end for end in ends if end and any(end in text for text in turn.row_texts)), None)
+        kept = ids[: positions[-1 if inside else 0] + 1] if positions else [*ids, *eos[:1]]
     else:
-        inside = next((tokenizer.decode([ids[i]]) for i in places if i < len(ids) - 1), None)
-        kept = ids if places and places[-1] == len(ids) - 1 else [*ids, *eos[:1]]
+        inside = next((tokenizer.decode([ids[i]]) for i in positions if i < len(ids) - 1), None)
+        kept = ids if positions and positions[-1] == len(ids) - 1 else [*ids, *eos[:1]]
     if inside and not allow:
-        raise ParaJaxError(f"the response has the end-of-text token {inside!r} in it; {ALLOW}")
+        raise ParaJaxError(f"the response contains the end-of-text token {inside!r}; {ALLOW}")
     return kept

@@ -1,9 +1,8 @@
-"""Beam search, step for step as transformers does it, on the device.
+"""Beam search on the device, equivalent to transformers' at every step.
 
-A row has `beams` open texts and as many finished ones. At every step the best continuations of the open texts
-are taken together: those that end compete for a place among the finished, by log-probability /
-tokens**length_penalty, the best of the others stay open. A row is done when its open texts can no longer
-overtake its finished ones.
+A row has `beams` open texts and up to as many finished ones. Every step takes the best continuations of all open texts.
+Those that end compete for the places of the finished texts, by log-probability / tokens**length_penalty, and the best
+of the others stay open. A row is done when its open texts cannot overtake its finished ones.
 """
 
 from __future__ import annotations
@@ -24,19 +23,19 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int, Int16
 
 EarlyStopping = bool | Literal["never"]
-RULED_OUT = -1.0e9  # The score, in transformers too, of a text that is not to be taken.
+RULED_OUT = -1.0e9  # the score of an excluded text, as in transformers
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["length_penalty", "when_full", "never"], meta_fields=[])
 @dataclass(frozen=True)
 class Scoring:
-    """How finished texts are ranked, and when a row gives up on better ones.
+    """How finished texts are ranked, and when a row stops (transformers' `early_stopping`).
 
     Attributes:
       length_penalty: float32; above zero favours long texts.
-      when_full: a row is done as soon as it has finished as many texts as it has beams.
-      never: a row is done only when no open text could overtake, even at its full length. With neither, an
-        open text is judged at its present length.
+      when_full: a row is done as soon as it has as many finished texts as beams.
+      never: a row is done only when no open text can overtake, even at its maximum length. If both are False, an open
+        text is scored at its current length.
     """
 
     length_penalty: Float[Array, ""]
@@ -48,7 +47,7 @@ class Scoring:
 
 
 class _Open(NamedTuple):
-    """The texts that go on: n of them a row, the best first."""
+    """The n open texts of each row, the best first."""
 
     score_bn: Float[Array, "b n"]
     tokens_bnt: Int[Array, "b n t"]
@@ -59,13 +58,13 @@ class _Open(NamedTuple):
 
 
 class _Finished(NamedTuple):
-    """The texts that have ended, the best first; places not `taken_bn` yet stand at the end."""
+    """The finished texts of each row, the best first; places that are not `filled_bn` yet come last."""
 
     score_bn: Float[Array, "b n"]
     tokens_bnt: Int[Array, "b n t"]
     count_bn: Int[Array, "b n"]
     stopped_bn: Bool[Array, "b n"]
-    taken_bn: Bool[Array, "b n"]
+    filled_bn: Bool[Array, "b n"]
 
 
 class _Carry(NamedTuple):
@@ -78,14 +77,14 @@ class _Carry(NamedTuple):
 
 
 def _take(tree: Any, index_bn: Int[Array, "b n"]) -> Any:
-    """These texts of every row, of arrays (b, n, ...)."""
+    """Gathers texts of every row from arrays (b, n, ...)."""
     return jax.tree.map(lambda x: jax.vmap(lambda row, index: row[index])(x, index_bn), tree)
 
 
 def _continue(
     texts: _Open, logits_bv: Float[Array, "bn v"], sampler: Sampler, ending: Ending, step: Array, keep: int
 ) -> tuple[_Open, Bool[Array, "b k"]]:
-    """The `keep` best continuations of a row's open texts, and which of them came to an end by themselves."""
+    """The `keep` best continuations of a row's open texts, and which of them end with an eos token or stop string."""
     b, n = texts.score_bn.shape
     v = logits_bv.shape[-1]
     seen_bv = None if texts.seen_bnv is None else texts.seen_bnv.reshape(b * n, v)
@@ -106,13 +105,13 @@ def _advance(
     scoring: Scoring,
     keep: int,
 ) -> _Carry:
-    """One token more: the best continuations finish, stay open or fall away."""
+    """One more token: each of the best continuations finishes, stays open or is dropped."""
     b, n = carry.open.score_bn.shape
     found, ends_bk = _continue(carry.open, logits_bv, sampler, ending, carry.step, keep)
     length = carry.step + 1
     hit_bk = ends_bk | (length >= ending.limit_b)[:, None]
 
-    # Only those among the n best of all may finish. A row that is done takes no more.
+    # Only the n best continuations may finish. A row that is done takes no more.
     finishes_bk = hit_bk & (jnp.arange(keep) < n)[None] & ~carry.done_b[:, None]
     new = _Finished(
         jnp.where(finishes_bk, scoring.score(found.score_bn, length), -jnp.inf),
@@ -133,11 +132,11 @@ def _advance(
         going = going._replace(seen_bnv=seen_bnv.at[row_b1, beam_1n, going.token_bn].set(True))
 
     full_length = scoring.never & (scoring.length_penalty > 0)
-    hoped_b = scoring.score(score_bn[:, 0], jnp.where(full_length, ending.limit_b, length))
-    # A place that is free can always be taken.
-    worst_b = jnp.where(jnp.all(finished.taken_bn, axis=1), finished.score_bn[:, -1], -jnp.inf)
-    done_b = carry.done_b | (hoped_b <= worst_b) | jnp.all(hit_bk, axis=1)
-    done_b = done_b | (scoring.when_full & jnp.all(finished.taken_bn, axis=1))
+    best_open_b = scoring.score(score_bn[:, 0], jnp.where(full_length, ending.limit_b, length))
+    # A free place can always be filled.
+    worst_b = jnp.where(jnp.all(finished.filled_bn, axis=1), finished.score_bn[:, -1], -jnp.inf)
+    done_b = carry.done_b | (best_open_b <= worst_b) | jnp.all(hit_bk, axis=1)
+    done_b = done_b | (scoring.when_full & jnp.all(finished.filled_bn, axis=1))
     finite_b = carry.done_b | jnp.all(finite(logits_bv).reshape(b, n), axis=1)
     return _Carry(going, finished, done_b | ~finite_b, carry.finite_b & finite_b, length, carry.state)
 
@@ -157,18 +156,17 @@ def search(
 ) -> Generated:
     """The best text of every row.
 
-    The prompts were run once, whatever `beams` is; their state is repeated here, and so it is not donated.
-    `keep` continuations are looked at, (1 + the number of eos tokens) * beams or more, so that enough of them
-    do not end.
+    Prefill runs each prompt once; its state is repeated here for the beams, so it is not donated. `keep` is the number
+    of continuations to consider: at least (1 + the number of eos tokens) * beams, so that enough of them do not end.
     """
     b, v = logits_bv.shape
     n = beams
-    of_row = jnp.repeat(jnp.arange(b), n)
+    row_of_beam = jnp.repeat(jnp.arange(b), n)
     tokens_bnt = jnp.zeros((b, n, room), jnp.int32)
     zeros_bn = jnp.zeros((b, n), jnp.int32)
     seen_bv = None if sampler.penalty_b is None else seen_tokens(*prompts, v)
     going = _Open(
-        # All beams are the same text at first, and all but one are kept out.
+        # All beams start as the same text, so all but one are excluded.
         score_bn=jnp.broadcast_to(jnp.where(jnp.arange(n) == 0, 0.0, RULED_OUT), (b, n)),
         tokens_bnt=tokens_bnt,
         token_bn=zeros_bn,
@@ -180,16 +178,16 @@ def search(
     finished = _Finished(jnp.full((b, n), RULED_OUT), tokens_bnt, zeros_bn, free_bn, free_bn)
     step, finite_b = jnp.zeros((), jnp.int32), jnp.ones((b,), bool)
     carry = _Carry(going, finished, ending.limit_b == 0, finite_b, step, state.repeated(n))
-    sampler = jax.tree.map(lambda x: x[of_row], sampler)
+    sampler = jax.tree.map(lambda x: x[row_of_beam], sampler)
 
     def body(carry: _Carry) -> _Carry:
-        # A row's beams share its Adjustment, so only keys and values move.
+        # The beams of a row share its Adjustment, so only keys and values move.
         index = (jnp.arange(b)[:, None] * n + carry.open.parent_bn).reshape(-1)
         state = replace(carry.state, cache=carry.state.cache.rows(index))
         logits_bv, state = backbone.decode(carry.open.token_bn.reshape(-1), state)
         return _advance(carry._replace(state=state), logits_bv, sampler, ending, scoring, keep)
 
-    carry = _advance(carry, logits_bv[of_row], sampler, ending, scoring, keep)
+    carry = _advance(carry, logits_bv[row_of_beam], sampler, ending, scoring, keep)
     carry = jax.lax.while_loop(lambda c: ~jnp.all(c.done_b), body, carry)
     tokens_bnt, count_bn, stopped_bn = carry.finished.tokens_bnt, carry.finished.count_bn, carry.finished.stopped_bn
     count_b = jnp.where(carry.finite_b, count_bn[:, 0], 0)

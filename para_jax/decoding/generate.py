@@ -1,4 +1,4 @@
-"""Prompts in, texts out: any prompts, a tenant or none for every row, and every row its own settings."""
+"""`generate` and `complete`: continue prompts, with a tenant and sampling settings for each row."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from para_jax.checks import COUNT, Number
 from para_jax.compiling import Compiling
 from para_jax.convert.tokenizer import end_tokens
 from para_jax.decoding import beams, loop, requests
-from para_jax.decoding.batches import Asked, Batch, Kind, Windows, kinds_of, make_batches
+from para_jax.decoding.batches import Batch, Kind, Request, Windows, group_kinds, make_batches
 from para_jax.distributed import gather
 from para_jax.errors import ParaJaxError, unknown
 from para_jax.sharding import row_shards
 
-PerRow = Sequence[float] | float  # One value for all rows, or one for every row.
+PerRow = Sequence[float] | float  # one value for all rows, or one for each row
 
 
 @dataclass(frozen=True)
 class Completion:
-    """What one prompt was continued with.
+    """The continuation of one prompt.
 
     Attributes:
-      text: the tokens as text, special tokens left out, up to the stop string if there is one.
-      tokens: all ids that were generated, those of a stop string included, without the eos token.
-      finish_reason: "stop" at an eos token or a stop string, "length" at max_new_tokens, "error" where the logits are
-        NaN or infinite: there the text ends.
+      text: the decoded tokens without special tokens, up to the stop string if there is one.
+      tokens: all generated ids, including those of a stop string, without the eos token.
+      finish_reason: "stop" at an eos token or a stop string, "length" at max_new_tokens, "error" if the text ends
+        because the next logits are NaN or infinite.
     """
 
     text: str
@@ -84,43 +84,41 @@ def complete(
     skip: int = 0,
     on_window: Callable[[list[Completion]], None] | None = None,
 ) -> list[Completion]:
-    """Continues every prompt. Rows that share nothing but a batch do not change each other's texts.
+    """Continues every prompt. The text of a row does not depend on the other rows of its batch.
 
-    `max_new_tokens`, `temperature`, `top_k`, `top_p`, `min_p`, `repetition_penalty` and `seed` are one value
-    for all rows or one for every row. The settings mean what they mean in transformers.
+    `max_new_tokens`, `temperature`, `top_k`, `top_p`, `min_p`, `repetition_penalty` and `seed` are one value for all
+    rows or one for each row. All settings have the same meaning as in transformers.
 
     Args:
-      backbone: the model; programs take it as it is and do not copy it. While it is still being read (`Loading`), they
-        are compiled already.
-      tokenizer: of transformers; stop strings need a fast one. A list has one for every row (`adapter_tokenizer`).
-      prompts: strings, or token ids, which are taken as they are.
-      bank, tenants: the adapters, and for every row its tenant's name, None for no adapter, or names with strengths:
-        {"acme": 0.5} is half of what acme's adapter changes, and the changes of several are added.
-      max_new_tokens: the most tokens to generate.
-      temperature: zero takes the likeliest token, anything above draws.
-      top_k, top_p, min_p: which tokens a draw may choose among; 0, 1 and 0 are all of them.
-      repetition_penalty: above one makes the tokens of the prompt and of the text so far less likely.
-      num_beams: above one searches for a likely text with this many beams; then nothing may be drawn.
-      length_penalty, early_stopping: how beam search ranks texts, and when it stops to look for better ones.
-      stop: strings that end a text, and are no part of it, however they are cut into tokens.
-      eos_token_id: the tokens that end a text, () for none, or a list of tuples, one for every row; by default the
+      backbone: the model. With a backbone that is still being read (`Loading`), compilation overlaps with reading.
+      tokenizer: a transformers tokenizer, or a list with one for each row (`adapter_tokenizer`). Stop strings need a
+        fast one.
+      prompts: strings, or token ids, which are used unchanged.
+      bank, tenants: the adapters, and for each row its tenant's name, None for no adapter, or names with adapter
+        weights: {"acme": 0.5} takes half of acme's adapter, and several adapters are added.
+      max_new_tokens: the maximum number of tokens to generate.
+      temperature: zero takes the likeliest token; above zero, tokens are sampled.
+      top_k, top_p, min_p: restrict the tokens to sample from; 0, 1 and 0 disable them.
+      repetition_penalty: above one makes tokens of the prompt and of the generated text less likely.
+      num_beams: above one, beam search with this many beams, which cannot be combined with sampling.
+      length_penalty, early_stopping: how beam search ranks texts, and when it stops.
+      stop: strings that end a text and are removed from it. They are found however they are split into tokens.
+      eos_token_id: the tokens that end a text, () for none, or a list of tuples, one for each row; by default the
         backbone's (`end_tokens`).
-      seed: of the draws, between 0 and 2**32 - 1. They depend on it and the row's own prompt only, so that
-        one prompt twice with one seed gives one text twice.
-      batch_size: the most rows run at once, by default all of them. Rows are sorted into batches by how many new tokens
-        they may have and by length, and come back in order. On a mesh it is rounded up to what its data and fsdp axes
-        divide.
-      progress: called after each batch with how many rows are done, those that are skipped included, and how many
-        there are.
-      window: batches are made of so many rows that follow each other, instead of all rows.
-      skip: so many rows are left out, a number of whole windows. The others' batches, and so their texts, are the same
-        as without it.
-      on_window: called with the completions of each window, in order, as soon as they are there.
+      seed: the seed of sampling, between 0 and 2**32 - 1. Samples depend only on the seed and the row's prompt, so
+        equal prompts with equal seeds give equal texts.
+      batch_size: the maximum number of rows in a batch, by default all. Rows are sorted into batches by their number of
+        new tokens and by length, and are returned in order. On a mesh it is rounded up to a multiple of data x fsdp.
+      progress: is called after each batch with the numbers of rows done (skipped rows included) and in total.
+      window: batch only rows of the same window of this many consecutive rows, instead of all rows.
+      skip: skip this many rows, a multiple of `window`. The batches of the other rows, and so their texts, do not
+        change.
+      on_window: is called with the completions of each window, in order, as soon as they are done.
 
-    Returns the completions of the rows that are not skipped. Raises ParaJaxError for a prompt that is empty or no text
-    in UTF-8, a prompt and new tokens that exceed the context, a setting out of its range or without a value for every
-    row, an unknown tenant, and beams that are to draw. A warning of `logging` names, for each tenant, the first
-    prompt whose logits are NaN or infinite.
+    Returns the completions of the rows that are not skipped. Raises ParaJaxError for a prompt that is empty or not
+    valid UTF-8, a prompt and new tokens that exceed the context, a setting out of range or without a value for every
+    row, an unknown tenant, and beam search with sampling. A `logging` warning names, for each tenant, the first prompt
+    whose logits are NaN or infinite.
 
     >>> from para_jax import Backbone, complete, tiny_backbone_path
     >>> from transformers import AutoTokenizer
@@ -149,17 +147,17 @@ def complete(
     )
     tokenizers = requests.per_row(tokenizer, n)
     if eos_token_id is None:
-        eos_token_id = [end_tokens(config, own) for own in tokenizers]
-    ends = zip(tokenizers, requests.eos_per_row(eos_token_id, n, config.vocab_size), strict=True)
-    kinds = kinds_of([Kind(own, eos) for own, eos in ends], stop, config.vocab_size)
-    scoring = _scoring(num_beams, length_penalty, early_stopping, draws=sampling.drawn)
+        eos_token_id = [end_tokens(config, each) for each in tokenizers]
+    pairs = zip(tokenizers, requests.eos_per_row(eos_token_id, n, config.vocab_size), strict=True)
+    kinds = group_kinds([Kind(each, eos) for each, eos in pairs], stop, config.vocab_size)
+    scoring = _scoring(num_beams, length_penalty, early_stopping, sampled=sampling.drawn)
     shards, windows = row_shards(mesh), Windows.of(n, window, skip)
     size = -(-min(n if batch_size is None else COUNT.check("batch_size", batch_size), n) // shards) * shards
-    batches = make_batches(Asked(ids, limit_b, tenants, *kinds), size, windows, config.max_position_embeddings)
+    batches = make_batches(Request(ids, limit_b, tenants, *kinds), size, windows, config.max_position_embeddings)
 
     completions: dict[int, Completion] = {}
     with Compiling() as ahead:
-        decode = _Decode(ahead, bank, sampling, scoring, num_beams)
+        decode = _Decoder(ahead, bank, sampling, scoring, num_beams)
         if isinstance(backbone, Loading) and scoring is None and mesh is None:
             decode.compile(loading.shapes, batches)
         weights = loading.backbone()
@@ -176,11 +174,11 @@ def complete(
 
 
 @dataclass
-class _Decode:
+class _Decoder:
     """Runs batches: prefill, then the token loop or a beam search.
 
     Attributes:
-      broken: tenants that are known to have logits that are NaN or infinite.
+      broken: tenants with a warning about NaN or infinite logits.
     """
 
     ahead: Compiling
@@ -191,24 +189,24 @@ class _Decode:
     broken: set[str] = field(default_factory=set)
 
     def compile(self, shapes: Backbone, batches: Sequence[Batch]) -> None:
-        """Begins to compile the batches' programs, side by side, while the backbone is read."""
+        """Starts to compile the batches' programs in parallel, while the backbone is being read."""
         for batch in batches:
             rows = jax.eval_shape(lambda batch=batch: batch_rows(self.bank, batch.tenants, len(batch.full)))
-            key = _program_of(batch, rows)
-            given = self.sampling.sampler(batch.full), batch.ending(), batch.prompts, batch.room
+            key = _program_key(batch, rows)
+            args = self.sampling.sampler(batch.full), batch.ending(), batch.prompts, batch.room
 
-            def trace_run(batch: Batch = batch, rows: Any = rows, given: Any = given) -> Traced:
-                begin = partial(loop.prefill, length=batch.length)
-                logits, state = jax.eval_shape(begin, shapes, batch.prompts, rows)
-                return loop.run.trace(shapes, logits, state, *given)
+            def trace_run(batch: Batch = batch, rows: Any = rows, args: Any = args) -> Traced:
+                prefill = partial(loop.prefill, length=batch.length)
+                logits, state = jax.eval_shape(prefill, shapes, batch.prompts, rows)
+                return loop.run.trace(shapes, logits, state, *args)
 
-            self.ahead.begin((key, "prefill"), partial(loop.prefill.trace, shapes, batch.prompts, rows, batch.length))
-            self.ahead.begin((key, "run"), trace_run)
+            self.ahead.start((key, "prefill"), partial(loop.prefill.trace, shapes, batch.prompts, rows, batch.length))
+            self.ahead.start((key, "run"), trace_run)
 
     def __call__(self, backbone: Backbone, batch: Batch) -> loop.Generated:
-        """What a batch generates, as NumPy arrays."""
+        """The tokens of a batch, as NumPy arrays."""
         adapters = batch_rows(self.bank, batch.tenants, len(batch.full), backbone.mesh)
-        key, prompts = _program_of(batch, adapters), jax.device_put(batch.prompts)
+        key, prompts = _program_key(batch, adapters), jax.device_put(batch.prompts)
         sampler, ending = self.sampling.sampler(batch.full), batch.ending()
         self.ahead.wait((key, "prefill"))
         logits, state = loop.prefill(backbone, prompts, adapters, batch.length)
@@ -217,40 +215,40 @@ class _Decode:
             generated, _ = loop.run(backbone, logits, state, sampler, ending, prompts, batch.room)
         else:
             keep = max(2, 1 + len(batch.kind.eos)) * self.num_beams
-            given = sampler, ending, self.scoring, prompts, batch.room, self.num_beams, keep
-            generated = beams.search(backbone, logits, state, *given)
+            args = sampler, ending, self.scoring, prompts, batch.room, self.num_beams, keep
+            generated = beams.search(backbone, logits, state, *args)
         return gather(generated, backbone.mesh)
 
 
-def _program_of(batch: Batch, adapters: Any) -> Hashable:
-    """What the programs of a batch depend on, within one call."""
+def _program_key(batch: Batch, adapters: Any) -> Hashable:
+    """A key that is equal for batches of a call that share their programs."""
     return jax.tree.structure(adapters), batch.prompts.tokens_bt.shape, batch.room
 
 
 def _warn_of_broken(
-    batch: Batch, finite_b: np.ndarray, tenants: Sequence[Tenant], dtype: jnp.dtype, known: set[str]
+    batch: Batch, finite_b: np.ndarray, tenants: Sequence[Tenant], dtype: jnp.dtype, warned: set[str]
 ) -> None:
-    """Warns of the first row of each tenant, of those not `known`, whose logits are NaN or infinite; notes the tenants.
+    """Warns once per tenant about the first row with NaN or infinite logits, and adds the tenant to `warned`.
 
-    Rows that only fill the batch do not count.
+    Padding rows of the batch do not count.
     """
     for row in sorted(batch.rows[~finite_b[: len(batch.rows)]]):
         whose = "without an adapter" if tenants[row] is None else f"of {tenants[row]}"
-        if whose in known:
+        if whose in warned:
             continue
-        known.add(whose)
+        warned.add(whose)
         if dtype == jnp.float16:
             why = "float16 ends at 65504, which this model may exceed: choose dtype float32 or bfloat16"
         elif tenants[row] is not None:
-            why = "see whether the prompt without an adapter has them too; if not, the adapter's weights are too large"
+            why = "run the prompt without an adapter; if its logits are finite, the adapter's weights are too large"
         else:
-            why = "the backbone's weights may be damaged: para-jax convert --check looks for NaN and infinite ones"
+            why = "the backbone's weights may be damaged: para-jax convert --check finds NaN and infinite weights"
         line = "the logits of prompt %d (%s) are NaN or infinite, and its text ends there; %s"
         logging.getLogger(__name__).warning(line, row + 1, whose, why)
 
 
 def _completions(batch: Batch, generated: loop.Generated) -> dict[int, Completion]:
-    """What each row of a batch was continued with."""
+    """The completion of each row of a batch, by row."""
     return {
         int(i): _completion(batch.kind, tokens[:count].tolist(), bool(stopped), bool(finite))
         for i, tokens, count, stopped, finite in zip(batch.rows, *generated, strict=False)
@@ -265,17 +263,17 @@ def _completion(kind: Kind, ids: list[int], stopped: bool, finite: bool) -> Comp
     return Completion(text, tokens, "error" if not finite else "stop" if stopped else "length")
 
 
-def _scoring(num_beams: int, length_penalty: float, early_stopping: Any, draws: bool) -> beams.Scoring | None:
-    """How a beam search ranks; None if there is one beam, which is no search."""
+def _scoring(num_beams: int, length_penalty: float, early_stopping: Any, sampled: bool) -> beams.Scoring | None:
+    """The `Scoring` of beam search; None for one beam."""
     num_beams, penalty = COUNT.check("num_beams", num_beams), Number().check("length_penalty", length_penalty)
     if not (isinstance(early_stopping, bool) or (isinstance(early_stopping, str) and early_stopping == "never")):
         raise unknown("early_stopping", early_stopping, ("True", "False", "never"))
     if num_beams == 1:
         return None
-    if draws:
+    if sampled:
         raise ParaJaxError(
-            f"num_beams={num_beams} searches for the likeliest text and a temperature above 0 draws one; "
-            "set num_beams=1 to draw, or temperature=0 to search"
+            f"num_beams={num_beams} is a beam search, and a temperature above 0 samples; set num_beams=1 to sample, or "
+            "temperature=0 to search"
         )
     return beams.Scoring(
         length_penalty=jax.device_put(np.float32(penalty)),

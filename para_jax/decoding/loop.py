@@ -1,8 +1,7 @@
-"""The token loop: from the prompts' logits to every row's last token in one program, without the host.
+"""The token loop: one program generates all tokens of a batch on the device.
 
-Backbones are arguments of these programs, never part of them. What a batch does not use (a penalty, a
-temperature, stop strings) is None among their arguments and so no part of the program; all values that a row
-may set are arrays.
+Backbones are arguments of these programs, not constants. Features that a batch does not use (a penalty, a temperature,
+stop strings) are None in the arguments, and so not in the program. All settings of rows are arrays.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def bucket(n: int, most: int | None = None, least: int = 16) -> int:
-    """The length that programs are compiled for which holds `n`, or `most` if that is less: few, and near `n`.
+    """Rounds `n` up to one of a few lengths that programs are compiled for, at most `most`.
 
     >>> [bucket(n, 2000) for n in (3, 17, 33, 64, 1500, 1600)]
     [16, 24, 48, 64, 1536, 2000]
@@ -42,9 +41,9 @@ class Ending:
     """When rows end.
 
     Attributes:
-      limit_b: int32, the most tokens a row may have; zero for a row that only fills up the batch.
-      eos_e: int32, the tokens that end a row; -1 is none.
-      table_sv: the table of the stop strings, if there are any.
+      limit_b: int32, the maximum number of tokens of a row; 0 for a padding row of the batch.
+      eos_e: int32, the tokens that end a row, padded with -1.
+      table_sv: the table of the stop strings, if any.
     """
 
     limit_b: Int[Array, " b"]
@@ -67,19 +66,19 @@ class Ending:
 
 
 class Prompts(NamedTuple):
-    """Token ids, flush right, and which of them are tokens."""
+    """Left-padded token ids, and the mask of those that are not padding."""
 
     tokens_bt: Int[Array, "b t"]
     mask_bt: Bool[Array, "b t"]
 
 
 class Generated(NamedTuple):
-    """What a batch has generated.
+    """The generated tokens of a batch.
 
     Attributes:
-      count_b: how many tokens each row has.
-      stopped_b: whether the row came to an end by itself.
-      finite_b: whether its logits were finite. A row ends before the first token whose logits are not.
+      count_b: the number of tokens of each row.
+      stopped_b: whether a row ended with an eos token or a stop string.
+      finite_b: whether its logits were finite. A row ends before the first token with NaN or infinite logits.
     """
 
     tokens_bt: Int[Array, "b t"]
@@ -99,7 +98,7 @@ class _Carry(NamedTuple):
 
 
 def finite(logits_bv: Float[Array, "b v"]) -> Bool[Array, " b"]:
-    """Whether a token can be chosen from a row's logits: none is NaN, and one is a number.
+    """Whether the highest logit of each row is finite, so that a token can be chosen.
 
     >>> finite(jnp.array([[1.0, -jnp.inf], [1.0, jnp.nan], [jnp.inf, 1.0]])).tolist()
     [True, False, False]
@@ -109,7 +108,7 @@ def finite(logits_bv: Float[Array, "b v"]) -> Bool[Array, " b"]:
 
 @partial(jax.jit, static_argnames="length")
 def prefill(backbone: Backbone, prompts: Prompts, rows: Rows, length: int) -> tuple[Float[Array, "b v"], DecodeState]:
-    """Runs the prompts; room for `length` tokens in all."""
+    """Runs the prompts, with a cache for `length` tokens in total."""
     return backbone.prefill(prompts.tokens_bt, prompts.mask_bt, rows, length)
 
 
@@ -123,9 +122,9 @@ def run(
     prompts: Prompts,
     room: int,
 ) -> tuple[Generated, DecodeState]:
-    """Generates until every row is done, with room for `room` tokens a row.
+    """Generates until every row is done, up to `room` tokens per row.
 
-    The state is donated and comes back, which lets the loop write the keys and values where they lie.
+    The state is donated and returned, so that the loop updates keys and values in place.
     """
     b, v = logits_bv.shape
 
@@ -158,6 +157,6 @@ def run(
         step=jnp.zeros((), jnp.int32),
         state=state,
     )
-    # The last token of all is chosen and never run, so the first is chosen ahead of the loop.
+    # The last token is chosen but not decoded, so the first token is chosen before the loop.
     carry = jax.lax.while_loop(lambda c: ~jnp.all(c.done_b), body, advance(carry, logits_bv))
     return carry.generated, carry.state

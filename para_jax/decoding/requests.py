@@ -1,5 +1,4 @@
-"""What a caller asks for, checked: prompts as token ids, and a value a row of everything that a row may
-set."""
+"""Validates the arguments of a call: prompts as token ids, and one value per row for every setting."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ from para_jax.errors import ParaJaxError, unknown
 
 
 def per_row(tokenizer: Any, rows: int) -> list[Any]:
-    """One tokenizer for all rows or one for each, for every row. Raises ParaJaxError for another number of them."""
+    """The tokenizer of each row, from one for all rows or a list. Raises ParaJaxError for a list of another length."""
     if not isinstance(tokenizer, list | tuple):
         return [tokenizer] * rows
     if len(tokenizer) != rows:
@@ -29,24 +28,24 @@ def per_row(tokenizer: Any, rows: int) -> list[Any]:
 
 
 def eos_per_row(eos: Any, rows: int, vocab_size: int) -> list[tuple[int, ...]]:
-    """The tokens that end each row: the same for all, or a tuple for each.
+    """The eos tokens of each row, from tokens for all rows or a tuple for each.
 
-    Raises ParaJaxError for a number that is no token.
+    Raises ParaJaxError for an invalid token id.
     """
-    apart = isinstance(eos, list | tuple) and any(isinstance(own, list | tuple) for own in eos)
-    if apart and len(eos) != rows:
+    separate = isinstance(eos, list | tuple) and any(isinstance(ids, list | tuple) for ids in eos)
+    if separate and len(eos) != rows:
         raise ParaJaxError(f"eos_token_id has tuples for {len(eos)} of {rows} rows; give one for each, or ids for all")
-    # As objects: NumPy would take true for 1 beside numbers.
-    each = [tuple(np.ravel(np.asarray(own, object)).tolist()) for own in (eos if apart else [eos])]
+    # As objects: NumPy would convert True to 1 among numbers.
+    each = [tuple(np.ravel(np.asarray(ids, object)).tolist()) for ids in (eos if separate else [eos])]
     token = Whole(0, vocab_size - 1)
-    each = [tuple(token.check("eos_token_id", x) for x in own) for own in each]
-    return each if apart else each * rows
+    each = [tuple(token.check("eos_token_id", x) for x in ids) for ids in each]
+    return each if separate else each * rows
 
 
 def encode(tokenizers: Any, prompts: Sequence[str | Sequence[int]], vocab_size: int) -> list[np.ndarray]:
-    """The token ids of every prompt, int32, by the tokenizer of its row, or the one of all rows.
+    """The token ids of every prompt, int32. `tokenizers` is one for all rows or a list.
 
-    Raises ParaJaxError for a prompt that is empty or no text in UTF-8, and for an id outside the vocabulary.
+    Raises ParaJaxError for a prompt that is empty or not valid UTF-8, and for an id outside the vocabulary.
     """
     if isinstance(prompts, str):
         raise ParaJaxError("prompts is one string; give a list of prompts, [prompt] for a single one")
@@ -70,7 +69,7 @@ def encode(tokenizers: Any, prompts: Sequence[str | Sequence[int]], vocab_size: 
         if ids.min() < 0 or ids.max() >= vocab_size:
             wrong = ids[(ids < 0) | (ids >= vocab_size)][0]
             added = getattr(tokenizer, "added_tokens_decoder", {}).get(int(wrong))
-            out = "is the tokenizer another model's?" if added is None else f"take {added} out of the prompt"
+            out = "is the tokenizer another model's?" if added is None else f"remove {added} from the prompt"
             raise ParaJaxError(
                 f"the prompt of row {row} has token {wrong}, and the backbone's vocabulary has {vocab_size}; {out}"
             )
@@ -80,7 +79,7 @@ def encode(tokenizers: Any, prompts: Sequence[str | Sequence[int]], vocab_size: 
 
 @dataclass(frozen=True)
 class Setting:
-    """Something that a row may set: its dtype, and the values it may have, in code and in words."""
+    """A setting of rows: its dtype and its range, as a function and in words."""
 
     name: str
     dtype: type[np.generic]
@@ -88,31 +87,31 @@ class Setting:
     rule: str
 
     def per_row(self, value: Any, rows: int) -> np.ndarray:
-        """One value for all rows or one for each, as an array of `rows`. Raises ParaJaxError for any other.
+        """One value for all rows or one for each, as an array of `rows` values. Raises ParaJaxError if invalid.
 
         >>> TOP_K.per_row(5, rows=2).tolist()
         [5, 5]
         """
-        whole = np.issubdtype(self.dtype, np.integer)
+        is_integer = np.issubdtype(self.dtype, np.integer)
         try:
             values = np.asarray(value)
-        except ValueError:  # Lists in a list.
+        except ValueError:  # nested lists
             values = np.zeros((0, 0))
-        if values.ndim > 1 or values.dtype.kind not in ("iu" if whole else "iuf"):
-            kind = "whole number" if whole else "number"
+        if values.ndim > 1 or values.dtype.kind not in ("iu" if is_integer else "iuf"):
+            kind = "whole number" if is_integer else "number"
             raise ParaJaxError(f"{self.name} is {value!r}; give a {kind} for all rows, or one for every row")
         if values.ndim == 1 and len(values) != rows:
             raise ParaJaxError(
                 f"{self.name} has {len(values)} values for {rows} rows; give one for each, or one for all"
             )
         values = np.broadcast_to(values, (rows,))
-        with np.errstate(over="ignore"):  # what float32 cannot hold is infinite there
-            held = values.astype(self.dtype)
-        broken = np.flatnonzero(~(self.valid(values) & self.valid(held)))
-        if len(broken):
-            row = broken[0]
+        with np.errstate(over="ignore"):  # values that overflow float32 become infinite
+            converted = values.astype(self.dtype)
+        invalid = np.flatnonzero(~(self.valid(values) & self.valid(converted)))
+        if len(invalid):
+            row = invalid[0]
             raise ParaJaxError(f"{self.name} of row {row} is {values[row]}; it must be {self.rule}")
-        return held
+        return converted
 
 
 LIMIT = Setting("max_new_tokens", np.int32, lambda x: (x >= 1) & (x < 2**31), "between 1 and 2**31 - 1")
@@ -125,9 +124,9 @@ SEED = Setting("seed", np.uint32, lambda x: (x >= 0) & (x < 2**32), "between 0 a
 
 
 class Sampling:
-    """How each row is to choose, in arrays of one value a row.
+    """The sampling settings of all rows, as arrays with one value per row.
 
-    What no row of the call uses is off in all of its batches, so that they run the same programs.
+    A feature that no row of the call uses is off in all batches, so that all batches share their programs.
     """
 
     def __init__(
@@ -143,7 +142,7 @@ class Sampling:
     ):
         rows = len(prompts)
         self.temperature_b = TEMPERATURE.per_row(temperature, rows)
-        # One seed for all must not make all prompts draw alike, so a row's own prompt goes into its seed.
+        # With one seed for all rows, different prompts still sample differently: the prompt is hashed into the seed.
         seeds = zip(prompts, SEED.per_row(seed, rows), strict=True)
         self.seed_b = np.array([zlib.crc32(ids.tobytes(), int(x)) for ids, x in seeds], np.uint32)
         self.top_k_b, self.top_p_b = TOP_K.per_row(top_k, rows), TOP_P.per_row(top_p, rows)
@@ -154,34 +153,34 @@ class Sampling:
         self.filtered = bool(((self.top_k_b > 0) | (self.top_p_b < 1) | (self.min_p_b > 0)).any())
 
     def sampler(self, rows: np.ndarray) -> Sampler:
-        """For a batch of these rows."""
+        """The sampler of a batch of these rows."""
 
-        def of(x: np.ndarray) -> jax.Array:
+        def put(x: np.ndarray) -> jax.Array:
             return jax.device_put(x[rows])
 
-        filters = Filters(of(self.top_k_b), of(self.top_p_b), of(self.min_p_b)) if self.filtered else None
-        draws = Draws(of(self.temperature_b), of(self.seed_b), filters) if self.drawn else None
-        return Sampler(of(self.penalty_b) if self.penalised else None, draws)
+        filters = Filters(put(self.top_k_b), put(self.top_p_b), put(self.min_p_b)) if self.filtered else None
+        draws = Draws(put(self.temperature_b), put(self.seed_b), filters) if self.drawn else None
+        return Sampler(put(self.penalty_b) if self.penalised else None, draws)
 
 
 def limits(max_new_tokens: Any, prompts: Sequence[np.ndarray], config: BackboneConfig) -> np.ndarray:
-    """The most new tokens of every row. Raises ParaJaxError where they and the prompt exceed the context."""
+    """The maximum number of new tokens of each row. Raises ParaJaxError if prompt and new tokens exceed the context."""
     limit_b = LIMIT.per_row(max_new_tokens, len(prompts))
     context = config.max_position_embeddings
     over = [row for row, ids in enumerate(prompts) if len(ids) + int(limit_b[row]) > context]
     if over:
         row, length, new = over[0], len(prompts[over[0]]), int(limit_b[over[0]])
-        others = f", and so have {len(over) - 1} rows more" if len(over) > 1 else ""
+        others = f" ({len(over) - 1} more rows exceed it)" if len(over) > 1 else ""
         fewer = f", or set max_new_tokens to {context - length}" if length < context else ""
         raise ParaJaxError(
-            f"row {row} has {length} prompt tokens and up to {new} new ones, {length + new} in all, and the "
+            f"row {row} has {length} prompt tokens and up to {new} new ones, {length + new} in total, and the "
             f"backbone's context is {context}{others}; shorten the prompt by {length + new - context} tokens" + fewer
         )
     return limit_b
 
 
 def tenant_rows(bank: AdapterBank | None, tenants: Sequence[Tenant] | None, rows: int) -> Sequence[Tenant]:
-    """A tenant, None or names with strengths for every row, all of them known, before anything is run."""
+    """The tenant, None, or names with adapter weights of each row. Raises ParaJaxError for an unknown tenant."""
     if tenants is None:
         if bank is not None:
             raise ParaJaxError("a bank was given but no tenants; give a tenant's name or None for every row")

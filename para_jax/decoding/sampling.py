@@ -1,8 +1,7 @@
 """How a row chooses its next token: transformers' processors, in transformers' order.
 
-Repetition penalty, temperature, top-k, top-p, min-p, then a draw. All of it is written for one row and
-vmapped, and a draw depends on the row's own seed and step only, so neither its neighbours nor its place in
-the batch change it.
+Repetition penalty, temperature, top-k, top-p, min-p, then sampling. The functions are written for one row and vmapped.
+A sample depends only on the row's seed and step, not on the other rows or the position in the batch.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Filters(NamedTuple):
-    """Which tokens a draw may choose among; 0, 1 and 0 leave a row all of them."""
+    """Restrict the tokens to sample from; 0, 1 and 0 disable them for a row."""
 
     top_k_b: Int[Array, " b"]
     top_p_b: Float[Array, " b"]
@@ -26,14 +25,14 @@ class Filters(NamedTuple):
 
 
 class Draws(NamedTuple):
-    """What rows draw with. A row of temperature zero takes the likeliest token instead."""
+    """The settings of sampling. A row with temperature zero takes the likeliest token instead."""
 
     temperature_b: Float[Array, " b"]
     seed_b: UInt32[Array, " b"]
     filters: Filters | None = None
 
     def processed(self, logits_bv: Float[Array, "b v"]) -> Float[Array, "b v"]:
-        """The logits that rows draw from; a temperature of zero counts as one."""
+        """The logits to sample from; a temperature of zero counts as one."""
 
         def one(row: Draws, logits_v: Array) -> Array:
             logits_v = logits_v / jnp.where(row.temperature_b > 0, row.temperature_b, 1)
@@ -54,10 +53,10 @@ class Draws(NamedTuple):
 
 
 class Sampler(NamedTuple):
-    """How the rows of a batch choose.
+    """How the rows of a batch choose tokens.
 
-    What is None here and in `draws` is off for the whole batch and no part of the program, so that a batch of
-    greedy rows pays for nothing.
+    Fields that are None, here and in `draws`, are off for the batch and not in the program, so that greedy batches do
+    not pay for them.
     """
 
     penalty_b: Float[Array, " b"] | None = None
@@ -90,7 +89,7 @@ def likeliest(logits_bv: Float[Array, "b v"]) -> Int[Array, " b"]:
     """
     index_bv = jax.lax.broadcasted_iota(jnp.int32, logits_bv.shape, 1)
     highest_b = jnp.max(logits_bv, axis=1, keepdims=True)
-    # Without a highest logit, which is to say among NaNs, the last token: an index that exists.
+    # If no logit equals the highest (all are NaN), the last token, which is a valid index.
     return jnp.min(jnp.where(logits_bv == highest_b, index_bv, logits_bv.shape[1] - 1), axis=1)
 
 
@@ -108,11 +107,10 @@ def repetition_penalty(
 
 
 def top_k_top_p(logits_v: Float[Array, " v"], top_k: Int[Array, ""], top_p: Float[Array, ""]) -> Float[Array, " v"]:
-    """Rules out all but the `top_k` highest logits, and of those all but the fewest that make up `top_p`.
+    """Keeps the `top_k` highest logits, and of these the fewest whose probabilities sum to `top_p`.
 
-    A `top_k` of zero and a `top_p` of one keep everything. Both are thresholds on the same sorted logits (Fan
-    et al., arXiv 1805.04833; Holtzman et al., arXiv 1904.09751). Logits that equal the lowest one kept are
-    kept too.
+    A `top_k` of zero and a `top_p` of one keep everything. Both are thresholds on the same sorted logits (Fan et al.,
+    arXiv 1805.04833; Holtzman et al., arXiv 1904.09751). Ties with the lowest kept logit are kept too.
 
     >>> top_k_top_p(jnp.log(jnp.array([0.5, 0.3, 0.2])), 2, 1.0).tolist()[2]
     -inf
@@ -122,7 +120,7 @@ def top_k_top_p(logits_v: Float[Array, " v"], top_k: Int[Array, ""], top_p: Floa
     v = logits_v.size
     ascending_v = jnp.sort(logits_v)
     lowest = ascending_v[jnp.where((top_k > 0) & (top_k < v), v - top_k, 0)]
-    # Summed from the least likely: what is ruled out sums to no more than 1 - top_p.
+    # Summed from the least likely: the removed tokens sum to at most 1 - top_p.
     kept_v = jnp.where(ascending_v >= lowest, ascending_v, -jnp.inf)
     within_v = (jnp.cumsum(jax.nn.softmax(kept_v)) > 1 - top_p) | (jnp.arange(v) == v - 1)
     lowest = jnp.where(top_p < 1, ascending_v[jnp.argmax(within_v)], lowest)
@@ -130,7 +128,7 @@ def top_k_top_p(logits_v: Float[Array, " v"], top_k: Int[Array, ""], top_p: Floa
 
 
 def min_p(logits_v: Float[Array, " v"], smallest: Float[Array, ""]) -> Float[Array, " v"]:
-    """Rules out tokens less likely than `smallest` times the likeliest one (Nguyen et al., arXiv 2407.01082).
+    """Removes tokens less likely than `smallest` times the likeliest one (Nguyen et al., arXiv 2407.01082).
 
     >>> jnp.isfinite(min_p(jnp.log(jnp.array([0.6, 0.3, 0.1])), 0.25)).tolist()
     [True, True, False]
@@ -140,7 +138,7 @@ def min_p(logits_v: Float[Array, " v"], smallest: Float[Array, ""]) -> Float[Arr
 
 
 def seen_tokens(tokens_bt: Int[Array, "b t"], mask_bt: Bool[Array, "b t"], v: int) -> Bool[Array, "b v"]:
-    """Which tokens of the vocabulary each row has, padding aside.
+    """Which tokens of the vocabulary occur in each row, without padding.
 
     >>> seen_tokens(jnp.array([[3, 1]]), jnp.array([[False, True]]), 4).tolist()
     [[False, True, False, False]]

@@ -1,8 +1,8 @@
 """Stop strings, found exactly and on the device.
 
-An automaton over the bytes of the stop strings (Aho and Corasick, 1975) is composed with the bytes of every
-token, which gives a table (state, token) -> next state. A row carries its state, and one lookup a step tells
-whether a stop string has been completed, however it was cut into tokens.
+An automaton over the bytes of the stop strings (Aho and Corasick, 1975) is composed with the bytes of every token into
+a table (state, token) -> next state. Each row has a state, and one lookup per step finds a complete stop string,
+however it is split into tokens.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from jaxtyping import Int16
 
 START, MATCHED = 0, 1
-# A table has a power of two of states, so that other stop strings fit the same program.
+# The number of states is a power of two, so that other stop strings share the program.
 LEAST_STATES, MOST_STATES = 16, 1024
 
 
@@ -35,8 +35,8 @@ class StopStrings:
     Attributes:
       stops: the strings, in UTF-8.
       pieces: the bytes of each token.
-      hidden: the tokens whose text is no part of a completion's: the special ones.
-      table_sv: int16 on the device, the state after a token; MATCHED is never left.
+      hidden: the special tokens, which are not in the text of a completion.
+      table_sv: int16 on the device, the state after a token. MATCHED is final.
     """
 
     stops: tuple[bytes, ...]
@@ -45,10 +45,10 @@ class StopStrings:
     table_sv: jax.Array
 
     def cut(self, text: str, ids: Sequence[int]) -> str:
-        """The text of these tokens up to where the stop string that was completed first begins.
+        """The text of these tokens up to the start of the stop string that is completed first.
 
-        Of several that end at one byte, the longest counts. The cut is made from the end, as a decoder may
-        alter the beginning of a text (many drop its first space).
+        If several end at the same byte, the longest counts. The text is cut from its end, because a decoder may change
+        its beginning (many drop the first space).
         """
         raw = b"".join(self.pieces[i] for i in ids)
         found = [(at + len(stop), at) for stop in self.stops if (at := raw.find(stop)) >= 0]
@@ -67,12 +67,12 @@ class StopStrings:
 
 
 def stop_strings(tokenizer: Any, stops: Sequence[str], vocab_size: int) -> StopStrings | None:
-    """Builds them, or fetches them if they were built before; None if there are none.
+    """Builds the stop strings, with a cache; None if there are none.
 
     Args:
-      tokenizer: a fast tokenizer of transformers with a byte-level or a sentencepiece-like vocabulary.
-      stops: the strings; also a single one.
-      vocab_size: the backbone's, which may be larger than the tokenizer's.
+      tokenizer: a fast transformers tokenizer with a byte-level or sentencepiece-like vocabulary.
+      stops: a string or several.
+      vocab_size: the backbone's vocabulary size, which may be larger than the tokenizer's.
 
     Raises ParaJaxError for a stop string that is empty or not UTF-8, and for another kind of tokenizer.
 
@@ -95,7 +95,7 @@ def stop_strings(tokenizer: Any, stops: Sequence[str], vocab_size: int) -> StopS
         raise ParaJaxError(f"stop is {list(stops)!r}; each entry must be a string of at least one character")
     for stop in stops:
         check_text("stop", stop)
-    # Tokens may be added to a tokenizer later, hence its length in the key.
+    # The length is a part of the cache key, because tokens may be added to a tokenizer later.
     return _build(tokenizer, len(tokenizer), tuple(dict.fromkeys(stops)), vocab_size)
 
 
@@ -108,9 +108,9 @@ def _build(tokenizer: Any, _tokens: int, stops: tuple[str, ...], vocab_size: int
 
 
 def automaton(stops: Sequence[bytes]) -> Int16[np.ndarray, "s 256"]:
-    """The next state for every state and byte: int16.
+    """The next state for every state and byte, int16.
 
-    But for MATCHED, a state is a prefix of a stop string: the longest one that the text so far ends in.
+    Except for MATCHED, a state is a prefix of a stop string: the longest one that is a suffix of the text so far.
 
     >>> step = automaton([b"aab"])
     >>> state = START
@@ -126,7 +126,7 @@ def automaton(stops: Sequence[bytes]) -> Int16[np.ndarray, "s 256"]:
         size *= 2
     if size > MOST_STATES:
         raise ParaJaxError(
-            f"the stop strings have {len(prefixes)} bytes in all, and up to {MOST_STATES - 1} are supported; "
+            f"the stop strings have {len(prefixes)} bytes in total, and up to {MOST_STATES - 1} are supported; "
             "give fewer of them"
         )
     step = np.zeros((size, 256), np.int16)
@@ -145,8 +145,8 @@ def automaton(stops: Sequence[bytes]) -> Int16[np.ndarray, "s 256"]:
 def compose(step: Int16[np.ndarray, "s 256"], pieces: Sequence[bytes]) -> Int16[np.ndarray, "s v"]:
     """The next state for every state and token.
 
-    All tokens' first bytes are taken at once, then their second ones, and so on. Tokens stand in the order of
-    their lengths, so that each pass runs over those only that have such a byte.
+    Pass i processes byte i of all tokens at once. Tokens are sorted by length, so that a pass covers only the tokens
+    that have such a byte.
     """
     length_v = np.array([len(piece) for piece in pieces])
     order_v = np.argsort(-length_v, kind="stable")
@@ -162,10 +162,10 @@ def compose(step: Int16[np.ndarray, "s 256"], pieces: Sequence[bytes]) -> Int16[
 
 
 def token_bytes(tokenizer: Any, size: int) -> tuple[list[bytes], frozenset[int]]:
-    """The bytes that each token adds to a text, and which tokens are special.
+    """The bytes that each token adds to a text, and the special tokens.
 
-    Read from the decoder of the tokenizer: a byte-level one spells bytes as printable characters; a
-    sentencepiece-like one marks spaces and spells bytes it has no piece for as <0x0A>.
+    They follow from the tokenizer's decoder: a byte-level one writes bytes as printable characters; a
+    sentencepiece-like one marks spaces, and writes bytes without a piece as <0x0A>.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -177,9 +177,9 @@ def token_bytes(tokenizer: Any, size: int) -> tuple[list[bytes], frozenset[int]]
         byte_of = {char: byte for byte, char in _printable_bytes().items()}
 
         def to_bytes(piece: str) -> bytes:
-            # Added tokens are written as they are, and not all of their characters stand for a byte.
-            known = all(char in byte_of for char in piece)
-            return bytes(byte_of[char] for char in piece) if known else piece.encode()
+            # Added tokens are plain text, and may have characters that do not stand for a byte.
+            is_bytes = all(char in byte_of for char in piece)
+            return bytes(byte_of[char] for char in piece) if is_bytes else piece.encode()
 
     elif "Replace" in parts or "Metaspace" in parts:
         mark = parts["Replace"]["pattern"]["String"] if "Replace" in parts else parts["Metaspace"]["replacement"]
@@ -204,10 +204,9 @@ def token_bytes(tokenizer: Any, size: int) -> tuple[list[bytes], frozenset[int]]
 
 
 def _printable_bytes() -> dict[int, str]:
-    """The character by which a byte-level vocabulary spells each byte (Radford et al., GPT-2, 2019).
+    """The character that stands for each byte in a byte-level vocabulary (Radford et al., GPT-2, 2019).
 
-    Printable Latin-1 characters stand for themselves, and the other bytes, in order, for the characters from
-    256 on.
+    Printable Latin-1 characters stand for themselves; the other bytes, in order, are the characters from 256 on.
     """
     printable = [
         *range(ord("!"), ord("~") + 1),

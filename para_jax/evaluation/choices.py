@@ -1,4 +1,4 @@
-"""The log-likelihood of given answers: how a row with choices is scored without generating anything."""
+"""The log-likelihood of given answers, which scores rows with choices without generating text."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ def choice_log_likelihoods(
 
     Args:
       backbone: the frozen model.
-      prompts: each row's prompt as token ids. A row's adapter is prepared from these alone.
-      choices: each row's choices as token ids, any number of them; with the end-of-text token at the end of each,
-        a choice that begins like another competes with it fairly.
-      bank, tenants: the adapters, and for each row its tenant's name, None, or names with strengths.
-      batch_size: how many (row, choice) pairs run together. Pairs are sorted by length and padded to one of
-        a few sizes, so that one program serves each such size.
-      progress: called with the numbers of pairs done and in all.
+      prompts: each row's prompt as token ids. Adapters are prepared from the prompt only.
+      choices: each row's choices as token ids, any number of them. With an end-of-text token after each, a choice that
+        is a prefix of another is compared fairly.
+      bank, tenants: the adapters, and for each row its tenant's name, None, or names with adapter weights.
+      batch_size: the number of (row, choice) pairs that run together. Pairs are sorted by length and padded to one of a
+        few sizes, each with its program.
+      progress: is called with the numbers of pairs done and in total.
 
     Returns float32 sums as Python floats, in the shape of `choices`. Raises ParaJaxError for an empty prompt or
     choice, a pair longer than the backbone's context, or an unknown tenant.
@@ -67,22 +67,22 @@ def choice_log_likelihoods(
     batch_size = COUNT.check("batch_size", batch_size)
     if len(prompts) != len(choices):
         raise ParaJaxError(f"{len(prompts)} prompts and {len(choices)} lists of choices; give one for every row")
-    owners = tenant_rows(bank, tenants, len(prompts))
+    row_tenants = tenant_rows(bank, tenants, len(prompts))
     pairs = [
-        _Pair(row, i, prompts[row], answer, owners[row])
+        _Pair(row, i, prompts[row], answer, row_tenants[row])
         for row, answers in enumerate(choices)
         for i, answer in enumerate(answers)
     ]
     _check(pairs, backbone.config.max_position_embeddings)
     scores = [[0.0] * len(answers) for answers in choices]
-    # Sorted by size, pairs of one batch need little padding, and there are few sizes of program.
+    # Sorted by size, the pairs of a batch need little padding, and there are few programs.
     pairs.sort(key=_size)
     size = min(batch_size, bucket(len(pairs), least=1))
     for start in range(0, len(pairs), size):
         batch = pairs[start : start + size]
         rows = batch_rows(bank, [p.tenant for p in batch] + [None] * (size - len(batch)), size, backbone.mesh)
-        likely = gather(_score(backbone, rows, *_arrays(batch, size)), backbone.mesh)
-        for p, score in zip(batch, likely.tolist(), strict=False):
+        batch_scores = gather(_score(backbone, rows, *_arrays(batch, size)), backbone.mesh)
+        for p, score in zip(batch, batch_scores.tolist(), strict=False):
             scores[p.row][p.choice] = score
         if progress is not None:
             progress(start + len(batch), len(pairs))
@@ -107,7 +107,7 @@ def _size(pair: _Pair) -> tuple[int, int]:
 
 
 def _arrays(batch: Sequence[_Pair], size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens (b, t), answers once more (b, a), and both parts' lengths (b,); rows beyond the batch are empty."""
+    """Tokens (b, t), the answers again (b, a), and the lengths of prompt and answer (b,); padding rows are empty."""
     t, a = (max(sizes) for sizes in zip(*map(_size, batch), strict=True))
     tokens, answers = np.zeros((size, t), np.int32), np.zeros((size, a), np.int32)
     prompt_length, answer_length = np.zeros(size, np.int32), np.zeros(size, np.int32)
@@ -132,7 +132,7 @@ def _score(
     prompt_mask_bt = column_t < prompt_length_b[:, None]
     mask_bt = column_t < (prompt_length_b + answer_length_b)[:, None]
     hidden, _, _ = backbone.forward(tokens_bt, mask_bt, prompt_mask_bt, rows)
-    # A column's logits say what comes in the next one. The vocabulary is wide: only those of the answer are made.
+    # A column's logits predict the next column. To save memory, only the logits of the answer are computed.
     column_ba = jnp.clip(prompt_length_b[:, None] - 1 + place_a, 0, tokens_bt.shape[1] - 1)
     log_p = jax.nn.log_softmax(backbone.logits(jnp.take_along_axis(hidden, column_ba[..., None], axis=1)), axis=-1)
     log_p_ba = jnp.take_along_axis(log_p, answers_ba[..., None], axis=-1)[..., 0]

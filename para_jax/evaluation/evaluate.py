@@ -1,4 +1,4 @@
-"""Several tenants' held-out rows, answered and scored together."""
+"""`evaluate`: answers and scores the held-out rows of several tenants together."""
 
 from __future__ import annotations
 
@@ -39,47 +39,48 @@ def evaluate(
     """Answers every row greedily, the tenants' rows mixed in the same batches, and scores each tenant.
 
     Args:
-      backbone: the frozen model; while it is still being read (`Loading`), programs are compiled already.
-      tokenizer: of transformers.
+      backbone: the frozen model. With a backbone that is still being read (`Loading`), compilation overlaps with
+        reading.
+      tokenizer: a transformers tokenizer.
       tenants: each tenant's rows: a source (`read_rows`) such as "mail.jsonl", a list of {"prompt", "response"}, or
-        examples that keep their texts (`encode_rows`).
-      bank: the tenants' adapters; with None, the bare backbone answers all rows.
-      tokenizers: of the tenants that have their own (`adapter_tokenizer`), with which their rows are read.
-      max_new_tokens: the most tokens of an answer, for all tenants or for each.
-      batch_size: rows, or pairs of a row and a choice, that run together.
-      progress: called with how many of these are done and how many there are.
-      show: takes a line of progress while many rows are read.
+        examples with their texts (`encode_rows`).
+      bank: the tenants' adapters. With None, the bare backbone answers all rows.
+      tokenizers: by tenant, the tokenizers of tenants that have their own (`adapter_tokenizer`).
+      max_new_tokens: the maximum number of tokens of an answer, for all tenants or by tenant.
+      batch_size: the number of rows, or of pairs of a row and a choice, that run together.
+      progress: is called with the numbers of these done and in total.
+      show: is called with lines of progress while rows are read.
 
-    Returns for each tenant what `json.dumps` takes:
-      rows: their number.
+    Returns for each tenant a JSON-serializable dict:
+      rows: the number of rows.
       exact_match, token_f1: means over the rows, against the best of a row's references, or its response if it has
         none.
-      bleu: of all rows with references together, 0 to 100, if there are such rows.
-      choice_accuracy: over the rows with choices, if there are such rows: how often the likeliest choice, ended by
-        the end-of-text token, is the response.
-      majority: the accuracy of giving the most frequent of these rows' responses each time.
-      predictions: for each row its prompt, response and prediction, why the prediction ended, and with choices the
-        one chosen and their log-likelihoods. Where these are NaN no choice is the likeliest: it is None, and wrong.
+      bleu: corpus BLEU of all rows with references, 0 to 100, if there are any.
+      choice_accuracy: for the rows with choices, if there are any: how often the likeliest choice, followed by the
+        end-of-text token, is the response.
+      majority: the accuracy of always giving the most frequent response.
+      predictions: for each row its prompt, response, prediction and finish reason, and for rows with choices the chosen
+        one and all log-likelihoods. If one of these is NaN, the choice is None and counts as wrong.
 
-    Raises ParaJaxError for a tenant without rows or without an adapter, a row without a response, a response that
-    is not among its row's choices, or a prompt that leaves no room in the context.
+    Raises ParaJaxError for a tenant without rows or without an adapter, a row without a response, a response that is
+    not among its row's choices, or a prompt that leaves no room in the context.
     """
     if not isinstance(max_new_tokens, Mapping):
         max_new_tokens = dict.fromkeys(tenants, max_new_tokens)
     loading = Loading.of(backbone)
     config = loading.shapes.config
-    own = {name: (tokenizers or {}).get(name, tokenizer) for name in tenants}
-    eos = {name: ends(tokenizer, own[name], config) for name in tenants}
+    by_name = {name: (tokenizers or {}).get(name, tokenizer) for name in tenants}
+    eos = {name: ends(tokenizer, by_name[name], config) for name in tenants}
     examples = {
-        name: Reader(own[name], eos[name], keep_texts=True, allow_special_tokens=True, show=show)(name, some)
-        for name, some in tenants.items()
+        name: Reader(by_name[name], eos[name], keep_texts=True, allow_special_tokens=True, show=show)(name, source)
+        for name, source in tenants.items()
     }
     _check(examples, bank, config.max_position_embeddings, max_new_tokens)
-    for rows_of_tenant in examples.values():
-        check_ids(rows_of_tenant, config.vocab_size)
+    for tenant_rows in examples.values():
+        check_ids(tenant_rows, config.vocab_size)
     rows = [example for tenant in examples for example in examples[tenant]]
     names = [tenant for tenant in examples for _ in examples[tenant]]
-    askers = [None if bank is None else name for name in names]
+    row_tenants = [None if bank is None else name for name in names]
     choosing = [i for i, row in enumerate(rows) if row.choices]
     total = len(rows) + sum(len(rows[i].choices) for i in choosing)
 
@@ -89,10 +90,10 @@ def evaluate(
     limits = [max_new_tokens[name] for name in names]
     completions = complete(
         loading,
-        [own[name] for name in names],
+        [by_name[name] for name in names],
         [row.prompt_ids.tolist() for row in rows],
         bank=bank,
-        tenants=askers,
+        tenants=row_tenants,
         max_new_tokens=limits,
         eos_token_id=[eos[name] for name in names],
         batch_size=batch_size,
@@ -103,7 +104,7 @@ def evaluate(
         [rows[i].prompt_ids.tolist() for i in choosing],
         [[(*ids, *eos[names[i]][:1]) for ids in rows[i].choice_ids] for i in choosing],
         bank=bank,
-        tenants=[askers[i] for i in choosing],
+        tenants=[row_tenants[i] for i in choosing],
         batch_size=batch_size,
         progress=report(len(rows)),
     )
@@ -118,7 +119,7 @@ def evaluate(
 def _check(
     examples: Mapping[str, Sequence[Example]], bank: AdapterBank | None, context: int, limits: Mapping[str, int]
 ) -> None:
-    """All that is wrong, before anything runs."""
+    """Raises one ParaJaxError for all invalid rows, before anything runs."""
     problems = []
     for tenant in examples:
         if bank is not None and tenant not in bank:
@@ -131,14 +132,14 @@ def _check(
         for e in examples[tenant]:
             where = e.place or f"a row of tenant {tenant!r}"
             if not e.prompt:
-                problems.append(f"{where}: its texts were not kept; read the rows with keep_texts=True")
+                problems.append(f"{where}: the example has no texts; read the rows with keep_texts=True")
             elif not e.response:
                 problems.append(f"{where}: there is no response to compare with")
             elif e.choices and squeezed(e.response) not in map(squeezed, e.choices):
                 problems.append(f"{where}: the response {e.response!r} is not one of its choices {list(e.choices)}")
             if len(e.prompt_ids) > room:
                 problems.append(
-                    f"{where}: the prompt has {len(e.prompt_ids)} tokens, and beside the new ones the context holds "
+                    f"{where}: the prompt has {len(e.prompt_ids)} tokens, and the context without the new tokens holds "
                     f"{room}; shorten it, or lower max_new_tokens"
                 )
     if problems:
@@ -159,7 +160,7 @@ def _prediction(example: Example, completion: Completion, likelihoods: Sequence[
     }
     if likelihoods is None:
         return prediction
-    best = None  # nothing is likelier than NaN, nor less likely
+    best = None  # NaN cannot be compared
     if not any(math.isnan(x) for x in likelihoods):
         best = example.choices[max(range(len(likelihoods)), key=lambda i: likelihoods[i])]
     finite = [x if math.isfinite(x) else None for x in likelihoods]  # JSON has no NaN
@@ -185,7 +186,7 @@ def _scores(tenant: str, predictions: Sequence[dict[str, Any]], examples: Sequen
         scores["choice_accuracy"] = fmean(right)
     if none := sum(choice is None for choice, _ in choices):
         logging.getLogger(__name__).warning(
-            "%s: NaN likelihoods, by which no choice is the likeliest, in %d of %d rows with choices; they count as "
+            "%s: log-likelihoods are NaN in %d of %d rows with choices, so no choice is the likeliest; they count as "
             "wrong. The adapter or the backbone has NaN or infinite weights (para-jax convert --check)",
             tenant, none, len(choices),
         )  # fmt: skip

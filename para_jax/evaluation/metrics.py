@@ -1,4 +1,4 @@
-"""How well a prediction answers: exact match, token F1, corpus BLEU. Pure functions of text."""
+"""Text metrics: exact match, token F1, corpus BLEU."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
 def squeezed(text: str) -> str:
-    r"""The text with every run of white space made one space, and none at its ends.
+    r"""The text with each run of white space replaced by one space, and stripped.
 
     >>> squeezed(" two \n words\t")
     'two words'
@@ -23,7 +23,7 @@ def squeezed(text: str) -> str:
 
 
 def exact_match(prediction: str, references: Sequence[str]) -> float:
-    r"""1.0 if the prediction is one of the references, white space aside; else 0.0. Case and punctuation count.
+    r"""1.0 if the prediction is one of the references, ignoring white space; else 0.0. Case and punctuation count.
 
     >>> exact_match(" I_JUMP  I_RUN\n", ["I_JUMP I_RUN"]), exact_match("Happy", ["happy", "glad"])
     (1.0, 0.0)
@@ -32,7 +32,7 @@ def exact_match(prediction: str, references: Sequence[str]) -> float:
 
 
 def words(text: str) -> list[str]:
-    """The words of a text as SQuAD compares them: lower case, without ASCII punctuation and English articles.
+    """The words of a text, normalized as in SQuAD: lower case, without ASCII punctuation and English articles.
 
     >>> words("The captain's ship, a frigate.")
     ['captains', 'ship', 'frigate']
@@ -41,9 +41,9 @@ def words(text: str) -> list[str]:
 
 
 def token_f1(prediction: str, references: Sequence[str]) -> float:
-    """Harmonic mean of precision and recall over the `words` of the prediction and of the reference that fits best.
+    """Harmonic mean of precision and recall of the `words` of the prediction, against the best reference.
 
-    Rajpurkar et al., SQuAD, arXiv 1606.05250. Where either has no words, it is 1.0 if neither has, else 0.0.
+    Rajpurkar et al., SQuAD, arXiv 1606.05250. If either has no words, it is 1.0 if both have none, else 0.0.
 
     >>> token_f1("The old sea captain", ["the captain", "a sailor"])
     0.5
@@ -61,7 +61,7 @@ def _f1(prediction: list[str], reference: list[str]) -> float:
 
 
 def corpus_bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """BLEU (Papineni et al., 2002) of all predictions together, 0 to 100, as sacrebleu computes it by default.
+    """Corpus BLEU (Papineni et al., 2002), 0 to 100, with sacrebleu's defaults.
 
     `references` holds one or more for each prediction; rows may have different numbers of them. Raises
     ParaJaxError if there is no prediction, or a row without a reference.
@@ -73,11 +73,11 @@ def corpus_bleu(predictions: Sequence[str], references: Sequence[Sequence[str]])
 
     if not predictions or len(predictions) != len(references) or not all(references):
         raise ParaJaxError(
-            f"BLEU takes one or more predictions and at least one reference for each; here are {len(predictions)} "
+            f"BLEU takes one or more predictions and at least one reference for each; got {len(predictions)} "
             f"predictions, {len(references)} lists of references, {sum(not row for row in references)} of them empty"
         )
-    # sacrebleu wants as many references for every row. None stands for one that a row lacks (which its types do not
-    # know); an empty text would count as a reference of no words and lift the brevity penalty.
+    # sacrebleu expects the same number of references for every row. None (which its types do not allow) marks a missing
+    # one; an empty text would count as a reference without words and change the brevity penalty.
     most = max(map(len, references))
     streams = [[row[i] if i < len(row) else None for row in references] for i in range(most)]
     # `force` only silences a warning about text that looks tokenised.
@@ -85,7 +85,7 @@ def corpus_bleu(predictions: Sequence[str], references: Sequence[Sequence[str]])
 
 
 def majority(responses: Sequence[str]) -> float:
-    """Share of the most frequent response: the accuracy of always giving that one answer.
+    """The share of the most frequent response: the accuracy of always giving that answer.
 
     >>> majority(["happy", "sad", "happy ", "angry"])
     0.5

@@ -1,8 +1,8 @@
-"""How much each module of each layer contributes to a LoRA adapter of all linear modules.
+"""Importance scores: how much each module of each layer contributes to a LoRA adapter on all linear modules.
 
-One interface: `importance_scores(score, backbone, adapter, examples)` gives an array (layers, sites) in which more is
-more important. FanLoRA's own score could not be read; the default is the ablation score of ALoRA (Liu et al., arXiv
-2403.16187), by the same group, lifted from ranks to modules.
+`importance_scores(score, backbone, adapter, examples)` returns an array (layers, sites); higher is more important.
+FanLoRA's own score was not available; the default is the ablation score of ALoRA (Liu et al., arXiv 2403.16187), by the
+same group, applied to modules instead of ranks.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SHOW_EVERY = 5.0  # seconds
 
 @dataclass(frozen=True)
 class Scoring:
-    """What a score is computed from; the arguments of `importance`."""
+    """The arguments of `importance_scores`."""
 
     backbone: Backbone
     adapter: Adapter
@@ -59,7 +59,7 @@ class Scoring:
 
     @property
     def tokens(self) -> int:
-        """The response tokens of all examples."""
+        """The number of response tokens of all examples."""
         return sum(e.response_ids.size for e in self.examples)
 
 
@@ -78,12 +78,12 @@ def importance_scores(
 
     Args:
       score: "ablation", "gradient", "norm" or "random"; see the functions of these names.
-      adapter: LoRA on every linear module, tuned.
-      examples: held-out rows; "norm" and "random" do without.
-      batch_size: rows of a forward pass.
-      variants: ablations that run in one pass, each with its own activations of these rows.
-      seed: of "random".
-      show: takes a line of progress every few seconds.
+      adapter: a tuned LoRA adapter on every linear module.
+      examples: held-out rows; not needed for "norm" and "random".
+      batch_size: the number of rows of a forward pass.
+      variants: the number of ablations in one forward pass; each needs its own activations.
+      seed: the seed of "random".
+      show: is called with a line of progress every few seconds.
 
     Raises ParaJaxError for an unknown score, an adapter that is not LoRA or lacks a module, or no rows.
 
@@ -107,20 +107,20 @@ def check(adapter: Adapter, backbone: Backbone) -> None:
     """Raises ParaJaxError unless the adapter is LoRA on every linear module of the backbone."""
     way = "tune one with para-jax finetune --method lora --target-modules all-linear"
     if not isinstance(adapter.config, LoraConfig):
-        raise ParaJaxError(f"modules are scored in LoRA, and this adapter's method is {adapter.config.method}; {way}")
+        raise ParaJaxError(f"scores need a LoRA adapter, and this adapter's method is {adapter.config.method}; {way}")
     adapter.check(backbone.config)
     for layer, modules in enumerate(adapter.config.modules(backbone.config)):
-        lacking = [site for site in backbone.config.linear_sites if site not in modules]
-        if lacking:
-            raise ParaJaxError(f"the adapter has no {', '.join(lacking)} in layer {layer} to be scored; {way}")
+        missing = [site for site in backbone.config.linear_sites if site not in modules]
+        if missing:
+            raise ParaJaxError(f"the adapter has no {', '.join(missing)} in layer {layer}; {way}")
 
 
 def ablation(s: Scoring) -> Float[np.ndarray, "layers sites"]:
     """S(M) - S(M without m) + S(only m), where S is the negative mean cross-entropy of a response token.
 
-    The first two terms say what a module's loss costs, the third what the module does alone. With m modules that is
-    2 m + 1 forward passes over the held-out rows (449 for the 224 modules of LLaMA-2 7B), `variants` of them at a time
-    as one vmapped pass that reads the backbone's weights once.
+    The first two terms measure what removing a module costs, the third what the module does alone. m modules need
+    2 m + 1 forward passes over the held-out rows (449 for the 224 modules of LLaMA-2 7B). `variants` passes at a time
+    run as one vmapped pass, which reads the backbone's weights once.
     """
     m = s.size[0] * s.size[1]
     alone = np.eye(m, dtype=np.float32)
@@ -129,33 +129,33 @@ def ablation(s: Scoring) -> Float[np.ndarray, "layers sites"]:
 
 
 def gradient(s: Scoring) -> Float[np.ndarray, "layers sites"]:
-    """The sum of |p * dL/dp| over the numbers p of a module's A and B: to first order, what losing each one costs.
+    """The sum of |p * dL/dp| over the entries p of a module's A and B: to first order, what removing each entry costs.
 
-    L is the mean cross-entropy of a response token over all rows. One forward and one backward pass over them.
+    L is the mean cross-entropy of a response token. It takes one forward and one backward pass over all rows.
     """
     total: Any = None
     for batch in _shown(_batches(s), "gradient", s.show):
-        part = jax.device_get(_slope(s.backbone, s.adapter.layers, batch))
+        part = jax.device_get(_gradient(s.backbone, s.adapter.layers, batch))
         total = part if total is None else jax.tree.map(np.add, total, part)
-    moved = jax.tree.map(lambda p, g: np.abs(np.asarray(p) * g / s.tokens), s.adapter.layers, total)
-    return np.stack([_by_layer(moved.down[site]) + _by_layer(moved.up[site]) for site in s.sites], axis=1)
+    terms = jax.tree.map(lambda p, g: np.abs(np.asarray(p) * g / s.tokens), s.adapter.layers, total)
+    return np.stack([_by_layer(terms.down[site]) + _by_layer(terms.up[site]) for site in s.sites], axis=1)
 
 
 def norm(s: Scoring) -> Float[np.ndarray, "layers sites"]:
-    """The Frobenius norm of what a module adds to its weights, scale * B A. No forward pass."""
+    """The Frobenius norm of a module's weight update, scale * B A. It needs no forward pass."""
     assert isinstance(s.adapter.config, LoraConfig)
     scores = np.zeros(s.size)
     for layer, modules in enumerate(s.adapter.config.modules(s.backbone.config)):
         for i, site in enumerate(s.sites):
             down, up = (np.asarray(x[site][layer], np.float64) for x in (s.adapter.layers.down, s.adapter.layers.up))
-            # The trace of (B^T B)(A A^T), which needs no matrix of the size of the weights.
+            # The trace of (B^T B)(A A^T), computed without a matrix of the size of the weights.
             squared = max(0.0, float(np.sum((up.T @ up) * (down @ down.T))))
             scores[layer, i] = abs(modules[site].scale) * squared**0.5
     return scores
 
 
 def random(s: Scoring) -> Float[np.ndarray, "layers sites"]:
-    """Uniform numbers of `seed`: what a score has to do better than."""
+    """Uniform random numbers, the baseline for other scores."""
     return np.random.default_rng(s.seed).random(s.size)
 
 
@@ -171,7 +171,7 @@ NEED_ROWS = ("ablation", "gradient")
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Gated:
-    """LoRA whose modules can be switched off: each module's change is multiplied by its gate."""
+    """LoRA with a gate for each module, which scales the module's update; 0 switches it off."""
 
     lora: LoraLayer
     gates: Mapping[str, Float[Array, ""]]
@@ -183,17 +183,17 @@ class Gated:
 def losses(s: Scoring, gates_vls: Float[np.ndarray, "v layers sites"]) -> Float[np.ndarray, " v"]:
     """The mean cross-entropy of a response token, float64, for each variant of the adapter.
 
-    A variant is an array of gates (layers, sites): 1 leaves a module as it is, 0 switches it off.
+    A variant is an array of gates (layers, sites): 1 keeps a module, 0 switches it off.
     """
     total = len(gates_vls)
-    turns = -(-total // s.variants)
-    # Chunks of one size, so that they share a program; the last is filled up with variants that are thrown away.
-    chunk = -(-total // turns)
-    filled = np.concatenate([gates_vls, np.ones((turns * chunk - total, *s.size), np.float32)])
-    sum_v = np.zeros(turns * chunk)
-    work = [(batch, start) for batch in _batches(s) for start in range(0, turns * chunk, chunk)]
+    chunks = -(-total // s.variants)
+    # Chunks have one size, so that they share a program; the last is padded with unused variants.
+    size = -(-total // chunks)
+    padded = np.concatenate([gates_vls, np.ones((chunks * size - total, *s.size), np.float32)])
+    sum_v = np.zeros(chunks * size)
+    work = [(batch, start) for batch in _batches(s) for start in range(0, chunks * size, size)]
     for batch, start in _shown(work, f"{total} variants on {len(s.examples)} rows", s.show):
-        sum_v[start : start + chunk] += _gated_nll(s.backbone, s.adapter.layers, batch, filled[start : start + chunk])
+        sum_v[start : start + size] += _gated_nll(s.backbone, s.adapter.layers, batch, padded[start : start + size])
     return sum_v[:total] / s.tokens
 
 
@@ -205,7 +205,7 @@ def _gated_nll(
 
 
 @jax.jit
-def _slope(backbone: Backbone, layers: LoraLayer, batch: Batch) -> LoraLayer:
+def _gradient(backbone: Backbone, layers: LoraLayer, batch: Batch) -> LoraLayer:
     size = (backbone.config.num_hidden_layers, len(backbone.config.linear_sites))
     return jax.grad(_nll, argnums=1)(backbone, layers, batch, jnp.ones(size, jnp.float32))
 
@@ -213,7 +213,7 @@ def _slope(backbone: Backbone, layers: LoraLayer, batch: Batch) -> LoraLayer:
 def _nll(
     backbone: Backbone, layers: LoraLayer, batch: Batch, gates_ls: Float[Array, "layers sites"]
 ) -> Float[Array, ""]:
-    """The cross-entropy of a batch's response tokens, summed, under one variant of one adapter."""
+    """The summed cross-entropy of a batch's response tokens with one variant of an adapter."""
     gates = {site: gates_ls[:, i] for i, site in enumerate(backbone.config.linear_sites)}
     one = jax.tree.map(lambda x: x[None], Gated(layers, gates))
     rows = Rows((jnp.ones(1, jnp.float32),), (one,), (0.0,), repeats=batch.tokens.shape[0])
@@ -221,13 +221,13 @@ def _nll(
 
 
 def _batches(s: Scoring) -> list[Batch]:
-    """All rows in batches without a leading axis, by length; the last is filled up with rows that count nothing."""
+    """All rows in batches of one size, sorted by length; the last batch is padded with empty rows."""
     ordered = sorted(s.examples, key=len)
     batches = []
     for start in range(0, len(ordered), s.batch_size):
-        some = ordered[start : start + s.batch_size]
-        # Fewer rows than a batch holds make a smaller one.
-        batches.append(one_row_each(some, min(s.batch_size, len(ordered))))
+        rows = ordered[start : start + s.batch_size]
+        # If there is one batch only, it is not padded.
+        batches.append(one_row_each(rows, min(s.batch_size, len(ordered))))
     return batches
 
 
@@ -236,12 +236,12 @@ def _by_layer(x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, " layers"]:
 
 
 def _shown(work: Sequence[Any], what: str, show: Callable[[str], None]) -> Iterator[Any]:
-    """The items of `work`, with a line now and then of how many are done and how long the others will take."""
+    """Iterates over `work` and shows a line of progress every few seconds."""
     began = shown = time.monotonic()
     for done, item in enumerate(work):
         now = time.monotonic()
         if done == 1:
-            began = now  # the first compiles; its time says nothing about the others
+            began = now  # the first pass compiles, so it is not timed
         if done > 1 and now - shown > SHOW_EVERY:
             shown = now
             left = duration((now - began) / (done - 1) * (len(work) - done))

@@ -1,4 +1,4 @@
-"""The most critical modules of each layer, by their scores, and a picture of both."""
+"""Selects the most important modules of each layer by their scores, and plots them."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 Kept = tuple[tuple[str, ...], ...]
-MOST_NUMBERS = 16  # layers up to which the picture has the scores as numbers
+MOST_NUMBERS = 16  # the maximum number of layers for which the plot shows the scores as numbers
 
 
 def keep_number(scores_ls: Float[np.ndarray, "layers sites"], shape: BackboneShape, number: int) -> Kept:
-    """The `number` most important sites of each layer; of equal ones, the first.
+    """The `number` most important sites of each layer; the first ones among ties.
 
-    Raises ParaJaxError for a number that a layer does not have, or scores that do not fit the backbone.
+    Raises ParaJaxError if a layer has fewer sites, or if the scores do not fit the backbone.
 
     >>> from para_jax import BackboneConfig, tiny_backbone_path
     >>> shape = BackboneConfig.from_pretrained(tiny_backbone_path())
@@ -32,18 +32,18 @@ def keep_number(scores_ls: Float[np.ndarray, "layers sites"], shape: BackboneSha
     """
     orders = _orders(scores_ls, shape)
     if not 1 <= number <= len(shape.linear_sites):
-        raise ParaJaxError(f"a layer has {len(shape.linear_sites)} modules, so {number} of each cannot be kept")
+        raise ParaJaxError(f"a layer has {len(shape.linear_sites)} modules, so {number} cannot be kept")
     return _kept([order[:number] for order in orders], shape)
 
 
 def keep_within(scores_ls: Float[np.ndarray, "layers sites"], shape: BackboneShape, budget: int, r: int) -> Kept:
-    """The most important sites of each layer that together take at most `budget` parameters at rank `r`.
+    """The most important sites of each layer, with at most `budget` parameters in total at rank `r`.
 
-    Layers take turns, one module each in their own order of importance, so that none has many while another has few.
-    Where a turn can no longer be paid for in full, the layers whose module scores highest come first. A layer whose
-    next module does not fit is done: what is kept in a layer is always the beginning of its order.
+    Modules are added in rounds: each round adds the next module, in order of importance, to every layer, so that layers
+    have similar numbers of modules. In the last rounds the layers whose module scores highest come first. A layer whose
+    next module does not fit is done, so a layer always keeps its most important modules.
 
-    Raises ParaJaxError for a budget that does not give every layer a module, with one that does.
+    Raises ParaJaxError, with the smallest possible budget, if not every layer gets a module.
 
     >>> from para_jax import BackboneConfig, tiny_backbone_path
     >>> shape = BackboneConfig.from_pretrained(tiny_backbone_path())
@@ -53,24 +53,23 @@ def keep_within(scores_ls: Float[np.ndarray, "layers sites"], shape: BackboneSha
     orders = _orders(scores_ls, shape)
     names = list(shape.linear_sites)
     cost = [r * (site.inputs + site.outputs) for site in shape.linear_sites.values()]
-    least = sum(cost[order[0]] for order in orders)
-    if budget < least:
+    smallest = sum(cost[order[0]] for order in orders)
+    if budget < smallest:
         raise ParaJaxError(
-            f"a budget of {budget:,} parameters leaves layers without a module; the most critical one of each layer "
-            f"takes {least:,} at r={r}. Raise the budget, or lower r"
+            f"a budget of {budget:,} parameters leaves layers without a module; the most important module of every "
+            f"layer takes {smallest:,} in total at r={r}. Raise the budget, or lower r"
         )
-    taken: list[list[int]] = [[] for _ in orders]
+    kept: list[list[int]] = [[] for _ in orders]
     open_layers, left = list(range(len(orders))), budget
-    for turn in range(len(names)):
-        offers = sorted(open_layers, key=lambda layer: -scores_ls[layer, orders[layer][turn]])
-        for layer in offers:
-            site = orders[layer][turn]
+    for rank in range(len(names)):
+        for layer in sorted(open_layers, key=lambda layer: -scores_ls[layer, orders[layer][rank]]):
+            site = orders[layer][rank]
             if cost[site] <= left:
-                taken[layer].append(site)
+                kept[layer].append(site)
                 left -= cost[site]
             else:
                 open_layers.remove(layer)
-    return _kept(taken, shape)
+    return _kept(kept, shape)
 
 
 def _orders(scores_ls: np.ndarray, shape: BackboneShape) -> list[list[int]]:
@@ -81,9 +80,9 @@ def _orders(scores_ls: np.ndarray, shape: BackboneShape) -> list[list[int]]:
     return np.argsort(-scores_ls, axis=1, kind="stable").tolist()
 
 
-def _kept(places: Sequence[Sequence[int]], shape: BackboneShape) -> Kept:
+def _kept(indices: Sequence[Sequence[int]], shape: BackboneShape) -> Kept:
     names = list(shape.linear_sites)
-    return tuple(tuple(names[i] for i in sorted(layer)) for layer in places)
+    return tuple(tuple(names[i] for i in sorted(layer)) for layer in indices)
 
 
 def plot_importance(
@@ -94,9 +93,9 @@ def plot_importance(
     title: str,
     label: str = "importance",
 ) -> None:
-    """Draws a layer x module heat map as a PNG: importance as colour, the kept modules in a frame.
+    """Plots a layer x module heat map as a PNG. Kept modules have a frame.
 
-    `label` says what the colours are. The numbers have the decimals that three digits of their range need.
+    `label` is the label of the colour bar. Numbers have enough decimals for three digits of their range.
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
@@ -113,7 +112,7 @@ def plot_importance(
     for layer in range(layers):
         for i, name in enumerate(names):
             if few:
-                # White on what is darker than the middle grey, as the eye sees it.
+                # White text on dark cells, by perceived brightness.
                 red, green, blue, _ = image.cmap(image.norm(scores_ls[layer, i]))
                 color = "white" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.5 else "black"
                 number = f"{scores_ls[layer, i]:.{decimals}f}"

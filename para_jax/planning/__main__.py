@@ -1,4 +1,4 @@
-"""`python -m para_jax.planning`: the process that plans are made in (`planning/process.py`)."""
+"""`python -m para_jax.planning`: the subprocess that makes plans (`planning/process.py`)."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from para_jax.planning.process import job_from_json
 
 
 def serve() -> None:
-    """A request on stdin, answers on stdout, a line each."""
-    # Whatever else is printed here is none of the answers.
+    """Reads a request from stdin, and writes answers to stdout as JSON lines."""
+    # Anything else that is printed goes to stderr.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
@@ -27,13 +27,13 @@ def serve() -> None:
     try:
         jobs = [job_from_json(fields) for fields in request["jobs"]]
         topology = parse_topology(request["topology"])
-        made = plan(jobs, topology, request["mesh"], request["tries"], lambda line: answer(show=line))
+        result = plan(jobs, topology, request["mesh"], request["tries"], lambda line: answer(show=line))
     except ParaJaxError as error:
         answer(error=str(error))
     except Exception as error:
         answer(fault=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
     else:
-        answer(plan=made)
+        answer(plan=result)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The chips a plan can be made for, and the slices of them, by the names one rents them under."""
+"""Chips and slices (topologies) that plans can be made for, by their product names."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Chip:
-    """What its vendor says of a chip.
+    """The vendor's figures of a chip.
 
     Attributes:
-      hbm: bytes that a program may use. Of a TPU it is what libtpu says when a program asks for more, a little below
-        the memory on the label.
-      flops: operations a second in `dtype`, dense, at the peak.
-      hbm_rate: bytes a second from and to its memory.
-      link_rate: bytes a second that it sends to its neighbours along one axis of the slice, in both directions
-        together; of a GPU, over NVLink (a T4: PCIe).
-      axes: how many axes a slice of them has.
-      dtype: what it multiplies fast, and so computes in unless asked (`compute_dtype`).
+      hbm: bytes that a program may use. For TPUs it is the limit in libtpu's out-of-memory error, slightly below the
+        nominal memory.
+      flops: peak dense operations per second in `dtype`.
+      hbm_rate: memory bandwidth in bytes per second.
+      link_rate: bytes per second that it sends to its neighbours along one axis of the slice, both directions together;
+        for GPUs over NVLink (T4: PCIe).
+      axes: the number of axes of a slice.
+      dtype: the fast dtype for matmuls, and the default dtype of computation (`compute_dtype`).
     """
 
     name: str
@@ -38,8 +38,8 @@ class Chip:
     dtype: Literal["bfloat16", "float16"] = "bfloat16"
 
 
-# The vendors give what all links of a chip carry in both directions. A ring along one axis sends through two of a
-# TPU's links (of four in a plane, of six in space), half of it in each direction.
+# Vendors give the bandwidth of all links of a chip, both directions together. A ring along one axis sends over two of a
+# TPU's links (of four in a 2D torus, of six in a 3D torus), half of the data in each direction.
 _TPU, _NVIDIA = "cloud.google.com/tpu/docs/", "nvidia.com/en-us/data-center/"
 CHIPS = {
     chip.name: chip
@@ -58,7 +58,7 @@ CHIPS = {
 
 @dataclass(frozen=True)
 class Topology:
-    """A slice of one kind of chip: its shape has an entry for each axis."""
+    """A slice of one kind of chip. Its shape has an entry for each axis."""
 
     name: str
     chip: Chip
@@ -66,14 +66,14 @@ class Topology:
 
     @property
     def size(self) -> int:
-        """How many chips."""
+        """The number of chips."""
         return prod(self.shape)
 
 
 def parse_topology(name: str) -> Topology:
-    """A slice by its name: `v5e:4x4`, `v5p:2x2x4`, or of GPUs `gpu:h100x8`.
+    """Parses the name of a slice: `v5e:4x4`, `v5p:2x2x4`, or `gpu:h100x8`.
 
-    Raises ParaJaxError for an unknown chip or a shape that no slice of it has.
+    Raises ParaJaxError for an unknown chip or an invalid shape.
 
     >>> parse_topology("v5e:4x4").size, parse_topology("gpu:h100x8").size
     (16, 8)
@@ -90,5 +90,7 @@ def parse_topology(name: str) -> Topology:
         not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape)
         or len(sizes := [int(n) for n in shape.split("x")]) != chip.axes
     ):
-        raise ParaJaxError(f"{name!r} is no slice of {kind} chips, which have {chip.axes} axes; write it as {example}")
+        raise ParaJaxError(
+            f"{name!r} is not a slice of {kind} chips, which have {chip.axes} axes; write it as {example}"
+        )
     return Topology(name.strip().lower(), chip, tuple(sizes))

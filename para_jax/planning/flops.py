@@ -1,4 +1,4 @@
-"""The operations that a program's products take, counted before it is compiled."""
+"""Counts the operations of a program's matmuls before it is compiled."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from jax.interpreters.partial_eval import dce_jaxpr
 
 
 def flops(jaxpr: Jaxpr | ClosedJaxpr) -> float:
-    """Multiplications and additions of all matrix products, of all devices together.
+    """Multiplications and additions of all matmuls, on all devices together.
 
-    A scan counts each of its turns, and a loop whose end depends on data one. A kernel counts every cell of its grid,
-    so that attention counts as if every token saw the whole row.
+    A scan counts all of its iterations, a while loop with a data-dependent end counts one. A kernel counts every cell
+    of its grid, so attention counts as if every token attended to the full row.
 
     >>> import jax.numpy as jnp
     >>> def twice(x, w):
@@ -24,17 +24,17 @@ def flops(jaxpr: Jaxpr | ClosedJaxpr) -> float:
     True
     """
     jaxpr = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
-    # The gradients of frozen weights are there until nobody asks for them.
+    # Unused gradients of frozen weights are in the jaxpr until dead code is eliminated.
     needed, _ = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
     return _count(needed)
 
 
 def _count(jaxpr: Jaxpr | ClosedJaxpr) -> float:
     jaxpr = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
-    return sum(_of(eqn) for eqn in jaxpr.eqns)
+    return sum(_eqn_flops(eqn) for eqn in jaxpr.eqns)
 
 
-def _of(eqn: Any) -> float:
+def _eqn_flops(eqn: Any) -> float:
     name, params = eqn.primitive.name, eqn.params
     if name == "dot_general":
         (inputs, _), _ = params["dimension_numbers"]
@@ -42,7 +42,7 @@ def _of(eqn: Any) -> float:
     if name == "ragged_dot_general":
         (inputs, _), _ = params["ragged_dot_dimension_numbers"].dot_dimension_numbers
         return 2.0 * prod(eqn.outvars[0].aval.shape) * prod(eqn.invars[0].aval.shape[i] for i in inputs)
-    inner = [_count(one) for one in _inside(params)]
+    inner = [_count(jaxpr) for jaxpr in _inner_jaxprs(params)]
     if name == "cond":
         return max(inner)
     times = {"scan": lambda: params["length"], "shard_map": lambda: params["mesh"].size}
@@ -50,7 +50,7 @@ def _of(eqn: Any) -> float:
     return sum(inner) * (times[name]() if name in times else 1)
 
 
-def _inside(params: dict[str, Any]) -> Iterator[Jaxpr | ClosedJaxpr]:
+def _inner_jaxprs(params: dict[str, Any]) -> Iterator[Jaxpr | ClosedJaxpr]:
     for leaf in jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Jaxpr | ClosedJaxpr)):
         if isinstance(leaf, Jaxpr | ClosedJaxpr):
             yield leaf

@@ -1,7 +1,7 @@
-"""What a compiled program's text says: its collectives, and the large buffers that its loops write.
+"""Reads the collectives, and the large buffers that loops write, from the HLO text of a compiled program.
 
-Bytes that are sent are those of ring algorithms: a device sends (n - 1) / n of what an all-gather of n makes or an
-all-to-all moves, twice that of what is all-reduced, and what a reduce-scatter makes n - 1 times.
+Sent bytes are those of ring algorithms on n devices. A device sends (n - 1) / n of the result of an all-gather or
+all-to-all, 2 (n - 1) / n of the result of an all-reduce, and n - 1 times the result of a reduce-scatter.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*)?\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
 _SHAPE = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
 _PLACED = re.compile(_SHAPE.pattern + r"(\{[^}]*\})?")
-_ON_CHIP = "S(1)"  # of a layout: not in the device's main memory
+_ON_CHIP = "S(1)"  # in a layout: not in the device's main memory
 _LARGE = 2**20  # entries
 _VIEWS = {"parameter", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "dynamic-update-slice"}
 _CALLED = re.compile(r"\b(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
@@ -33,8 +33,8 @@ class Collective:
       kind: one of `KINDS`.
       count: how often it runs.
       sent: bytes that a device sends in one run.
-      devices: how many take part together.
-      where: the operation it comes from.
+      devices: the size of the group of devices.
+      where: the name of the operation that it comes from.
     """
 
     kind: str
@@ -54,35 +54,35 @@ class _Instruction:
 
     @property
     def operands(self) -> list[str]:
-        """The names of what it takes."""
+        """The names of the operands."""
         return re.findall(r"%([\w.\-]+)", self.rest.split(")")[0])
 
     @property
     def constant(self) -> int | None:
-        """Its value, if it is a whole number."""
+        """The value of an integer constant, else None."""
         found = re.match(r"(\d+)\)", self.rest) if self.op == "constant" else None
         return int(found[1]) if found else None
 
-    def after(self, word: str) -> str:
-        """What stands behind `word=`, up to a comma or a space."""
-        found = re.search(rf"\b{word}=%?([\w.\-]+)", self.rest)
+    def attribute(self, name: str) -> str:
+        """The value of the attribute `name=value`, or ""."""
+        found = re.search(rf"\b{name}=%?([\w.\-]+)", self.rest)
         return found[1] if found else ""
 
 
 def collectives(text: str, devices: int) -> list[Collective]:
-    """The collectives of an optimised HLO module for so many devices; those in loops count once for each turn.
+    """The collectives of an optimized HLO module for a number of devices. Loops count every iteration.
 
-    A loop whose end depends on data, as that over new tokens, counts as one turn.
+    A loop with a data-dependent end, such as the token loop, counts one iteration.
     """
     computations, entry = _parse(text)
     return list(_walk(computations, entry, devices, set()))
 
 
-def written(text: str) -> int:
+def loop_bytes_written(text: str) -> int:
     """Bytes of large buffers that the loops of an optimized HLO module write to the device's main memory in one run.
 
-    A buffer is large from 2**20 entries; what is updated in place does not count. Loops turn as in `collectives`. A
-    decode step that writes none reads each weight as it is stored.
+    A buffer is large from 2**20 entries; in-place updates do not count. Iterations count as in `collectives`. If a
+    decode step writes none, it reads each weight in its stored form.
     """
     computations, entry = _parse(text)
     return _written(computations, entry, looping=False)
@@ -92,31 +92,31 @@ def _written(computations: dict[str, list[_Instruction]], name: str, looping: bo
     found = 0
     for one in computations.get(name, []):
         if one.op == "while":
-            found += _trips(computations, one) * _written(computations, one.after("body"), looping=True)
+            found += _trips(computations, one) * _written(computations, one.attribute("body"), looping=True)
         elif branches := _BRANCHES.search(one.rest):
             found += max(_written(computations, b.strip(" %"), looping) for b in branches[1].split(","))
         elif one.op == "call":
-            found += _written(computations, one.after("to_apply"), looping)
+            found += _written(computations, one.attribute("to_apply"), looping)
         elif looping and one.op not in _VIEWS and not one.op.endswith("-start"):
-            inside = computations.get(one.after("calls"), []) if one.op == "fusion" else []
+            inside = computations.get(one.attribute("calls"), []) if one.op == "fusion" else []
             if not any(part.op == "dynamic-update-slice" for part in inside):
-                made = [x for x in _PLACED.findall(one.result) if _ON_CHIP not in x[3]]
-                sizes = [(bits, dims) for _, bits, dims, _ in made if _entries(dims) >= _LARGE]
+                results = [x for x in _PLACED.findall(one.result) if _ON_CHIP not in x[3]]
+                sizes = [(bits, dims) for _, bits, dims, _ in results if _entries(dims) >= _LARGE]
                 found += sum(_bytes(*size) for size in sizes)
     return found
 
 
 def total(found: Iterable[Collective]) -> dict[str, dict[str, int]]:
-    """By kind: how many run, and the bytes that a device sends.
+    """The number of collectives and the bytes that a device sends, by kind.
 
     >>> total([Collective("all-reduce", 32, 100, 8), Collective("all-reduce", 1, 8, 8)])
     {'all-reduce': {'count': 33, 'bytes': 3208}}
     """
     totals: dict[str, dict[str, int]] = {}
     for one in found:
-        of_kind = totals.setdefault(one.kind, {"count": 0, "bytes": 0})
-        of_kind["count"] += one.count
-        of_kind["bytes"] += one.count * one.sent
+        kind = totals.setdefault(one.kind, {"count": 0, "bytes": 0})
+        kind["count"] += one.count
+        kind["bytes"] += one.count * one.sent
     return totals
 
 
@@ -134,67 +134,67 @@ def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:
 
 
 def _walk(
-    computations: dict[str, list[_Instruction]], name: str, devices: int, begun: set[str]
+    computations: dict[str, list[_Instruction]], name: str, devices: int, started: set[str]
 ) -> Iterator[Collective]:
     """The collectives of one run of a computation.
 
-    The TPU's compiler begins a collective in one fusion, goes on in others, and ends it in one more. All of these have
-    it, on the channel that is among `begun` then.
+    The TPU compiler splits a collective into several fusions: a start, updates and an end. All of them contain the
+    collective with the same channel, which is added to `started` so that it counts once.
     """
     instructions = computations.get(name, [])
-    begins = any("AsyncCollectiveStart" in one.rest for one in instructions)
+    starts = any("AsyncCollectiveStart" in one.rest for one in instructions)
     for one in instructions:
         kind = one.op.removesuffix("-start")
         if kind in KINDS:
-            channel = one.after("channel_id")
-            if channel in begun:
+            channel = one.attribute("channel_id")
+            if channel in started:
                 continue
-            if begins:
-                begun.add(channel)
-            # Its reduce-scatter is a fusion of this name, of an all-reduce and a slice.
+            if starts:
+                started.add(channel)
+            # A reduce-scatter on TPU is a fusion of an all-reduce and a slice, with this name.
             kind = "reduce-scatter" if name.startswith("all-reduce-scatter") else kind
             where, n = re.search(r'op_name="([^"]*)"', one.rest), _group(one.rest, devices)
             if n > 1:
                 yield Collective(kind, 1, _sent(kind, one, n), n, where[1] if where else one.name)
         elif one.op == "while":
             trips = _trips(computations, one)
-            for inner in _walk(computations, one.after("body"), devices, begun):
+            for inner in _walk(computations, one.attribute("body"), devices, started):
                 yield replace(inner, count=inner.count * trips)
         elif branches := _BRANCHES.search(one.rest):
-            ways = [list(_walk(computations, b.strip(" %"), devices, begun)) for b in branches[1].split(",")]
-            yield from max(ways, key=lambda way: sum(c.count * c.sent for c in way))
+            found = [list(_walk(computations, b.strip(" %"), devices, started)) for b in branches[1].split(",")]
+            yield from max(found, key=lambda branch: sum(c.count * c.sent for c in branch))
         else:
             for called in _CALLED.findall(one.rest):
-                yield from _walk(computations, called, devices, begun)
+                yield from _walk(computations, called, devices, started)
 
 
 def _trips(computations: dict[str, list[_Instruction]], loop: _Instruction) -> int:
-    """How often a loop turns: said by the compiler, or from its counter, which starts at zero.
+    """The trip count of a loop: the compiler's, or derived from its counter, which starts at zero.
 
-    The counter is compared with a constant in the condition; the body adds one, or two where it has two turns in one.
+    The condition compares the counter with a constant. The body adds one, or two if the loop is unrolled by two.
     """
-    if said := _TRIPS.search(loop.rest):
-        return int(said[1])
-    condition = {one.name: one for one in computations.get(loop.after("condition"), [])}
-    body = {one.name: one for one in computations.get(loop.after("body"), [])}
-    ends = next((one for one in condition.values() if one.root), None)
-    if ends is None or ends.op != "compare" or ends.after("direction") != "LT":
+    if known := _TRIPS.search(loop.rest):
+        return int(known[1])
+    condition = {one.name: one for one in computations.get(loop.attribute("condition"), [])}
+    body = {one.name: one for one in computations.get(loop.attribute("body"), [])}
+    compare = next((one for one in condition.values() if one.root), None)
+    if compare is None or compare.op != "compare" or compare.attribute("direction") != "LT":
         return 1
-    counter, most = (condition.get(name) for name in ends.operands)
-    if counter is None or most is None or most.constant is None:
+    counter, limit = (condition.get(name) for name in compare.operands)
+    if counter is None or limit is None or limit.constant is None:
         return 1
-    after = next(one for one in body.values() if one.root).operands[int(counter.after("index"))]
-    steps = [body[name].constant for name in body[after].operands if name in body] if body[after].op == "add" else []
-    return -(-most.constant // next((step for step in steps if step), 1))
+    new = next(one for one in body.values() if one.root).operands[int(counter.attribute("index"))]
+    steps = [body[name].constant for name in body[new].operands if name in body] if body[new].op == "add" else []
+    return -(-limit.constant // next((step for step in steps if step), 1))
 
 
 def _sent(kind: str, one: _Instruction, n: int) -> int:
     """Bytes that a device sends."""
     shapes = _SHAPE.findall(one.result)
-    if one.op.endswith("-start"):  # and what the device needs to follow it, which is not sent
+    if one.op.endswith("-start"):  # without scalars for bookkeeping, which are not sent
         shapes = [shape for shape in shapes if shape[2]]
     size = sum(_bytes(bits, dims) for _, bits, dims in shapes)
-    if one.op == "all-gather-start":  # a tuple of what goes in and what comes out
+    if one.op == "all-gather-start":  # a tuple of the operand and the result
         size = size * n // (n + 1)
     elif one.op == "collective-permute-start":
         size //= 2
@@ -214,12 +214,12 @@ def _entries(dims: str) -> int:
 
 
 def _group(rest: str, devices: int) -> int:
-    """How many devices take part in each group of a collective, in any of the three ways that HLO writes groups."""
+    """The size of the groups of a collective, in any of the three HLO notations for groups."""
     if found := re.search(r"replica_groups=\[\d+,(\d+)\]", rest):
         return int(found[1])
     if found := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\([^{]*\))? \{([^}]*)\}", rest):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
-        axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found[2])  # an axis, or a part of one
+        axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found[2])  # an axis, or a factor of one
         return math.prod(int(part or sizes[axis]) for axis, part in axes)
     if found := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
         return found[1].count(",") + 1

@@ -1,4 +1,4 @@
-"""What a plan is made for."""
+"""`Job`: what a plan is made for."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ MODES = ("train", "decode")
 
 @dataclass(frozen=True)
 class Job:
-    """A tuning step, or a batch that decodes.
+    """A tuning step, or decoding of a batch.
 
     Attributes:
-      tenants: that are tuned together, or whose adapters are there to decode with.
-      rows: of each tenant in a tuning step; of all tenants together while decoding.
-      length: tokens of a row while tuning, of which the latter half is the response; of a prompt while decoding.
-      new_tokens: that each row has room for while decoding.
-      micro_batch_tokens: the most token slots of a tuning step's micro-batch on a device, as `finetune` has it.
-      remat: what a tuning step computes again instead of keeping it (`Backbone.forward`).
-      quantize, dtype: of the backbone's weights.
+      tenants: the number of tenants that are tuned together, or in the bank while decoding.
+      rows: the number of rows of each tenant in a tuning step, or of all tenants together while decoding.
+      length: tokens of a row while tuning, half of which are the response; tokens of a prompt while decoding.
+      new_tokens: the maximum number of new tokens of a row while decoding.
+      micro_batch_tokens: the maximum number of token slots of a micro-batch on a device, as in `finetune`.
+      remat: what the backward pass recomputes (`Backbone.forward`).
+      quantize, dtype: the format of the backbone's weights.
 
-    Raises ParaJaxError for sizes that the programs would refuse.
+    Raises ParaJaxError for invalid sizes.
     """
 
     config: BackboneConfig
@@ -58,18 +58,18 @@ class Job:
         tokens = self.length + (self.new_tokens if self.mode == "decode" else 0)
         if tokens > context:
             raise ParaJaxError(f"rows of {tokens} tokens exceed the backbone's context of {context}; make them shorter")
-        self.device("tpu")  # refuses a limit below one token
+        self.device("tpu")  # raises for an invalid limit
 
     def device(self, kind: Literal["tpu", "gpu"]) -> Device:
-        """What shapes of micro-batches are planned for."""
+        """The cost model that micro-batch shapes are planned with."""
         return Device.of(self.config, self.micro_batch_tokens, kind)
 
     @property
     def passes(self) -> int:
-        """How often a micro-batch goes through the weights: forward, backward, and once more for remat."""
+        """The number of passes of a micro-batch over the weights: forward, backward, and another forward for remat."""
         return 3 if self.remat == "layers" else 2
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The tenants."""
+        """The names of the tenants."""
         return tuple(f"tenant-{i}" for i in range(self.tenants))

@@ -1,4 +1,4 @@
-"""From a job and a slice of chips to a plan: what fits, how fast it may be, and what to change if it does not fit."""
+"""Plans a job on a slice of chips: whether it fits, an estimate of its speed, and what to change if it does not fit."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from para_jax.planning.chips import Chip, Topology
 from para_jax.planning.compiling import Program
 from para_jax.planning.hlo import total
 from para_jax.planning.job import Job
-from para_jax.planning.programs import attention, backbone_shapes, check, compile_job, step_of
+from para_jax.planning.programs import attention, backbone_shapes, check, compile_job, planned_step
 from para_jax.planning.roofline import assumptions, estimate
 from para_jax.planning.search import Candidate, candidate, candidates, remedies
 from para_jax.planning.topology import check_jax
 from para_jax.planning.topology import devices as devices_of
 from para_jax.sharding import make_mesh
 
-LARGEST = 6  # collectives that are shown one by one
-TRIES = 3  # of meshes and batches that fit, and of remedies that help
+LARGEST = 6  # the number of collectives that are listed
+TRIES = 3  # fitting meshes and batches to compare, and remedies to find
 
 
 def plan(
@@ -28,19 +28,19 @@ def plan(
     tries: int = TRIES,
     show: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """The plan, as JSON has it.
+    """The plan, as a JSON-serializable dict.
 
     Args:
-      jobs: one, or several that differ in their rows, of which the best is chosen.
-      mesh: as `fsdp=8,tensor=2`; without it meshes are searched.
-      tries: how many meshes and batches that fit are compared, and how many remedies that help are looked for.
-      show: takes a line of progress.
+      jobs: one job, or several with different numbers of rows, of which the best is chosen.
+      mesh: such as `fsdp=8,tensor=2`; by default meshes are searched.
+      tries: how many fitting meshes and batches are compared, and how many remedies are searched.
+      show: is called with lines of progress.
 
-    Returns `fits`, `plan` (the best that fits, else the least that does not), `others`, `remedies`, `assumptions`, and
-    `attention`: the kernel, and what is wrong with the chips' own if it does not compile.
-    Raises ParaJaxError for a mesh that does not fit, or no way to compile for these chips.
+    Returns `fits`, `plan` (the fastest that fits, else the one with the lowest peak), `others`, `remedies`,
+    `assumptions`, and `attention`: the kernel, and why the chips' own kernel does not compile, if so.
+    Raises ParaJaxError for a mesh that does not fit, or if this installation cannot compile for these chips.
 
-    To be called in a process of its own (`planning/process.py`), which knows no other devices.
+    Call it in a separate process without other devices (`planning/process.py`).
     """
     check_jax(topology)
     devices, chip = devices_of(topology), topology.chip
@@ -48,18 +48,18 @@ def plan(
     if mesh is None:
         found = candidates(jobs, devices, chip)
     else:
-        at = make_mesh(mesh, devices)
+        given = make_mesh(mesh, devices)
         for job in jobs:
-            check(job, at)
-        found = sorted((candidate(job, at, chip) for job in jobs), key=lambda one: one.guess)
-    tried = _tried(found, chip, tries, show)
+            check(job, given)
+        found = sorted((candidate(job, given, chip) for job in jobs), key=lambda one: one.guess)
+    tried = _try(found, chip, tries, show)
     fitting = [one for one in tried if one["fits"]]
     if fitting:
         best = max(fitting, key=lambda one: one["tokens_per_second"])
-        ways = []
+        helpful = []
     else:
         best = min(tried, key=lambda one: one["peak"])
-        ways = _ways(best, jobs, found, devices, chip, tries, show)
+        helpful = _remedies(best, jobs, found, devices, chip, tries, show)
     return {
         "fits": bool(fitting),
         "topology": topology.name,
@@ -68,17 +68,17 @@ def plan(
         "estimated": chip.kind == "gpu",
         "plan": best,
         "others": [one for one in tried if one is not best],
-        "remedies": ways,
+        "remedies": helpful,
         "attention": {"kernel": kernel.kernel, "refused": kernel.why if kernel.refused else ""},
         "assumptions": assumptions(chip),
     }
 
 
-def _tried(found: Sequence[Candidate], chip: Chip, tries: int, show: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Candidates compiled in their order until so many fit, and never many more than that."""
+def _try(found: Sequence[Candidate], chip: Chip, tries: int, show: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Compiles candidates in order until `tries` of them fit, and at most twice as many."""
     tried: list[dict[str, Any]] = []
     for one in found:
-        tried.append(described(one, chip, show))
+        tried.append(describe(one, chip, show))
         fit = sum(t["fits"] for t in tried)
         compiled = sum(bool(t["programs"]) for t in tried)
         if fit >= tries or compiled >= 2 * tries:
@@ -86,7 +86,7 @@ def _tried(found: Sequence[Candidate], chip: Chip, tries: int, show: Callable[[s
     return tried
 
 
-def _ways(
+def _remedies(
     best: dict[str, Any],
     jobs: Sequence[Job],
     found: Sequence[Candidate],
@@ -95,20 +95,21 @@ def _ways(
     tries: int,
     show: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    """What to change in the plan that comes nearest: changes that suffice, each compiled too."""
-    near = next(one for one in found if one.name == best["mesh"] and one.job.rows == best["rows"])
-    ways: list[dict[str, Any]] = []
-    for text, changed in remedies(near.job, near.mesh, devices, chip):
-        if len(ways) >= tries:
+    """Changes to the best plan that make it fit. Each is compiled."""
+    start = next(one for one in found if one.name == best["mesh"] and one.job.rows == best["rows"])
+    helpful: list[dict[str, Any]] = []
+    for text, changed in remedies(start.job, start.mesh, devices, chip):
+        if len(helpful) >= tries:
             break
-        then = described(changed, chip, show)
-        if then["fits"]:
-            ways.append({"change": text, "peak": then["peak"], "tokens_per_second": then["tokens_per_second"]})
-    return ways
+        result = describe(changed, chip, show)
+        if result["fits"]:
+            rate = result["tokens_per_second"]
+            helpful.append({"change": text, "peak": result["peak"], "tokens_per_second": rate})
+    return helpful
 
 
-def described(one: Candidate, chip: Chip, show: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
-    """A candidate compiled, unless its weights alone are too large, and what there is to say of it."""
+def describe(one: Candidate, chip: Chip, show: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+    """Compiles a candidate, unless its weights alone are too large, and describes it as JSON."""
     job = one.job
     step = _step(one) if job.mode == "train" else None
     settings = {
@@ -127,7 +128,7 @@ def described(one: Candidate, chip: Chip, show: Callable[[str], None] = lambda l
     shown = [_program(job, program, chip, backbone, one.mesh.size) for program in programs]
     fits = all(program.fits(chip.hbm) for program in programs)
     times = {program["name"]: program["time"] for program in shown}
-    # Of decoding it is what a step gives, the last of the programs.
+    # The rate of decoding is that of a decode step.
     rate = times["decode"]["tokens_per_second"] if fits and not step else None
     if step and all(times.values()):
         step["seconds"] = step["micro_batches"] * times["micro_batch"]["seconds"] + times["update"]["seconds"]
@@ -143,16 +144,16 @@ def described(one: Candidate, chip: Chip, show: Callable[[str], None] = lambda l
 
 
 def _step(one: Candidate) -> dict[str, Any]:
-    """How a tuning step is divided; its seconds are known when its programs are compiled."""
-    step = step_of(one.job, one.mesh)
+    """How a tuning step is divided. Its seconds are filled in after its programs are compiled."""
+    step = planned_step(one.job, one.mesh)
     shape = step.shape._asdict()
     return {"micro_batches": step.micro_batches, "groups": step.groups, **shape, "seconds": None}
 
 
 def micro_batches(step: dict[str, Any]) -> str:
-    """The micro-batches of a step."""
-    count, of = step["micro_batches"], f"{step['rows']} x {step['length']} tokens a device"
-    return f"a micro-batch of {of}" if count == 1 else f"{count} micro-batches of {of}"
+    """The micro-batches of a step, in words."""
+    count, size = step["micro_batches"], f"{step['rows']} x {step['length']} tokens a device"
+    return f"a micro-batch of {size}" if count == 1 else f"{count} micro-batches of {size}"
 
 
 def _program(job: Job, program: Program, chip: Chip, backbone: Any, devices: int) -> dict[str, Any]:

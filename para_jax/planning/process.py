@@ -1,5 +1,5 @@
-"""Plans are made in a process of their own: what the compiler for TPUs needs has to be said before JAX starts, and a
-compiler that breaks down takes its process with it."""
+"""Runs planning in a subprocess: the TPU compiler needs environment variables before JAX starts, and a compiler that
+crashes ends its process."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from para_jax.planning.job import Job
 from para_jax.planning.topology import environment
 
 
-def plan_aside(
+def plan_in_subprocess(
     jobs: Sequence[Job],
     topology: str,
     mesh: str | None = None,
     tries: int = 3,
     show: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """`planning.plan.plan` in a process of its own.
+    """Runs `planning.plan.plan` in a subprocess.
 
-    Raises ParaJaxError for what it raises there, for an unknown topology, and if the compiler broke down.
+    Raises ParaJaxError as `plan` does, for an unknown topology, and if the compiler crashed.
     """
-    found = parse_topology(topology)
+    parsed = parse_topology(topology)
     request = {"jobs": [_as_json(job) for job in jobs], "topology": topology, "mesh": mesh, "tries": tries}
     command = [sys.executable, "-m", "para_jax.planning"]
     with tempfile.TemporaryFile("w+") as errors:
         with subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
-            env={**os.environ, **environment(found)},
+            env={**os.environ, **environment(parsed)},
         ) as process:  # fmt: skip
             assert process.stdin is not None and process.stdout is not None
             process.stdin.write(json.dumps(request))
@@ -57,11 +57,11 @@ def plan_aside(
                     return answer["plan"]
         errors.seek(0)
         last = "\n  ".join(errors.read().strip().splitlines()[-5:])
-    raise ParaJaxError(f"the compiler ended with code {process.returncode} and no plan; it said:\n  {last}")
+    raise ParaJaxError(f"the compiler ended with code {process.returncode} and no plan; its last output:\n  {last}")
 
 
 def _as_json(job: Job) -> dict[str, Any]:
-    """What `job_from_json` makes the job of again."""
+    """The job as JSON, for `job_from_json`."""
     fields = {f.name: getattr(job, f.name) for f in dataclasses.fields(job)}
     config, method = job.config, job.method
     return {

@@ -1,6 +1,6 @@
-"""The very programs of tuning and decoding, with shapes in place of arrays.
+"""The programs of tuning and decoding, compiled with abstract arrays.
 
-All that knows how those programs are called, and how the library places what goes into them, is in this file.
+This file has everything that planning knows about the arguments of these programs and their shardings.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from para_jax.errors import ParaJaxError
 from para_jax.planning.compiling import Program, compiled, shard_bytes
 from para_jax.planning.job import Job
 from para_jax.sharding import check_mesh, row_sharding, row_shards
-from para_jax.training.places import Layout, Schedule
+from para_jax.training.places import Schedule, TenantLayout
 from para_jax.training.programs import Parts
 from para_jax.training.settings import Settings
 from para_jax.training.shapes import TENANTS, Device, plan
@@ -42,49 +42,49 @@ def check(job: Job, mesh: Mesh) -> None:
     check_mesh(job.config, mesh)
     if job.mode == "decode" and job.rows % row_shards(mesh):
         raise ParaJaxError(
-            f"{job.rows} rows cannot be spread over data x fsdp = {row_shards(mesh)} devices; choose a multiple, or a "
-            "mesh with more of tensor"
+            f"{job.rows} rows cannot be sharded over data x fsdp = {row_shards(mesh)} devices; choose a multiple, or a "
+            "mesh with a larger tensor axis"
         )
 
 
-def own_mesh(mesh: Mesh) -> Mesh | None:
-    """The mesh as the library has it: None on one device."""
+def mesh_or_none(mesh: Mesh) -> Mesh | None:
+    """The mesh as the library uses it: None for one device."""
     return None if mesh.size == 1 else mesh
 
 
 def backbone_shapes(job: Job, mesh: Mesh) -> Backbone:
-    """The backbone's shapes with the placements that loading gives them; layers stacked, as on accelerators."""
+    """The abstract backbone with the shardings of a loaded one; layers are stacked, as on accelerators."""
     kernel = attention(job, mesh.devices.flat[0]).kernel
     return _backbone(job.config, job.dtype, job.quantize, kernel, mesh)
 
 
 def attention(job: Job, device: Any) -> Choice:
-    """The attention kernel that loading chooses on such a device. CPUs stand for GPUs, and do not have theirs."""
+    """The attention kernel that loading chooses on this device. CPUs stand in for GPUs, without their kernels."""
     return choose("auto", job.config, jnp.dtype(job.dtype), device)
 
 
 @lru_cache(maxsize=64)
 def _backbone(config: BackboneConfig, dtype: Any, quantize: Any, kernel: Kernel, mesh: Mesh) -> Backbone:
-    found = Backbone.abstract(config, dtype, True, quantize, kernel, own_mesh(mesh))
-    # One device has no mesh, and has to be named all the same: it is not the one that is here.
-    return found if mesh.size > 1 else _placed(found, NamedSharding(mesh, P()))
+    found = Backbone.abstract(config, dtype, True, quantize, kernel, mesh_or_none(mesh))
+    # A single device has no mesh, but needs a sharding, because it is not this process's device.
+    return found if mesh.size > 1 else _with_sharding(found, NamedSharding(mesh, P()))
 
 
 def bank_shapes(job: Job) -> AdapterBank:
-    """The shapes of every tenant's adapter."""
+    """The abstract bank of all tenants."""
     layers = abstract_layers(job.method, job.config)
     stack = jax.tree.map(lambda x: jax.ShapeDtypeStruct((job.tenants, *x.shape), x.dtype), layers)
     return AdapterBank(job.config, (Group(job.method, job.names, stack),))
 
 
-def _placed(tree: Any, where: Any) -> Any:
-    """The shapes of a tree with a placement, or with a tree of them."""
-    wheres = jax.tree.map(lambda _: where, tree) if isinstance(where, NamedSharding) else where
-    return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree, wheres)
+def _with_sharding(tree: Any, sharding: Any) -> Any:
+    """A tree of abstract arrays with one sharding, or with a tree of shardings."""
+    shardings_tree = jax.tree.map(lambda _: sharding, tree) if isinstance(sharding, NamedSharding) else sharding
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings_tree)
 
 
 def compile_job(job: Job, mesh: Mesh) -> list[Program]:
-    """The two programs of a tuning step; or prefill, and the loop of decoding if prefill fits.
+    """Compiles the two programs of a tuning step, or prefill and, if prefill fits, the token loop.
 
     Raises ParaJaxError if the mesh does not fit the backbone or the rows.
     """
@@ -92,11 +92,11 @@ def compile_job(job: Job, mesh: Mesh) -> list[Program]:
     return _training(job, mesh) if job.mode == "train" else _decoding(job, mesh)
 
 
-class _OfShapes(Layout):
-    """A layout that places shapes: no array can be on a device that is not here."""
+class _AbstractLayout(TenantLayout):
+    """A layout of abstract arrays, because no array can be on a device that does not exist here."""
 
     def on_devices(self, batch: Batch) -> Batch:
-        return batch if self.mesh is None else _placed(batch, row_sharding(self.mesh, self.groups))
+        return batch if self.mesh is None else _with_sharding(batch, row_sharding(self.mesh, self.groups))
 
 
 def _full(job: Job) -> Example:
@@ -108,9 +108,9 @@ class Step:
     """How a tuning step is divided.
 
     Attributes:
-      shape: of its micro-batches.
-      groups: of rows in each: as many as there are devices with rows.
-      micro_batches: how many there are.
+      shape: the shape of its micro-batches.
+      groups: the number of groups of rows, one for each device with rows.
+      micro_batches: the number of micro-batches.
     """
 
     shape: Shape
@@ -119,13 +119,13 @@ class Step:
 
     @property
     def slots(self) -> int:
-        """Token slots of the step, on all devices."""
+        """The number of token slots of the step, on all devices."""
         return self.micro_batches * self.groups * self.shape.tokens
 
 
-def step_of(job: Job, mesh: Mesh) -> Step:
-    """The tuning step as `training.shapes` plans it when every row is full and all tenants have their turn."""
-    layout, full = _OfShapes.of(own_mesh(mesh), job.tenants, job.rows), _full(job)
+def planned_step(job: Job, mesh: Mesh) -> Step:
+    """The tuning step that `training.shapes` plans if every row is full and the step has all tenants."""
+    layout, full = _AbstractLayout.of(mesh_or_none(mesh), job.tenants, job.rows), _full(job)
     sizes = Sizes((full.ids.size,) * job.rows, (int(full.response_ids.size),) * job.rows)
     kind: Literal["tpu", "gpu"] = "tpu" if mesh.devices.flat[0].platform == "tpu" else "gpu"
     return _step(sizes, -(-job.tenants // layout.shards), layout.groups, layout.shards > 1, job.device(kind))
@@ -133,14 +133,13 @@ def step_of(job: Job, mesh: Mesh) -> Step:
 
 @lru_cache(maxsize=256)
 def _step(sizes: Sizes, places: int, groups: int, spread: bool, device: Device) -> Step:
-    seen = [sizes] * len(range(0, places, -(-places // TENANTS)))
-    (shape,) = plan([seen], groups, spread, max(sizes.tokens), max(sizes.targets), device).shapes
-    found = micro_batches([sizes] * places, [shape], 1 if spread else groups)
-    return Step(shape, groups, sum(1 for _ in found))
+    sample = [sizes] * len(range(0, places, -(-places // TENANTS)))
+    (shape,) = plan([sample], groups, spread, max(sizes.tokens), max(sizes.targets), device).shapes
+    return Step(shape, groups, sum(1 for _ in micro_batches([sizes] * places, [shape], 1 if spread else groups)))
 
 
 def _training(job: Job, mesh: Mesh) -> list[Program]:
-    """A micro-batch, while the moments wait for the update, and the update, while the backbone waits for the next."""
+    """Compiles a micro-batch, while the moments stay in memory, and the update, while the backbone does."""
     parts = training_parts(job, mesh)
     calls, state = parts.calls(), parts.state
     programs = {
@@ -154,22 +153,25 @@ def _training(job: Job, mesh: Mesh) -> list[Program]:
 
 
 def training_parts(job: Job, mesh: Mesh) -> Parts:
-    """What `training.loop` compiles a run's programs for, with shapes in place of arrays."""
-    layout, settings = _OfShapes.of(own_mesh(mesh), job.tenants, job.rows), dict.fromkeys(job.names, Settings())
-    bank = jax.eval_shape(layout.divided, bank_shapes(job))
+    """The `Parts` that `training.loop` compiles for, with abstract arrays."""
+    layout, settings = (
+        _AbstractLayout.of(mesh_or_none(mesh), job.tenants, job.rows),
+        dict.fromkeys(job.names, Settings()),
+    )
+    bank = jax.eval_shape(layout.shard_bank, bank_shapes(job))
     schedule, state = Schedule(bank, settings, layout), TrainState.shapes(bank)
     sums = Sums.shapes(bank, layout.groups, schedule.places)
-    seating = schedule.seating(dict.fromkeys(job.names, 0), ())
-    assert seating is not None
+    step_tenants = schedule.step_tenants(dict.fromkeys(job.names, 0), ())
+    assert step_tenants is not None
     return Parts(
         backbone=backbone_shapes(job, mesh),
         layout=layout,
-        state=_placed(state, shardings(state, mesh, layout.shards)),
+        state=_with_sharding(state, shardings(state, mesh, layout.shards)),
         rules=stack_settings(bank, settings),
-        sums=_placed(sums, sums_sharding(sums, bank, mesh)),
-        slots=layout.slots(bank, seating),
+        sums=_with_sharding(sums, sums_sharding(sums, bank, mesh)),
+        slots=layout.slots(bank, step_tenants),
         places=schedule.places,
-        shapes=[step_of(job, mesh).shape],
+        shapes=[planned_step(job, mesh).shape],
         dev=False,
         remat=job.remat,
         seed=0,
@@ -177,16 +179,16 @@ def training_parts(job: Job, mesh: Mesh) -> Parts:
 
 
 def _decoding(job: Job, mesh: Mesh) -> list[Program]:
-    """Prefill and the token loop as `decoding.generate` calls them, greedy and with tenants in turn.
+    """Compiles prefill and the token loop as `decoding.generate` calls them, greedy, with tenants round-robin.
 
-    What the host hands over has no placement, and the compiler chooses one. The bank is whole on the first device; what
-    is gathered of it for the rows is where the rows are.
+    Arguments from the host have no sharding; the compiler chooses one. The bank is on the first device, and the
+    adapters that are gathered for the rows are sharded like the rows.
     """
     backbone, bank = backbone_shapes(job, mesh), bank_shapes(job)
-    of_rows = [job.names[i % job.tenants] for i in range(job.rows)]
-    rows = jax.eval_shape(lambda bank: bank.rows(of_rows), bank)
+    row_tenants = [job.names[i % job.tenants] for i in range(job.rows)]
+    rows = jax.eval_shape(lambda bank: bank.rows(row_tenants), bank)
     if mesh.size > 1:
-        rows = replace(rows, layers=_placed(rows.layers, row_sharding(mesh, job.rows)))
+        rows = replace(rows, layers=_with_sharding(rows.layers, row_sharding(mesh, job.rows)))
     context = job.config.max_position_embeddings
     t, room = loop.bucket(job.length, context), loop.bucket(job.new_tokens, context)
 
@@ -195,11 +197,11 @@ def _decoding(job: Job, mesh: Mesh) -> list[Program]:
 
     prompts = loop.Prompts(shape(jnp.int32, job.rows, t), shape(jnp.bool_, job.rows, t))
     traced = loop.prefill.trace(backbone, prompts, rows, t + room)
-    prefill, places = compiled("prefill", traced, (backbone, prompts, rows), mesh, held=shard_bytes(bank))
-    if places is None:
+    prefill, out_shardings = compiled("prefill", traced, (backbone, prompts, rows), mesh, held=shard_bytes(bank))
+    if out_shardings is None:
         return [prefill]
-    logits, state = _placed(traced.out_info, places)
+    logits, state = _with_sharding(traced.out_info, out_shardings)
     ending = loop.Ending(shape(jnp.int32, job.rows), shape(jnp.int32, EOS_SLOTS))
     traced = loop.run.trace(backbone, logits, state, Sampler(None, None), ending, prompts, room)
-    given = (backbone, logits, state, ending, prompts)
-    return [prefill, compiled("decode", traced, given, mesh, held=shard_bytes((bank, rows)))[0]]
+    args = (backbone, logits, state, ending, prompts)
+    return [prefill, compiled("decode", traced, args, mesh, held=shard_bytes((bank, rows)))[0]]

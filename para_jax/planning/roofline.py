@@ -1,4 +1,4 @@
-"""How long a job's programs take at the least, and what that rests on."""
+"""A roofline estimate of the time of a job's programs, and its assumptions."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from para_jax.planning.chips import Chip
 from para_jax.planning.compiling import Program, shard_bytes
 from para_jax.planning.job import Job
 
-# The shares of the vendor's figures that well-made programs reach.
+# The shares of the vendor's figures that efficient programs reach.
 EFFICIENCY = {"flops": 0.6, "hbm": 0.8, "links": 0.8}
 
 
 def assumptions(chip: Chip) -> dict[str, Any]:
-    """All that the estimates of time rest on."""
+    """The assumptions of the time estimates."""
     return {
         "peak_flops": chip.flops,
         "hbm_bytes_per_second": chip.hbm_rate,
@@ -23,25 +23,24 @@ def assumptions(chip: Chip) -> dict[str, Any]:
         "source": chip.source,
         "efficiency": EFFICIENCY,
         "words": [
-            "a program takes as long as the longer of its products and its memory traffic, and its collectives run "
-            "after them",
-            "memory traffic of a tuning step is the weights, once for each pass of each micro-batch, the sums of "
-            "gradients, which each micro-batch reads and writes, and in the update all that training changes; while "
-            "decoding it is the weights, all columns of the cache, and twice what the program's loops write of large "
-            "buffers; activations are left out",
-            "attention counts as if every token saw the whole row",
-            "collectives are rings along one axis of a slice that closes; what a device sends is divided by its link "
-            "rate",
-            "every row is full, and the latter half of a row to tune on is its response",
+            "a program takes the maximum of its matmul time and its memory time, and its collectives run after that",
+            "the memory traffic of a tuning step is the weights, once for each pass of each micro-batch, the sums of "
+            "gradients, which each micro-batch reads and writes, and the state of training in the update; while "
+            "decoding it is the weights, all columns of the cache, and twice the large buffers that loops write; "
+            "activations are left out",
+            "attention counts as if every token attended to the full row",
+            "collectives are rings along one axis of the slice, which wraps around; their time is the sent bytes over "
+            "the link rate",
+            "every row is full, and the second half of a tuning row is its response",
         ],
     }
 
 
 @dataclass(frozen=True)
 class Time:
-    """Seconds that one run of a program takes: a micro-batch, an update, a prefill, or one new token for every row.
+    """Seconds of one run of a program: a micro-batch, an update, a prefill, or one new token for every row.
 
-    `tokens` is None for the parts of a tuning step, of which only the step counts its tokens.
+    `tokens` is None for micro-batches and updates; tokens are counted per tuning step.
     """
 
     compute: float
@@ -59,19 +58,19 @@ class Time:
 
     @property
     def bound(self) -> str:
-        """What takes longest."""
+        """The component that takes longest."""
         return max(("compute", "memory", "collectives"), key=lambda name: getattr(self, name))
 
 
 def estimate(job: Job, program: Program, chip: Chip, backbone: Any, devices: int) -> Time:
-    """The time of one of a job's programs, of which `backbone` is the shapes with their placements."""
+    """The time of one of a job's programs. `backbone` has abstract arrays with shardings."""
     weights = read_bytes(backbone)
     read, tokens = {
-        # Forward and backward, and forward once more where nothing was kept; the sums come and go.
+        # Each pass reads the weights; the sums are read and written.
         "micro_batch": (weights * job.passes + 2 * program.aliased, None),
         "update": (program.arguments + program.aliased + program.outputs, None),
         "prefill": (weights, job.rows * job.length),
-        # Keys, values and Adjustments come back in their place; what is written is read again.
+        # Keys, values and Adjustments are updated in place; what loops write is read again.
         "decode": (weights + program.aliased + 2 * program.written, job.rows),
     }[program.name]
     sent = sum(one.count * one.sent for one in program.collectives)
@@ -84,9 +83,9 @@ def estimate(job: Job, program: Program, chip: Chip, backbone: Any, devices: int
 
 
 def read_bytes(backbone: Any) -> int:
-    """Bytes of weights that one pass reads on one device: split by `tensor`, and gathered over `fsdp`.
+    """Bytes of weights that one pass reads on one device: sharded over `tensor`, and gathered over `fsdp`.
 
-    Of embeddings apart from the head only a few rows are read.
+    Embeddings that are not tied to the head do not count, because only a few rows are read.
     """
     leaves: dict[str, Any] = named_leaves(backbone)
     return sum(_gathered(x) for name, x in leaves.items() if name != "embed" or "head" not in leaves)

@@ -1,4 +1,4 @@
-"""Which meshes and batches to try, the likeliest first."""
+"""The meshes and batches to try, the most promising first."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from para_jax.errors import ParaJaxError
 from para_jax.planning.chips import Chip
 from para_jax.planning.compiling import shard_bytes
 from para_jax.planning.job import Job
-from para_jax.planning.programs import backbone_shapes, check, step_of
+from para_jax.planning.programs import backbone_shapes, check, planned_step
 from para_jax.planning.roofline import EFFICIENCY, read_bytes
 from para_jax.sharding import make_mesh
 
@@ -23,7 +23,7 @@ class Candidate:
 
     Attributes:
       weights: bytes of the backbone on one device.
-      guess: seconds a token that cannot be avoided: products, reading weights, and sending weights and activations.
+      guess: a lower bound of seconds per token: matmuls, reading weights, and sending weights and activations.
     """
 
     job: Job
@@ -37,12 +37,12 @@ class Candidate:
 
 
 def mesh_name(mesh: Mesh) -> str:
-    """A mesh as `--mesh` takes it: `fsdp=8,tensor=2`."""
+    """A mesh in the format of `--mesh`: `fsdp=8,tensor=2`."""
     return ",".join(f"{axis}={n}" for axis, n in mesh.shape.items() if n > 1) or "data=1"
 
 
 def factors(n: int, parts: int) -> Iterator[tuple[int, ...]]:
-    """All ways to write n as a product of so many numbers, in order.
+    """All ways to write n as a product of `parts` numbers, in order.
 
     >>> list(factors(4, 2))
     [(1, 4), (2, 2), (4, 1)]
@@ -57,7 +57,7 @@ def factors(n: int, parts: int) -> Iterator[tuple[int, ...]]:
 
 
 def candidates(jobs: Sequence[Job], devices: Sequence[Any], chip: Chip) -> list[Candidate]:
-    """Every mesh of these devices that fits the backbone and the rows of a job, the fastest by a guess first.
+    """Every mesh of these devices that fits the backbone and the rows of a job, sorted by `guess`.
 
     Raises ParaJaxError, with one mesh's reason, if there is none.
     """
@@ -72,42 +72,42 @@ def candidates(jobs: Sequence[Job], devices: Sequence[Any], chip: Chip) -> list[
                 continue
             found.append(candidate(job, mesh, chip))
     if not found:
-        raise ParaJaxError(f"no mesh of {len(devices)} devices does for this; {problems[-1]}")
+        raise ParaJaxError(f"no mesh of {len(devices)} devices fits; {problems[-1]}")
     return sorted(found, key=lambda one: one.guess)
 
 
 def candidate(job: Job, mesh: Mesh, chip: Chip) -> Candidate:
-    """A job on a mesh, with what can be told of it without compiling."""
+    """A job on a mesh, with estimates that need no compilation."""
     backbone = backbone_shapes(job, mesh)
     c, read = job.config, read_bytes(backbone)
     training = job.mode == "train"
     tokens = slots = job.rows * (job.tenants * job.length if training else 1)
-    passes = turns = job.passes if training else 1
-    if training:  # groups without rows, and slots without tokens, are computed too
-        step = step_of(job, mesh)
-        slots, turns = step.slots, passes * step.micro_batches
+    passes = reads = job.passes if training else 1
+    if training:  # empty groups and padding are computed too
+        step = planned_step(job, mesh)
+        slots, reads = step.slots, passes * step.micro_batches
     fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
     compute = 2 * passes * slots * c.size / mesh.size / (chip.flops * EFFICIENCY["flops"])
-    memory = turns * read / (chip.hbm_rate * EFFICIENCY["hbm"])
-    # Weights are gathered over fsdp; over tensor, two sums of the activations a layer.
-    own_tokens = passes * slots / (mesh.shape["data"] * fsdp)
-    sums = 2 * 2 * c.num_hidden_layers * own_tokens * c.hidden_size * 2 * (tensor - 1) / tensor
-    sent = turns * read * (fsdp - 1) / fsdp + sums
+    memory = reads * read / (chip.hbm_rate * EFFICIENCY["hbm"])
+    # Weights are gathered over fsdp; over tensor, activations are summed twice per layer.
+    local_tokens = passes * slots / (mesh.shape["data"] * fsdp)
+    sums = 2 * 2 * c.num_hidden_layers * local_tokens * c.hidden_size * 2 * (tensor - 1) / tensor
+    sent = reads * read * (fsdp - 1) / fsdp + sums
     guess = max(compute, memory) + sent / (chip.link_rate * EFFICIENCY["links"])
     return Candidate(job, mesh, shard_bytes(backbone), guess / tokens)
 
 
 def remedies(job: Job, mesh: Mesh, devices: Sequence[Any], chip: Chip) -> Iterator[tuple[str, Candidate]]:
-    """Changes that take less memory, what costs least first: those that change no result, then those that do."""
+    """Changes that save memory: first those that do not change results, then those that do, the cheapest first."""
     for text, changed in _changes(job, mesh):
         try:
             check(changed, mesh)
         except ParaJaxError:
             continue
         yield text, candidate(changed, mesh, chip)
-    here = candidate(job, mesh, chip)
+    current = candidate(job, mesh, chip)
     for other in candidates([job], devices, chip):
-        if other.weights < here.weights:
+        if other.weights < current.weights:
             yield f"--mesh {other.name}", other
             return
 
@@ -116,8 +116,8 @@ def _changes(job: Job, mesh: Mesh) -> Iterator[tuple[str, Job]]:
     if job.mode == "train":
         if job.remat != "layers":
             yield "--remat layers", replace(job, remat="layers")
-        shape = step_of(job, mesh).shape
-        if shape.rows > 1:  # half of it, and the least that there is
+        shape = planned_step(job, mesh).shape
+        if shape.rows > 1:  # half, and the minimum
             for n in dict.fromkeys([shape.tokens // 2, shape.length]):
                 yield f"--micro-batch-tokens {n}", replace(job, micro_batch_tokens=n)
     elif job.rows > 1:

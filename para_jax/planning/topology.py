@@ -1,4 +1,4 @@
-"""The devices of a slice that is not here, to compile for."""
+"""Devices of a slice that does not exist here, to compile for."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from para_jax.planning.chips import Topology
 
 
 def check_jax(topology: Topology) -> None:
-    """Raises ParaJaxError if this jax cannot compile for such chips."""
+    """Raises ParaJaxError if this jax version cannot compile for these chips."""
     if topology.chip.kind == "tpu" and not compiles_ahead():
         raise ParaJaxError(
-            f"jax {jax.__version__} cannot compile for TPUs that are not here; jax 0.8 and later can: pip install "
-            '"para-jax[tpu]" in an environment of its own'
+            f"jax {jax.__version__} cannot compile for TPUs without having them; jax 0.8 and later can: pip install "
+            '"para-jax[tpu]" in a separate environment'
         )
 
 
 def environment(topology: Topology) -> dict[str, str]:
-    """What has to stand in the environment before JAX starts: no device of this machine is wanted, nor looked for.
+    """Environment variables to set before JAX starts, so that it does not look for devices of this machine.
 
-    Several processes may have the compiler for TPUs open at once.
+    They also let several processes load the TPU compiler at once.
     """
     if topology.chip.kind == "gpu":
         return {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(topology.size)}
@@ -39,10 +39,10 @@ def environment(topology: Topology) -> dict[str, str]:
 
 
 def devices(topology: Topology) -> list[Any]:
-    """Devices that programs can be compiled for and not run on, in a process that was started with `environment`.
+    """Devices to compile for, but not to run on, in a process that was started with `environment`.
 
-    For GPUs they are as many CPUs: their own compiler works beside CUDA only. Raises ParaJaxError without libtpu, or
-    for a shape that no slice has.
+    GPUs are replaced by CPU devices, because the GPU compiler needs CUDA. Raises ParaJaxError if libtpu is missing, and
+    for an invalid shape.
     """
     if topology.chip.kind == "gpu":
         return jax.devices("cpu")
@@ -57,13 +57,13 @@ def devices(topology: Topology) -> list[Any]:
     if topology.size == 1:
         options["chips_per_host_bounds"] = (1, 1, 1)
     if topology.chip.name == "v4":
-        options["chip_config_name"] = "megacore"  # both cores of a chip as one device, as Cloud TPU has them
+        options["chip_config_name"] = "megacore"  # both cores of a chip as one device, as on Cloud TPU
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **options)
     except jax.errors.JaxRuntimeError as error:
         twos = "x".join(["2"] * topology.chip.axes)
         raise ParaJaxError(
-            f"{topology.name} is no slice that there is ({error}); its sizes are those of whole hosts of four chips, "
-            f"as {topology.chip.name}:{twos} and what doubles it, or one chip"
+            f"{topology.name} is not an existing slice ({error}); slices have one chip, or hosts of four chips: "
+            f"{topology.chip.name}:{twos} and its multiples by two"
         ) from error
     return list(found.devices)

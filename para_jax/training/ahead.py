@@ -1,4 +1,4 @@
-"""The next step's batches, made in a thread while the device has the step before."""
+"""Prefetches the next step's batches in a thread while the device runs the current step."""
 
 from __future__ import annotations
 
@@ -7,36 +7,36 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, TypeVar
 
 Key = TypeVar("Key")
-Made = TypeVar("Made")
+Value = TypeVar("Value")
 
 
-class Ahead(Generic[Key, Made]):
-    """Makes one thing ahead. What comes of a key depends on the key only, so a wrong guess costs time and no more.
+class Prefetcher(Generic[Key, Value]):
+    """Computes `make(key)` for one key in advance. A wrong guess of the next key only costs time.
 
-    >>> with Ahead(lambda n: n * n) as ahead:
-    ...     ahead.begin(3)
-    ...     ahead.take(3), ahead.take(4)
+    >>> with Prefetcher(lambda n: n * n) as prefetcher:
+    ...     prefetcher.start(3)
+    ...     prefetcher.get(3), prefetcher.get(4)
     (9, 16)
     """
 
-    def __init__(self, make: Callable[[Key], Made]):
+    def __init__(self, make: Callable[[Key], Value]):
         self._make = make
-        self._thread = ThreadPoolExecutor(1, "ahead")
-        self._begun: tuple[Key, Future[Made]] | None = None
+        self._thread = ThreadPoolExecutor(1, "prefetch")
+        self._pending: tuple[Key, Future[Value]] | None = None
 
-    def begin(self, key: Key | None) -> None:
-        """Begins to make what will probably be taken next; nothing, if None."""
+    def start(self, key: Key | None) -> None:
+        """Starts to compute the value of the key that is probably needed next. None does nothing."""
         if key is not None:
-            self._begun = key, self._thread.submit(self._make, key)
+            self._pending = key, self._thread.submit(self._make, key)
 
-    def take(self, key: Key) -> Made:
-        """What comes of this key: made ahead, if it was guessed."""
-        begun, self._begun = self._begun, None
-        if begun is not None and begun[0] == key:
-            return begun[1].result()
+    def get(self, key: Key) -> Value:
+        """The value of this key: the prefetched one if the key was guessed right."""
+        pending, self._pending = self._pending, None
+        if pending is not None and pending[0] == key:
+            return pending[1].result()
         return self._make(key)
 
-    def __enter__(self) -> Ahead[Key, Made]:
+    def __enter__(self) -> Prefetcher[Key, Value]:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,9 +1,9 @@
-"""A digest of a backbone's weights, which tells a model from any other of its sizes, wherever its folder is.
+"""A digest of a backbone's weights. It identifies a model independently of its folder.
 
-Every weight counts, bit for bit. Its bits are mixed with its place in its tensor, and these 32-bit integers are summed
-over a layer's tensor, once as they are and once with a factor for the place. Integer sums are the same in any order: on
-any mesh, with layers stacked or apart, for weights that were read or made. Each device sums what it holds, so that no
-weight is moved.
+Every bit of every weight counts. The bits of a weight are mixed with its position in the tensor, and the resulting
+32-bit integers are summed over each layer's tensor, once plain and once multiplied by a factor of the position. Integer
+sums do not depend on the order, so the digest is the same on any mesh and for stacked and unstacked layers. Each device
+sums its own shards, so no weight is moved.
 """
 
 from __future__ import annotations
@@ -26,49 +26,51 @@ if TYPE_CHECKING:
 
 
 def weights_digest(backbone: Backbone) -> str:
-    """64 hexadecimal digits of all weights; of several processes all have to call it.
+    """64 hexadecimal digits. All processes must call it.
 
     >>> from para_jax import tiny_backbone_path
-    >>> apart, stacked = (Backbone.from_pretrained(tiny_backbone_path(), stacked=x) for x in (False, True))
-    >>> weights_digest(apart) == weights_digest(stacked)
+    >>> unstacked, stacked = (Backbone.from_pretrained(tiny_backbone_path(), stacked=x) for x in (False, True))
+    >>> weights_digest(unstacked) == weights_digest(stacked)
     True
     """
     lines = []
     for name, x in gather(weight_sums(backbone), backbone.mesh).items():
-        inside, _, leaf = name.rpartition(".")
-        first = inside.removeprefix("blocks.") if not backbone.stacked else ""
-        lines += [f"{leaf} {first or layer} {row.tobytes().hex()}" for layer, row in enumerate(x)]
+        parent, _, leaf = name.rpartition(".")
+        layer_name = parent.removeprefix("blocks.") if not backbone.stacked else ""
+        lines += [f"{leaf} {layer_name or layer} {row.tobytes().hex()}" for layer, row in enumerate(x)]
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 
 @jax.jit
 def weight_sums(backbone: Backbone) -> dict[str, UInt32[Array, "l 2"]]:
-    """The sums of each tensor by its name: all that is computed of the weights, in one program."""
+    """The sums of each tensor by name, in one program."""
     leaves = named_leaves(backbone)
     return {name: _sums(x, stacked=backbone.stacked and name.startswith("blocks.")) for name, x in leaves.items()}
 
 
 @partial(jax.jit, static_argnames="stacked")  # traced once for each shape
 def _sums(x: Array, stacked: bool) -> UInt32[Array, "l 2"]:
-    """The sums of each layer's tensor, or of the one tensor if it is none of a stack."""
+    """The sums of each layer of a stacked tensor, or of one unstacked tensor."""
     bits = _bits(x) if stacked else _bits(x)[None]
-    place = jnp.zeros(bits.shape, jnp.uint32)
+    position = jnp.zeros(bits.shape, jnp.uint32)
     for axis in range(1, bits.ndim):
-        place = place * np.uint32(bits.shape[axis]) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-    mixed = _mixed(bits ^ (place * np.uint32(0x9E3779B9)))
-    again = (mixed ^ (mixed >> np.uint32(15))) * (np.uint32(2) * place + np.uint32(1))
-    return jnp.stack([jnp.sum(x, axis=tuple(range(1, bits.ndim)), dtype=jnp.uint32) for x in (mixed, again)], axis=-1)
+        position = position * np.uint32(bits.shape[axis]) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+    mixed = _mixed(bits ^ (position * np.uint32(0x9E3779B9)))
+    weighted = (mixed ^ (mixed >> np.uint32(15))) * (np.uint32(2) * position + np.uint32(1))
+    return jnp.stack(
+        [jnp.sum(x, axis=tuple(range(1, bits.ndim)), dtype=jnp.uint32) for x in (mixed, weighted)], axis=-1
+    )
 
 
 def _bits(x: Array) -> UInt32[Array, "..."]:
-    """The bits of each number."""
+    """The bits of each element."""
     if jnp.issubdtype(x.dtype, jnp.integer):
         return jax.lax.bitcast_convert_type(x.astype(jnp.int32), jnp.uint32)
     return jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
 
 
 def _mixed(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
-    """Each number's bits spread over all 32, one to one (the last step of MurmurHash3)."""
+    """The finalizer of MurmurHash3, a bijection on 32-bit integers."""
     x = (x ^ (x >> np.uint32(16))) * np.uint32(0x85EBCA6B)
     x = (x ^ (x >> np.uint32(13))) * np.uint32(0xC2B2AE35)
     return x ^ (x >> np.uint32(16))

@@ -1,4 +1,4 @@
-"""Fine-tuning, from what a person has: a model, rows by tenant, methods by name."""
+"""`finetune`: from a model, rows by tenant and methods by name to tuned adapters."""
 
 from __future__ import annotations
 
@@ -58,50 +58,50 @@ def finetune(
     show: Callable[[str], None] = print,
     loggers: Iterable[Logger] = (),
 ) -> AdapterBank:
-    """Tunes an adapter for every tenant, many in one step, over one frozen model.
+    """Tunes one adapter per tenant on one frozen model, many tenants in one step.
 
-    All programs are planned from the lengths of the rows, said, and compiled side by side before the first step ends;
-    nothing is compiled afterwards.
+    All programs are planned from the lengths of the rows and compiled in parallel before the first step ends; nothing
+    is compiled afterwards.
 
     Args:
-      model: a checkpoint's folder or hub id, which is split over all accelerators; or a backbone, on its own mesh. With
-        its layers stacked (`stacked=True`) one layer is compiled and not all of them. While a backbone is being read
-        (`Loading`), the programs are compiled already.
+      model: a checkpoint's folder or hub id, which is sharded over all accelerators; or a backbone on its own mesh.
+        Stacked layers (`stacked=True`) compile faster: one layer is compiled instead of all. With a backbone that is
+        still being read (`Loading`), compilation overlaps with reading.
       tenants: each tenant's rows: a source (`read_rows`) such as "mail.jsonl", or a mixture of sources
         "0.7*mail.jsonl+0.3*faq.jsonl"; a list of {"prompt", "response"}; or examples (`encode_rows`).
       out: a folder; afterwards it holds NAME/ with each tenant's adapter, metrics.jsonl, loss.png, report.html,
         report.json, run.json and checkpoints/.
-      methods: of all tenants or by tenant: a name ("para", "lora", "ia3"), a config such as LoraConfig(r=16), or a JSON
-        file of one. Or a bank of adapters, which are tuned on.
-      settings: of all tenants or by tenant.
-      dev: rows that a tenant does not learn from, for some or all tenants. Of a tenant with dev rows the adapter that
-        was best on them is kept, and written as soon as it is found; `Settings` says when to look, and when to stop.
-      tokenizer: that the rows are read with; by default the model's own.
-      max_length: the most tokens of a row; by default the backbone's context.
+      methods: for all tenants, or by tenant: a name ("para", "lora", "ia3"), a config such as LoraConfig(r=16), or a
+        JSON file with a config. Or a bank of adapters to tune further.
+      settings: for all tenants, or by tenant.
+      dev: held-out rows for some or all tenants. A tenant with dev rows keeps the adapter with the lowest dev loss,
+        which is written as soon as it is found. `Settings` says when dev rows are evaluated, and when a tenant stops.
+      tokenizer: encodes the rows; by default the model's own.
+      max_length: the maximum number of tokens of a row; by default the backbone's context.
       truncate, allow_special_tokens: as for `encode_rows`.
-      templates: by tenant, what makes prompts of a source's columns (`read_rows`).
-      chat_templates: by tenant, the text of a chat template to use in place of the tokenizer's; kept with the adapter.
+      templates: by tenant, a template that makes prompts from a source's columns (`read_rows`).
+      chat_templates: by tenant, the text of a chat template that replaces the tokenizer's; saved with the adapter.
       data_dir: where TFDS keeps its data.
-      rows: each tenant's rows in a step.
-      micro_batch_tokens: the most token slots of a micro-batch on a device; 1024 on a CPU and 8192 on accelerators, if
-        None. A step is as many micro-batches as its rows need, whose gradients are summed in float32.
-      tenants_per_step: how many tenants a step holds at most; all, if None.
-      spread: whether the tenants are spread over a mesh's devices, or whole on each of them (`places.Layout`).
-      remat: what the backward pass computes again instead of keeping it (`Backbone.forward`); by default "layers" on
-        accelerators and "products" on a CPU.
-      seed: of the first weights and of the order of the rows.
-      checkpoint_every: steps between checkpoints; there is one at the end, and at Ctrl-C or SIGTERM.
-      keep: how many checkpoints are kept, the newest; two or more, because the newest may be lost with its machine.
-      resume: go on from the newest checkpoint in `out`, bit for bit as if the run had never stopped; on another mesh
-        to rounding, with the same rows. Where there is no checkpoint, the run begins.
+      rows: the number of rows of each tenant in a step.
+      micro_batch_tokens: the maximum number of token slots of a micro-batch on a device; by default 1024 on a CPU and
+        8192 on accelerators. A step runs as many micro-batches as its rows need and sums their gradients in float32.
+      tenants_per_step: the maximum number of tenants in a step; by default all.
+      spread: whether tenants are sharded over a mesh's devices, or replicated (`places.TenantLayout`).
+      remat: what the backward pass recomputes (`Backbone.forward`); by default "layers" on accelerators and "products"
+        on a CPU.
+      seed: seeds the initial weights and the order of the rows.
+      checkpoint_every: steps between checkpoints. Checkpoints are also written at the end, and at Ctrl-C or SIGTERM.
+      keep: how many of the newest checkpoints are kept; two or more, because a machine that dies may lose the newest.
+      resume: continue from the newest checkpoint in `out`, with bit-identical results, or on another mesh with the same
+        rows and results up to rounding. Without a checkpoint the run starts from the beginning.
       overwrite: replace an existing `out`.
-      show: takes a line of progress.
-      loggers: take each line of metrics.jsonl, in the main process.
+      show: is called with each line of progress.
+      loggers: are called with each line of metrics.jsonl, in the main process.
 
     Returns the bank after the last step. Raises ParaJaxError for rows, methods or settings that are not as described;
-    if `out` exists and neither `resume` nor `overwrite` is set, or holds a run with other data or settings; if a
-    tenant's gradient was NaN or infinite, when all others are done and saved; if a program does not fit into memory.
-    Raises Interrupted at Ctrl-C, when everything is saved.
+    if `out` exists and neither `resume` nor `overwrite` is set; if `out` holds a run with other data or settings; if a
+    tenant's gradient was NaN or infinite, after all other tenants are done and saved; if a program does not fit into
+    memory. Raises Interrupted at Ctrl-C, after everything is saved.
 
     >>> from tempfile import TemporaryDirectory
     >>> from para_jax import Settings, finetune, tiny_backbone_path
@@ -112,7 +112,7 @@ def finetune(
     ...     sorted(path.name for path in Path(out, "faq").iterdir())
     ['adapter_config.json', 'adapter_model.safetensors']
     """
-    names, dev = tuple(tenants), {name: own for name, own in (dev or {}).items() if own}
+    names, dev = tuple(tenants), {name: rows for name, rows in (dev or {}).items() if rows}
     templates, chat_templates = templates or {}, chat_templates or {}
     for what, by_name in (("dev", dev), ("templates", templates), ("chat_templates", chat_templates)):
         _check_names(what, by_name, names)
@@ -135,8 +135,8 @@ def finetune(
     loading = Loading.of(model)
     config = loading.shapes.config
     configs = _configs(methods, names)
-    # Raises for a module that is none, before rows are read.
-    sizes = dict.fromkeys(f"{of.method} {of.size(config):,}" for of in configs.values())
+    # Raises for unknown modules, before rows are read.
+    sizes = dict.fromkeys(f"{method.method} {method.size(config):,}" for method in configs.values())
     if tokenizer is None and isinstance(model, str | Path):
         tokenizer = load_tokenizer(model)
     if tokenizer is not None:
@@ -151,19 +151,20 @@ def finetune(
         show=tuning.show,
     )
 
-    def read(some: Mapping[str, Source]) -> dict[str, Sequence[Example]]:
-        """The examples of each tenant; of several processes each reads some tenants' rows."""
+    def read(sources: Mapping[str, Source]) -> dict[str, Sequence[Example]]:
+        """The examples of each tenant. The processes of a run share the work."""
 
-        def of(name: str) -> Sequence[Example]:
-            own, one_pass = reader.with_chat_template(chat_templates.get(name)), not configs[name].reads_prompt
-            return own(name, some[name], templates.get(name), one_pass)
+        def read_one(name: str) -> Sequence[Example]:
+            read_rows = reader.with_chat_template(chat_templates.get(name))
+            return read_rows(name, sources[name], templates.get(name), one_pass=not configs[name].reads_prompt)
 
-        made = share_work({name: partial(of, name) for name, own in some.items() if not are_examples(own)})
-        return {name: made[name] if name in made else of(name) for name in some}
+        work = {name: partial(read_one, name) for name, source in sources.items() if not are_examples(source)}
+        examples = share_work(work)
+        return {name: examples[name] if name in examples else read_one(name) for name in sources}
 
     examples = read(tenants)
-    settings_of = {name: tuning.settings[name].of_rows(len(examples[name]), rows) for name in names}
-    tuning = replace(tuning, examples=examples, dev=read(dev), settings=settings_of)
+    settings_by_name = {name: tuning.settings[name].of_rows(len(examples[name]), rows) for name in names}
+    tuning = replace(tuning, examples=examples, dev=read(dev), settings=settings_by_name)
     tuning.show(_summary(tuning, loading.shapes, sizes))
     bank = methods if isinstance(methods, AdapterBank) else AdapterBank.create(configs, config, seed)
     return train(loading, bank, tuning)
@@ -175,12 +176,12 @@ def _configs(methods: Method | Mapping[str, Method] | AdapterBank, names: Sequen
         by_name: dict[str, Any] = _by_name("methods", methods, names, "para")
         return {name: config_of(method) for name, method in by_name.items()}
     if set(methods.names) != set(names):
-        raise ParaJaxError("the bank and the rows have to be of the same tenants")
+        raise ParaJaxError("the bank and the rows must have the same tenants")
     return {name: methods.find(name)[0].config for name in names}
 
 
 def _by_name(what: str, given: T | Mapping[str, T], names: Sequence[str], default: T) -> dict[str, T]:
-    """A value for each tenant, of one for all or of some by name."""
+    """A value for each tenant, from one value for all or from values by name."""
     if not isinstance(given, Mapping):
         return dict.fromkeys(names, given)
     _check_names(what, given, names)
@@ -194,7 +195,7 @@ def _check_names(what: str, given: Mapping[str, Any], names: Sequence[str]) -> N
 
 
 def _summary(tuning: Tuning, backbone: Backbone, sizes: Iterable[str]) -> str:
-    """What is tuned, in a line."""
+    """One line about what is tuned."""
     rows = sum(map(len, tuning.examples.values()))
     mesh = "" if backbone.mesh is None else f" on {', '.join(f'{k}={v}' for k, v in backbone.mesh.shape.items())}"
     return (

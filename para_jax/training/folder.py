@@ -1,4 +1,4 @@
-"""The folder of a run: its files, and what it is a run of."""
+"""The folder of a run: the names of its files, and the description of the run."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ from para_jax.training.tuning import Tuning
 
 RUN, METRICS, PLOT, CHECKPOINTS = "run.json", "metrics.jsonl", "loss.png", "checkpoints"
 REPORT, REPORT_PAGE = "report.json", "report.html"
-BEST = "best"  # in a checkpoint: the adapters that were best on dev rows
+BEST = "best"  # in a checkpoint: the adapters with the lowest dev loss
 TENSORBOARD, WANDB, PROFILE = "tensorboard", "wandb", "profile"
-TAKEN = (RUN, METRICS, PLOT, CHECKPOINTS, REPORT, REPORT_PAGE, TENSORBOARD, WANDB, PROFILE)
-LONGEST = 230  # bytes of a tenant's name; file systems have 255 for a folder's
+RESERVED = (RUN, METRICS, PLOT, CHECKPOINTS, REPORT, REPORT_PAGE, TENSORBOARD, WANDB, PROFILE)
+LONGEST = 230  # bytes of a tenant's name; file systems allow 255 for a folder's name
 
 
 def check_name(name: str) -> None:
-    """Raises ParaJaxError unless a tenant's name can be a folder's beside the run's own files."""
+    """Raises ParaJaxError unless a tenant's name can be a folder's name in a run's folder."""
     check_text(f"tenant name {name!a}", name)
-    # A folder that is not complete yet has 20 letters more in its name.
+    # The temporary name of a folder is 20 characters longer.
     fits = name == Path(name).name and name.isprintable() and len(name.encode()) <= LONGEST
-    if not name or not fits or name.startswith(".") or name in TAKEN:
+    if not name or not fits or name.startswith(".") or name in RESERVED:
         raise ParaJaxError(f"tenant name {name!r} cannot be a folder's name; choose another")
 
 
 def describe(backbone: Backbone, bank: AdapterBank, tuning: Tuning) -> dict[str, Any]:
-    """All that a run's result depends on, as JSON."""
+    """Everything that the result of a run depends on, as JSON."""
     run = {
         "rows": tuning.rows,
         "micro_batch_tokens": tuning.micro_batch_tokens,
@@ -67,7 +67,7 @@ def _tenant(name: str, bank: AdapterBank, tuning: Tuning) -> dict[str, Any]:
 
 
 def fingerprint(rows: Sequence[Example]) -> str:
-    """A hash of all ids, targets and lengths, and of how they are divided into sources; the same in every form.
+    """A hash of all ids, targets and lengths by source. It does not depend on how examples are stored.
 
     >>> rows = [Example.of([5, 6], [7, 0]), Example.of([8], [0])]
     >>> fingerprint(rows) == fingerprint(Examples.of(rows)) != fingerprint(rows[:1])
@@ -75,8 +75,8 @@ def fingerprint(rows: Sequence[Example]) -> str:
     """
     digest = hashlib.sha256()
     for source in sources_of(rows):
-        own = Examples.of(source).compact()
-        digest.update(len(own).to_bytes(8, "little"))
-        for x in (own.lengths, own.prompt_lengths, own.ids, own.targets):
+        examples = Examples.of(source).compact()
+        digest.update(len(examples).to_bytes(8, "little"))
+        for x in (examples.lengths, examples.prompt_lengths, examples.ids, examples.targets):
             digest.update(np.ascontiguousarray(x, "<i4").data)
     return digest.hexdigest()

@@ -1,7 +1,7 @@
-"""Watching a run while it goes on: TensorBoard, Weights & Biases, and a profile of some steps.
+"""Loggers for a running job: TensorBoard, Weights & Biases, and a profile of some steps.
 
-Each is a function of a metrics line, as `finetune(..., loggers=...)` calls it in the first process, and is closed at
-the end. What they write lies in the run's folder.
+A logger is called with each metrics line (`finetune(..., loggers=...)`) in the main process, and is closed at the end.
+Loggers write into the run's folder.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ import jax
 from para_jax.compat import unregister_event_duration_listener
 from para_jax.errors import ParaJaxError, unknown
 from para_jax.files import write_text
-from para_jax.mounts import RESUME, naming
+from para_jax.mounts import RESUME, explain_os_errors
 from para_jax.training.folder import PROFILE, TENSORBOARD, WANDB
 
-# Steps in a row that compile nothing before a profile begins: rows of another length are another program.
+# A profile starts after this many consecutive steps without compilation.
 QUIET = 2
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 class Logger(Protocol):
-    """Takes each line of metrics.jsonl, and is closed at the end."""
+    """Is called with each line of metrics.jsonl, and is closed at the end."""
 
     def __call__(self, line: Mapping[str, Any]) -> None: ...
 
@@ -36,7 +36,7 @@ class Logger(Protocol):
 
 
 class Loggers:
-    """Those of some kinds ("tensorboard", "wandb") and, with `profile` above zero, a profile of so many steps.
+    """Loggers of the given kinds ("tensorboard", "wandb"), and a profile of `profile` steps if that is above zero.
 
     Nothing is written before the first line, so `out` need not exist. Raises ParaJaxError for an unknown kind or a
     package that is not installed.
@@ -44,31 +44,31 @@ class Loggers:
     >>> with Loggers([], "runs/first", profile=5) as loggers:  # finetune(..., loggers=loggers)
     ...     [type(logger).__name__ for logger in loggers]
     ['Profile']
-    no profile was made: it waits for 2 steps that compile nothing, which the 0 steps of this run did not have
+    no profile was made: it starts after 2 steps in a row without compilation, and this run took 0 steps
     """
 
     def __init__(
         self, kinds: Sequence[str], out: str | Path, profile: int = 0, show: Callable[[str], None] = print
     ) -> None:
-        self._made: list[Logger] = []
+        self._loggers: list[Logger] = []
         for kind in dict.fromkeys(kinds):
             if kind not in KINDS:
                 raise unknown("logger", kind, KINDS)
-            self._made.append(KINDS[kind](Path(out)))
+            self._loggers.append(KINDS[kind](Path(out)))
         if profile < 0:
-            raise ParaJaxError(f"a profile is of 1 step or more, not {profile}")
+            raise ParaJaxError(f"a profile needs 1 step or more, not {profile}")
         if profile:
-            self._made.append(Profile(Path(out), profile, show))
+            self._loggers.append(Profile(Path(out), profile, show))
 
     def __iter__(self) -> Iterator[Logger]:
-        return iter(self._made)
+        return iter(self._loggers)
 
     def __enter__(self) -> Loggers:
         return self
 
     def __exit__(self, *_: object) -> None:
         with ExitStack() as stack:
-            for logger in self._made:
+            for logger in self._loggers:
                 stack.callback(logger.close)
 
 
@@ -76,25 +76,26 @@ class Scalars:
     """A metrics line as scalars by name: loss/NAME, dev_loss/NAME, grad_norm/NAME, lr/NAME, tokens_per_second."""
 
     def __init__(self) -> None:
-        self._before: float | None = None
+        self._last: float | None = None
 
     def __call__(self, line: Mapping[str, Any]) -> dict[str, float]:
-        """A step's time is that since the last line; the first line has none.
+        """The scalars of a line. A step's time is the time since the previous line; the first line has none.
 
         >>> Scalars()({"step": 1, "tokens": 64, "loss": {"acme": 2.5}, "lr": {"acme": 1e-3}})
         {'loss/acme': 2.5, 'lr/acme': 0.001}
         """
-        now, before = time.monotonic(), self._before
-        self._before = now
-        named = {f"{key}/{name}": x for key, of in line.items() if isinstance(of, Mapping) for name, x in of.items()}
-        return named if before is None else {**named, "tokens_per_second": line["tokens"] / (now - before)}
+        now, last = time.monotonic(), self._last
+        self._last = now
+        by_tenant = {key: values for key, values in line.items() if isinstance(values, Mapping)}
+        scalars = {f"{key}/{name}": x for key, values in by_tenant.items() for name, x in values.items()}
+        return scalars if last is None else {**scalars, "tokens_per_second": line["tokens"] / (now - last)}
 
 
 class TensorBoard:
     """Event files in OUT/tensorboard.
 
-    A resumed run writes a file of its own, which says at which step it begins; TensorBoard drops what an earlier file
-    has from there on, so no step is drawn twice.
+    A resumed run writes a new file with its first step (`purge_step`); TensorBoard then drops later steps of older
+    files, so no step is drawn twice.
     """
 
     def __init__(self, out: Path):
@@ -105,26 +106,26 @@ class TensorBoard:
     def __call__(self, line: Mapping[str, Any]) -> None:
         from tensorboardX import SummaryWriter
 
-        with naming(self._folder, again=RESUME):
+        with explain_os_errors(self._folder, again=RESUME):
             if self._writer is None:
                 step = line["step"]
-                # A file is named by its second, in which a run may end and be resumed.
+                # File names have a resolution of one second; a run may end and resume within it.
                 self._writer = SummaryWriter(str(self._folder), purge_step=step, filename_suffix=f".{step:09}")
             for name, value in self._scalars(line).items():
                 self._writer.add_scalar(name, value, line["step"])
-            # A run that is killed goes on behind its last checkpoint, and would not write these again.
+            # A resumed run continues after its last checkpoint and does not write these again.
             self._writer.flush()
 
     def close(self) -> None:
         if self._writer is not None:
-            with naming(self._folder, again=RESUME):
+            with explain_os_errors(self._folder, again=RESUME):
                 self._writer.close()
 
 
 class WeightsAndBiases:
-    """A run of the project para-jax at Weights & Biases, or as its own environment variables say.
+    """A run in the project para-jax at Weights & Biases; environment variables such as WANDB_PROJECT override it.
 
-    Its id is kept in OUT/wandb, so that a resumed run goes on there; a step that is there already is dropped.
+    The run's id is kept in OUT/wandb, so that a resumed run continues it. Steps that were logged already are dropped.
     """
 
     def __init__(self, out: Path):
@@ -134,26 +135,26 @@ class WeightsAndBiases:
 
     def __call__(self, line: Mapping[str, Any]) -> None:
         if self._run is None:
-            self._run = self._begin()
+            self._run = self._start()
         self._run.log(self._scalars(line), step=line["step"])
 
-    def _begin(self) -> Any:
+    def _start(self) -> Any:
         import os
 
         import wandb
 
-        kept = self._out / WANDB / "id"
-        if not kept.is_file():
-            write_text(kept, uuid.uuid4().hex[:12])
+        id_file = self._out / WANDB / "id"
+        if not id_file.is_file():
+            write_text(id_file, uuid.uuid4().hex[:12])
         project = os.environ.get("WANDB_PROJECT", "para-jax")
         try:
             return wandb.init(
-                project=project, name=self._out.name, dir=self._out, id=kept.read_text().strip(), resume="allow"
+                project=project, name=self._out.name, dir=self._out, id=id_file.read_text().strip(), resume="allow"
             )
         except wandb.errors.Error as error:
             reason = str(error).splitlines()[0]
             raise ParaJaxError(
-                f"Weights & Biases did not begin a run ({reason}); log in with `wandb login`, or set "
+                f"Weights & Biases did not start a run ({reason}); log in with `wandb login`, or set "
                 "WANDB_MODE=offline and send it later with `wandb sync`"
             ) from error
 
@@ -163,7 +164,7 @@ class WeightsAndBiases:
 
 
 class Profile:
-    """A trace of some steps in OUT/profile, made by jax.profiler, once `QUIET` steps in a row have compiled nothing."""
+    """A jax.profiler trace in OUT/profile, started after `QUIET` consecutive steps without compilation."""
 
     def __init__(self, out: Path, steps: int, show: Callable[[str], None] = print):
         self._folder, self._steps, self._show = out / PROFILE, steps, show
@@ -171,10 +172,10 @@ class Profile:
         self._state: Literal["new", "waiting", "tracing", "closed"] = "new"
 
     def __call__(self, line: Mapping[str, Any]) -> None:
-        # A line is of the step before the one that the device is at.
+        # Lines are one step behind the device.
         self._lines += 1
         if self._state == "new":
-            jax.monitoring.register_event_duration_secs_listener(self._heard)
+            jax.monitoring.register_event_duration_secs_listener(self._on_event)
             self._state = "waiting"
         elif self._state == "waiting":
             self._quiet += 1
@@ -188,7 +189,7 @@ class Profile:
             if self._traced == self._steps:
                 self.close()
 
-    def _heard(self, event: str, duration_secs: float, **_: Any) -> None:
+    def _on_event(self, event: str, duration_secs: float, **_: Any) -> None:
         if event == COMPILED:
             self._quiet = -1
 
@@ -199,17 +200,17 @@ class Profile:
             self._show(f"profile of {self._traced} steps in {self._folder}; open it with xprof")
         elif state != "closed":
             self._show(
-                f"no profile was made: it waits for {QUIET} steps that compile nothing, which the {self._lines} steps "
-                "of this run did not have"
+                f"no profile was made: it starts after {QUIET} steps in a row without compilation, and this run took "
+                f"{self._lines} steps"
             )
         if state in ("waiting", "tracing"):
-            unregister_event_duration_listener(self._heard)
+            unregister_event_duration_listener(self._on_event)
 
 
 KINDS: dict[str, Callable[[Path], Logger]] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
 
 
 def need(module: str, what: str) -> None:
-    """Raises ParaJaxError, with how to install it, unless there is such a module."""
+    """Raises ParaJaxError, with the command that installs it, if a module is missing."""
     if find_spec(module) is None:
         raise ParaJaxError(f"{what} needs {module}, which is not installed; pip install {module}")

@@ -1,4 +1,4 @@
-"""What a run reports: a line of JSON a step, a line of text now and then, and a picture of the losses."""
+"""Metrics of a run: a JSON line for each step, progress lines, and a plot of the losses."""
 
 from __future__ import annotations
 
@@ -12,55 +12,54 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from para_jax.files import Growing, replacing
-from para_jax.mounts import RESUME, naming
+from para_jax.files import AppendFile, replacing
+from para_jax.mounts import RESUME, explain_os_errors
 from para_jax.progress import duration
 
 
 class MetricsFile:
     """A JSONL file with a line for each step: {"step", "tokens", "loss": {tenant: value}, "grad_norm", "lr"}.
 
-    They are of the tenants whose turn it was. With dev rows some have "dev_loss" too. What is no number is null.
-    Nothing is written before the first line.
+    A line has the tenants of its step, and "dev_loss" after an evaluation. NaN and infinite values are null. The file
+    is not created before the first line.
     """
 
     def __init__(
         self, path: Path, done: int = 0, more: Iterable[Path] = (), show: Callable[[str], None] = lambda line: None
     ):
-        """Keeps the lines of the first `done` steps, which a resumed run goes on from.
+        """Keeps the lines of the first `done` steps of a resumed run.
 
-        Lines that were lost with a machine come from `more` files, those of checkpoints; those that are nowhere are
-        said.
+        Lines that a machine lost are restored from `more` files, those in checkpoints. Missing lines are reported.
         """
         self.path, self._new = path, b""
-        self._file: Growing | None = None
+        self._file: AppendFile | None = None
         if done:
-            there = path.read_bytes() if path.exists() else b""
-            kept = b"".join(line for step, line in _lines(there) if step <= done)
+            existing = path.read_bytes() if path.exists() else b""
+            kept = b"".join(line for step, line in _lines(existing) if step <= done)
             lines = {step: line for file in more for step, line in _lines(file.read_bytes())} | dict(_lines(kept))
-            whole = b"".join(line for step, line in sorted(lines.items()) if step <= done)
-            if lost := done - whole.count(b"\n"):
+            restored = b"".join(line for step, line in sorted(lines.items()) if step <= done)
+            if lost := done - restored.count(b"\n"):
                 show(f"{path} has lost the lines of {lost} of the {done} steps")
-            at = len(kept) if there.startswith(kept) and whole.startswith(kept) else 0
-            with naming(path, again=RESUME):
-                self._open(at).write(whole[at:])
+            at = len(kept) if existing.startswith(kept) and restored.startswith(kept) else 0
+            with explain_os_errors(path, again=RESUME):
+                self._open(at).write(restored[at:])
 
     def write(self, line: Mapping[str, Any]) -> None:
         data = (json.dumps(_finite(line)) + "\n").encode()
-        with naming(self.path, again=RESUME):
+        with explain_os_errors(self.path, again=RESUME):
             (self._file or self._open(0)).write(data)
         self._new += data
 
-    def settle(self) -> bytes:
-        """Closes the file, and goes on. Returns the lines since it did so before."""
+    def flush(self) -> bytes:
+        """Makes the file durable (`AppendFile.reopen`). Returns the lines since the previous call."""
         new, self._new = self._new, b""
         if self._file is not None:
-            with naming(self.path, again=RESUME):
-                self._file.settle()
+            with explain_os_errors(self.path, again=RESUME):
+                self._file.reopen()
         return new
 
-    def _open(self, keep: int) -> Growing:
-        self._file = Growing(self.path, keep)
+    def _open(self, keep: int) -> AppendFile:
+        self._file = AppendFile(self.path, keep)
         return self._file
 
     def __enter__(self) -> MetricsFile:
@@ -68,12 +67,12 @@ class MetricsFile:
 
     def __exit__(self, *error: Any) -> None:
         if self._file is not None:
-            with naming(self.path, again=RESUME):
+            with explain_os_errors(self.path, again=RESUME):
                 self._file.__exit__(*error)
 
 
 def _lines(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Each line, with its step; one that a kill cut off is left out."""
+    """Each line with its step. A line that a kill truncated is skipped."""
     for line in data.splitlines(keepends=True):
         with suppress(ValueError):
             if line.endswith(b"\n"):
@@ -87,14 +86,14 @@ def _finite(value: Any) -> Any:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; one that a kill cut off is left out."""
+    """The lines of a metrics file. A line that a kill truncated is skipped."""
     return [json.loads(line) for _, line in _lines(path.read_bytes())]
 
 
 class Progress:
-    """Prints how far a run is: step, tokens a second, time left, and each tenant's loss.
+    """Prints the progress of a run: step, tokens per second, time left, and each tenant's loss.
 
-    `steps`, `tokens` and `seconds` are those of this process behind its first step, which compiles.
+    `steps`, `tokens` and `seconds` count this process's steps after its first step, which compiles.
     """
 
     def __init__(self, done: int, show: Callable[[str], None], every: float = 5.0):
@@ -104,10 +103,10 @@ class Progress:
         self.compiling = True
 
     def update(self, step: int, total: int, tokens: int, losses: dict[str, float]) -> None:
-        """After a step of `total`, as far as is known; prints if it is time."""
+        """Records a step of about `total`; prints a line every few seconds."""
         now = time.monotonic()
         if self.compiling:
-            # The first step compiles; its time says nothing about the others.
+            # The first step compiles, so it is not timed.
             self.compiling, self.began, self.first = False, now, step
             tokens = 0
         self.tokens += tokens
@@ -124,24 +123,24 @@ class Progress:
 
 
 def can_draw(show: Callable[[str], None]) -> bool:
-    """Whether there is matplotlib to draw with; says so if not. A run does not fail at its end for a picture."""
+    """Whether matplotlib is installed; reports it if not. A missing plot does not fail a run."""
     if importlib.util.find_spec("matplotlib") is not None:
         return True
-    show("no picture was drawn, because matplotlib is not installed: pip install matplotlib")
+    show("the losses were not plotted, because matplotlib is not installed: pip install matplotlib")
     return False
 
 
 def plot_losses(lines: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draws every tenant's loss against the step (`loss_figure`), if there are any lines."""
+    """Plots every tenant's loss over the steps (`loss_figure`), if there are any lines."""
     if lines:
         save_figure(loss_figure(lines), path)
 
 
 def loss_figure(lines: Sequence[dict[str, Any]]) -> Any:
-    """A matplotlib figure of every tenant's loss: thin at each step, thick as a moving average, dotted on dev rows.
+    """A matplotlib figure of every tenant's loss: thin per step, thick as a moving average, dotted on dev rows.
 
-    The axis is logarithmic if the losses, all above zero, differ more than tenfold: the first steps' are often so large
-    that nothing would be seen of the others.
+    The axis is logarithmic if all losses are positive and differ by more than a factor of ten: the first losses are
+    often so large that the others would be unreadable.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator
@@ -152,19 +151,19 @@ def loss_figure(lines: Sequence[dict[str, Any]]) -> Any:
     width = max(1, len(lines) // 20)
     drawn = []
     for i, name in enumerate(names):
-        own = [line for line in lines if line["loss"].get(name) is not None]
-        steps, losses = [line["step"] for line in own], [line["loss"][name] for line in own]
+        points = [(line["step"], line["loss"][name]) for line in lines if line["loss"].get(name) is not None]
+        steps, losses = [step for step, _ in points], [loss for _, loss in points]
         drawn += losses
         if len(names) <= 10:
             axes.plot(steps, losses, color=f"C{i}", alpha=0.35, linewidth=0.8)
         smooth = [fmean(losses[max(0, j - width + 1) : j + 1]) for j in range(len(losses))]
         axes.plot(steps, smooth, color=f"C{i % 10}", label=name if len(names) <= 20 else None)
-        looks = [(line["step"], line["dev_loss"][name]) for line in lines if (line.get("dev_loss") or {}).get(name)]
-        if looks and len(names) <= 20:
-            axes.plot(*zip(*looks, strict=True), color=f"C{i % 10}", linestyle=":", marker="o", markersize=3)
-    said = ["thin: each step"] * (len(names) <= 10) + [f"thick: mean of {width} steps"]
-    said += ["dotted: dev rows"] * (any(line.get("dev_loss") for line in lines) and len(names) <= 20)
-    axes.set(xlabel=f"step ({', '.join(said)})", ylabel="loss (cross-entropy, nats per response token)")
+        dev = [(line["step"], line["dev_loss"][name]) for line in lines if (line.get("dev_loss") or {}).get(name)]
+        if dev and len(names) <= 20:
+            axes.plot(*zip(*dev, strict=True), color=f"C{i % 10}", linestyle=":", marker="o", markersize=3)
+    legend = ["thin: each step"] * (len(names) <= 10) + [f"thick: mean of {width} steps"]
+    legend += ["dotted: dev rows"] * (any(line.get("dev_loss") for line in lines) and len(names) <= 20)
+    axes.set(xlabel=f"step ({', '.join(legend)})", ylabel="loss (cross-entropy, nats per response token)")
     if drawn and 0 < 10 * min(drawn) < max(drawn):
         axes.set_yscale("log", subs=())
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -178,6 +177,6 @@ def loss_figure(lines: Sequence[dict[str, Any]]) -> Any:
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """Writes a matplotlib figure as a PNG, whole or not at all."""
+    """Writes a matplotlib figure as a PNG, atomically."""
     with replacing(path) as file:
         figure.savefig(file, dpi=120, format="png")

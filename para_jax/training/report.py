@@ -1,4 +1,4 @@
-"""The report of a run: report.json for machines, and report.html, one file that needs no other, for people."""
+"""The report of a run: report.json for programs, and report.html, one self-contained file, for people."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from para_jax.training.metrics import Progress
 from para_jax.training.settings import Settings
 
 if TYPE_CHECKING:
-    from para_jax.training.watch import Watched
+    from para_jax.training.watch import DevStatus
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 64rem; margin: 2rem auto; padding: 0 1rem }
@@ -40,18 +40,19 @@ def write_report(
     backbone: Backbone,
     bank: AdapterBank,
     settings: Mapping[str, Settings],
-    watched: Mapping[str, Watched],
-    taken: Mapping[str, int],
+    dev: Mapping[str, DevStatus],
+    steps_taken: Mapping[str, int],
     failed: Mapping[str, int],
     progress: Progress,
 ) -> None:
-    """Writes both files into a run's folder, which has loss.png already; those of an earlier part of it are replaced.
+    """Writes both files into a run's folder, which already has loss.png. Existing files are replaced.
 
     Args:
-      lines: of metrics.jsonl.
-      watched: what is known of the tenants with dev rows.
-      taken, failed: each tenant's own steps, and the run's step at which its gradient was no number, or 0.
-      progress: which knows how fast it went.
+      lines: the lines of metrics.jsonl.
+      dev: the evaluations of the tenants with dev rows.
+      steps_taken: the number of steps of each tenant.
+      failed: the run's step at which a tenant's gradient was NaN or infinite, or 0.
+      progress: has the throughput.
     """
     configs = {name: group.config for group in bank.groups for name in group.names}
     report = {
@@ -67,7 +68,7 @@ def write_report(
         "memory": peak_memory(),
         "tenants": {
             name: tenant(
-                name, lines, backbone, configs[name], settings[name], watched.get(name), taken[name], failed[name]
+                name, lines, backbone, configs[name], settings[name], dev.get(name), steps_taken[name], failed[name]
             )
             for name in settings
         },
@@ -78,7 +79,7 @@ def write_report(
 
 
 def throughput(progress: Progress) -> dict[str, Any]:
-    """Of the last process that ran the run, without its first step, which compiles."""
+    """The throughput of the last process of the run, without its first step, which compiles."""
     rate = progress.tokens / progress.seconds if progress.steps else None
     return {
         "steps": progress.steps,
@@ -88,7 +89,7 @@ def throughput(progress: Progress) -> dict[str, Any]:
 
 
 def peak_memory() -> dict[str, Any]:
-    """Bytes: of each device of this process, None where it does not say; and of the process itself."""
+    """Peak bytes of each device of this process, None where it is not known; and of the process itself."""
     devices = [
         {"device": str(d), "kind": d.device_kind, "peak_bytes": (d.memory_stats() or {}).get("peak_bytes_in_use")}
         for d in jax.local_devices()
@@ -97,7 +98,7 @@ def peak_memory() -> dict[str, Any]:
 
 
 def host_peak() -> int | None:
-    """The most memory that this process has had, in bytes; None where the system does not say.
+    """The peak resident memory of this process in bytes; None if the system does not report it.
 
     >>> host_peak() > 2**20
     True
@@ -106,8 +107,8 @@ def host_peak() -> int | None:
         import resource
     except ImportError:  # Windows
         return None
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def tenant(
@@ -116,36 +117,36 @@ def tenant(
     backbone: Backbone,
     config: MethodConfig,
     settings: Settings,
-    watched: Watched | None,
-    taken: int,
+    dev: DevStatus | None,
+    steps_taken: int,
     failed: int,
 ) -> dict[str, Any]:
-    """One tenant's line of the report. A loss that was no number is None, as in metrics.jsonl."""
+    """One tenant's entry in the report. NaN and infinite losses are None, as in metrics.jsonl."""
     losses = [line["loss"][name] for line in lines if name in line["loss"]]
     if failed:
         state = f"failed at step {failed}"
-    elif watched is not None and watched.stopped:
+    elif dev is not None and dev.stopped:
         state = "stopped early"
     else:
-        state = "done" if taken >= settings.steps else "interrupted"
-    seen = watched is not None and watched.step > 0
+        state = "done" if steps_taken >= settings.steps else "interrupted"
+    evaluated = dev is not None and dev.step > 0
     return {
         "method": config.method,
         "parameters": config.size(backbone.config),
-        "steps": taken,
+        "steps": steps_taken,
         "steps_planned": settings.steps,
         "first_loss": losses[0] if losses else None,
         "last_loss": losses[-1] if losses else None,
-        "best_dev_loss": watched.loss if watched is not None and seen else None,
-        "best_dev_step": watched.step if watched is not None and seen else None,
+        "best_dev_loss": dev.loss if dev is not None and evaluated else None,
+        "best_dev_step": dev.step if dev is not None and evaluated else None,
         "state": state,
     }
 
 
 def page(report: Mapping[str, Any], title: str, picture: bytes) -> str:
-    """The report as HTML, its picture (a PNG) within it."""
+    """The report as HTML, with the picture (PNG) embedded."""
     rate, memory, backbone = report["throughput"], report["memory"], report["backbone"]
-    speed = "not measured: this process took one step or none"
+    speed = "not measured: this process took at most one step"
     if rate["tokens_per_second"] is not None:
         speed = f"{rate['tokens_per_second']:,.0f} tokens/s over {rate['steps']:,} steps, {duration(rate['seconds'])}"
     mesh = backbone["mesh"] and ", ".join(f"{axis}={size}" for axis, size in backbone["mesh"].items())

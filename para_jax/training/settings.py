@@ -1,4 +1,4 @@
-"""How one tenant is tuned: its optimizer, how often it has its turn, and when it stops."""
+"""The settings of one tenant: its optimizer, how often it is scheduled, and when it stops."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from para_jax.errors import ParaJaxError
 if TYPE_CHECKING:
     from typing import Self
 
-# What each field of `Settings` may be.
+# The range of each field of `Settings`.
 RANGES: dict[str, Whole | Number] = {
     "steps": COUNT,
     "lr": POSITIVE,
@@ -37,7 +37,7 @@ RANGES: dict[str, Whole | Number] = {
 )
 @dataclass(frozen=True)
 class Optimizer:
-    """What the compiled update reads (`optimizer.update`). Stacked, each field is an array with one entry a tenant."""
+    """The settings of the compiled `optimizer.update`. Stacked, each field is an array with one entry per tenant."""
 
     steps: int = 1000
     lr: float = 1e-3
@@ -47,7 +47,7 @@ class Optimizer:
 
     @classmethod
     def stack(cls, tenants: Sequence[Optimizer]) -> Optimizer:
-        """One Optimizer with an array for each field: int32 for steps, else float32."""
+        """One Optimizer whose fields are arrays: int32 for steps, else float32."""
 
         def column(name: str) -> np.ndarray:
             return np.array([getattr(x, name) for x in tenants], np.int32 if name == "steps" else np.float32)
@@ -56,37 +56,36 @@ class Optimizer:
 
 
 @dataclass(frozen=True)
-class Turns:
-    """When a tenant has its turn (`places.Schedule`)."""
+class Scheduling:
+    """How often a tenant is scheduled (`places.Schedule`)."""
 
     weight: float = 1.0
 
 
 @dataclass(frozen=True)
 class Stopping:
-    """When a tenant's dev rows are looked at, and when it stops (`watch.Watch`)."""
+    """When a tenant is evaluated on its dev rows, and when it stops (`watch.DevTracker`)."""
 
     eval_every: int = 0
     patience: int = 0
 
 
 @dataclass(frozen=True)
-class Settings(Stopping, Turns, Optimizer):
-    """How one tenant is tuned.
+class Settings(Stopping, Scheduling, Optimizer):
+    """The settings of one tenant.
 
     Attributes:
-      steps: how many steps it takes; afterwards it rests while others go on.
-      lr: the highest learning rate, at the end of the warm-up. Small backbones want 1e-3 to 5e-3; 1e-4 is what the
-        papers use at 7B.
-      warmup_ratio: the share of the steps in which the rate rises from zero; afterwards it falls to zero linearly.
-      weight_decay: AdamW's decoupled decay, towards the weights with which the adapter is the identity: zero, and one
-        for the vectors of (IA)3.
-      max_grad_norm: the tenant's gradient is scaled down to this norm if it is larger.
-      weight: how often it has its turn, where a step does not hold all tenants: with as many steps to take, one of
-        weight 2 gets on twice as fast as one of weight 1.
-      eval_every: its own steps between looks at its dev rows; zero looks after its last step only.
-      patience: it stops after so many looks in a row that were no better than the best; zero never does.
-      epochs: how often its rows are seen. If set, it takes the place of `steps`.
+      steps: how many steps the tenant takes, while others may take more.
+      lr: the peak learning rate, after the warm-up. Small backbones need 1e-3 to 5e-3; the papers use 1e-4 at 7B.
+      warmup_ratio: the share of the steps in which the learning rate rises from zero; then it decays to zero linearly.
+      weight_decay: AdamW's decoupled decay towards the weights of an identity adapter: zero, or one for the vectors of
+        (IA)3.
+      max_grad_norm: the tenant's gradient is clipped to this norm.
+      weight: how often the tenant is scheduled if a step does not hold all tenants. With equal steps, a tenant of
+        weight 2 progresses twice as fast as one of weight 1.
+      eval_every: the tenant's steps between evaluations on its dev rows; 0 evaluates only after its last step.
+      patience: the tenant stops after this number of consecutive evaluations without a lower dev loss; 0 never stops.
+      epochs: the number of passes over the tenant's rows. If set, it replaces `steps`.
 
     Raises ParaJaxError for a value out of range.
 
@@ -106,10 +105,10 @@ class Settings(Stopping, Turns, Optimizer):
         if self.epochs is not None:
             POSITIVE.check("epochs", self.epochs)
         if self.patience and not self.eval_every:
-            raise ParaJaxError("patience counts looks at dev rows; set eval_every, the steps between them")
+            raise ParaJaxError("patience counts evaluations on dev rows; set eval_every, the steps between them")
 
     def of_rows(self, examples: int, rows: int) -> Self:
-        """With the steps in which `epochs`, if set, of so many examples are seen, `rows` in each step.
+        """The settings with `epochs`, if set, converted to steps, for a number of examples and `rows` per step.
 
         >>> Settings(epochs=3).of_rows(examples=100, rows=16).steps
         19

@@ -1,8 +1,8 @@
 """The shapes of a run's micro-batches, planned before its first step from the lengths of its rows.
 
-A step runs micro-batches of one shape, on a CPU of one or two, as often as its rows need, and then one update. So a run
-compiles few programs, which are known when it begins, whatever its rows are. Candidates are tried on a sample of the
-run's own steps, packed as they will be, and the cheapest is taken.
+A step runs as many micro-batches as its rows need, all of one shape (on a CPU one or two shapes), and then one update.
+So a run compiles few programs, which are known at its start. The planner packs a sample of the run's steps into each
+candidate set of shapes, and takes the cheapest.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from para_jax.config import BackboneConfig
 from para_jax.data.examples import Example, Examples
 from para_jax.data.order import Mixture, order
 from para_jax.data.packing import Shape, Sizes, micro_batches, pack_step
-from para_jax.training.places import Layout, Schedule
+from para_jax.training.places import Schedule, TenantLayout
 from para_jax.training.settings import Settings
 
-# What a row holds in all, in parts of the longest sequence, with one shape; and the shorter of two.
+# Candidate row lengths as multiples of the longest sequence: of one shape, and of the shorter of two shapes.
 LENGTHS = (1, 1.25, 1.5, 1.75, 2, 2.5, 3, 4, 5, 6, 8, 12, 16)
 SHORTER = (1 / 12, 1 / 8, 1 / 6, 1 / 5, 1 / 4, 1 / 3, 2 / 5, 1 / 2, 2 / 3, 4 / 5)
 FREE = 2**30  # no limit
@@ -29,15 +29,15 @@ FREE = 2**30  # no limit
 
 @dataclass(frozen=True)
 class Device:
-    """What a device likes.
+    """The cost model of a device.
 
     Attributes:
-      shapes: how many shapes of micro-batches a run has at most.
-      multiple: of what a row's length is a multiple.
-      tokens: of a micro-batch of a group, at most, unless one sequence is longer.
-      overhead: what a micro-batch costs besides its tokens, in tokens.
-      compiling: what one more shape costs to compile, in tokens.
-      attention: the length of a row at which attention costs as much as all matmuls.
+      shapes: the maximum number of micro-batch shapes in a run.
+      multiple: row lengths are a multiple of this.
+      tokens: the maximum number of token slots of a group in a micro-batch, unless one sequence is longer.
+      overhead: the fixed cost of a micro-batch, in tokens.
+      compiling: the cost of compiling one more shape, in tokens.
+      attention: the row length at which attention costs as much as all matmuls.
     """
 
     shapes: int
@@ -49,17 +49,17 @@ class Device:
 
     @classmethod
     def of(cls, config: BackboneConfig, tokens: int | None = None, backend: str | None = None) -> Device:
-        """For this backbone, on the device that JAX runs on; `tokens` is the user's limit.
+        """The model for this backbone on JAX's default device; `tokens` is the user's limit.
 
-        A CPU compiles a second shape in seconds and computes short rows slowly in long ones; an accelerator reads all
-        weights for every micro-batch, and its attention kernels skip what no query sees.
+        A CPU compiles a second shape in seconds, and is slow on long packed rows. An accelerator reads all weights for
+        every micro-batch, and its attention kernels skip masked blocks.
         """
         cpu = (backend or jax.default_backend()) == "cpu"
         heads, hd = config.num_attention_heads, config.head_dim
         linear = 2 * sum(site.inputs * site.outputs for site in config.sites.values())
-        # Some 5 seconds for one layer, at 150 GFLOP/s.
+        # About 5 seconds for one layer, at 150 GFLOP/s.
         compiling = 5 * 150e9 / (2 * linear * config.num_hidden_layers)
-        # A CPU passes some ten times over the scores.
+        # A CPU makes about ten passes over the attention scores.
         attention = linear / (4 * heads * hd + 400 * heads) if cpu else linear / (2 * heads * hd)
         if tokens is not None:
             tokens = COUNT.check("micro_batch_tokens", tokens)
@@ -68,18 +68,18 @@ class Device:
         return cls(1, 128, tokens or 8192, 128, 0, attention)
 
     def cost(self, rows: np.ndarray | int, length: int) -> np.ndarray | float:
-        """Of a micro-batch, in tokens."""
+        """The cost of a micro-batch, in tokens."""
         return self.overhead + rows * length * (1 + length / self.attention)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The shapes of a run, by length and rows, and what was seen of them on the sample.
+    """The shapes of a run, sorted by length and rows, and their efficiency on the sample.
 
     Attributes:
       shapes: the shapes.
-      padding: the share of token slots that hold no token.
-      pairs: query-key pairs that are computed, over those that are needed.
+      padding: the share of token slots that are padding.
+      pairs: computed query-key pairs divided by needed ones.
     """
 
     shapes: tuple[Shape, ...]
@@ -91,7 +91,7 @@ class Plan:
         return f"micro-batches of {words} tokens, {100 * self.padding:.0f} % of them padding"
 
 
-# Of the run's steps so many are looked at, with so many tenants' rows in all.
+# The sample has at most this many steps, and this many tenant steps in total.
 STEPS, TENANTS = 48, 128
 
 
@@ -99,32 +99,33 @@ def plan_run(
     examples: Mapping[str, Sequence[Example]],
     dev: Mapping[str, Sequence[Example]],
     settings: Mapping[str, Settings],
-    layout: Layout,
+    layout: TenantLayout,
     schedule: Schedule,
     seed: int,
     device: Device,
 ) -> Plan:
-    """The plan of a run: from its rows' lengths, its tenants and places, and its mesh; the same for the same run."""
+    """Plans a run from the lengths of its rows, its tenants and its mesh. Deterministic."""
     shard = max(schedule.shards, key=len)
     every = max(1, -(-len(shard) // TENANTS))
     names = shard[::every][: schedule.places]
     count = max(1, min(STEPS, TENANTS // len(names)))
 
-    def of(name: str, turn: int) -> Sizes:
-        own, step = everything[name], turn * settings[name].steps // count
-        taken = order(seed, name, examples[name], range(step * layout.rows, (step + 1) * layout.rows))
-        return Sizes(own[0][taken].tolist(), own[1][taken].tolist())
+    train = {name: (rows.lengths, rows.target_counts) for name, rows in _as_arrays(examples).items()}
 
-    everything = {name: (own.lengths, own.target_counts) for name, own in _measured(examples).items()}
-    steps = [[of(name, turn) for name in names] for turn in range(count)]
-    rest = [(own.lengths, own.target_counts) for own in _measured(dev).values()]
-    longest, targets = (max(int(x.max()) for x in of) for of in zip(*everything.values(), *rest, strict=True))
-    run = schedule.left(dict.fromkeys(examples, 0), ())
+    def sample(name: str, i: int) -> Sizes:
+        (lengths, targets), step = train[name], i * settings[name].steps // count
+        rows = order(seed, name, examples[name], range(step * layout.rows, (step + 1) * layout.rows))
+        return Sizes(lengths[rows].tolist(), targets[rows].tolist())
+
+    steps = [[sample(name, i) for name in names] for i in range(count)]
+    held_out = [(rows.lengths, rows.target_counts) for rows in _as_arrays(dev).values()]
+    longest, targets = (max(int(x.max()) for x in xs) for xs in zip(*train.values(), *held_out, strict=True))
+    run = schedule.steps_left(dict.fromkeys(examples, 0), ())
     return plan(steps, layout.groups, layout.shards > 1, longest, targets, device, run)
 
 
-def _measured(examples: Mapping[str, Sequence[Example]]) -> dict[str, Examples | Mixture]:
-    return {n: own if isinstance(own, Mixture) else Examples.of(own) for n, own in examples.items()}
+def _as_arrays(examples: Mapping[str, Sequence[Example]]) -> dict[str, Examples | Mixture]:
+    return {name: rows if isinstance(rows, Mixture) else Examples.of(rows) for name, rows in examples.items()}
 
 
 def plan(
@@ -139,10 +140,10 @@ def plan(
     """The cheapest shapes for steps like these.
 
     Args:
-      steps: of each step of a sample, each tenant's rows; with `spread` those of the tenants of one group.
-      groups: over how many groups a step's rows are dealt.
-      longest, targets: the most tokens, and the most targets, that any row of the run has.
-      run: steps of the run, in which a second shape has to gain what it takes to compile.
+      steps: a sample of steps, each with the sizes of each tenant's rows; with `spread` only tenants of one group.
+      groups: the number of groups that the rows of a step are distributed over.
+      longest, targets: the maximum numbers of tokens and of targets of any row of the run.
+      run: the number of steps of the run, over which a second shape must pay for its compilation.
     """
     shared, second = 1 if spread else groups, device.compiling * len(steps) / run
     best: tuple[float, list[Shape]] | None = None
@@ -154,8 +155,8 @@ def plan(
             counts = np.array([-(-len(rows[at]) // shared) for rows in packed])
             if not counts.any():
                 counts[:] = 1
-            own, rows = _rows(counts, length, device, second if device.shapes > len(lengths) else None)
-            cost += own
+            rows_cost, rows = _rows(counts, length, device, second if device.shapes > len(lengths) else None)
+            cost += rows_cost
             segments = max((len(row.items) for step in packed for row in step[at]), default=1)
             shapes += [Shape(r, length, segments, FREE) for r in rows]
         if best is None or cost < best[0]:
@@ -165,7 +166,7 @@ def plan(
 
 
 def _candidates(steps: Sequence[Sequence[Sizes]], longest: int, device: Device) -> Iterator[tuple[int, ...]]:
-    """The lengths of rows to try: one, or two."""
+    """The candidate sets of row lengths, of one or two lengths."""
 
     def rounded(length: float) -> int:
         return -(-int(np.ceil(length)) // device.multiple) * device.multiple
@@ -175,16 +176,16 @@ def _candidates(steps: Sequence[Sequence[Sizes]], longest: int, device: Device) 
     yield from ((n,) for n in dict.fromkeys(rounded(least * part) for part in LENGTHS) if n <= most)
     if device.shapes == 1:
         return
-    sample = np.array([n for step in steps for own in step for n in own.tokens])
+    sample = np.array([n for step in steps for sizes in step for n in sizes.tokens])
     for short in dict.fromkeys(rounded(least * part) for part in SHORTER):
         if short < least and np.mean(sample <= short) > 0.3:
             yield from ((short, n) for n in dict.fromkeys((least, rounded(1.5 * least))) if n <= most)
 
 
 def _rows(counts: np.ndarray, length: int, device: Device, second: float | None) -> tuple[float, list[int]]:
-    """The cost of steps with so many rows of a length, and the rows of the shapes that make it least.
+    """The number of rows of the cheapest shape of this length for steps with `counts` rows, and the cost.
 
-    They are one, or two where `second` says what another one costs.
+    If `second`, the cost of another shape, is given, two shapes with different numbers of rows may be chosen.
     """
     most = max(1, min(device.tokens // length, int(counts.max())))
     each = np.arange(1, most + 1)
@@ -206,15 +207,15 @@ def _rows(counts: np.ndarray, length: int, device: Device, second: float | None)
 def _with_targets(
     steps: Sequence[Sequence[Sizes]], shapes: list[Shape], shared: int, targets: int, multiple: int
 ) -> Plan:
-    """The shapes with room for the targets of the sample's micro-batches, and for any one row's."""
+    """The shapes with room for the targets of the sample's micro-batches, and of any single row."""
     most, slots, tokens, computed, needed = [targets] * len(shapes), 0, 0, 0, 0
     for step in steps:
         for at, dealt in micro_batches(step, shapes, shared):
             most[at] = max(most[at], *(sum(row.targets for row in rows) for rows in dealt))
             slots += shared * shapes[at].tokens
             computed += shared * shapes[at].tokens * shapes[at].length
-        tokens += sum(sum(own.tokens) for own in step)
-        needed += sum(n * (n + 1) // 2 for own in step for n in own.tokens)
+        tokens += sum(sum(sizes.tokens) for sizes in step)
+        needed += sum(n * (n + 1) // 2 for sizes in step for n in sizes.tokens)
     room = [-(-n // multiple) * multiple for n in most]
     return Plan(
         tuple(shape._replace(targets=n) for shape, n in zip(shapes, room, strict=True)),

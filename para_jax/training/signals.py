@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, which a run answers by saving."""
+"""Ctrl-C and SIGTERM: a run saves and stops."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from typing import Any
 
 
 class Interrupted(KeyboardInterrupt):
-    """The run was told to stop, and has saved what it did. `step` is the number of steps done.
+    """A run that was stopped by a signal, after it saved. `step` is the number of steps done.
 
-    `preempted` says that it was SIGTERM, with which machines announce that they will be taken away.
+    `preempted` is True for SIGTERM, which announces that a machine is preempted.
     """
 
     def __init__(self, step: int, preempted: bool = False):
-        super().__init__(f"stopped and saved after step {step}; --resume goes on from there")
+        super().__init__(f"stopped and saved after step {step}; --resume continues from there")
         self.step = step
         self.preempted = preempted
 
 
-AT_ONCE = "stopped at once, before the step was saved; --resume goes on from the newest checkpoint"
+AT_ONCE = "stopped at once, before the step was saved; --resume continues from the newest checkpoint"
 
 
 class Stop:
-    """Whether a signal came, and which was the first."""
+    """The first signal that was received, if any."""
 
     kind: int | None = None
 
 
 @contextmanager
 def stop_signals() -> Iterator[Stop]:
-    """Notes the first Ctrl-C or SIGTERM; a second one stops at once: Ctrl-C by raising KeyboardInterrupt."""
+    """Records the first Ctrl-C or SIGTERM. A second one stops at once; Ctrl-C raises KeyboardInterrupt."""
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop

@@ -1,4 +1,4 @@
-"""What a run is given, all of it fixed before the first step."""
+"""The inputs of a run, fixed before the first step."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from para_jax.data.lengths import check_lengths
 from para_jax.errors import ParaJaxError
 from para_jax.training.settings import Settings
 
-Logger = Callable[[Mapping[str, Any]], None]  # takes a line of metrics.jsonl
+Logger = Callable[[Mapping[str, Any]], None]  # is called with a line of metrics.jsonl
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
-    """The arguments of `finetune`, after rows have become examples and everything is by tenant."""
+    """The arguments of `finetune` after rows were encoded; everything is by tenant."""
 
     examples: Mapping[str, Sequence[Example]]
     settings: Mapping[str, Settings]
@@ -44,29 +44,29 @@ class Tuning:
     loggers: Iterable[Logger] = ()
 
     def check_numbers(self) -> None:
-        """Raises ParaJaxError for a number out of its range."""
+        """Raises ParaJaxError for a number out of range."""
         numbers = {"rows": COUNT, "checkpoint_every": COUNT, "keep": KEEP, "seed": SEED}
         limits = {"tenants_per_step": COUNT, "micro_batch_tokens": COUNT}
         for name, kind in (numbers | {n: kind for n, kind in limits.items() if getattr(self, n) is not None}).items():
             kind.check(name, getattr(self, name))
 
     def check(self, backbone: Backbone, bank: AdapterBank) -> None:
-        """Raises ParaJaxError unless rows, adapters and settings go with the backbone and with each other."""
+        """Raises ParaJaxError unless rows, adapters and settings fit the backbone and each other."""
         if set(bank.names) != set(self.examples):
-            raise ParaJaxError("the bank and the rows have to be of the same tenants")
-        for name, own in self.examples.items():
-            if not own:
-                raise ParaJaxError(f"tenant {name!r} has no rows to learn from")
-            for some in (own, self.dev.get(name, ())):
-                check_ids(some, backbone.config.vocab_size)
-                check_lengths(some, backbone.config.max_position_embeddings)
+            raise ParaJaxError("the bank and the rows must have the same tenants")
+        for name, examples in self.examples.items():
+            if not examples:
+                raise ParaJaxError(f"tenant {name!r} has no rows to train on")
+            for rows in (examples, self.dev.get(name, ())):
+                check_ids(rows, backbone.config.vocab_size)
+                check_lengths(rows, backbone.config.max_position_embeddings)
         if not self.dev and any(s.eval_every or s.patience for s in self.settings.values()):
-            raise ParaJaxError("eval_every and patience are of dev rows, and no tenant has any; give dev rows")
-        every = self.tenants_per_step is None or self.tenants_per_step >= len(self.examples)
-        if every and any(s.weight != 1 for s in self.settings.values()):
+            raise ParaJaxError("eval_every and patience need dev rows, and no tenant has any; give dev rows")
+        all_in_step = self.tenants_per_step is None or self.tenants_per_step >= len(self.examples)
+        if all_in_step and any(s.weight != 1 for s in self.settings.values()):
             raise ParaJaxError(
-                "weights say whose turn it is, and every tenant is in every step; set tenants_per_step, to less than "
-                f"the {len(self.examples)} tenants"
+                "weights have no effect, because every tenant is in every step; set tenants_per_step below "
+                f"{len(self.examples)}, the number of tenants"
             )
         if jax.process_count() > 1 and backbone.mesh is None:
             raise ParaJaxError(

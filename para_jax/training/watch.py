@@ -1,4 +1,4 @@
-"""Dev sets: every tenant's loss on its own, which of its adapters was the best, and when it has had enough."""
+"""Dev sets: each tenant's dev loss, its best adapter so far, and early stopping."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from para_jax.backbones.decoder import Backbone
 from para_jax.data.examples import Example
 from para_jax.data.packing import Shape
 from para_jax.distributed import gather
-from para_jax.training.places import Layout, Seating
+from para_jax.training.places import StepTenants, TenantLayout
 from para_jax.training.settings import Settings
 from para_jax.training.step import losses
 
 
 @dataclass
-class Watched:
-    """What is known of one tenant.
+class DevStatus:
+    """The evaluations of one tenant so far.
 
     Attributes:
-      loss: on its dev rows, of the best adapter so far.
-      step: its own step at which that was.
-      since: looks since then.
-      stopped: whether its patience is at an end.
+      loss: the lowest dev loss.
+      step: the tenant's step at which it was measured.
+      since: evaluations since then.
+      stopped: whether the tenant has run out of patience.
     """
 
     loss: float = math.inf
@@ -35,60 +35,60 @@ class Watched:
 
 
 @dataclass
-class Watch:
-    """The looks at the tenants' dev rows. It is saved with a run's state."""
+class DevTracker:
+    """Tracks the evaluations on dev rows. It is saved with the state of a run."""
 
     settings: Mapping[str, Settings]
-    known: dict[str, Watched] = field(default_factory=dict)
+    status: dict[str, DevStatus] = field(default_factory=dict)
 
-    def due(self, name: str, taken: int) -> bool:
-        """Whether a tenant is to be looked at after so many of its own steps."""
-        rule = self.settings[name]
-        every = rule.eval_every
-        return name in self.known and (taken == rule.steps or (every > 0 and taken % every == 0))
+    def due(self, name: str, steps_taken: int) -> bool:
+        """Whether a tenant is evaluated after this number of its steps."""
+        settings = self.settings[name]
+        every = settings.eval_every
+        return name in self.status and (steps_taken == settings.steps or (every > 0 and steps_taken % every == 0))
 
-    def look(self, name: str, loss: float, taken: int) -> bool:
-        """Notes a loss, and says whether it is the best so far. One that is no number never is."""
-        of = self.known[name]
-        if loss < of.loss:
-            of.loss, of.step, of.since = loss, taken, 0
+    def record(self, name: str, loss: float, steps_taken: int) -> bool:
+        """Records a dev loss. Returns whether it is the lowest so far; NaN and infinite losses never are."""
+        status = self.status[name]
+        if loss < status.loss:
+            status.loss, status.step, status.since = loss, steps_taken, 0
             return True
-        of.since += 1
+        status.since += 1
         patience = self.settings[name].patience
-        of.stopped = of.stopped or 0 < patience <= of.since
+        status.stopped = status.stopped or 0 < patience <= status.since
         return False
 
     def state(self) -> dict[str, Any]:
-        """As JSON."""
-        return {name: {**asdict(of), "loss": repr(of.loss)} for name, of in self.known.items()}
+        """The status of all tenants as JSON."""
+        return {name: {**asdict(status), "loss": repr(status.loss)} for name, status in self.status.items()}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Goes on from what `state` gave."""
-        self.known |= {name: Watched(**{**of, "loss": float(of["loss"])}) for name, of in state.items()}
+        """Restores what `state` returned."""
+        self.status |= {name: DevStatus(**{**fields, "loss": float(fields["loss"])}) for name, fields in state.items()}
 
 
 def dev_losses(
     backbone: Backbone,
     bank: AdapterBank,
-    layout: Layout,
+    layout: TenantLayout,
     shapes: Sequence[Shape],
-    seating: Seating,
+    step_tenants: StepTenants,
     dev: Mapping[str, Sequence[Example]],
 ) -> dict[str, float]:
-    """The mean negative log-likelihood of a response token of each of these tenants, in nats.
+    """The mean negative log-likelihood of a response token in nats, for each of these tenants.
 
-    Their rows run in micro-batches of the run's shapes.
+    Dev rows run in micro-batches of the planned shapes.
     """
-    names = [name for shard in seating for name in shard if name is not None]
-    slots = layout.slots(bank, seating)
+    names = [name for shard in step_tenants for name in shard if name is not None]
+    slots = layout.slots(bank, step_tenants)
     total, count = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0)
-    for _, batch in layout.batches(seating, dev, shapes):
-        # By group of rows: of a tenant whose rows are in every group, all groups' together.
-        found = gather(losses(backbone, bank, batch, slots, shards=layout.shards), layout.mesh)
-        for i, shard in enumerate(seating):
+    for _, batch in layout.batches(step_tenants, dev, shapes):
+        # Unless tenants are sharded, a tenant has rows in every group of rows, and its sums are added up.
+        sums_gn = gather(losses(backbone, bank, batch, slots, shards=layout.shards), layout.mesh)
+        for i, shard in enumerate(step_tenants):
             for j, name in enumerate(shard):
                 if name is not None:
-                    total[name] += float(found[i, j] if layout.shards > 1 else found[:, j].sum())
+                    total[name] += float(sums_gn[i, j] if layout.shards > 1 else sums_gn[:, j].sum())
     for name in names:
         count[name] = sum(len(e.response_ids) for e in dev[name])
     return {name: total[name] / max(count[name], 1) for name in names}

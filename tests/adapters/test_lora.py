@@ -19,7 +19,7 @@ from para_jax.adapters.registry import config_from_dict
 from para_jax.adjustment import Adjustment
 from para_jax.data.examples import Example
 from para_jax.data.packing import Shape
-from para_jax.training.places import Layout
+from para_jax.training.places import TenantLayout
 from para_jax.training.settings import Settings
 from para_jax.training.state import Sums, TrainState, stack_settings
 from tests.helpers import SMALL, random_adapter, random_backbone, take_step
@@ -146,11 +146,11 @@ def tune(configs: dict[str, LoraConfig], steps: int = 3, seed: int = 0):
     bank = AdapterBank.stack({n: random_adapter(c, SMALL, len(n), 0.1) for n, c in configs.items()}, SMALL)
     settings = Settings(steps=steps, lr=1e-2, weight_decay=0.1)
     state, rules = TrainState.create(bank), stack_settings(bank, dict.fromkeys(configs, settings))
-    history, seating, sums = [], [list(configs)], Sums.create(bank, 1, len(configs))
-    layout, shapes = Layout.of(None, len(configs), rows=2), [Shape(2, 20, 2, 20)]
+    history, step_tenants, sums = [], [list(configs)], Sums.create(bank, 1, len(configs))
+    layout, shapes = TenantLayout.of(None, len(configs), rows=2), [Shape(2, 20, 2, 20)]
     for step in range(steps):
-        rows = layout.step_rows(seating, {n: rows_of(n) for n in configs}, 3, dict.fromkeys(configs, step))
-        state, sums, report = take_step(backbone, state, sums, rules, layout, shapes, seating, rows, seed)
+        rows = layout.step_rows(step_tenants, {n: rows_of(n) for n in configs}, 3, dict.fromkeys(configs, step))
+        state, sums, report = take_step(backbone, state, sums, rules, layout, shapes, step_tenants, rows, seed)
         history.append(report["loss"])
     return bank, state.bank, history
 

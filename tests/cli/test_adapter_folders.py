@@ -54,12 +54,12 @@ def test_folders_that_hold_no_adapters(runs: Path, tmp_path: Path) -> None:
     for folder, message in (
         (
             runs / "acme",
-            f"{runs / 'acme'} is an adapter itself; --adapters takes the folder that adapters are in: --adapters "
+            f"{runs / 'acme'} is an adapter itself; --adapters takes the folder that contains adapters: --adapters "
             f"{runs}, with acme as the tenant",
         ),
         (runs.parent, f"{runs.parent} holds no adapters, but the folders in it do; give --adapters {runs}"),
         (tmp_path / "empty", f"{tmp_path / 'empty'} holds no adapters; {instead}"),
-        (tmp_path / "none", f"--adapters {tmp_path / 'none'} is no folder; {instead}"),
+        (tmp_path / "none", f"--adapters {tmp_path / 'none'} is not a folder; {instead}"),
         (runs / "acme" / WEIGHTS, f"{WEIGHTS} is a file; give the folder that {WEIGHTS} is in; {instead}"),
     ):
         with pytest.raises(ParaJaxError) as caught:
@@ -249,7 +249,7 @@ def test_added_tokens_that_the_backbone_lacks(own: Path, tiny, capsys, caplog, m
     ) in caplog.text
     given = ["generate", "--adapters", own, "--tenant", "acme", "--prompt", "<|mail|>hello"]
     error = failure(capsys, *given)
-    assert "has token 4097, and the backbone's vocabulary has 4096; take <|mail|> out of the prompt" in error
+    assert "has token 4097, and the backbone's vocabulary has 4096; remove <|mail|> from the prompt" in error
 
 
 def test_a_tokenizer_that_ends_every_text(own: Path, tiny, capsys, monkeypatch) -> None:

@@ -122,10 +122,10 @@ def test_choices_that_would_be_none():
     made = [row["choices"] for _, row in with_choices("a", rows)]
     assert made == [["no", "yes"], ["no"]]
     for some, words in (
-        (rows[1:], "--choose has no effect on a: all rows have choices of their own"),
+        (rows[1:], "--choose has no effect on a: all rows have choices already"),
         (
             [("a:1", {"prompt": "x", "completion": "yes"})],
-            'chooses among the texts under "response", and no row of a has',
+            '--choose needs texts under "response", and no row of a has',
         ),
         ([(f"a:{i}", {"response": str(i)}) for i in range(51)], "a has 51 different responses, too many for --choose"),
     ):
@@ -170,7 +170,7 @@ def test_mistakes(tuned, tmp_path, capsys):
     assert "either --prompt" in failure(capsys, "generate")
     assert "holds no adapters" in failure(capsys, "evaluate", "--adapters", tmp_path, *tenants)
     assert "no config.json" in failure(capsys, "generate", "--model", tmp_path, "--prompt", "x")
-    assert "nor could it be had from the Hugging Face hub" in failure(
+    assert "downloading it from the Hugging Face hub failed" in failure(
         capsys, "generate", "--model", "no/such", "--prompt", "x"
     )
 
@@ -340,7 +340,7 @@ def test_a_chat_template_is_kept_with_its_adapter(tmp_path, capsys, monkeypatch)
     out = tmp_path / "out"
     options = ["--steps", "1", "--rows", "1", "--r", "2", "--out", out]
     missing = failure(capsys, "finetune", *tenants, "--chat-template", "b=nowhere.jinja", *options)
-    assert "nowhere.jinja is no file" in missing
+    assert "nowhere.jinja is not a file" in missing
     arguments = [*tenants, "--chat-template", f"b={template}", *options]
     assert main(["finetune", *map(str, arguments)]) == 0
     assert (out / "b" / "chat_template.jinja").read_text() == template.read_text()

@@ -91,7 +91,7 @@ def test_an_accelerator_that_is_not_seen(runtime: dict[str, str], why: str) -> N
     [
         ("raise ImportError('libjax_common.so is damaged')", "libjax_common.so is damaged"),
         ("import os, sys; print('sent a signal', file=sys.stderr); sys.stderr.flush(); os._exit(3)",
-         "JAX did not start: its process ended with code 3, and said: sent a signal"),
+         "JAX did not start: its process exited with code 3; its last output: sent a signal"),
     ],
 )  # fmt: skip
 @pytest.mark.slow

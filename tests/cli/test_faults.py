@@ -25,8 +25,8 @@ def test_a_fault_of_ours_is_one_line_and_a_file(monkeypatch, capsys, tmp_path) -
     assert main(["methods"]) == 1
     said = capsys.readouterr().err
     found = re.fullmatch(
-        r"para-jax methods: this is a fault of para_jax, not yours: KeyError: 'tenant\\nand more' in "
-        r"test_faults\.py:\d+\. Please report it, with the traceback that is in (\S+/para-jax-methods-\w+\.txt) "
+        r"para-jax methods: this is a bug in para_jax, not your mistake: KeyError: 'tenant\\nand more' in "
+        r"test_faults\.py:\d+\. Please report it, with the traceback in (\S+/para-jax-methods-\w+\.txt) "
         r"and what para-jax env prints, to (the project's issue tracker|https://\S+/issues)\n",
         said,
     )
@@ -45,16 +45,16 @@ def test_a_traceback_for_those_who_want_it(monkeypatch, capsys) -> None:
 @pytest.mark.parametrize(
     ("error", "code", "wanted"),
     [
-        (AssertionError(), 1, "this is a fault of para_jax, not yours: AssertionError in test_faults.py:"),
+        (AssertionError(), 1, "this is a bug in para_jax, not your mistake: AssertionError in test_faults.py:"),
         (KeyboardInterrupt(), 130, "stopped\n"),
         (KeyboardInterrupt("stopped at once"), 130, "stopped at once\n"),
         (OSError(28, "No space left on device"), 1, "stdout could not be written: No space left on device\n"),
         (FileNotFoundError(2, "No such file", "a.txt"), 1, "a.txt: No such file\n"),
         (OSError(), 1, "OSError\n"),
         (ModuleNotFoundError("x", name="tiktoken.core"), 1, "the package tiktoken is not installed; install it with"),
-        (MemoryError(), 1, "out of memory (MemoryError); take fewer or shorter rows at once, or --quantize int8\n"),
-        (RuntimeError("RESOURCE_EXHAUSTED: 5 GB"), 1, "out of memory (RuntimeError: RESOURCE_EXHAUSTED: 5 GB); take"),
-        (RuntimeError("x" * 5000), 1, f"this is a fault of para_jax, not yours: RuntimeError: {'x' * 300}... in"),
+        (MemoryError(), 1, "out of memory (MemoryError); use fewer or shorter rows at once, or --quantize int8\n"),
+        (RuntimeError("RESOURCE_EXHAUSTED: 5 GB"), 1, "out of memory (RuntimeError: RESOURCE_EXHAUSTED: 5 GB); use"),
+        (RuntimeError("x" * 5000), 1, f"this is a bug in para_jax, not your mistake: RuntimeError: {'x' * 300}... in"),
     ],
 )
 def test_never_blank_and_never_long(monkeypatch, capsys, error, code: int, wanted: str) -> None:

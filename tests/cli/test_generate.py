@@ -56,7 +56,7 @@ def test_answers_come_in_order_and_a_stop_loses_a_window_at_most(whole, tmp_path
 
     monkeypatch.setattr(answers.Answers, "write", stop)
     assert generate(source, output) == 130
-    words = f"para-jax generate: stopped; 16 answers are in {partial}, and --resume goes on\n"
+    words = f"para-jax generate: stopped; 16 answers are in {partial}, and --resume continues\n"
     assert capsys.readouterr().err.endswith(words)
     assert partial.read_bytes() == b"".join(wanted.splitlines(keepends=True)[:16]) and not output.exists()
     # A kill may come within a line.
@@ -64,12 +64,10 @@ def test_answers_come_in_order_and_a_stop_loses_a_window_at_most(whole, tmp_path
     monkeypatch.setattr(answers.Answers, "write", written)
     capsys.readouterr()
     assert generate(source, output) == 1
-    assert (
-        "out.jsonl.partial holds the answers of a run that was stopped; go on with --resume" in capsys.readouterr().err
-    )
+    assert "out.jsonl.partial holds the answers of a stopped run; continue with --resume" in capsys.readouterr().err
     assert generate(source, output, "--top-k", "5", "--resume") == 1
     said = capsys.readouterr().err
-    assert "holds answers to something else: options.top_k was None and is 5; give the same rows and options" in said
+    assert "holds answers to other inputs: options.top_k was None and is 5; give the same rows and options" in said
     assert partial.exists()
     assert generate(source, output, "--resume") == 0
     said = capsys.readouterr()
@@ -102,8 +100,8 @@ def test_keys_that_are_not_read_go_to_the_output(tmp_path, capsys) -> None:
     assert generate(source, output) == 0
     said = capsys.readouterr().err.splitlines()
     assert said[:2] == [
-        f"{source}: keys that are not read go to the output as they are: id, meta, note, tenant_id",
-        f"{source}: the output has new values of text and finish_reason, which the rows have already",
+        f"{source}: keys that are not read are copied to the output: id, meta, note, tenant_id",
+        f"{source}: the output replaces text and finish_reason of the rows",
     ]
     answered = [json.loads(line) for line in output.read_text().splitlines()]
     assert [{k: v for k, v in row.items() if k not in KEYS} for row in answered] == [

@@ -103,14 +103,14 @@ def test_a_kernel_that_does_not_compile(tmp_path, capsys, monkeypatch) -> None:
         (["--topology", "gpu:h100x1", "--option", "target_modules=q_porj"], "unknown entry of target_modules 'q_porj'"),
         (
             ["--topology", "gpu:h100x1", "--rows", "4,many"],
-            "--rows must be a whole number from 1 to 2147483647, not 'many'; several have commas",
+            "--rows must be a whole number from 1 to 2147483647, not 'many'; separate several values with commas",
         ),
         (["--topology", "gpu:h100x1", "--tries", "0"], "--tries must be a whole number from 1 to 2147483647, not '0'"),
         (
             ["--topology", "gpu:h100x1", "--new-tokens", "8"],
-            "--new-tokens is of --mode decode; --mode train has no use",
+            "--new-tokens is for --mode decode, and has no effect in --mode train",
         ),
-        (["--topology", "gpu:h100x1", "--mode", "decode", "--remat", "none"], "--remat is of --mode train"),
+        (["--topology", "gpu:h100x1", "--mode", "decode", "--remat", "none"], "--remat is for --mode train"),
         (
             ["--topology", "gpu:h100x1", "--micro-batch-tokens", "0"],
             "--micro-batch-tokens must be a whole number from 1 to",
@@ -129,7 +129,7 @@ def test_mistakes(arguments: list[str], message: str, capsys) -> None:
 @pytest.mark.parametrize(
     ("topology", "mesh", "message"),
     [
-        ("v5e:3x3", "", "v5e:3x3 is no slice that there is"),
+        ("v5e:3x3", "", "v5e:3x3 is not an existing slice"),
         ("gpu:h100x2", "fsdp=4", "a mesh of fsdp=4 has 4 devices; there are 2"),
         ("gpu:h100x2", "pipe=2", "unknown mesh axis 'pipe'"),
     ],

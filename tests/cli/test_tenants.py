@@ -64,12 +64,12 @@ def test_a_template_may_say_whose_row_it_is(tmp_path: Path, seen: dict[str, Any]
 MISTAKES = {
     "another tenant's row": (
         ["--tenant", "acme={both}"],
-        "{both}:2: the row is of tenant 'globex', and its source is given to 'acme'; a source for several tenants is "
-        "read by --tenant-from",
+        "{both}:2: the row names tenant 'globex', and its source belongs to 'acme'; --tenant-from reads "
+        "a source with several tenants",
     ),
     "two sources": (
         ["--tenant", "acme={one}", "--tenant-from", "{both}"],
-        "{both}:1: tenant 'acme' has rows from elsewhere already; give it one source",
+        "{both}:1: tenant 'acme' has another source already; give it one source",
     ),
     "a row of nobody": (["--tenant-from", "{one}"], '{one}:1: no tenant\'s name under "tenant"'),
     "no source": ([], "give each tenant's rows: --tenant NAME=SOURCE, or --tenant-from SOURCE for several"),

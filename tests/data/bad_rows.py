@@ -10,8 +10,8 @@ from typing import Any
 USER, ANSWER = {"role": "user", "content": "Who sat?"}, {"role": "assistant", "content": "The cat."}
 KEYS = "Known: choices, completion, messages, prompt, references, response, system, tenant, tools"
 ROLES = "Known: assistant, developer, system, tool, user"
-OTHERS = "Rows of other keys become prompts by a --template"
-LEFT_OUT = "take it out, or give a template that does (--chat-template)"
+OTHERS = "A --template makes prompts from rows with other keys"
+LEFT_OUT = "remove it, or give a template that does (--chat-template)"
 MARK = 'is not read; write "weight": 0 for a turn that is not learnt'
 
 
@@ -39,15 +39,15 @@ BAD_ROWS: dict[str, tuple[Any, str]] = {
     ),
     "a key twice": (
         b'{"prompt": "a", "prompt": "b", "response": "c"}',
-        ": the key 'prompt' is there twice",
+        ": the key 'prompt' occurs twice",
     ),
     "a key twice, inside": (
         b'{"messages": [{"role": "user", "role": "assistant", "content": "a"}]}',
-        ": the key 'role' is there twice",
+        ": the key 'role' occurs twice",
     ),
     "a number without end": (
         b'{"prompt": ' + b"9" * 5000 + b"}",
-        " has a number of too many digits, or too many brackets in each other",
+        " has a number with too many digits, or too deeply nested brackets",
     ),
     # Keys.
     "another key": ({"prompt": "x", "response": "y", "id": 3}, f": unknown key 'id'. {KEYS}. {OTHERS}"),
@@ -79,12 +79,12 @@ BAD_ROWS: dict[str, tuple[Any, str]] = {
     ),
     "an end inside a response": (
         {"prompt": "x", "response": "With <|endoftext|> and nothing after it."},
-        ": the response has the end-of-text token '<|endoftext|>' in it; take it out, or pass allow_special_tokens "
+        ": the response contains the end-of-text token '<|endoftext|>'; remove it, or pass allow_special_tokens "
         "(--allow-special-tokens) if it is meant",
     ),
     "two ends": (
         {"prompt": "x", "response": "y<|endoftext|><|endoftext|>"},
-        ": the response has the end-of-text token '<|endoftext|>' in it; take it out, or pass allow_special_tokens "
+        ": the response contains the end-of-text token '<|endoftext|>'; remove it, or pass allow_special_tokens "
         "(--allow-special-tokens) if it is meant",
     ),
     # References and choices.
@@ -115,7 +115,7 @@ BAD_ROWS: dict[str, tuple[Any, str]] = {
     "an empty choice": ({"prompt": "x", "response": "y", "choices": ["y", ""]}, ": choices[1] is empty"),
     "references of two turns": (
         chat(USER, ANSWER, USER, ANSWER, references=["The cat."]),
-        ": references and choices are of one response, and 2 turns are learnt",
+        ": references and choices need one response, and 2 turns are learnt",
     ),
     # A system text and tools.
     "a system text that is a number": (
@@ -133,7 +133,7 @@ BAD_ROWS: dict[str, tuple[Any, str]] = {
     ),
     "tools that the template ignores": (
         chat(USER, ANSWER, tools=[{"type": "function", "function": {"name": "add"}}]),
-        ': the chat template does not write "tools"; take them out, or give another template',
+        ': the chat template does not write "tools"; remove them, or give another template',
     ),
     # Messages.
     "messages that are a text": (chat() | {"messages": "x"}, ': "messages" is a list of {"role", "content"} objects'),
@@ -204,7 +204,7 @@ BAD_ROWS: dict[str, tuple[Any, str]] = {
     ),
     "no turn with a weight": (
         answer(weight=0),
-        ": every turn of the assistant has the weight 0; there is nothing to learn",
+        ": every assistant turn has the weight 0; there is nothing to learn",
     ),
     "train": (answer(train=False), f": message 2: 'train' {MARK}"),
     "training": (answer(training=False), f": message 2: 'training' {MARK}"),
@@ -238,11 +238,11 @@ BAD_ROWS: dict[str, tuple[Any, str]] = {
     ),
     "arguments that are a list": (
         call(name="look", arguments=[1]),
-        ": message 2: \"arguments\" of the call of 'look' are no JSON object",
+        ": message 2: \"arguments\" of the call of 'look' are not a JSON object",
     ),
     "an end inside a turn": (
         answer(content="The <|endoftext|> cat."),
-        ": the response has the end-of-text token '<|endoftext|>' in it; take it out, or pass allow_special_tokens "
+        ": the response contains the end-of-text token '<|endoftext|>'; remove it, or pass allow_special_tokens "
         "(--allow-special-tokens) if it is meant",
     ),
 }

@@ -10,7 +10,7 @@ from para_jax.data.batches import make_batch
 from para_jax.data.examples import Example, Examples
 from para_jax.data.order import Mixture
 from para_jax.data.packing import Row, Shape, Sizes, micro_batches, pack
-from para_jax.training.places import Layout
+from para_jax.training.places import TenantLayout
 from para_jax.training.settings import Settings
 from para_jax.training.shapes import Device, plan
 
@@ -21,7 +21,7 @@ def example(prompt, response):
 
 def test_a_mixture_takes_its_sources_by_weight():
     mixture = Mixture((tuple(example([1], [i + 2, 0]) for i in range(6)), (example([1], [30, 0]),)), (0.75, 0.25))
-    rows = Layout.of(None, 1, rows=8).step_rows([["acme"]], {"acme": mixture}, 0, {"acme": 0})["acme"]
+    rows = TenantLayout.of(None, 1, rows=8).step_rows([["acme"]], {"acme": mixture}, 0, {"acme": 0})["acme"]
     assert [e.response_ids[0] for e in rows].count(30) == 2
 
 

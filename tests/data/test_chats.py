@@ -126,7 +126,7 @@ def test_chats_and_other_rows_in_one_source(tiny: Any, tmp_path: Path) -> None:
     one = read_examples(path, tiny[1], EOS, one_pass=True)
     assert [e.place for e in one] == [f"{path}:{i}" for i in (1, 2, 3)]
     assert one.target_counts.sum() == read_examples(path, tiny[1], EOS).target_counts.sum()
-    with pytest.raises(ParaJaxError, match="texts are of one turn"):
+    with pytest.raises(ParaJaxError, match="keep_texts needs an example for each turn"):
         read_examples(path, tiny[1], EOS, one_pass=True, keep_texts=True)
 
 

@@ -37,7 +37,7 @@ def test_rows_as_python_writes_them(tmp_path: Path) -> None:
         (b"prompt,response\n", "{} has no rows"),
         (b"", "{} has no rows"),
         (b"prompt,response\n\xff,b\n", "{} is not UTF-8"),
-        (b"question,answer\na,b\n", "{} has the columns answer, question, and no template"),
+        (b"question,answer\na,b\n", "{} has the columns answer, question, and needs a template"),
     ],
 )
 def test_bad_files(content: bytes, message: str, tmp_path: Path) -> None:

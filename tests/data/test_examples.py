@@ -82,7 +82,7 @@ def test_what_a_template_marks_is_the_response(tmp_path, tokenizer):
     (more, _) = read_examples(path, with_chat_template(tokenizer, plain), EOS)
     assert tokenizer.decode(more.response_ids) == "A captain.<end>--- <|endoftext|>"
     nothing = plain.replace("{{ m.content }}<end>", "{% generation %}{% endgeneration %}{{ m.content }}<end>")
-    with pytest.raises(ParaJaxError, match="marks nothing of an assistant's turn"):
+    with pytest.raises(ParaJaxError, match="marks no part of an assistant turn"):
         read_examples(path, with_chat_template(tokenizer, nothing), EOS)
 
 
@@ -124,7 +124,7 @@ def test_a_tokenizer_with_several_templates(tmp_path, tokenizer):
 
 
 def test_no_file_no_rows(tmp_path, tokenizer):
-    with pytest.raises(ParaJaxError, match="is no file"):
+    with pytest.raises(ParaJaxError, match="is not a file"):
         read_examples(tmp_path / "nothing.jsonl", tokenizer, EOS)
     with pytest.raises(ParaJaxError, match="has no rows"):
         read_examples(write(tmp_path, ""), tokenizer, EOS)

@@ -15,7 +15,7 @@ from para_jax import ParaJaxError
 from para_jax.convert.tokenizer import with_chat_template
 from para_jax.data.buffers import Examples
 from para_jax.data.examples import encode_rows, read_examples
-from para_jax.data.rows import by_tenant
+from para_jax.data.rows import group_by_tenant
 from para_jax.data.sources import read_jsonl
 from tests.data.bad_rows import ANSWER, USER
 from tests.data.test_bad_rows import WHOLE
@@ -137,9 +137,9 @@ def test_a_template_that_opens_a_thought(tokenizer: Any) -> None:
     with pytest.raises(ParaJaxError) as error:
         encode(thinking, {"messages": [USER, ANSWER]})
     assert str(error.value) == (
-        "rows.jsonl:1: message 2: the chat template begins every answer with 'Assistant: <think>\\n' and writes this "
-        "one as 'Assistant: The cat.<|endoftext|>\\n'; write the turn so that it begins that way (reasoning goes into "
-        '"reasoning_content", where the template reads it), or give another template (--chat-template)'
+        "rows.jsonl:1: message 2: the chat template starts every answer with 'Assistant: <think>\\n' and writes this "
+        "one as 'Assistant: The cat.<|endoftext|>\\n'; write the turn so that it starts that way (reasoning goes into "
+        '"reasoning_content", if the template reads it), or give another template (--chat-template)'
     )
     [(prompt, response)] = said(thinking, {"messages": [USER, {**ANSWER, "content": "<think>\nHm.</think>The cat."}]})
     assert prompt.endswith("<think>\n") and response == "Hm.</think>The cat.<|endoftext|>"
@@ -168,9 +168,7 @@ def test_files_as_people_have_them(tmp_path: Path) -> None:
 def test_a_json_array_is_no_file_of_rows(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     path.write_text(json.dumps([{"prompt": "x", "response": "y"}], indent=1))
-    with pytest.raises(
-        ParaJaxError, match=r"rows.json is a JSON array; write each of its objects on a line of its own"
-    ):
+    with pytest.raises(ParaJaxError, match=r"rows.json is a JSON array; write each of its objects on its own line"):
         read_jsonl(path)
 
 
@@ -180,14 +178,14 @@ def test_rows_of_other_tenants(tmp_path: Path, tokenizer: Any) -> None:
     rows = [{"prompt": "Who sat?", "response": "The cat.", "tenant": name} for name in names]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for tenant, wrong in (
-        ("acme", "rows.jsonl:3: the row is of tenant 'globex'"),
+        ("acme", "rows.jsonl:3: the row names tenant 'globex'"),
         (None, "rows.jsonl:3"),
         ("globex", "rows.jsonl:1"),
     ):
-        with pytest.raises(ParaJaxError, match=f"{wrong}.*a source for several tenants is read by --tenant-from"):
+        with pytest.raises(ParaJaxError, match=f"{wrong}.*--tenant-from reads a source with several tenants"):
             read_examples(path, tokenizer, EOS, tenant=tenant)
     with pytest.raises(ParaJaxError, match=r"rows.jsonl:2: no tenant's name under \"tenant\""):
-        by_tenant(read_jsonl(path))
+        group_by_tenant(read_jsonl(path))
     path.write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
     assert len(read_examples(path, tokenizer, EOS, tenant="acme")) == len(read_examples(path, tokenizer, EOS)) == 2
 
@@ -211,18 +209,18 @@ def test_rows_cut_to_a_length(tokenizer: Any, caplog: pytest.LogCaptureFixture) 
 
 def test_a_cut_prompt_keeps_its_beginning_of_text(tiny: Any) -> None:
     from para_jax.data.buffers import Example
-    from para_jax.data.lengths import cut
+    from para_jax.data.lengths import truncate
 
     e = Example.of([1, *range(10, 40)], [7, 8, 0])
     for bos, first in ((1, 1), (2, 25)):
-        short = cut(e, 18, bos)
+        short = truncate(e, 18, bos)
         assert short is not None and len(short) == 18
         assert short.prompt_ids.tolist() == [first, *range(26, 40)]
         assert short.response_ids.tolist() == [7, 8, 0]
 
 
 def test_a_text_of_too_many_letters_is_no_work(tokenizer: Any) -> None:
-    with pytest.raises(ParaJaxError, match=r"rows.jsonl:1: 3,000,009 letters are more than 64 tokens; remove them"):
+    with pytest.raises(ParaJaxError, match=r"rows.jsonl:1: 3,000,009 characters are more than 64 tokens; remove them"):
         encode(tokenizer, {"prompt": "word " * 600_000, "response": "The cat."[:8] + "."}, max_length=64)
 
 
@@ -232,7 +230,7 @@ def test_reading_says_how_far_it_is(tokenizer: Any, monkeypatch: pytest.MonkeyPa
     shown: list[str] = []
     encode(tokenizer, *[{"prompt": "x", "response": "y"}] * 3, total=3, show=shown.append)
     assert shown == [
-        "0/3 rows are read",
-        "1/3 rows are read  0.167 a second  12s left",
-        "2/3 rows are read  0.167 a second  6s left",
+        "0/3 rows read",
+        "1/3 rows read  0.167 a second  12s left",
+        "2/3 rows read  0.167 a second  6s left",
     ]

@@ -59,10 +59,10 @@ def test_mistakes_in_templates(tmp_path: Path) -> None:
         return mistake(rows, str(write(tmp_path / "t.json", fields)))
 
     assert "unknown field of" in wrong({"promt": "{{q}}", "response": ""}) and "'prompt'" in wrong({"promt": "{{q}}"})
-    assert "has no response; a template is such as" in wrong({"prompt": "{{q}}"})
-    assert "holds no template" in wrong(["{{q}}"])
-    assert "prompt has to be a text" in wrong({"prompt": ["{{q}}"], "response": "x"})
-    assert "choices has to be a text or a list of them" in wrong({**ASKED, "choices": [1]})
+    assert "has no response; write a template such as" in wrong({"prompt": "{{q}}"})
+    assert "is not a template" in wrong(["{{q}}"])
+    assert "prompt must be a text" in wrong({"prompt": ["{{q}}"], "response": "x"})
+    assert "choices must be a text or a list of them" in wrong({**ASKED, "choices": [1]})
     assert "is not jinja2" in wrong({"prompt": "{{q", "response": "x"})
     assert "unknown column in" in wrong({**ASKED, "references": "answers"})
     # The second row has no answer.
@@ -71,7 +71,7 @@ def test_mistakes_in_templates(tmp_path: Path) -> None:
     assert "unsafe" in wrong({**ASKED, "response": "{{q.__class__.__mro__}}"})
     (tmp_path / "t.json").write_text("{")
     assert "t.json is not JSON" in mistake(rows, str(tmp_path / "t.json"))
-    assert "is no file; write a template to it" in mistake(rows, str(tmp_path / "none.json"))
+    assert "is not a file; write a template to it" in mistake(rows, str(tmp_path / "none.json"))
     assert "did you mean 'squad'?" in mistake(rows, "squadd")
 
 
@@ -137,11 +137,11 @@ def test_folders_of_files(saved: Path) -> None:
 def test_mistakes_in_folders(saved: Path, tmp_path: Path) -> None:
     assert "'trian'; did you mean 'train'? Known: test, train" in mistake(f"hf:{saved / 'files'}:trian")
     assert "has no such rows" in mistake(f"hf:{saved / 'files'}:train[:5")
-    assert "has no usable rows: there is no row" in mistake(f"hf:{saved / 'files'}:train[5:5]")
-    assert "is no folder, nor a data set of the hub" in mistake(f"hf:{tmp_path / 'none'}")
+    assert "has no usable rows: there are no rows" in mistake(f"hf:{saved / 'files'}:train[5:5]")
+    assert "is neither a folder nor a data set on the hub" in mistake(f"hf:{tmp_path / 'none'}")
     assert f"{tmp_path} cannot be read by datasets" in mistake(f"hf:{tmp_path}")
     error = mistake(f"hf:{saved / 'parquet'}")
-    assert "has the columns answer, question, and no template" in error and '{"prompt": "Question:' in error
+    assert "has the columns answer, question, and needs a template" in error and '{"prompt": "Question:' in error
 
 
 def test_without_the_library_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,10 +172,10 @@ def test_mixtures_are_read_source_by_source(tiny, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("0*a.jsonl+1*b.jsonl", "has to be a weight above 0"),
-        ("1*", "has to be a weight above 0 and a source"),
+        ("0*a.jsonl+1*b.jsonl", "must be a weight above 0"),
+        ("1*", "must be a weight above 0 and a source"),
         ("a.jsonl+0.5*b.jsonl", "the first source of 'a.jsonl+0.5*b.jsonl' has no weight"),
-        ("1.2.3*a.jsonl", "'1.2.3' in '1.2.3*a.jsonl' is no number"),
+        ("1.2.3*a.jsonl", "'1.2.3' in '1.2.3*a.jsonl' is not a number"),
     ],
 )
 def test_mistakes_in_mixtures(text: str, message: str) -> None:
@@ -198,6 +198,6 @@ def test_finetune_and_evaluate_read_other_sources(
     assert "choice_accuracy" in json.loads(scores.read_text())["tenants"]["mood"]
     capsys.readouterr()
     assert main(["finetune", *tenants, "--out", str(tmp_path / "new")]) == 1
-    assert "and no template that makes prompts of them" in capsys.readouterr().err
+    assert "and needs a template that makes prompts from them" in capsys.readouterr().err
     assert main(["finetune", *tenants, "--template", "moo=glue/sst2", "--out", str(tmp_path / "new")]) == 1
     assert "unknown tenant in --template 'moo'; did you mean 'mood'?" in capsys.readouterr().err

@@ -124,7 +124,7 @@ def test_a_data_set_without_template_names_its_columns(data_dir: Path) -> None:
         text = file.read_bytes().replace(b'"gsm8k"', b'"my_sums"') if file.suffix == ".json" else file.read_bytes()
         file.with_name(file.name.replace("gsm8k", "my_sums")).write_bytes(text)
     error = mistake("tfds:my_sums", data_dir)
-    assert "has the columns annotation, answer, question, short_answer, and no template" in error
+    assert "has the columns annotation, answer, question, short_answer, and needs a template" in error
     assert len(rows("tfds:my_sums", data_dir, "gsm8k")) == 1
 
 

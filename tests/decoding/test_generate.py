@@ -264,7 +264,7 @@ def test_the_loop_writes_the_cache_where_it_lies():
         ({"repetition_penalty": float("inf")}, "repetition_penalty of row 0 is inf; it must be finite and above 0"),
         ({"window": 0}, "window must be a whole number from 1 to 2147483647, not 0"),
         ({"skip": 5}, "skip must be a whole number from 0 to 4, not 5"),
-        ({"skip": 1, "window": 2}, "skip must be a number of whole windows, each of 2 rows, not 1"),
+        ({"skip": 1, "window": 2}, "skip must be a multiple of the window of 2 rows, not 1"),
         ({"stop": 5}, "stop is 5; give a string or a list of strings"),
         ({"stop": ["caf\ud800"]}, r"stop is not UTF-8: it has the lone surrogate U\+D800 as character 4"),
         ({"prompts": ["caf\udce9"]}, "the prompt of row 0 is not UTF-8: it has the byte 0xe9 as character 4"),
@@ -297,8 +297,8 @@ def test_logits_that_are_no_numbers(backbone, tokenizer, num_beams, caplog):
     tenants, options = ["good", None, "huge", "huge"], {**GREEDY, "num_beams": num_beams}
     rows = complete(backbone, tokenizer, PROMPTS, bank=bank, tenants=tenants, batch_size=1, window=1, **options)
     assert caplog.messages == [
-        "the logits of prompt 3 (of huge) are NaN or infinite, and its text ends there; see "
-        "whether the prompt without an adapter has them too; if not, the adapter's weights are too large"
+        "the logits of prompt 3 (of huge) are NaN or infinite, and its text ends there; run the "
+        "prompt without an adapter; if its logits are finite, the adapter's weights are too large"
     ]
     assert rows[2:] == [Completion("", [], "error")] * 2
     only_good = random_bank({"good": ParaConfig(r=3)}, backbone.config)

@@ -129,9 +129,11 @@ def test_nan_chooses_nothing(world, caplog):
         assert scores["choice_accuracy"] == 0.0
         assert [(p["choice"], p["log_likelihoods"]) for p in scores["predictions"]] == [(None, [None, None])] * 2
         assert "NaN" not in json.dumps(both) and None not in both["globex"]["predictions"][0]["log_likelihoods"]
-        (record,) = [record.getMessage() for record in caplog.records if "NaN likelihoods" in record.getMessage()]
+        (record,) = [
+            record.getMessage() for record in caplog.records if "log-likelihoods are NaN" in record.getMessage()
+        ]
         assert record.startswith(
-            "acme: NaN likelihoods, by which no choice is the likeliest, in 2 of 2 rows with choices"
+            "acme: log-likelihoods are NaN in 2 of 2 rows with choices, so no choice is the likeliest"
         )
         caplog.clear()
 
@@ -166,9 +168,9 @@ def test_what_cannot_be_evaluated_is_named_before_anything_runs(world):
         attempt({"acme": [dataclasses.replace(row, response="mad")]})
     with pytest.raises(ParaJaxError, match="rows:0: there is no response"):
         attempt({"acme": [dataclasses.replace(row, response="")]})
-    with pytest.raises(ParaJaxError, match="rows:0: its texts were not kept; read the rows with keep_texts=True"):
+    with pytest.raises(ParaJaxError, match="rows:0: the example has no texts; read the rows with keep_texts=True"):
         attempt({"acme": [dataclasses.replace(row, prompt="", response="")]})
     with pytest.raises(
-        ParaJaxError, match=r"rows:0: the prompt has 3 tokens, and beside the new ones the context holds 1"
+        ParaJaxError, match=r"rows:0: the prompt has 3 tokens, and the context without the new tokens holds 1"
     ):
         attempt({"acme": [row]}, new=backbone.config.max_position_embeddings - 1)

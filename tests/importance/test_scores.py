@@ -160,7 +160,7 @@ def test_the_only_module_that_does_anything_is_the_most_important(
 
 def _slope(backbone: Backbone, adapter: Adapter, rows: list[Example]):
     s = scores.Scoring(backbone, adapter, rows, 2, 1, 0, print)
-    parts = [scores._slope(backbone, adapter.layers, batch) for batch in scores._batches(s)]
+    parts = [scores._gradient(backbone, adapter.layers, batch) for batch in scores._batches(s)]
     return jax.tree.map(lambda *x: sum(x), *parts)
 
 
@@ -183,7 +183,7 @@ def test_what_cannot_be_scored(backbone: Backbone, adapter: Adapter, rows: list[
     with pytest.raises(ParaJaxError, match="variants must be a whole number from 1 to 2147483647, not 0"):
         score("ablation", variants=0)
     some = LoraConfig(target_modules=["q_proj", "v_proj"])
-    with pytest.raises(ParaJaxError, match=r"no k_proj, o_proj, .* in layer 0 .*--target-modules all-linear"):
+    with pytest.raises(ParaJaxError, match=r"no k_proj, o_proj, .* in layer 0; .*--target-modules all-linear"):
         score("norm", adapter=random_adapter(some, backbone.config, 0))
     with pytest.raises(ParaJaxError, match="this adapter's method is para"):
         score("norm", adapter=random_adapter(ParaConfig(r=2), backbone.config, 0))

@@ -30,7 +30,7 @@ def test_a_number_of_each_layer() -> None:
     assert keep_number(SCORES, SMALL, 7) == (tuple(SITES),) * 2
     assert keep_number(-SCORES, SMALL, 1)[1] == ("k_proj",), "of equal ones the first"
     for number in (0, 8):
-        with pytest.raises(ParaJaxError, match=f"a layer has 7 modules, so {number} of each cannot be kept"):
+        with pytest.raises(ParaJaxError, match=f"a layer has 7 modules, so {number} cannot be kept"):
             keep_number(SCORES, SMALL, number)
 
 
@@ -56,7 +56,7 @@ def test_the_last_turn_goes_to_the_highest_scores() -> None:
     first = cost["up_proj"] + cost["v_proj"]
     assert keep_within(SCORES, SMALL, first, 1) == (("up_proj",), ("v_proj",))
     assert keep_within(SCORES, SMALL, first + cost["down_proj"], 1) == (("up_proj",), ("v_proj", "down_proj"))
-    with pytest.raises(ParaJaxError, match=f"a budget of {first - 1} .* takes {first} at r=1"):
+    with pytest.raises(ParaJaxError, match=f"a budget of {first - 1} .* takes {first} in total at r=1"):
         keep_within(SCORES, SMALL, first - 1, 1)
     everything = FanLoraConfig.of([SITES] * 2, SMALL, r=1).size(SMALL)
     assert keep_within(SCORES, SMALL, 10 * everything, 1) == (tuple(SITES),) * 2

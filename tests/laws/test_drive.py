@@ -157,13 +157,14 @@ def test_what_is_safe_is_said(run) -> None:
         with pytest.raises(ParaJaxError) as error:
             tune(out, loggers=[logger])
         said = re.fullmatch(
-            f"{out}/metrics.jsonl could not be written: {GONE}; see that its file system is mounted and run again with "
-            "--resume; the checkpoint of step ([24]) is whole, and --resume goes on from it", str(error.value),
-        )  # fmt: skip
+            f"{out}/metrics.jsonl could not be written: {GONE}; check that its file system is mounted and run again "
+            "with --resume; the checkpoint of step ([24]) is complete, and --resume continues from it",
+            str(error.value),
+        )
         assert said is not None, error.value
         drive.back()
         drive.room(100)
-        with pytest.raises(ParaJaxError, match=r"the checkpoint of step [24] is whole, and --resume") as error:
+        with pytest.raises(ParaJaxError, match=r"the checkpoint of step [24] is complete, and --resume") as error:
             tune(out)
         assert FULL in str(error.value) and "make room" in str(error.value)
         drive.room(None)
@@ -175,9 +176,7 @@ def test_what_is_safe_is_said(run) -> None:
 def test_two_processes_of_a_machine_are_kept_apart(capsys: pytest.CaptureFixture) -> None:
     with mounted() as drive, Claim(drive.root / "out", False, False) as claim:
         claim.begin({})
-        words = (
-            "out is on a file system without locks; only processes of other machines are not kept from writing there"
-        )
+        words = "out is on a file system without locks; processes on other machines are not locked out"
         said = capsys.readouterr().err
         assert words in said and said.count("\n") == 1
         with (
@@ -298,7 +297,7 @@ def test_an_adapter_that_is_gone_is_said_to_be_beside(tmp_path: Path) -> None:
         an_adapter(path, True)
         renames = [i for i, what in enumerate(drive.log[done:], 1) if what.startswith("rename")]
         drive.gone_at(renames[2])
-        with pytest.raises(ParaJaxError, match=r"what was there or the new one is whole in .*previous or .*rename it"):
+        with pytest.raises(ParaJaxError, match=r"the old or the new folder is complete in .*previous or .*rename it"):
             an_adapter(path, True)
         drive.back()
         with pytest.raises(

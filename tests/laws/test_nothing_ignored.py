@@ -373,7 +373,7 @@ def test_no_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
         Backbone.from_pretrained(tmp_path / "empty")
     with says("is no folder", "or a hub id"):
         Backbone.from_pretrained(tmp_path / "nowhere")
-    with says("nobody/nothing", "neither a folder here nor", "Check the spelling"):
+    with says("nobody/nothing", "not a local folder", "Check the spelling"):
         Backbone.from_pretrained("nobody/nothing")
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "config.json").write_bytes((checkpoint / "config.json").read_bytes())

@@ -21,7 +21,7 @@ from para_jax.data.examples import Example
 from para_jax.data.packing import Shape
 from para_jax.errors import ParaJaxError
 from para_jax.sharding import auto_mesh, make_mesh
-from para_jax.training.places import Layout, Schedule
+from para_jax.training.places import Schedule, TenantLayout
 from para_jax.training.programs import Parts
 from para_jax.training.settings import Settings
 from para_jax.training.state import Sums, TrainState, stack_settings
@@ -55,20 +55,20 @@ def bank_of(configs: dict, shape) -> AdapterBank:
 def tune(backbone: Backbone, configs: dict, shapes=SHAPES, spread: bool | None = None):
     """Two steps; the losses and gradient norms, the adapters afterwards, and what the programs were given."""
     bank = bank_of(configs, backbone.config)
-    layout = Layout.of(backbone.mesh, len(configs), ROWS, spread)
-    bank = layout.divided(bank)
+    layout = TenantLayout.of(backbone.mesh, len(configs), ROWS, spread)
+    bank = layout.shard_bank(bank)
     settings = dict.fromkeys(configs, Settings(steps=9, lr=1e-2))
     schedule, rules = Schedule(bank, settings, layout), stack_settings(bank, settings)
     state = TrainState.create(bank, layout.mesh, layout.shards)
     sums = Sums.create(bank, layout.groups, schedule.places, layout.mesh)
     said = []
     for step in range(STEPS):
-        seating = schedule.seating(dict.fromkeys(configs, step), ())
-        assert seating is not None
+        step_tenants = schedule.step_tenants(dict.fromkeys(configs, step), ())
+        assert step_tenants is not None
         of = {n: rows_of(i, step, ROWS, backbone.config.vocab_size) for i, n in enumerate(configs)}
-        state, sums, values = take_step(backbone, state, sums, rules, layout, shapes, seating, of, seed=5)
+        state, sums, values = take_step(backbone, state, sums, rules, layout, shapes, step_tenants, of, seed=5)
         said.append(values)
-    slots = layout.slots(bank, seating)
+    slots = layout.slots(bank, step_tenants)
     parts = Parts(backbone, layout, state, rules, sums, slots, schedule.places, shapes, False, "none", 5)
     return said, state.bank, parts
 
@@ -134,8 +134,8 @@ def test_tenants_are_dealt_out_evenly() -> None:
     """Also where every one has a method of its own, and so a group of one."""
     configs = {f"t{i}": c for i, c in enumerate([*METHODS.values(), DROPPED, METHODS["para"], METHODS["para"]])}
     mesh = make_mesh("fsdp=4,tensor=2")
-    layout = Layout.of(mesh, len(configs), rows=3, spread=True)
-    bank = layout.divided(bank_of(configs, SMALL))
+    layout = TenantLayout.of(mesh, len(configs), rows=3, spread=True)
+    bank = layout.shard_bank(bank_of(configs, SMALL))
     schedule = Schedule(bank, dict.fromkeys(configs, Settings()), layout)
     assert sorted(map(len, schedule.shards)) == [2, 2, 3, 3] and schedule.places == 3
     assert sorted(name for shard in schedule.shards for name in shard) == sorted(configs)
@@ -151,8 +151,8 @@ def test_a_state_goes_to_another_mesh() -> None:
     states = []
     for text, shards in (("fsdp=4,tensor=2", 4), ("data=2,tensor=4", 2), (None, 1)):
         mesh = None if text is None else make_mesh(text)
-        layout = Layout(mesh, 4, shards, shards)
-        states.append((layout, TrainState.create(layout.divided(bank_of(configs, SMALL)), mesh, shards)))
+        layout = TenantLayout(mesh, 4, shards, shards)
+        states.append((layout, TrainState.create(layout.shard_bank(bank_of(configs, SMALL)), mesh, shards)))
     (_, first), *others = states
     taken = tuple(
         np.array([0 if n is None else 1 + ord(n) for n in group.names], np.int32) for group in first.bank.groups
@@ -230,10 +230,10 @@ def test_the_programs_of_a_mesh_stay(tmp_path) -> None:
     parts = tune(there, {"a": METHODS["para"], "b": METHODS["lora"]})[2]
     old = jax.tree.leaves((parts.state, parts.sums))
     with compilations() as compiled:
-        seating, shards, mesh = [["a", "b"]], parts.layout.shards, parts.layout.mesh
+        step_tenants, shards, mesh = [["a", "b"]], parts.layout.shards, parts.layout.mesh
         of = {n: rows_of(i, 7, ROWS, there.config.vocab_size) for i, n in enumerate("ab")}
         given = parts.state, parts.sums, parts.rules, parts.layout, SHAPES
-        state, sums, _ = take_step(there, *given, seating, of, seed=5)
+        state, sums, _ = take_step(there, *given, step_tenants, of, seed=5)
     assert not compiled and update._cache_size() and shards == 1 and mesh is not None
     assert all(x.is_deleted() for x in old)
     assert [x.sharding for x in old] == [x.sharding for x in jax.tree.leaves((state, sums))]
@@ -269,10 +269,10 @@ def test_the_bytes_of_a_device(tmp_path) -> None:
 
 def test_rows_need_not_divide() -> None:
     """Packed rows are dealt over the devices, whatever their number."""
-    assert Layout.of(make_mesh("fsdp=8"), tenants=3, rows=6).shards == 1
-    assert Layout.of(make_mesh("fsdp=8"), tenants=16, rows=6).shards == 8
+    assert TenantLayout.of(make_mesh("fsdp=8"), tenants=3, rows=6).shards == 1
+    assert TenantLayout.of(make_mesh("fsdp=8"), tenants=16, rows=6).shards == 8
     with pytest.raises(ParaJaxError, match="rows must be a whole number from 1 to 2147483647, not 0"):
-        Layout.of(None, tenants=3, rows=0)
+        TenantLayout.of(None, tenants=3, rows=0)
 
 
 def test_the_mesh_that_is_chosen() -> None:

@@ -8,7 +8,7 @@ from para_jax.adapters.bank import AdapterBank
 from para_jax.adapters.para import ParaConfig
 from para_jax.data.examples import Example
 from para_jax.data.packing import Shape
-from para_jax.training.places import Layout
+from para_jax.training.places import TenantLayout
 from para_jax.training.settings import Settings
 from para_jax.training.state import Sums, TrainState, stack_settings
 from tests.helpers import METHODS, random_adapter, random_backbone, take_step
@@ -57,7 +57,7 @@ def tune(backbone, names, steps=6, shapes=PACKED, poison=None):
     bank = AdapterBank.stack(adapters, backbone.config)
     state, rules, sums = TrainState.create(bank), stack_settings(bank, SETTINGS), Sums.create(bank, 1, len(names))
     data = {n: examples(n, backbone.config.vocab_size) for n in names}
-    layout = Layout.of(None, len(names), rows=4)
+    layout = TenantLayout.of(None, len(names), rows=4)
     history = []
     for step in range(steps):
         rows = layout.step_rows([names], data, 3, dict.fromkeys(names, step))

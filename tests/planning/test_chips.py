@@ -53,10 +53,10 @@ def test_memory_and_devices_are_those_of_the_compiler() -> None:
     ("name", "message"),
     [
         ("v5:4x4", r"unknown chip 'v5'; did you mean 'v5"),
-        ("v5e", "'v5e' is no slice of v5e chips, which have 2 axes; write it as v5e:2x2"),
-        ("v5p:4x4", "'v5p:4x4' is no slice of v5p chips, which have 3 axes; write it as v5p:2x2x2"),
-        ("v6e:0x4", "'v6e:0x4' is no slice"),
-        ("gpu:h100x2x2", "'gpu:h100x2x2' is no slice of h100 chips, which have 1 axes; write it as gpu:h100x8"),
+        ("v5e", "'v5e' is not a slice of v5e chips, which have 2 axes; write it as v5e:2x2"),
+        ("v5p:4x4", "'v5p:4x4' is not a slice of v5p chips, which have 3 axes; write it as v5p:2x2x2"),
+        ("v6e:0x4", "'v6e:0x4' is not a slice"),
+        ("gpu:h100x2x2", "'gpu:h100x2x2' is not a slice of h100 chips, which have 1 axes; write it as gpu:h100x8"),
         ("gpu:b300x8", "unknown chip 'b300'"),
     ],
 )

@@ -16,7 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from para_jax.planning.chips import parse_topology
-from para_jax.planning.hlo import Collective, collectives, total, written
+from para_jax.planning.hlo import Collective, collectives, loop_bytes_written, total
 from para_jax.planning.topology import environment
 
 TURNS = 5
@@ -68,7 +68,7 @@ def test_a_known_program_of_other_versions(text: Path) -> None:
     """What jax 0.10 and 0.12 compiled `known` to, without metadata: HLO's text changes from version to version."""
     assert total(collectives(text.read_text(), 8)) == EXPECTED
     large = TURNS * 5 * OWN if "cpu" in text.stem else 0  # a TPU keeps them on the chip
-    assert written(text.read_text()) == large
+    assert loop_bytes_written(text.read_text()) == large
 
 
 def test_a_known_program_on_tpus() -> None:
@@ -225,4 +225,4 @@ ENTRY %main (z: (u32[], {large})) -> (u32[], {large}) {{
   ROOT %loop = (u32[], {large}{{1,0}}) while(%z), condition=%ends, body=%turn, {trips}
 }}
 """
-    assert written(text) == 3 * 2 * 2 * 1024 * 2048
+    assert loop_bytes_written(text) == 3 * 2 * 2 * 1024 * 2048

@@ -13,8 +13,8 @@ from para_jax.planning import plan as planning
 from para_jax.planning import process
 from para_jax.planning.chips import CHIPS, Topology, parse_topology
 from para_jax.planning.job import Job
-from para_jax.planning.process import plan_aside
-from para_jax.planning.programs import step_of
+from para_jax.planning.process import plan_in_subprocess
+from para_jax.planning.programs import planned_step
 from para_jax.planning.search import candidates, mesh_name, remedies
 from para_jax.planning.topology import check_jax
 from para_jax.sharding import make_mesh
@@ -60,7 +60,7 @@ def job(model: dict[str, Any], mode: str, **fields: Any) -> Job:
 
 def test_llama_2_7b_is_tuned_on_one_v5e_chip() -> None:
     """In bfloat16, 8 rows of 2048 tokens a step, one at a time, recomputing layers: no need for few bits."""
-    made = plan_aside([job(LLAMA_2_7B, "train", rows=8, micro_batch_tokens=2048)], "v5e:1x1")
+    made = plan_in_subprocess([job(LLAMA_2_7B, "train", rows=8, micro_batch_tokens=2048)], "v5e:1x1")
     assert made["fits"]
     micro_batch, update = made["plan"]["programs"]
     weights, adapters = 2 * 6_738_415_616, 4 * 8_945_664
@@ -82,7 +82,7 @@ def test_llama_2_7b_is_tuned_on_one_v5e_chip() -> None:
 
 def test_llama_3_8b_decodes_in_int8_on_one_v5e_chip() -> None:
     """8 rows of 8 tenants, 1024 tokens of prompt and 256 new ones; the two programs and the bank beside them."""
-    made = plan_aside([job(LLAMA_3_8B, "decode", tenants=8, rows=8, length=1024, quantize="int8")], "v5e:1x1")
+    made = plan_in_subprocess([job(LLAMA_3_8B, "decode", tenants=8, rows=8, length=1024, quantize="int8")], "v5e:1x1")
     assert made["fits"]
     prefill, decode = made["plan"]["programs"]
     cache = 2 * 8 * 1280 * 32 * 8 * 128 * 2
@@ -95,7 +95,7 @@ def test_llama_3_8b_decodes_in_int8_on_one_v5e_chip() -> None:
 @pytest.mark.slow
 def test_llama_3_70b_is_tuned_on_16_v5e_chips() -> None:
     """In bfloat16 on v5e:4x4, a quarter of the v5e:8x8 that one might think of: 16 rows of 2048 tokens a step."""
-    made = plan_aside([job(LLAMA_3_70B, "train", rows=16)], "v5e:4x4", "fsdp=16")
+    made = plan_in_subprocess([job(LLAMA_3_70B, "train", rows=16)], "v5e:4x4", "fsdp=16")
     assert made["fits"]
     assert 14e9 < made["plan"]["peak"] < 15.5e9
     # Weights are gathered for forward, again, and backward, and nothing but weights is.
@@ -108,7 +108,7 @@ def test_llama_3_70b_is_tuned_on_16_v5e_chips() -> None:
 def test_a_decode_step_copies_no_weight(chip: str, quantize: str | None) -> None:
     """Nor does it write one widened, nor the cache again; and the weights are in memory once."""
     of = job({**LLAMA_2_7B, "num_hidden_layers": 4}, "decode", tenants=8, rows=8, length=128, quantize=quantize)
-    decode = plan_aside([of], chip)["plan"]["programs"][1]
+    decode = plan_in_subprocess([of], chip)["plan"]["programs"][1]
     assert decode["written"] == 0
     layer = 4096 * (4 * 4096 + 3 * 11008)
     assert decode["temporaries"] < layer / 2
@@ -117,7 +117,9 @@ def test_a_decode_step_copies_no_weight(chip: str, quantize: str | None) -> None
 @pytest.mark.slow
 def test_llama_3_70b_decodes_in_int8_on_64_v5e_chips() -> None:
     """Split over the heads, 16 rows a step, whose adapters are whole on the first chip beside its part."""
-    made = plan_aside([job(LLAMA_3_70B, "decode", rows=16, length=1024, quantize="int8")], "v5e:8x8", "data=8,tensor=8")
+    made = plan_in_subprocess(
+        [job(LLAMA_3_70B, "decode", rows=16, length=1024, quantize="int8")], "v5e:8x8", "data=8,tensor=8"
+    )
     assert made["fits"]
     decode = made["plan"]["programs"][1]
     # Two sums of activations a layer, and no weight is moved.
@@ -128,7 +130,7 @@ def test_llama_3_70b_decodes_in_int8_on_64_v5e_chips() -> None:
 
 def test_mixtral_is_tuned_on_16_v5e_chips() -> None:
     """Each chip has its rows' tokens and no others, and half of every expert, gathered a layer at a time."""
-    made = plan_aside([job(MIXTRAL, "train", rows=16)], "v5e:4x4", "fsdp=8,tensor=2")
+    made = plan_in_subprocess([job(MIXTRAL, "train", rows=16)], "v5e:4x4", "fsdp=8,tensor=2")
     assert made["fits"]
     assert made["plan"]["peak"] < 11.5e9
     # Half of the weights forward, and once more for the layer that is made again and goes backward.
@@ -138,7 +140,7 @@ def test_mixtral_is_tuned_on_16_v5e_chips() -> None:
 def test_mixtral_decodes_in_int8_on_8_v5e_chips() -> None:
     """A layer's experts are turned and widened for their product, and only a layer's."""
     of = job(MIXTRAL, "decode", tenants=8, rows=32, length=1024, quantize="int8")
-    made = plan_aside([of], "v5e:2x4", "tensor=8")
+    made = plan_in_subprocess([of], "v5e:2x4", "tensor=8")
     assert made["plan"]["peak"] < 11.5e9
     decode = made["plan"]["programs"][1]
     assert set(decode["collectives"]) == {"all-reduce"}
@@ -155,15 +157,15 @@ def test_meshes_of_a_search() -> None:
     of_four = {"data=4,tensor=2", "data=2,fsdp=2,tensor=2", "fsdp=4,tensor=2"}
     assert set(names) == {*of_four, "data=8", "data=4,fsdp=2", "data=2,fsdp=4", "fsdp=8"}
     assert [one.guess for one in found] == sorted(one.guess for one in found)
-    # Rows that cannot be spread are a mesh's reason, while decoding.
-    with pytest.raises(ParaJaxError, match=r"no mesh of 8 devices does for this; data=8: 1 rows cannot be spread"):
+    # Rows that cannot be sharded are a mesh's reason, while decoding.
+    with pytest.raises(ParaJaxError, match=r"no mesh of 8 devices fits; data=8: 1 rows cannot be sharded"):
         candidates([Job(SMALL, PARA, "decode", rows=1, length=16, new_tokens=16)], devices, CHIPS["v5e"])
 
 
 def test_devices_without_rows_count() -> None:
     """A full row on each of four devices, and none on four more: these cost what the others do."""
     job = Job(SMALL, PARA, rows=4, length=128)
-    cost = {name: step_of(job, make_mesh(name, jax.devices())) for name in ("data=8", "data=4,tensor=2")}
+    cost = {name: planned_step(job, make_mesh(name, jax.devices())) for name in ("data=8", "data=4,tensor=2")}
     assert {name: (step.micro_batches, step.slots) for name, step in cost.items()} == {
         "data=8": (1, 8 * 128),
         "data=4,tensor=2": (1, 4 * 128),
@@ -210,7 +212,7 @@ def test_smaller_micro_batches() -> None:
     big = Job(SMALL, PARA, rows=8, length=128, dtype="float32")
     mesh = make_mesh({}, jax.devices()[:1])
     offered = dict(remedies(big, mesh, jax.devices()[:1], CHIPS["v5e"]))
-    assert {text: step_of(one.job, mesh).micro_batches for text, one in offered.items() if "micro" in text} == {
+    assert {text: planned_step(one.job, mesh).micro_batches for text, one in offered.items() if "micro" in text} == {
         "--micro-batch-tokens 512": 2,
         "--micro-batch-tokens 128": 8,
     }
@@ -225,7 +227,7 @@ def test_mesh_names() -> None:
 def test_a_jax_that_compiles_for_no_tpu_that_is_not_here(monkeypatch) -> None:
     """jax 0.7.2 crashes when it has compiled such a program; GPUs are planned on CPUs."""
     monkeypatch.setattr(jax, "__version_info__", (0, 7, 2))
-    with pytest.raises(ParaJaxError, match=r"cannot compile for TPUs that are not here; jax 0\.8 and later can"):
+    with pytest.raises(ParaJaxError, match=r"cannot compile for TPUs without having them; jax 0\.8 and later can"):
         planning.plan([Job(SMALL, PARA, length=16)], parse_topology("v5e:1x1"))
     check_jax(parse_topology("gpu:h100x8"))
 
@@ -236,8 +238,8 @@ def test_a_compiler_that_breaks_down(monkeypatch) -> None:
     with pytest.raises(
         ParaJaxError, match=r"the compiler ended with code 1 and no plan; it said:(.|\n)*No module named 'encodings'"
     ):
-        plan_aside([job], "gpu:h100x1")
+        plan_in_subprocess([job], "gpu:h100x1")
     # What Python raises there is raised here.
     monkeypatch.setattr(process, "environment", lambda topology: {"JAX_PLATFORMS": "nonsense"})
     with pytest.raises(RuntimeError, match=r"Unable to initialize backend 'nonsense'"):
-        plan_aside([job], "gpu:h100x1")
+        plan_in_subprocess([job], "gpu:h100x1")

@@ -56,7 +56,9 @@ def spec_of(x: Any) -> Any:
 
 
 def backbone_on(mesh: Any) -> Backbone:
-    return Backbone(SMALL, jax.random.key(0), "float32", stacked=True, attention="plain", mesh=programs.own_mesh(mesh))
+    return Backbone(
+        SMALL, jax.random.key(0), "float32", stacked=True, attention="plain", mesh=programs.mesh_or_none(mesh)
+    )
 
 
 @pytest.mark.parametrize("tenants", [2, 3, 8])
@@ -87,9 +89,9 @@ def test_a_steps_programs_are_those_of_the_loop(sizes: str, tenants: int, tmp_pa
         )
     ((theirs,), _) = stopped.value.args
     ours = programs.training_parts(job, mesh)
-    seating = seating_of(theirs)
-    batches = list(theirs.layout.batches(seating, dict.fromkeys(job.names, [row] * 5), theirs.shapes))
-    assert programs.step_of(job, mesh).micro_batches == len(batches)
+    step_tenants = step_tenants_of(theirs)
+    batches = list(theirs.layout.batches(step_tenants, dict.fromkeys(job.names, [row] * 5), theirs.shapes))
+    assert programs.planned_step(job, mesh).micro_batches == len(batches)
     assert ours.calls().keys() == theirs.calls().keys()
     for name in ("micro-batch 0", "update"):
         mine, real = ours.calls()[name], theirs.calls()[name]
@@ -99,11 +101,11 @@ def test_a_steps_programs_are_those_of_the_loop(sizes: str, tenants: int, tmp_pa
                 assert shapes(argument) == shapes(their_argument)
 
 
-def seating_of(parts: Any) -> Any:
+def step_tenants_of(parts: Any) -> Any:
     """The tenants of the first step."""
     names = [name for group in parts.state.bank.groups for name in group.names if name is not None]
     bank, settings = parts.state.bank, dict.fromkeys(names, Settings())
-    return Schedule(bank, settings, parts.layout).seating(dict.fromkeys(names, 0), ())
+    return Schedule(bank, settings, parts.layout).step_tenants(dict.fromkeys(names, 0), ())
 
 
 def test_decoding_is_called_as_generate_calls_it(tiny, monkeypatch) -> None:
@@ -146,7 +148,7 @@ def test_bytes_of_arguments() -> None:
     # A device has two rows of each tenant, three at once: tokens, three numbers of each sequence, the tenant's place.
     rows = 3 * (128 + 3 + 1)
     targets = 3 * 256  # a place, a token and a tenant of each
-    assert programs.step_of(job, mesh) == programs.Step(Shape(3, 128, 1, 256), 4, 2)
+    assert programs.planned_step(job, mesh) == programs.Step(Shape(3, 128, 1, 256), 4, 2)
     fixed = micro_batch.arguments - 4 * (weights + norms + adapters + sums + rows + targets)
     assert 0 <= fixed < 512, "counts, settings, steps, slots"
     assert 4 * sums <= micro_batch.aliased < 4 * sums + 64 and micro_batch.outputs < 64, "sums grow in place"
@@ -181,7 +183,7 @@ def test_flops() -> None:
 def test_sizes_that_do_not_fit() -> None:
     mesh = make_mesh("fsdp=4", jax.devices()[:4])
     for job, message in (
-        (Job(SMALL, PARA, "decode", rows=3, length=8, new_tokens=8), "3 rows cannot be spread over data x fsdp = 4"),
+        (Job(SMALL, PARA, "decode", rows=3, length=8, new_tokens=8), "3 rows cannot be sharded over data x fsdp = 4"),
         (Job(replace(SMALL, hidden_size=30), PARA, rows=4, length=8), "fsdp=4 does not divide the backbone's 30"),
     ):
         with pytest.raises(ParaJaxError, match=message):

@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh
 from para_jax import BackboneConfig, LoraConfig, ParaJaxError, tiny_backbone_path
 from para_jax.data.templates import shipped
 from para_jax.sharding import AXES, auto_mesh, check_mesh, parse_mesh
-from para_jax.training.places import Layout
+from para_jax.training.places import TenantLayout
 from para_jax.training.shapes import Device
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "train"))
@@ -43,7 +43,7 @@ def test_a_config_fits_its_model_and_its_devices(name):
     assert math.prod(sizes.values()) == devices
     mesh = AbstractMesh(tuple(sizes.get(axis, 1) for axis in AXES), AXES)
     check_mesh(shape, mesh)
-    layout = Layout.of(mesh, len(recipe.tenants), recipe.rows)
+    layout = TenantLayout.of(mesh, len(recipe.tenants), recipe.rows)
     # A micro-batch is no larger than a step whose rows are all full, of which a device has its groups' share.
     full = len(recipe.tenants) * recipe.rows * recipe.max_length // layout.groups
     assert recipe.max_length <= Device.of(shape, recipe.micro_batch_tokens, "tpu").tokens <= max(full, 8192)

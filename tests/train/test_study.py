@@ -15,7 +15,7 @@ from para_jax.adapters.fanlora import FanLoraConfig
 from para_jax.convert.checkpoint import save_backbone
 from para_jax.data.quickstart import quickstart_rows
 from para_jax.evaluation.choices import choice_log_likelihoods
-from para_jax.training.places import Layout
+from para_jax.training.places import TenantLayout
 from tests.compilations import compilations
 from tests.helpers import random_backbone
 
@@ -122,14 +122,14 @@ def test_runs_are_kept_at_their_lowest_dev_loss_and_compared_on_the_same_rows(da
     tasks = {name: read(data / name, tiny, dev_rows=rows) for name, rows in (("mood", 5), ("question", 9))}
     backbone = random_backbone(stacked=True, vocab_size=TINY.vocab_size, num_hidden_layers=1)
     steps: list[list[list[str]]] = []
-    batches = Layout.batches
+    batches = TenantLayout.batches
 
-    def noted(self, seating, rows, shapes):
-        if rows.keys() == set(seating[0]) and {len(own) for own in rows.values()} == {3}:
-            steps.append([[e.prompt for e in rows[name]] for name in seating[0]])
-        return batches(self, seating, rows, shapes)
+    def noted(self, step_tenants, rows, shapes):
+        if rows.keys() == set(step_tenants[0]) and {len(own) for own in rows.values()} == {3}:
+            steps.append([[e.prompt for e in rows[name]] for name in step_tenants[0]])
+        return batches(self, step_tenants, rows, shapes)
 
-    monkeypatch.setattr(Layout, "batches", noted)
+    monkeypatch.setattr(TenantLayout, "batches", noted)
 
     def tune(rates, seeds):
         runs = [study_tune.Run(task, lr, seed) for task in tasks for lr, seed in zip(rates, seeds, strict=True)]

@@ -65,12 +65,12 @@ def test_exact_and_the_two_newest_are_kept(tmp_path):
             checkpoints.save(step, state, {"loss": repr(step / 3)}, {"metrics.jsonl": b"%d" % step, "best/a/x": b"y"})
         checkpoints.save(6, state)
         checkpoints.wait()
-        assert checkpoints.safe == 6
+        assert checkpoints.newest_complete == 6
     assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["4", "6"]
     with Checkpoints(tmp_path / "c") as checkpoints:
         assert checkpoints.newest() == 6
         same(checkpoints.restore(jax.tree.map(jnp.zeros_like, state), 6), state)
-        assert float(checkpoints.beside(6)["loss"]) == 2.0
+        assert float(checkpoints.metadata(6)["loss"]) == 2.0
         assert checkpoints.files(4, "metrics.jsonl")["metrics.jsonl"].read_bytes() == b"4"
         assert list(checkpoints.files(6, "best")) == ["best/a/x"]
 
@@ -94,7 +94,7 @@ def test_one_that_is_not_whole_does_not_count(tmp_path, name, how):
         file.write_bytes((tmp_path / "2" / name).read_bytes())
     with Checkpoints(tmp_path, show=said.append) as checkpoints:
         assert checkpoints.newest() == 2 and len(said) == 1
-        assert said[0].startswith("the checkpoint of step 4 is not whole (") and "best/a/x" in checkpoints.files(
+        assert said[0].startswith("the checkpoint of step 4 is incomplete (") and "best/a/x" in checkpoints.files(
             2, "best"
         )
         # It is no reason to remove the one that is.
@@ -129,7 +129,7 @@ def test_a_full_disk(tmp_path):
         [sys.executable, "-c", FULL_DISK, str(tmp_path / "c")], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
-    assert "step 8 could not be written" in done.stdout and "the checkpoint of step 7 is whole" in done.stdout
+    assert "step 8 could not be written" in done.stdout and "the checkpoint of step 7 is complete" in done.stdout
 
 
 def test_a_disk_without_room(tmp_path, monkeypatch):

@@ -35,7 +35,7 @@ def test_a_run_that_is_replaced_goes_with_the_first_step(tmp_path: Path) -> None
     with Claim(out, False, True) as claim:
         assert not claim.begin({"rows": 8})
         assert {name: text for name, text in files(out).items() if name != ".lock"} == before
-        claim.settle()
+        claim.commit()
         assert sorted(files(out)) == [".lock", "run.json"] and beside(out) == ["out"]
     assert files(out) == {"run.json": '{\n "rows": 8\n}\n'}
 
@@ -60,7 +60,7 @@ def test_a_new_run_that_fails_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(ZeroDivisionError), Claim(tmp_path / "out", False, False) as claim:
         claim.begin(ABOUT)
-        claim.settle()
+        claim.commit()
         raise ZeroDivisionError
     assert list(files(tmp_path / "out")) == ["run.json"]
 
@@ -78,7 +78,7 @@ def test_a_kill_before_the_first_step_loses_nothing(tmp_path: Path) -> None:
         claim._lock._file.close()  # as the system does
 
     killed()
-    with pytest.raises(ParaJaxError, match=r"out exists; pass --resume to go on with it, --overwrite to replace it"):
+    with pytest.raises(ParaJaxError, match=r"out exists; pass --resume to continue it, --overwrite to replace it"):
         Claim(out, False, False).__enter__()
     killed()
     with Claim(out, True, False) as claim:
@@ -86,7 +86,7 @@ def test_a_kill_before_the_first_step_loses_nothing(tmp_path: Path) -> None:
     assert files(out) == before and beside(out) == ["out"]
     with Claim(out, False, True) as claim:
         claim.begin({"rows": 8})
-        claim.settle()
+        claim.commit()
     assert files(out) == {"run.json": '{\n "rows": 8\n}\n'} and beside(out) == ["out"]
 
 
@@ -111,7 +111,7 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
         one.begin(ABOUT)
         with pytest.raises(ParaJaxError, match=r"another process \(process \d+ on .+\) is writing .*/new"):
             two.begin(ABOUT)
-        one.settle()
+        one.commit()
     assert json.loads(files(new)["run.json"]) == ABOUT
 
 

@@ -78,6 +78,6 @@ def test_a_run_of_an_earlier_version(tmp_path: Path) -> None:
     with pytest.raises(ParaJaxError) as error, Claim(out, resume=True, overwrite=False) as claim:
         claim.begin({"weights": "1" * 64})
     assert str(error.value) == (
-        f"{out} holds a run of an earlier version of para_jax, which noted only a few of the backbone's weights; "
-        "whether these are the same is not known. Finish it with that version, or pass --overwrite"
+        f"{out} holds a run of an earlier version of para_jax, which recorded only a few of the backbone's weights, "
+        "so it cannot be checked that the weights are the same. Finish it with that version, or pass --overwrite"
     )

@@ -22,7 +22,7 @@ from tests.compilations import compilations
 from tests.helpers import METHODS, random_backbone
 
 NAMES = ("acme", "globex", "initech")
-OURS = {"accumulate", "update", "losses", "copied", "adapter_of", "weight_sums"}
+OURS = {"accumulate", "update", "losses", "copy_arrays", "tenant_adapter", "weight_sums"}
 
 
 @contextmanager

@@ -19,8 +19,8 @@ from para_jax.data.batches import one_row_each
 from para_jax.data.examples import Example
 from para_jax.errors import ParaJaxError
 from para_jax.training.finetune import finetune
-from para_jax.training.loss import loss_of
-from para_jax.training.places import Layout, Schedule
+from para_jax.training.loss import tenant_losses
+from para_jax.training.places import Schedule, TenantLayout
 from para_jax.training.settings import Settings
 from para_jax.training.signals import Interrupted
 from tests.helpers import SMALL, random_adapter, random_backbone
@@ -81,15 +81,15 @@ def test_turns_change_nothing_for_a_tenant(backbone, tmp_path) -> None:
 def test_whoever_is_behind_has_its_turn() -> None:
     bank = bank_of(NAMES[:4])
     settings = {n: Settings(steps=40, weight=2.0 if n == "t1" else 1.0) for n in NAMES[:4]}
-    schedule = Schedule(bank, settings, Layout.of(None, 4, 2), most=2)
+    schedule = Schedule(bank, settings, TenantLayout.of(None, 4, 2), most=2)
     taken = dict.fromkeys(NAMES[:4], 0)
     for _ in range(20):
-        (turn,) = schedule.seating(taken, ())
+        (turn,) = schedule.step_tenants(taken, ())
         taken |= {n: taken[n] + 1 for n in turn}
     assert taken == {"t0": 8, "t1": 16, "t2": 8, "t3": 8}
-    assert schedule.seating(taken, {"t0", "t1", "t2"}) == [["t3", None]], "a place stays, empty"
-    assert schedule.seating(taken, set(NAMES)) is None
-    assert schedule.left(taken, ()) == 60
+    assert schedule.step_tenants(taken, {"t0", "t1", "t2"}) == [["t3", None]], "a place stays, empty"
+    assert schedule.step_tenants(taken, set(NAMES)) is None
+    assert schedule.steps_left(taken, ()) == 60
 
 
 @pytest.mark.slow
@@ -97,7 +97,7 @@ def test_one_that_fails_leaves_the_others_alone(backbone, tmp_path) -> None:
     said: list[str] = []
     with pytest.raises(ParaJaxError, match=r"t2 \(step 1\) was NaN or infinite; .* 6 other tenants are done"):
         tune(backbone, tmp_path / "broken", poison=["t2"], show=said.append)
-    assert "step 1: t2's gradient is NaN or infinite; it stops here, the others go on" in said
+    assert "step 1: t2's gradient is NaN or infinite; it stops here, the others continue" in said
     tune(backbone, tmp_path / "whole")
     broken, whole = files(tmp_path / "broken"), files(tmp_path / "whole")
     assert not any(path.startswith("t2/") for path in broken)
@@ -120,8 +120,8 @@ def test_beyond_float16s_range_is_said_at_the_first_step(tmp_path) -> None:
     for block in backbone.blocks:
         block["gate_up"][...] = block["gate_up"][...].at[:, 5].mul(2000)
     half, said, lines = jax.tree.map(lambda x: x.astype("float16"), backbone), [], []
-    told = "step 1: t0's gradient is NaN or infinite; it stops here, the others go on. "
-    reason = "The reason may be float16's range, which ends at 65504: try --dtype float32"
+    told = "step 1: t0's gradient is NaN or infinite; it stops here, the others continue. "
+    reason = "The cause may be float16's range, which ends at 65504: try --dtype float32"
     run = {"names": NAMES[:1], "settings": {"t0": Settings(steps=6)}}
     with pytest.raises(ParaJaxError, match=rf"t0 \(step 1\) was NaN or infinite; .*{reason}\. 0 other tenants"):
         tune(half, tmp_path / "half", **run, show=said.append, loggers=[lambda line: lines.append((line, [*said]))])
@@ -160,7 +160,7 @@ def test_the_best_adapter_is_kept_and_patience_ends(backbone, tmp_path) -> None:
         bank = AdapterBank.stack({name: kept}, SMALL)
         batch = one_row_each(DEV[name])
         rows = bank.rows([name], repeats=len(DEV[name]))
-        loss = jax.jit(loss_of)(backbone, rows, batch)
+        loss = jax.jit(tenant_losses)(backbone, rows, batch)
         np.testing.assert_allclose(float(loss[0, 0]), min(looks[name]), rtol=1e-4)
     last = load_adapter(tmp_path / "out" / "t3", backbone.config)
     for key, x in final["t3"].tensors().items():
@@ -257,7 +257,7 @@ def test_settings_out_of_range() -> None:
         ({"settings": {"t1": Settings()}}, r"unknown tenant in settings 't1'"),
         ({"dev": {"t1": "rows.jsonl"}}, r"unknown tenant in dev 't1'"),
         ({"templates": {"t0": "glue/sst2"}}, "it is for a source, and these rows are in memory"),
-        ({"methods": AdapterBank.create({"t1": CONFIG}, SMALL)}, "of the same tenants"),
+        ({"methods": AdapterBank.create({"t1": CONFIG}, SMALL)}, "the same tenants"),
         ({"max_length": 100_000}, "max-length must be at most"),
     ],
 )

@@ -47,6 +47,6 @@ def test_a_second_ctrl_c_says_what_is_lost() -> None:
     with stop_signals() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.kind == signal.SIGINT
-        with pytest.raises(KeyboardInterrupt, match="stopped at once, before the step was saved; --resume goes on"):
+        with pytest.raises(KeyboardInterrupt, match="stopped at once, before the step was saved; --resume continues"):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before

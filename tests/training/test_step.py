@@ -19,8 +19,8 @@ from para_jax.errors import ParaJaxError
 from para_jax.families.architecture import Experts
 from para_jax.training import loss as losses
 from para_jax.training import optimizer, state, step
-from para_jax.training.places import Layout
-from para_jax.training.programs import Parts, explained
+from para_jax.training.places import TenantLayout
+from para_jax.training.programs import Parts, explain_out_of_memory
 from para_jax.training.settings import Settings
 from tests.helpers import METHODS, SMALL, random_adapter, random_backbone
 
@@ -36,7 +36,7 @@ BATCH = make_batch(Shape(3, 16, 2, 12), [[Row(0, [0, 1]), Row(1, [0, 1])]], ROWS
 
 def loss(backbone, bank, batch, tenants, remat="none"):
     rows = bank.rows([tenants[i] if i < len(tenants) else None for i in batch.place[0]])
-    (loss_n,) = losses.loss_of(backbone, rows, batch, remat=remat)
+    (loss_n,) = losses.tenant_losses(backbone, rows, batch, remat=remat)
     return jnp.sum(loss_n), loss_n
 
 
@@ -153,7 +153,7 @@ def test_weight_decay_leaves_a_fresh_adapter_as_it_is():
     """In a step as a run takes it, without a gradient: vectors of one stay one, in layers that are targeted and not."""
     bank = AdapterBank.create({"a": IA3Config(("layers.0.self_attn.k_proj",), feedforward_modules=())}, SMALL)
     begun, settings = state.TrainState.create(bank), Settings(steps=9, lr=0.1, warmup_ratio=0.0, weight_decay=0.5)
-    slots = Layout.of(None, 1, 16).slots(bank, [["a"]])
+    slots = TenantLayout.of(None, 1, 16).slots(bank, [["a"]])
     rules, sums = state.stack_settings(bank, {"a": settings}), state.Sums.create(bank, 1, 1)
     after, _, said = step.update(begun, rules, sums, slots)
     assert all(np.all(np.asarray(x) == 1) for x in jax.tree.leaves(after.bank)) and int(after.taken[0][0]) == 1
@@ -214,7 +214,7 @@ def test_logits_in_parts_change_nothing(monkeypatch):
 def memory(backbone, shape, remat="none") -> int:
     """The temporary bytes of a micro-batch."""
     bank = AdapterBank.create({"a": ParaConfig(r=2)}, backbone.config)
-    layout, sums = Layout.of(None, 1, 16), state.Sums.create(bank, 1, 1)
+    layout, sums = TenantLayout.of(None, 1, 16), state.Sums.create(bank, 1, 1)
     given = state.TrainState.create(bank), state.stack_settings(bank, {"a": Settings()}), sums
     parts = Parts(backbone, layout, *given, layout.slots(bank, [["a"]]), 1, [shape], False, remat, 0)
     return parts.calls()["micro-batch 0"]().lower().compile().memory_analysis().temp_size_in_bytes
@@ -240,7 +240,7 @@ def test_gradients_of_one_place_are_summed_and_no_others():
     place = np.array([[0, 0, 0, 1, 3, 3, 3, 3], [1, 2, 2, 2, 2, 2, 4, 4]], np.int32)
     x = np.random.default_rng(0).standard_normal((16, 3)).astype(np.float32)
     x[3] = np.nan
-    where, sums = jax.jit(step.by_place, static_argnums=2)(jnp.asarray(x), jnp.asarray(place), 4)
+    where, sums = jax.jit(step.sum_by_place, static_argnums=2)(jnp.asarray(x), jnp.asarray(place), 4)
     for g in range(2):
         for n in range(4):
             own = x.reshape(2, 8, 3)[g][place[g] == n]
@@ -253,10 +253,10 @@ def test_gradients_of_one_place_are_summed_and_no_others():
 
 def test_out_of_memory_says_what_to_try():
     bank = AdapterBank.create({"a": ParaConfig(r=2), "b": ParaConfig(r=2)}, SMALL)
-    given = Layout.of(None, 2, 8), state.TrainState.create(bank), (), state.Sums.create(bank, 1, 2), ()
+    given = TenantLayout.of(None, 2, 8), state.TrainState.create(bank), (), state.Sums.create(bank, 1, 2), ()
     parts = Parts(random_backbone(), *given, 2, [Shape(4, 64, 2, 64)], False, "none", 0)
-    words = r"a step does not .* \(17592186044416 bytes were asked for\); try --remat layers.*--micro-batch-tokens 128"
-    with pytest.raises(ParaJaxError, match=words), explained(parts, "a step"):
+    words = r"a step does not .* \(17592186044416 bytes were requested\); try --remat layers.*--micro-batch-tokens 128"
+    with pytest.raises(ParaJaxError, match=words), explain_out_of_memory(parts, "a step"):
         jnp.zeros((2**42,), jnp.float32).block_until_ready()
-    with pytest.raises(ZeroDivisionError), explained(parts, "a step"):
+    with pytest.raises(ZeroDivisionError), explain_out_of_memory(parts, "a step"):
         _ = 1 / 0

@@ -180,7 +180,7 @@ def test_a_run_too_short_for_a_profile_says_so(backbone, tmp_path):
     said = []
     with Loggers([], tmp_path / "out", 3, said.append) as loggers:
         run(backbone, tmp_path / "out", loggers, steps=1, dev=(), names=("acme",))
-    assert len(said) == 1 and said[0].startswith("no profile was made") and "the 1 steps" in said[0]
+    assert len(said) == 1 and said[0].startswith("no profile was made") and "took 1 step" in said[0]
     assert not (tmp_path / "out" / "profile").exists()
 
 
