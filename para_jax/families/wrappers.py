@@ -146,7 +146,7 @@ def text_of(fields: Mapping[str, Any], name: str = "") -> Text:
         raise ParaJaxError(f"config.json of {model_type} {problem}; supported is one of {' or '.join(wrapper.texts)}")
     else:
         made = usual if text.get("model_type") is None else text["model_type"]
-    if made not in wrapper.texts:
+    if not isinstance(made, str) or made not in wrapper.texts:
         raise ParaJaxError(
             f"{name or 'this checkpoint'} is a {model_type} with a text_config of architecture {made!r}, which is not "
             f"supported; supported is {' or '.join(wrapper.texts)}"

@@ -67,7 +67,7 @@ def _text_alone(config: Architecture) -> dict[str, Any]:
     text = text_of(json.loads(config.hf))
     made: Any = CONFIG_MAPPING[text.family]
     base: Any = PretrainedConfig
-    options = {*defaults(made)} - {*defaults(base)}
+    options = {*defaults(made)} - {*defaults(base), "eos_token_id"}  # which the caller puts there
     given = {key: value for key, value in read_by_transformers(text).to_dict().items() if key in options}
     rope = {k: v for k, v in given["rope_parameters"].items() if k not in ("type", *text.neutral)}
     return {
