@@ -25,7 +25,7 @@ VISION_TOKENS = {"image_token_id": 57, "video_token_id": 58, "vision_start_token
 def mrope(head_dim: int, **more: Any) -> dict[str, Any]:
     third = head_dim // 6
     sections = [head_dim // 2 - 2 * third, third, third]
-    return {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": sections, **more}}
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": sections} | more}
 
 
 # Of each wrapper: what its text_config and its top level have, and its vision_config.

@@ -102,21 +102,19 @@ def test_random_configs(name: str, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
 def test_three_equal_positions_rotate_as_one(name: str) -> None:
-    """Whichever position a feature is rotated by, with whatever sections: cos and sin are plain RoPE's, bit for bit."""
-    from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
-
-    model = wrapped(name)
-    rotary, config = model.model.language_model.rotary_emb, model.config.text_config
-    plain = Qwen2RotaryEmbedding(config)
-    positions = torch.randint(0, 100_000, (2, 50))
-    x = torch.zeros(2, 50, 32)
-    for sections in ([2, 1, 1], [0, 2, 2], [4, 0, 0], [1, 3, 0]):
-        rotary.mrope_section = sections
-        for ours, theirs in zip(plain(x, positions), rotary(x, positions.expand(3, 2, 50)), strict=True):
-            assert torch.equal(ours, theirs)
-    other = torch.stack([positions, positions + 1, positions + 2])
-    rotary.mrope_section = [2, 1, 1]
-    assert not torch.equal(rotary(x, other)[0], plain(x, positions)[0])
+    """Which feature is rotated by which of them does not matter then, bit for bit; it does for those of an image."""
+    positions = torch.randint(0, 10_000, (1, *TOKENS.shape), generator=torch.Generator().manual_seed(0))
+    equal, apart = positions.expand(3, -1, -1), torch.cat([positions, positions + 1, positions + 2])
+    of_text, of_images = [], []
+    interleaved = name == "qwen3_vl"
+    for sections in ([6, 3, 3], [4, 4, 4], [8, 2, 2]) if interleaved else ([2, 1, 1], [1, 2, 1], [1, 1, 2]):
+        rope = mrope(8, mrope_section=sections, **({"mrope_interleaved": True} if interleaved else {}))
+        model = wrapped(name, **rope, **({"head_dim": 24} if interleaved else {}))
+        with torch.inference_mode():
+            for found, at in ((of_text, equal), (of_images, apart)):
+                found.append(model(torch.from_numpy(TOKENS), position_ids=at).logits)
+    assert all(torch.equal(x, of_text[0]) for x in of_text)
+    assert not any(torch.equal(x, of_images[0]) for x in of_images[1:])
 
 
 @pytest.mark.parametrize("name", NAMES)
