@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from para_jax.families.architecture import ACTIVATIONS, ROPE_TYPES
 from para_jax.families.table import FAMILIES
+from para_jax.families.wrappers import WRAPPERS
 
 
 def lines() -> Iterator[str]:
@@ -15,6 +16,12 @@ def lines() -> Iterator[str]:
     for name, family in FAMILIES.items():
         only = ", ".join(f"`{key}` = {value!r}" for key, value in family.only.items())
         yield f"| `{name}` | {family.models} | {only} |"
+    yield ""
+    yield "| `model_type` | checkpoints | `text_config` of | left out |"
+    yield "|---|---|---|---|"
+    for name, wrapper in WRAPPERS.items():
+        texts, others = (", ".join(f"`{x}`" for x in of) for of in (wrapper.texts, wrapper.others))
+        yield f"| `{name}` | {wrapper.models} | {texts} | {others} |"
     yield ""
     yield f"RoPE types: {', '.join(ROPE_TYPES)}. Activations: {', '.join(ACTIVATIONS)}."
 

@@ -21,13 +21,10 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from para_jax.errors import ParaJaxError
 from para_jax.mounts import MISSING, check_mounted, explain_os_errors
-
-if TYPE_CHECKING:
-    import numpy as np
 
 PATIENCE = 60.0  # seconds to wait until a file is visible
 DTYPES = {
@@ -168,8 +165,10 @@ def changes(before: Any, now: Any, at: str = "") -> Iterator[str]:
         yield f"{at} was {str(before)[:40]} and is {str(now)[:40]}"
 
 
-def safetensors(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
+def safetensors(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
     """The content of a safetensors file in parts, so that it is never in memory at once.
+
+    Tensors are NumPy arrays, or objects that `np.asarray` reads when it is their turn.
 
     >>> import numpy as np
     >>> from safetensors.numpy import load

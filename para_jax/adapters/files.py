@@ -23,6 +23,7 @@ from para_jax.adapters.adapter import Adapter, abstract_layers, mismatches, name
 from para_jax.adapters.method import BackboneShape, MethodConfig
 from para_jax.adapters.registry import METHODS, PEFT, config_from_dict
 from para_jax.adapters.weights import CONFIG, WEIGHTS, Weights, read_config, read_weights, refuse_nonfinite
+from para_jax.adapters.wrapped import written_for
 from para_jax.errors import ParaJaxError, unknown
 from para_jax.files import as_json, new_folder, safetensors, write_file
 
@@ -36,6 +37,7 @@ def save_adapter(
     base: BackboneShape,
     *,
     chat_template: str | None = None,
+    model_type: str | None = None,
     overwrite: bool = False,
 ) -> None:
     """Writes an adapter so that `load_adapter` gives it back bit for bit, and LoRA and (IA)3 so that `peft` opens it.
@@ -44,13 +46,17 @@ def save_adapter(
     the place of the adapter that was there, all of whose files go once their successors are complete. The chat template
     that the adapter was tuned with is kept beside it: the one given, or else the adapter's own.
 
+    LoRA and (IA)3 are written for the model that `base` was read from, which may have the decoder among other parts.
+    With `model_type` they are written for another with such a decoder, "gemma3" or "gemma3_text"; both are read.
+
     Raises ParaJaxError if the folder exists and `overwrite` is False or it holds no adapter, if it cannot be
     written, or if the adapter does not fit `base`.
     """
     adapter.check(base)
+    wrapper = written_for(base, model_type)
     chat_template = adapter.chat_template if chat_template is None else chat_template
     if adapter.config.peft_type:
-        config, tensors, metadata = peft.to_peft(adapter, base)
+        config, tensors, metadata = peft.to_peft(adapter, base, wrapper)
     else:
         config = {
             "peft_type": adapter.config.method.upper(),

@@ -20,14 +20,16 @@ import numpy as np
 from para_jax.adapters.method import BackboneShape
 from para_jax.errors import ParaJaxError
 from para_jax.families.architecture import Site
+from para_jax.families.wrappers import WRAPPERS
 
 PREFIX = "base_model.model."
-WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-# The names that a text decoder has in models, and those of parts that a text does not go through.
+AROUND = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+# The names that a text decoder has in models, and those of parts that a text does not go through, also of models that
+# are not read here.
 TEXT = {"model", "language_model", "text_model"}
 OTHERS = {
-    "vision_tower", "vision_model", "vision_encoder", "visual", "image_encoder", "audio_tower", "speech_encoder",
-    "multi_modal_projector", "embed_vision", "embed_audio",
+    "vision_model", "vision_encoder", "image_encoder", "audio_tower", "speech_encoder", "embed_vision", "embed_audio",
+    *(part for wrapper in WRAPPERS.values() for part in wrapper.others),
 }  # fmt: skip
 _LAYER = re.compile(r"(?:(?P<stem>.*)\.)?(?P<module>layers\.\d+\..*)")
 _NAMED = re.compile(
@@ -41,11 +43,13 @@ class Names(NamedTuple):
     Attributes:
       in_file: the name of each in the file.
       stem: where the model that was tuned has its layers: "model", usually.
+      others: the paths of adapted modules that a text does not go through.
     """
 
     tensors: dict[str, np.ndarray]
     in_file: dict[str, str]
     stem: str
+    others: tuple[str, ...] = ()
 
 
 def as_peft(path: Path, tensors: Mapping[str, np.ndarray]) -> Names:
@@ -57,16 +61,16 @@ def as_peft(path: Path, tensors: Mapping[str, np.ndarray]) -> Names:
     in_file: dict[str, str] = {}
     adapters: dict[str, str] = {}
     stems: dict[str, str] = {}
-    others: list[str] = []
+    others: dict[str, str] = {}
     for key, x in tensors.items():
-        name = ".".join(part for part in key.split(".") if part not in WRAPPERS)
+        name = ".".join(part for part in key.split(".") if part not in AROUND)
         named = _NAMED.fullmatch(name)
         if named and named["name"] != "weight":
             name = named["part"] + (named["end"] or "")
             adapters.setdefault(named["name"], key)
         bare = name.removeprefix(PREFIX)
         if OTHERS & set(bare.split(".")):
-            others.append(key)
+            others[key] = re.sub(r"\.(lora_\w+|ia3_l)(\.weight)?$", "", bare)
             continue
         layer = _LAYER.fullmatch(bare)
         if layer and set((layer["stem"] or "model").split(".")) <= TEXT:
@@ -78,12 +82,13 @@ def as_peft(path: Path, tensors: Mapping[str, np.ndarray]) -> Names:
     _one(path, adapters, "adapters of several names", "save each in a folder of its own: model.save_pretrained(folder)")
     _one(path, stems, "layers in several places", "save the adapter of each model in a folder of its own")
     if others:
+        first = next(iter(others))
         if not kept:
-            raise ParaJaxError(f"{path} adapts parts that texts do not go through, such as {others[0]}, and no other")
+            raise ParaJaxError(f"{path} adapts parts that texts do not go through, such as {first}, and no other")
         logging.getLogger(__name__).warning(
-            "%s: %d tensors of parts that texts do not go through are ignored, such as %s", path, len(others), others[0]
+            "%s: %d tensors of parts that texts do not go through are ignored, such as %s", path, len(others), first
         )
-    return Names(kept, in_file, next(iter(stems), "model"))
+    return Names(kept, in_file, next(iter(stems), "model"), tuple(dict.fromkeys(others.values())))
 
 
 def _one(path: Path, found: Mapping[str, str], what: str, out: str) -> None:

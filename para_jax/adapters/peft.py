@@ -25,9 +25,12 @@ from para_jax.adapters.names import At, as_peft
 from para_jax.adapters.registry import PEFT, config_from_dict
 from para_jax.adapters.targets import ALL_LINEAR, matched, module_path, names_module, peft_path
 from para_jax.adapters.weights import Weights
+from para_jax.adapters.wrapped import at_stem, without_others
 from para_jax.errors import ParaJaxError
+from para_jax.families.wrappers import Wrapper
 
-# Where the safetensors file says what was joined of the sites of fused projections; PEFT does not look there.
+# Where the safetensors file has the config of what was joined to fused projections, or moved to a wrapper's modules;
+# PEFT does not look there.
 APART = "para_jax"
 
 # Where a folder comes from, how its training began, and details of options that are refused: any value will do.
@@ -93,16 +96,21 @@ def _in_peft(adapter: Adapter, shape: BackboneShape) -> tuple[PeftMethod, dict[s
     }
 
 
-def to_peft(adapter: Adapter, shape: BackboneShape) -> tuple[dict[str, Any], dict[str, np.ndarray], dict[str, str]]:
+def to_peft(
+    adapter: Adapter, shape: BackboneShape, wrapper: Wrapper | None = None
+) -> tuple[dict[str, Any], dict[str, np.ndarray], dict[str, str]]:
     """A LoRA or (IA)3 adapter as PEFT's two files: the fields of adapter_config.json, the tensors and their metadata.
 
-    Raises ParaJaxError for other methods.
+    They are those of an adapter of `wrapper`, whose decoder it adapts. Raises ParaJaxError for other methods.
     """
     metadata = {"format": "pt"}
     config, tensors = _in_peft(adapter, shape)
     if (view := as_transformers(shape)) is not None:
         metadata[APART] = json.dumps(asdict(config))
         config, tensors = join(config, tensors, view)
+    if wrapper is not None:
+        metadata.setdefault(APART, json.dumps(asdict(config)))
+        config, tensors = at_stem(config, tensors, view or shape, wrapper.stem)
     return peft_config(config, shape), tensors, metadata
 
 
@@ -132,7 +140,7 @@ def from_peft(folder: Path, config_fields: Mapping[str, Any], weights: Weights, 
     there = view or shape
     names = as_peft(weights.path, weights.tensors)
     try:
-        config = _config_at(config_fields, there, names.stem)
+        config = _config_at(without_others(config_fields, there, names), there, names.stem)
         table = places(config, there)
     except ParaJaxError as error:
         raise ParaJaxError(f"{folder} (made for {made_for}): {error}") from error
@@ -144,6 +152,8 @@ def from_peft(folder: Path, config_fields: Mapping[str, Any], weights: Weights, 
     if view is not None:
         config, tensors = split(config, tensors, view, _kept(weights.metadata, config, shape))
         table = places(config, shape)
+    elif (kept := _kept(weights.metadata, config, shape)) and kept.of_modules(kept.modules(shape), shape) == config:
+        config = kept
     abstract = abstract_layers(config, shape)
     leaves = {name: np.full(x.shape, config.decays_to, np.float32) for name, x in named_leaves(abstract).items()}
     for name, place in table.items():
@@ -166,7 +176,7 @@ def _config_at(config_fields: Mapping[str, Any], shape: BackboneShape, stem: str
 
 
 def _kept(metadata: Mapping[str, str], config: PeftMethod, shape: BackboneShape) -> Any:
-    """The config of what was joined, if `to_peft` made these files; what it says is checked against them."""
+    """The config of what was joined or moved, if `to_peft` made these files; it is checked against what they say."""
     try:
         kept = config_from_dict(config.method, dict(json.loads(metadata[APART])))
         kept.modules(shape)

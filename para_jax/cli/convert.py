@@ -4,7 +4,10 @@
   para-jax convert --model DIR --adapter runs/first/acme --out DIR      (LoRA or (IA)3 merged into the weights)
   para-jax convert --model DIR --check                                  (reads everything and writes nothing)
 
-transformers and this library can load the result. The tokenizer and the generation config are copied.
+  para-jax convert --model DIR --text-only --out DIR                    (the text part of a model with a vision tower)
+
+transformers and this library can load the result. The tokenizer and the generation config are copied. A model with a
+vision tower is written as a whole; everything but its text part is unchanged.
 """
 
 from __future__ import annotations
@@ -32,6 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", metavar="DIR", help="folder to write")
     parser.add_argument("--adapter", metavar="DIR", help="an adapter's folder, to merge into the weights")
+    parser.add_argument(
+        "--text-only", action="store_true", help="write the text part of a larger model as a model of its own"
+    )
     parser.add_argument("--shard-size", metavar="SIZE", help="maximum size of a file (default: 5GB)")
     parser.add_argument("--check", action="store_true", help="refuse NaN and infinite weights")
     parser.add_argument("--overwrite", action="store_true", help="replace --out if it is a checkpoint")
@@ -41,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     if args.out is None and not args.check:
         raise ParaJaxError("give --out DIR, or --check alone to check the weights")
     if args.out is None:
-        refuse(args, ("dtype", "shard_size", "overwrite"), "without --out DIR: nothing is written")
+        refuse(args, ("dtype", "text_only", "shard_size", "overwrite"), "without --out DIR: nothing is written")
     else:
         check_folder(args, "config.json")
     args.dtype = args.dtype or "auto"
@@ -53,13 +59,19 @@ def run(args: argparse.Namespace) -> int:
     from para_jax.convert.checkpoint import fetched, save_backbone
     from para_jax.convert.tensors import open_tensors
     from para_jax.convert.tokenizer import load_tokenizer
+    from para_jax.convert.wrapped import parts_of
     from para_jax.families.reading import architecture_from_hf
+    from para_jax.families.wrappers import wrapper_of
 
     set_up(args.compile_cache)
     model = args.model or tiny_backbone_path()
     folder = fetched(model)
-    architecture_from_hf(read_json(folder / CONFIG), model)  # raises for unsupported models, before weights are read
-    dtypes = sorted(set(open_tensors(folder).dtype.values()))
+    # Raises for unsupported models, before weights are read.
+    wrapper = wrapper_of(architecture_from_hf(read_json(folder / CONFIG), model))
+    if args.text_only and wrapper is None:
+        raise ParaJaxError(f"--text-only: {model} is a text model, and nothing else is in it; leave the option out")
+    dtype_of = open_tensors(folder).dtype
+    dtypes = sorted({dtype_of[name] for name in parts_of(folder, dtype_of, wrapper).names})
     if len(dtypes) > 1 and args.dtype == "auto" and args.out is not None:
         raise ParaJaxError(f"{model} has tensors of {' and '.join(dtypes)}; choose one with --dtype")
     written = dtypes[0] if args.dtype == "auto" else args.dtype
@@ -68,7 +80,8 @@ def run(args: argparse.Namespace) -> int:
     backbone = Backbone.from_pretrained(
         model, dtype="bfloat16" if unchanged else "float32", stacked=False, check_finite=args.check
     )
-    print(f"{model}: {backbone.config.size:,} parameters, family {backbone.config.family}")
+    part = f", the text part of {wrapper.architecture}" if wrapper else ""
+    print(f"{model}: {backbone.config.size:,} parameters, family {backbone.config.family}{part}")
     new_tokenizer = template = None
     if args.adapter is not None:
         adapter = load_adapter(args.adapter, backbone.config)
@@ -79,8 +92,8 @@ def run(args: argparse.Namespace) -> int:
         backbone, template = merge_adapter(backbone, adapter), adapter.chat_template
     if args.out is not None:
         save_backbone(
-            backbone, args.out, dtype=written, like=folder, tokenizer=new_tokenizer, chat_template=template,
-            shard_size=size, overwrite=args.overwrite,
+            backbone, args.out, dtype=written, like=folder, text_only=args.text_only, tokenizer=new_tokenizer,
+            chat_template=template, shard_size=size, overwrite=args.overwrite,
         )  # fmt: skip
         files = sorted(path.name for path in Path(args.out).glob("*.safetensors"))
         more = f" to {files[-1]}" if len(files) > 1 else ""

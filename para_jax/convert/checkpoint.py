@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +17,12 @@ from jax.sharding import PartitionSpec as P
 from para_jax.adapters.adapter import named_leaves
 from para_jax.adapters.files import TEMPLATE
 from para_jax.config import CONFIG, GENERATION, BackboneConfig, checkpoint_folder
-from para_jax.convert.renamed import as_named, check_tensors
+from para_jax.convert.renamed import Renamed, as_named, check_tensors
 from para_jax.convert.tensors import INDEX, open_tensors
+from para_jax.convert.wrapped import Unread, cast
 from para_jax.errors import ParaJaxError, unknown
-from para_jax.families.writing import hf_fields
+from para_jax.families.wrappers import Wrapper, wrapper_of
+from para_jax.families.writing import hf_fields, with_dtype
 from para_jax.files import as_json, copy, new_folder, safetensors, write_file
 from para_jax.parameters import Parameter, table
 from para_jax.quantization import QUANTIZED, Quantize, quantized
@@ -32,6 +34,7 @@ WRITTEN = ("float32", "bfloat16", "float16")
 BESIDE = (GENERATION, "LICENSE*", "NOTICE*")
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*",
              "additional_chat_templates")  # fmt: skip
+PROCESSOR = ("*processor_config.json",)  # of images and the like
 
 
 def fetched(path_or_hub_id: str | Path) -> Path:
@@ -54,6 +57,7 @@ class Weights(Protocol):
 
 
 W = TypeVar("W", bound=Weights)
+Tensors = Mapping[str, np.ndarray | Unread]
 
 
 def load_weights(folder: Path, shapes: W, check_finite: bool = False) -> W:
@@ -61,9 +65,8 @@ def load_weights(folder: Path, shapes: W, check_finite: bool = False) -> W:
     config, quantize, compute, stacked = shapes.config, shapes.quantize, shapes.dtype, shapes.stacked
     layers = range(config.num_hidden_layers)
     outside, inside = table(config), [table(config, layer) for layer in layers]
-    every = [*outside, *(entry for layer in inside for entry in layer)]
-    names = {part.name: part.tensor_shape for entry in every for part in entry.parts}
-    files = as_named(open_tensors(folder), config, names)
+    names = _shapes(config)
+    files = as_named(folder, open_tensors(folder), config, names)
     check_tensors(folder, files, config, names)
     abstract = named_leaves(shapes)
     where: dict[str, Any] = {name: x.sharding for name, x in abstract.items()}
@@ -149,6 +152,7 @@ def save_backbone(
     *,
     dtype: str | None = None,
     like: str | Path | None = None,
+    text_only: bool = False,
     tokenizer: Any = None,
     chat_template: str | None = None,
     shard_size: int = 5_000_000_000,
@@ -156,52 +160,102 @@ def save_backbone(
 ) -> None:
     """Writes a checkpoint that transformers opens: config.json and safetensors.
 
+    A backbone that was read out of a larger model is written back into it: the tensors of the other parts are taken
+    from `like`, bit for bit unless the text part's are cast, and all have the names that they have there.
+
     Args:
       dtype: what the weights are cast to; their own, if None.
       like: the folder they came from, whose tokenizer and generation config are copied.
+      text_only: write the text part of such a model as a model of its own.
       tokenizer: of transformers, in place of the one in `like`.
       chat_template: the tokenizer's, in place of the one in `like`.
       shard_size: the most bytes of a file, unless one tensor (or all experts of a layer) is larger. A larger model is
         several files with an index; one is in memory at a time.
 
     Raises ParaJaxError if the folder exists and `overwrite` is False or it is no checkpoint, if it cannot be
-    written, if the weights are quantised, or if a weight is too large for the dtype.
+    written, if the weights are quantised, if a weight is too large for the dtype, or if `like` lacks the other parts.
     """
     config, leaves = backbone.config, named_leaves(backbone)
     if backbone.quantize is not None:
         raise ParaJaxError("a quantised backbone has lost what its weights were; load it without quantize to write it")
     if dtype not in (None, *WRITTEN):
         raise unknown("dtype", dtype, WRITTEN)
-    every = [(layer, e) for layer in (None, *range(config.num_hidden_layers)) for e in table(config, layer)]
     written = np.dtype(dtype or str(backbone.dtype))
-    files = _files([(layer, entry, entry.size * written.itemsize) for layer, entry in every], shard_size)
+    wrapper = wrapper_of(config)
+    there = None if wrapper is None or text_only else _around(like, config, wrapper)
+
+    def tensors(layer: int | None, entry: Parameter) -> Tensors:
+        leaf = leaves[entry.name] if layer is None else _of_layer(backbone, leaves, layer, entry.name)
+        ours = entry.tensors(cast(entry.parts[0].name, leaf, written))
+        return ours if there is None else there.under_their_names(ours)
+
+    pieces = [
+        Piece(entry.size * written.itemsize, partial(tensors, layer, entry))
+        for layer in (None, *range(config.num_hidden_layers))
+        for entry in table(config, layer)
+    ]
+    fields = hf_fields(config, text_only)
+    as_it_was = there is not None and {*there.dtype.values()} == {str(written)}
+    if there is not None:
+        pieces += [Piece(x.nbytes, partial(dict, {x.name: x})) for x in there.rest(None if as_it_was else written)]
+    # auto_map names code that stands beside the original; transformers has the class.
+    fields = {key: value for key, value in fields.items() if key != "auto_map"}
     with new_folder(folder, CONFIG, overwrite=overwrite) as partial_folder:
-        place: dict[str, str] = {}
-        for number, some in enumerate(files, 1):
-            name = f"model-{number:05}-of-{len(files):05}.safetensors" if len(files) > 1 else "model.safetensors"
-            tensors: dict[str, np.ndarray] = {}
-            for layer, entry in some:
-                leaf = leaves[entry.name] if layer is None else _of_layer(backbone, leaves, layer, entry.name)
-                cast = np.asarray(leaf.astype(written))
-                if np.isinf(cast).any() and not jnp.isinf(leaf).any():
-                    raise ParaJaxError(f"{entry.parts[0].name} has a weight beyond {written}; choose another dtype")
-                tensors |= entry.tensors(cast)
-            write_file(partial_folder / name, safetensors(tensors, {"format": "pt"}))
-            place |= dict.fromkeys(tensors, name)
-        if len(files) > 1:
-            total = sum(entry.size for _, entry in every) * written.itemsize
-            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(place.items()))}
-            write_file(partial_folder / INDEX, [as_json(index, 2).encode()])
-        # auto_map names code that stands beside the original; transformers has the class.
-        left_out = ("torch_dtype", "auto_map")
-        fields = {k: v for k, v in hf_fields(config).items() if k not in left_out} | {"dtype": str(written)}
+        _write(partial_folder, pieces, shard_size)
+        fields = fields if as_it_was else with_dtype(fields, str(written))
         write_file(partial_folder / CONFIG, [as_json(fields, 2).encode()])
-        _copy_beside(partial_folder, like, tokenizer, chat_template)
+        _copy_beside(partial_folder, like, tokenizer, chat_template, there is not None)
 
 
-def _copy_beside(folder: Path, like: str | Path | None, tokenizer: Any, chat_template: str | None) -> None:
+def _around(like: str | Path | None, config: BackboneConfig, wrapper: Wrapper) -> Renamed:
+    """The decoder's tensors in the model that a backbone was read out of. Raises ParaJaxError if `like` lacks them."""
+    if like is None:
+        raise ParaJaxError(
+            f"the backbone is the text part of a {wrapper.architecture}; give like=FOLDER, the checkpoint it was read "
+            "from, to write it back into all of it, or text_only=True to write it as a model of its own"
+        )
+    shapes = _shapes(config)
+    there = as_named(Path(like), open_tensors(Path(like)), config, shapes)
+    for name, shape in shapes.items():
+        if there.shape.get(name) != shape:
+            raise ParaJaxError(
+                f"{like} is not the checkpoint that the backbone was read from: it has no {there.in_files(name)} "
+                f"{[*shape]}"
+            )
+    return Renamed(there.files, {name: there.places[name] for name in shapes}, there.parts)
+
+
+def _shapes(config: BackboneConfig) -> dict[str, tuple[int, ...]]:
+    """Those of all tensors of a family's table."""
+    layers = (None, *range(config.num_hidden_layers))
+    return {p.name: p.tensor_shape for layer in layers for entry in table(config, layer) for p in entry.parts}
+
+
+class Piece(NamedTuple):
+    """Tensors that go into one file, and their bytes."""
+
+    size: int
+    make: Callable[[], Tensors]
+
+
+def _write(folder: Path, pieces: list[Piece], most: int) -> None:
+    """The files of a checkpoint, and their index if there are several."""
+    files = _files(pieces, most)
+    place: dict[str, str] = {}
+    for number, some in enumerate(files, 1):
+        name = f"model-{number:05}-of-{len(files):05}.safetensors" if len(files) > 1 else "model.safetensors"
+        tensors = {key: x for piece in some for key, x in piece.make().items()}
+        write_file(folder / name, safetensors(tensors, {"format": "pt"}))
+        place |= dict.fromkeys(tensors, name)
+    if len(files) > 1:
+        total = sum(piece.size for piece in pieces)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(place.items()))}
+        write_file(folder / INDEX, [as_json(index, 2).encode()])
+
+
+def _copy_beside(folder: Path, like: str | Path | None, tokenizer: Any, chat_template: str | None, whole: bool) -> None:
     """What belongs to a checkpoint beside its weights, of another folder or as it is given."""
-    patterns = (*BESIDE, *(TOKENIZER if tokenizer is None else ()))
+    patterns = (*BESIDE, *(TOKENIZER if tokenizer is None else ()), *(PROCESSOR if whole else ()))
     for pattern in patterns if like is not None else ():
         for path in Path(like or "").glob(pattern):
             copy(path, folder / path.name)
@@ -215,14 +269,14 @@ def _of_layer(backbone: Weights, leaves: dict[str, Any], layer: int, name: str) 
     return leaves[f"blocks.{name}"][layer] if backbone.stacked else leaves[f"blocks.{layer}.{name}"]
 
 
-def _files(sized: list[tuple[int | None, Parameter, int]], most: int) -> list[list[tuple[int | None, Parameter]]]:
-    """Entries in files of at most so many bytes; one that is larger has a file of its own."""
-    files: list[list[tuple[int | None, Parameter]]] = []
+def _files(pieces: list[Piece], most: int) -> list[list[Piece]]:
+    """Pieces in files of at most so many bytes; one that is larger has a file of its own."""
+    files: list[list[Piece]] = []
     left = 0
-    for layer, entry, size in sized:
-        if size > left or not files:
+    for piece in pieces:
+        if piece.size > left or not files:
             files.append([])
             left = most
-        files[-1].append((layer, entry))
-        left -= size
+        files[-1].append(piece)
+        left -= piece.size
     return files

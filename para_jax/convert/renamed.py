@@ -4,6 +4,7 @@ base models      layers.0. ... for model.layers.0. ..., as `LlamaModel.save_pret
 tied embeddings  lm_head.weight alone for both
 experts          all of a layer in one gate_up_proj and one down_proj, as transformers 5 holds them; and Mixtral's
                  under mlp instead of block_sparse_moe
+wrappers         the prefixes of a decoder among other parts (`convert/wrapped.py`)
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ import numpy as np
 
 from para_jax.config import BackboneConfig
 from para_jax.convert.tensors import TensorFiles
+from para_jax.convert.wrapped import Parts, Unread, left_out, parts_of
 from para_jax.errors import ParaJaxError
+from para_jax.families.wrappers import wrapper_of
 from para_jax.parameters import names_of
 
 # What belongs to a decoder: a tensor of these that the family's table lacks would change what it computes.
@@ -29,70 +32,107 @@ Index = tuple[int | slice, ...]
 
 
 class Renamed:
-    """The tensors of files under other names; each is one of theirs or a part of it."""
+    """The tensors of files under other names; each is one of theirs or a part of it.
 
-    def __init__(self, files: TensorFiles, places: dict[str, tuple[str, Index]]):
-        self._files, self._places = files, places
+    Attributes:
+      files: these.
+      places: the tensor of the files, and the part of it, that each name stands for.
+      parts: what the tensors of the files belong to.
+    """
+
+    def __init__(self, files: TensorFiles, places: dict[str, tuple[str, Index]], parts: Parts):
+        self.files, self.places, self.parts = files, places, parts
         self.dtype = {name: files.dtype[stored] for name, (stored, _) in places.items()}
         self.shape = {name: _part(files.shape[stored], index) for name, (stored, index) in places.items()}
 
     def read(self, key: str) -> np.ndarray:
         """As `TensorFiles.read`."""
-        stored, index = self._places[key]
-        return self._files.read(stored)[index]
+        stored, index = self.places[key]
+        return self.files.read(stored)[index]
+
+    def in_files(self, name: str) -> str:
+        """The name that a tensor has in the files, or would have if it were there."""
+        if name in self.places:
+            return self.places[name][0]
+        return f"{self.parts.prefix}{name.removeprefix('model.')}" if name.startswith("model.") else name
+
+    def under_their_names(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The tensors of the files from these, which are all parts of each."""
+        theirs: dict[str, np.ndarray] = {}
+        for name, x in tensors.items():
+            stored, index = self.places[name]
+            if index:
+                theirs.setdefault(stored, np.empty(self.files.shape[stored], x.dtype))[index] = x
+            else:
+                theirs[stored] = x
+        return theirs
+
+    def rest(self, dtype: np.dtype | None) -> Iterator[Unread]:
+        """The tensors of the files that stand for none of these, cast if a dtype is given."""
+        taken = {stored for stored, _ in self.places.values()}
+        for stored in self.files.shape:
+            if stored not in taken:
+                yield Unread(self.files, stored, dtype or np.dtype(self.files.dtype[stored]))
 
 
-def as_named(files: TensorFiles, config: BackboneConfig, expected: Collection[str]) -> TensorFiles:
+def as_named(folder: Path, files: TensorFiles, config: BackboneConfig, expected: Collection[str]) -> Renamed:
     """The tensors of a checkpoint under the names of its family's table, `expected`, where transformers reads them so.
 
-    What has a name of its own keeps it, and so does what transformers does not read.
+    What has a name of its own keeps it, and so does what transformers does not read. Of a checkpoint that has other
+    parts they are the decoder's.
     """
-    known = {*expected, HEAD}
+    known, wrapper = {*expected, HEAD}, wrapper_of(config)
+    parts = parts_of(folder, files.shape, wrapper)
     places: dict[str, tuple[str, Index]] = {}
-    for stored in sorted(files.shape, key=lambda name: name not in known):
-        name = _of_base_model(stored, known)
+    for stored, named in sorted(parts.names.items(), key=lambda pair: pair[1] not in known):
+        name = named if wrapper else _of_base_model(named, known)
         found = dict(_of_experts(name, files.shape[stored], config)) or {name: ()}
         # Of two tensors for one place, that with the table's own name has it, and the other is not expected.
         found = {stored: ()} if found.keys() & places.keys() else found
         places |= {part: (stored, index) for part, index in found.items()}
     if config.tie_word_embeddings and EMBED not in places and HEAD in places:
         places[EMBED] = places.pop(HEAD)
-    return Renamed(files, places)
+    return Renamed(files, places, parts)
 
 
-def check_tensors(
-    folder: Path, files: TensorFiles, config: BackboneConfig, shapes: Mapping[str, tuple[int, ...]]
-) -> None:
+def check_tensors(folder: Path, files: Renamed, config: BackboneConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Accounts for every tensor, or raises one ParaJaxError that lists what is wrong.
 
-    Tensors that belong to no decoder, such as a value head's, are ignored with a line, as in transformers.
+    Tensors that belong to no decoder, such as a value head's, are ignored with a line, as in transformers. Of a
+    checkpoint that has other parts, one line says what is left out, and a tensor of no part is an error.
     """
+    wrapper, spelled = wrapper_of(config), files.in_files
     # Old checkpoints carry the rotary frequencies; tied ones may carry the embedding twice.
     spare = {name for name in files.shape if name.endswith("rotary_emb.inv_freq")}
     if config.tie_word_embeddings:
         spare.add(HEAD)
-    problems = [f"{name} {list(shape)} is missing" for name, shape in shapes.items() if name not in files.shape]
+    missing = [name for name in shapes if name not in files.shape]
+    problems = [f"{spelled(name)} {list(shapes[name])} is missing" for name in missing]
     others = [name for name in files.shape if name not in shapes and name not in spare]
-    problems += [f"{name} is not expected" for name in others if problems or DECODER.match(name)]
+    problems += [f"{spelled(name)} is not expected" for name in others if problems or wrapper or DECODER.match(name)]
+    problems += [f"{name} is not expected" for name in files.parts.neither]
     problems += [
-        f"{name} is {list(files.shape[name])} and should be {list(shape)}"
+        f"{spelled(name)} is {list(files.shape[name])} and should be {list(shape)}"
         for name, shape in shapes.items()
         if name in files.shape and files.shape[name] != shape
     ]
     twice = not problems and config.tie_word_embeddings and HEAD in files.shape
     if twice and not np.array_equal(files.read(HEAD), files.read(EMBED)):
         problems = [
-            f"{HEAD} is not the embedding: tie_word_embeddings should be false in config.json for it to be used, as in "
-            "transformers 5. If it should not be used, as in transformers 4, take it out of the file"
+            f"{spelled(HEAD)} is not the embedding: tie_word_embeddings should be false in config.json for it to be "
+            "used, as in transformers 5. If it should not be used, as in transformers 4, take it out of the file"
         ]
     if problems == [f"{HEAD} {list(shapes.get(HEAD, ()))} is missing"]:
         problems[0] += "; if the embedding is the head too, set tie_word_embeddings to true in config.json"
     if problems:
         listed = "\n  ".join(problems[:MOST] + [f"and {len(problems) - MOST} more"] * (len(problems) > MOST))
         raise ParaJaxError(f"{folder}: the tensors do not fit config.json:\n  {listed}")
+    say = logging.getLogger(__name__).warning
     if others:
         shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
-        logging.getLogger(__name__).warning("%s: tensors that no decoder has are ignored: %s", folder, shown)
+        say("%s: tensors that no decoder has are ignored: %s", folder, shown)
+    if wrapper and files.parts.others:
+        say("%s", left_out(folder, files.parts, files.files.shape, wrapper))
 
 
 def _of_base_model(name: str, known: Collection[str]) -> str:

@@ -15,6 +15,7 @@ from para_jax.families.reading import architecture_from_hf
 
 FILES = ["*.json", "tokenizer*", "*.jinja"]
 FAST, SENTENCEPIECE = "tokenizer.json", "tokenizer.model"
+PROCESSORS = "chat_template.json"  # of the processors of transformers 4, which no tokenizer reads
 OTHER_FILES = (FAST, "vocab.json", "tekken.json", "*.tiktoken", "tiktoken.model", "spiece.model", "spm.model")
 # What reads tokenizer.model: packages, and the modules that they have.
 READERS = {
@@ -39,8 +40,8 @@ def load_tokenizer(path_or_hub_id: str | Path) -> Any:
     folder = checkpoint_folder(path_or_hub_id, FILES)
     fields = read_json(folder / CONFIG)
     # Read and judged here, so that transformers has no other opinion of it.
-    family = architecture_from_hf(fields, str(path_or_hub_id)).family
-    made: Any = CONFIG_MAPPING[family]
+    architecture_from_hf(fields, str(path_or_hub_id))
+    made: Any = CONFIG_MAPPING[fields["model_type"]]
     config = made(tokenizer_class=fields.get("tokenizer_class"), name_or_path=str(folder))
     problem = _missing(folder)
     if problem:
@@ -51,6 +52,8 @@ def load_tokenizer(path_or_hub_id: str | Path) -> Any:
         raise ParaJaxError(f"{path_or_hub_id}: {_damage(folder, error)}") from error
     if tokenizer.vocab_size < FEW and not _vocabulary(folder):
         raise ParaJaxError(f"{path_or_hub_id}: its tokenizer cannot be read: {FAST} has no vocabulary")
+    if tokenizer.chat_template is None and (folder / PROCESSORS).is_file():
+        return with_chat_template(tokenizer, read_json(folder / PROCESSORS).get("chat_template"))
     return tokenizer
 
 

@@ -85,7 +85,7 @@ def sort_keys(fields: Mapping[str, Any], made: Any, own: Collection[str], others
                 f"config.json has {first}={fields[first]!r} and {second}={fields[second]!r}, which are two names of "
                 "one option; take out the wrong one"
             )
-    understood = READ & {*_defaults(made), *two, *two.values(), *SPELLINGS} | {*own, *ONLY}
+    understood = READ & {*defaults(made), *two, *two.values(), *SPELLINGS} | {*own, *ONLY}
     # Old checkpoints say here how to generate.
     known = understood | NEUTRAL | set(GenerationConfig().to_dict())
     matters = (READ | OF_MODELS | set(others)) - ONLY_WITH_OTHERS
@@ -103,7 +103,7 @@ def sort_keys(fields: Mapping[str, Any], made: Any, own: Collection[str], others
 
 def _as_without(made: Any, key: str, value: Any) -> bool:
     """Whether a key has its class's default, or turns off (null, false, 0 or empty) what is off without it."""
-    default = _defaults(made).get(key)
+    default = defaults(made).get(key)
     if key == "layer_types" and isinstance(value, list) and all(kind == "full_attention" for kind in value):
         return True
     return value == default or not (value or default)
@@ -111,7 +111,7 @@ def _as_without(made: Any, key: str, value: Any) -> bool:
 
 def reads(made: Any, key: str) -> bool:
     """Whether the code of transformers' class reads a key of config.json."""
-    return key in _defaults(made) or hasattr(made, key) or key in made.attribute_map or key in _strings(made)
+    return key in defaults(made) or hasattr(made, key) or key in made.attribute_map or key in _strings(made)
 
 
 def rope_code_reads(key: str) -> bool:
@@ -130,7 +130,7 @@ def _rope_strings() -> frozenset[str]:
 
 
 @cache
-def _defaults(made: type) -> dict[str, Any]:
+def defaults(made: type) -> dict[str, Any]:
     """The options of a class and of its bases, with their defaults."""
     parameters: dict[str, Parameter] = {}
     for base in reversed(made.__mro__):

@@ -13,26 +13,21 @@ from typing import Any
 from para_jax.errors import ParaJaxError, one_line, unknown
 from para_jax.families.architecture import ACTIVATIONS, ATTENTION_SITES, MLP_SITES, Architecture
 from para_jax.families.checks import check_values
-from para_jax.families.keys import CODE, ONLY, SIZES, Keys, rope_code_reads, sort_keys
+from para_jax.families.keys import CODE, ONLY, SIZES, Keys, defaults, rope_code_reads, sort_keys
 from para_jax.families.kinds import attention_kinds
-from para_jax.families.table import FAMILIES, Family
+from para_jax.families.table import FAMILIES
+from para_jax.families.wrappers import QUANTIZED, Text, text_of
 
 CONFIG = "config.json"
 
 
 def architecture_from_hf(fields: Mapping[str, Any], name: str = "") -> Architecture:
     """What config.json's fields mean here. Raises ParaJaxError for a family or an option that is not supported."""
-    model_type = fields.get("model_type")
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
-        more = "; its text part alone is, as gemma3_text" if model_type == "gemma3" else ""
-        raise ParaJaxError(
-            f"{name or 'this checkpoint'} is of architecture {model_type!r}, which is not supported{more}. "
-            f"Supported: {', '.join(FAMILIES)}"
-        )
-    family = FAMILIES[model_type]
+    text = text_of(fields, name)
+    family = text.own
     # What config.json does not say is no end token of the checkpoint, whatever the class has.
-    eos = as_token_ids(fields.get("eos_token_id"), CONFIG)
-    config = _read_by_transformers(model_type, family, fields)
+    eos = as_token_ids(text.top["eos_token_id"], CONFIG)
+    config = read_by_transformers(text)
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     if heads % kv_heads:
         raise ParaJaxError(f"config.json has {heads} attention heads that {kv_heads} key/value heads do not divide")
@@ -40,7 +35,7 @@ def architecture_from_hf(fields: Mapping[str, Any], name: str = "") -> Architect
     act = getattr(config, family.activation)
     if act not in ACTIVATIONS:
         raise unknown(f"{family.activation} in config.json", act, ACTIVATIONS)
-    kinds = attention_kinds(config, model_type, head_dim)
+    kinds = attention_kinds(config, text.family, head_dim)
     different = tuple(dict.fromkeys(kinds))
     biased = [*(ATTENTION_SITES if getattr(config, "attention_bias", False) else ())]
     biased += MLP_SITES if getattr(config, "mlp_bias", False) else ()
@@ -57,12 +52,12 @@ def architecture_from_hf(fields: Mapping[str, Any], name: str = "") -> Architect
             "rms_norm_eps": config.rms_norm_eps,
             "attention_kinds": different,
             "kind_of_layer": () if len(different) == 1 else tuple(different.index(kind) for kind in kinds),
-            "tie_word_embeddings": config.tie_word_embeddings,
+            "tie_word_embeddings": _said(text, config, "tie_word_embeddings") or False,
             "max_position_embeddings": config.max_position_embeddings,
-            "bos_token_id": config.bos_token_id,
+            "bos_token_id": _said(text, config, "bos_token_id"),
             "eos_token_ids": eos,
             "name": name,
-            "family": model_type,
+            "family": text.family,
             "hidden_act": act,
             "biases": tuple(biased),
             "attention_scale": None if scalar is None else scalar**-0.5,
@@ -74,44 +69,46 @@ def architecture_from_hf(fields: Mapping[str, Any], name: str = "") -> Architect
     )
 
 
-def _read_by_transformers(model_type: str, family: Family, fields: Mapping[str, Any]) -> Any:
+def _said(text: Text, config: Any, key: str) -> Any:
+    """What config.json says of an option of FROM_TOP, or else the class of the decoder."""
+    return getattr(config, key, None) if text.wrapper is None or text.top[key] is None else text.top[key]
+
+
+def read_by_transformers(text: Text) -> Any:
     """transformers' config object: both spellings made one, and what is left out filled in.
 
     Raises ParaJaxError for what config.json lacks, or has and is not understood; null and false turn an option off.
     """
-    check_values(fields)
-    for key in ("quantization_config", "compression_config"):
-        if fields.get(key):
-            raise ParaJaxError(f"config.json has a {key}; only float32, float16 and bfloat16 are read")
-    for key, value in {**ONLY, **family.only}.items():
-        if fields.get(key) is not None and fields[key] != value:
-            raise ParaJaxError(f"config.json has {key}={fields[key]!r}; only {value!r} is supported")
-
     from transformers import CONFIG_MAPPING
 
-    used, refused, _ = _keys(fields)
+    made: Any = CONFIG_MAPPING[text.made]
+    fields = text.fields
+    check_values({**({size: defaults(made)[size] for size in SIZES} if text.sparse else {}), **fields})
+    for key in QUANTIZED:
+        if fields.get(key):
+            raise ParaJaxError(f"config.json has a {key}; only float32, float16 and bfloat16 are read")
+    for key, value in {**ONLY, **text.only}.items():
+        if fields.get(key) is not None and fields[key] != value:
+            raise ParaJaxError(f"config.json has {text.at}{key}={fields[key]!r}; only {value!r} is supported")
+    used, refused, _ = _keys(text)
     if refused:
+        shown = ", ".join(f"{text.at}{key}={value!r}" for key, value in refused.items())
         raise ParaJaxError(
-            f"config.json has {', '.join(f'{key}={value!r}' for key, value in refused.items())}, which is not "
-            f"implemented for {family.architecture} and may change what it computes. If it does not, take it out of "
-            "config.json"
+            f"config.json has {shown}, which is not implemented for {text.architecture} and may change what it "
+            "computes. If it does not, take it out of config.json"
         )
     try:
-        return CONFIG_MAPPING[model_type](
-            **copy.deepcopy({k: v for k, v in used.items() if not (k == "rope_theta" and v is None)})
-        )
+        return made(**copy.deepcopy({k: v for k, v in used.items() if not (k == "rope_theta" and v is None)}))
     except Exception as error:  # its checks raise errors of many kinds
         raise ParaJaxError(f"config.json is not understood by transformers: {one_line(error)}") from error
 
 
-def _keys(fields: Mapping[str, Any]) -> Keys:
-    """What becomes of the keys of a supported family's config.json."""
+def _keys(text: Text) -> Keys:
+    """What becomes of the keys of a decoder's options."""
     from transformers import CONFIG_MAPPING
 
-    model_type = fields["model_type"]
-    family = FAMILIES[model_type]
     others = {key for other in FAMILIES.values() for key in other.only}
-    return sort_keys(fields, CONFIG_MAPPING[model_type], {*family.neutral, *family.only}, others)
+    return sort_keys(text.fields, CONFIG_MAPPING[text.made], {*text.neutral, *text.only}, others)
 
 
 def ignored_line(fields: Mapping[str, Any], name: str = "") -> str | None:
@@ -120,12 +117,13 @@ def ignored_line(fields: Mapping[str, Any], name: str = "") -> str | None:
     >>> ignored_line({"model_type": "qwen3", "use_mrope": False, "unk_token_id": 0})
     "config.json: keys that transformers' Qwen3ForCausalLM does not read are ignored: unk_token_id"
     """
-    ignored = [f"{key} (the code it names is not run)" if key == CODE else key for key in _keys(fields).ignored]
-    ignored += _ignored_of_rope(fields)
+    text = text_of(fields, name)
+    ignored = [f"{key} (the code it names is not run)" if key == CODE else key for key in _keys(text).ignored]
+    ignored += (key for key in _ignored_of_rope(text.fields) if key.rpartition(".")[2] not in text.neutral)
     if not ignored:
         return None
-    reader = f"transformers' {FAMILIES[fields['model_type']].architecture}"
-    return f"{name or 'config.json'}: keys that {reader} does not read are ignored: {', '.join(ignored)}"
+    shown = ", ".join(f"{text.at}{key}" for key in ignored)
+    return f"{name or 'config.json'}: keys that transformers' {text.architecture} does not read are ignored: {shown}"
 
 
 def _ignored_of_rope(fields: Mapping[str, Any]) -> Iterator[str]:

@@ -57,7 +57,8 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
      "for each pair of features"),
     ({"head_dim": 3}, "RoPE of type 'default' cannot rotate 3 of a head's features; config.json has to fit"),
     ({"model_type": ["llama"]}, "{folder} is of architecture ['llama'], which is not supported. Supported: llama, "
-     "mistral, qwen2, qwen3, gemma, gemma2, gemma3_text, phi3, smollm3, olmo2, mixtral, qwen3_moe"),
+     "mistral, qwen2, qwen3, gemma, gemma2, gemma3_text, phi3, smollm3, olmo2, mixtral, qwen3_moe, gemma3, mistral3, "
+     "qwen2_5_vl, qwen3_vl"),
 ]  # fmt: skip
 # Those that transformers refuses, with its words.
 THEIRS: list[tuple[dict[str, Any], str]] = [
