@@ -31,7 +31,6 @@ from para_jax.cli.settings import add_settings, tenant_settings
 from para_jax.errors import ParaJaxError, unknown
 
 # Options with lists of modules, separated by commas on the command line.
-MODULES = ("target_modules", "exclude_modules", "feedforward_modules")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -271,6 +270,6 @@ def option_value(key: str, text: str) -> Any:
     try:
         return json.loads(text)
     except ValueError:
-        if key not in MODULES or text == "all-linear" or re.search(r"[\\^$*+?|()\[\]{}]", text):
+        if not key.endswith("_modules") or text == "all-linear" or re.search(r"[\\^$*+?|()\[\]{}]", text):
             return text
         return text.split(",")
