@@ -252,7 +252,7 @@ def test_mistakes_in_methods_and_options(tmp_path):
         file.write_text(text)
         assert message in method_mistake(("method", str(file)))
     file.write_text('{"method": "lora"}')
-    assert "--option r=4 is for no tenant" in method_mistake(("method", str(file)), ("option", "r=4"))
+    assert "--option r=4 applies to no tenant" in method_mistake(("method", str(file)), ("option", "r=4"))
 
 
 @pytest.fixture(scope="module")

@@ -71,7 +71,7 @@ def test_answers_come_in_order_and_a_stop_loses_a_window_at_most(whole, tmp_path
     assert partial.exists()
     assert generate(source, output, "--resume") == 0
     said = capsys.readouterr()
-    assert "going on after 8 of 19 rows" in said.err and said.out == f"19 rows in {output}\n"
+    assert "continuing after 8 of 19 rows" in said.err and said.out == f"19 rows in {output}\n"
     assert output.read_bytes() == wanted and list(tmp_path.iterdir()) == [output]
     # What is finished stays as it is.
     assert generate(source, output, "--resume") == 0

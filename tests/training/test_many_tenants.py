@@ -204,7 +204,7 @@ def test_other_dev_rows_are_another_run(backbone, tmp_path) -> None:
 
 
 def test_no_rows_and_epochs(backbone, tmp_path) -> None:
-    with pytest.raises(ParaJaxError, match="tenant 'acme' has no rows to learn from"):
+    with pytest.raises(ParaJaxError, match="tenant 'acme' has no rows to train on"):
         finetune(backbone, {"acme": []}, tmp_path / "out", methods=CONFIG)
     assert not (tmp_path / "out").exists()
     assert Settings(epochs=2).of_rows(7, 4).steps == 4
@@ -280,7 +280,7 @@ def test_what_a_run_is_given_by_tenant(backbone, tmp_path, given, words) -> None
         ({"settings": {"t0": Settings(eval_every=2)}}, "no tenant has any; give dev rows"),
         ({"settings": {"t0": Settings(weight=2.0)}}, "set tenants_per_step"),
         ({"tenants_per_step": 0}, "tenants_per_step must be a whole number from 1 to"),
-        ({"spread": True}, "there are none"),
+        ({"spread": True}, "both have size 1"),
     ],
 )
 def test_what_would_mean_nothing_is_refused(backbone, tmp_path, options, words) -> None:
