@@ -230,7 +230,7 @@ def test_the_loop_writes_the_cache_where_it_lies():
         ({"prompts": [[2], [61]]}, "row 1 has token 61, and the backbone's vocabulary has 61"),
         ({"prompts": [[0.5]]}, "row 0 is neither a string nor a list of token ids"),
         ({"prompts": [[2] * 100, [3]], "max_new_tokens": 30}, "up to 30 .* by 2 tokens, or .* to 28"),
-        ({"prompts": [[2] * 130] * 3}, "194 in total, .* context is 128 \(2 more rows exceed it\)"),
+        ({"prompts": [[2] * 130] * 3}, r"194 in total, .* context is 128 \(2 more rows exceed it\)"),
         ({"max_new_tokens": 0}, "max_new_tokens of row 0 is 0; it must be between 1 and"),
         ({"max_new_tokens": [4, 4]}, "max_new_tokens has 2 values for 4 rows"),
         ({"max_new_tokens": 4.5}, "max_new_tokens is 4.5; give a whole number"),
