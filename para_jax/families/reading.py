@@ -54,7 +54,7 @@ def architecture_from_hf(fields: Mapping[str, Any], name: str = "") -> Architect
             **{size: getattr(config, size) for size in SIZES},
             "num_key_value_heads": kv_heads,
             "head_dim": head_dim,
-            "rms_norm_eps": config.rms_norm_eps,
+            "rms_norm_eps": getattr(config, family.eps),
             "attention_kinds": different,
             "kind_of_layer": () if len(different) == 1 else tuple(different.index(kind) for kind in kinds),
             "tie_word_embeddings": config.tie_word_embeddings,
@@ -110,8 +110,9 @@ def _keys(fields: Mapping[str, Any]) -> Keys:
 
     model_type = fields["model_type"]
     family = FAMILIES[model_type]
-    others = {key for other in FAMILIES.values() for key in other.only}
-    return sort_keys(fields, CONFIG_MAPPING[model_type], {*family.neutral, *family.only}, others)
+    others = {key for other in FAMILIES.values() for key in (*other.only, *other.reads)}
+    own = {*family.neutral, *family.only, *family.reads, family.eps}
+    return sort_keys(fields, CONFIG_MAPPING[model_type], own, others)
 
 
 def ignored_line(fields: Mapping[str, Any], name: str = "") -> str | None:
@@ -130,12 +131,13 @@ def ignored_line(fields: Mapping[str, Any], name: str = "") -> str | None:
 
 def _ignored_of_rope(fields: Mapping[str, Any]) -> Iterator[str]:
     """The keys within RoPE's settings, for all layers or for a type of them, that no code of RoPE reads."""
+    own = FAMILIES[fields["model_type"]].rope
     for at in ("rope_scaling", "rope_parameters"):
         settings = fields.get(at)
         for key, value in settings.items() if isinstance(settings, Mapping) else ():
             inner = value if isinstance(value, Mapping) else {}
             yield from (f"{at}.{key}.{name}" for name in inner if not rope_code_reads(name))
-            if not inner and value is not None and not rope_code_reads(key):
+            if not inner and value is not None and not rope_code_reads(key) and key not in own:
                 yield f"{at}.{key}"
 
 
