@@ -26,15 +26,22 @@ class BackboneConfig(Architecture):
 
     Attributes:
       attention_kinds, kind_of_layer: the kinds there are, and the number of each layer's; empty, if all have the first.
-      biases: the projections that have one.
+      biases: the projections that have one; and "norm", if the layers' norms and the last have one.
       eos_token_ids: the end tokens that config.json or generation_config.json names, in order. Where they name none,
         the tokenizer may have one (`convert.tokenizer.end_tokens`).
-      qk_norm: RMS norm of queries and keys, of each head or of all heads together, before positions are told.
+      norm: RMS norm, or layer norm.
+      qk_norm: the norm of queries and keys: of each head, with the same weights ("head") or its own ("each"), or of all
+        heads together.
+      qk_norm_last: whether it comes behind the rotation by positions.
       pre_norm, post_norm: whether a layer's two halves have a norm before and behind them.
       norm_offset: added to the weights of norms; 1 where they are stored as their distance from one.
+      parallel: whether the feed-forward reads what the attention reads, and both are added at once.
+      gated: whether the feed-forward is down(act(gate(x)) * up(x)), or down(act(up(x))).
+      rope_pairs: which features are rotated together, the first with the one in the middle or with its neighbour.
       attention_scale: of the scores; head_dim ** -0.5, if None.
       attn_logit_softcapping, final_logit_softcapping: c, where scores or logits x become c tanh(x / c).
-      embedding_scale: what embeddings are multiplied by.
+      embedding_scale, residual_scale, logits_scale: what embeddings, the outputs of a layer's halves, and logits are
+        multiplied by.
       hf: the config.json that this was read from, which is what is written out again.
 
     >>> from para_jax import tiny_backbone_path

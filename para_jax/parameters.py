@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 
-from para_jax.families.architecture import ATTENTION_SITES, MLP_SITES, Architecture, Axes, Names, Site
+from para_jax.families.architecture import MLP_SITES, Architecture, Axes, Axis, Names, Site
 from para_jax.families.table import FAMILIES
 
 VOCABULARY: Axes = ("vocab", "model")  # of the embeddings, and of the head
@@ -145,7 +145,8 @@ def table(config: Architecture, layer: int | None = None) -> tuple[Parameter, ..
     d, v = config.hidden_size, config.vocab_size
     embed = _whole("embed", "model.embed_tokens", (v, d), VOCABULARY)
     head = _whole("head", "lm_head", (v, d), VOCABULARY)
-    return (embed, _norm("norm", "model.norm", d), *(() if config.tie_word_embeddings else (head,)))
+    norm = _norms(config, "norm", f"model.{names_of(config).modules.get('norm', 'norm')}", d)
+    return (embed, *norm, *(() if config.tie_word_embeddings else (head,)))
 
 
 @lru_cache(maxsize=64)
@@ -165,24 +166,33 @@ def size(config: Architecture) -> int:
 def sites(config: Architecture) -> Mapping[str, Site]:
     """The projections of a layer that adapters may adjust, by Hugging Face name.
 
-    Of experts it is the up projection, which one vector scales in all of them.
+    Of experts it is the up projection, which one vector scales in all of them; or, where a token goes through a shared
+    expert too, the shared one's.
     """
     d, f, names = config.hidden_size, config.intermediate_size, names_of(config)
     q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+
+    def at(usual: str) -> str:
+        return names.modules.get(usual.rpartition(".")[2], usual)
+
     attention = {
         "q_proj": Site(d, q, "self_attn.q_proj", fused=names.qkv),
         "k_proj": Site(d, kv, "self_attn.k_proj", fused=names.qkv),
         "v_proj": Site(d, kv, "self_attn.v_proj", fused=names.qkv),
-        "o_proj": Site(q, d, "self_attn.o_proj"),
+        "o_proj": Site(q, d, at("self_attn.o_proj")),
     }
+    mlp = "mlp"
     if config.experts is not None:
-        up = Site(d, config.experts.width, "mlp.experts.up_proj", linear=False)
-        return {**attention, "up_proj": up}
+        if not config.experts.shared:
+            up = Site(d, config.experts.width, "mlp.experts.up_proj", linear=False)
+            return {**attention, "up_proj": up}
+        mlp, f = "mlp.shared_expert", config.experts.shared
+    gate = {"gate_proj": Site(d, f, f"{mlp}.gate_proj", fused=names.gate_up)} if config.gated else {}
     return {
         **attention,
-        "gate_proj": Site(d, f, "mlp.gate_proj", fused=names.gate_up),
-        "up_proj": Site(d, f, "mlp.up_proj", fused=names.gate_up),
-        "down_proj": Site(f, d, "mlp.down_proj"),
+        **gate,
+        "up_proj": Site(d, f, at(f"{mlp}.up_proj"), fused=names.gate_up),
+        "down_proj": Site(f, d, at(f"{mlp}.down_proj")),
     }
 
 
@@ -197,8 +207,15 @@ def _whole(
     return Parameter(ours, (Part(f"{theirs}.weight", shape, shape, site=site),), axes, quantizable=quantizable)
 
 
-def _norm(ours: str, theirs: str, size: int) -> Parameter:
-    return Parameter(ours, (Part(f"{theirs}.weight", (size,), (size,)),), (None,), "norm")
+def _norm(ours: str, theirs: str, *shape: int) -> Parameter:
+    return Parameter(ours, (Part(f"{theirs}.weight", shape, shape),), (None,) * len(shape), "norm")
+
+
+def _norms(config: Architecture, ours: str, theirs: str, size: int) -> Iterator[Parameter]:
+    """A norm of all features, and its bias if the family's have one."""
+    yield _norm(ours, theirs, size)
+    if "norm" in config.biases:
+        yield _bias(f"{ours}_bias", theirs, size)
 
 
 def _layer(config: Architecture, at: str) -> Iterator[Parameter]:
@@ -206,18 +223,22 @@ def _layer(config: Architecture, at: str) -> Iterator[Parameter]:
     g, names = config.num_attention_heads // k, names_of(config)
 
     # With norms behind a layer's halves, the one before the second half has another name than in Llama.
-    if config.pre_norm:
-        yield _norm("attention_norm", f"{at}.input_layernorm", d)
-        yield _norm("mlp_norm", f"{at}.{'pre_feedforward' if config.post_norm else 'post_attention'}_layernorm", d)
-    if config.post_norm:
-        yield _norm("attention_post_norm", f"{at}.post_attention_layernorm", d)
-        yield _norm("mlp_post_norm", f"{at}.post_feedforward_layernorm", d)
-    if config.qk_norm != "none":
-        heads = (1, 1) if config.qk_norm == "head" else (k * g, k)
-        for x, count in zip("qk", heads, strict=True):
-            yield _norm(f"{x}_norm", f"{at}.self_attn.{x}_norm", count * hd)
+    usual = {
+        "attention_norm": "input_layernorm",
+        "mlp_norm": f"{'pre_feedforward' if config.post_norm else 'post_attention'}_layernorm",
+        "attention_post_norm": "post_attention_layernorm",
+        "mlp_post_norm": "post_feedforward_layernorm",
+    }
+    own = [*(("attention_norm",) if config.pre_norm else ())]
+    own += ["mlp_norm"] if config.pre_norm and not config.parallel else []
+    own += ["attention_post_norm", "mlp_post_norm"] if config.post_norm else []
+    for name in own:
+        yield from _norms(config, name, f"{at}.{names.modules.get(name, usual[name])}", d)
+    for x, heads in zip("qk", (k * g, k), strict=True) if config.qk_norm != "none" else ():
+        shape = {"head": (hd,), "all": (heads * hd,), "each": (heads, hd)}[config.qk_norm]
+        yield _norm(f"{x}_norm", f"{at}.{names.modules.get(f'{x}_norm', f'self_attn.{x}_norm')}", *shape)
 
-    paths = {site: f"{at}.self_attn.{site}" for site in ATTENTION_SITES}
+    paths = {name: f"{at}.{site.path}" for name, site in sites(config).items()}
     views = {"q_proj": (k, g, hd), "k_proj": (k, 1, hd), "v_proj": (k, 1, hd)}
     fused = f"{at}.{names.qkv}" if names.qkv else ""
     yield _fused("qkv", fused, paths, views, ("kv_heads", None, None, "model"), joined_along=1, inputs=d)
@@ -225,31 +246,44 @@ def _layer(config: Architecture, at: str) -> Iterator[Parameter]:
     if "q_proj" in config.biases:
         yield _fused("qkv_bias", "", paths, views, ("kv_heads", None, None), joined_along=1)
     if "o_proj" in config.biases:
-        yield _bias("out_bias", paths["o_proj"], d)
-    yield from _dense(config, at) if config.experts is None else _experts(config, at)
+        yield _bias("out_bias", paths["o_proj"], d, "o_proj")
+    if config.experts is None:
+        yield from _dense(config, at, paths, config.intermediate_size)
+        return
+    yield from _experts(config, at)
+    if config.experts.shared:
+        yield _whole("shared_router", f"{at}.mlp.shared_expert_gate", (1, d), (None, None))
+        yield from _dense(config, at, paths, config.experts.shared, "shared_")
 
 
-def _dense(config: Architecture, at: str) -> Iterator[Parameter]:
-    d, f, names = config.hidden_size, config.intermediate_size, names_of(config)
-    paths = {site: f"{at}.mlp.{site}" for site in MLP_SITES}
-    views = {site: (1, f) for site in MLP_SITES[:2]}
-    fused = f"{at}.{names.gate_up}" if names.gate_up else ""
-    yield _fused("gate_up", fused, paths, views, (None, "inner", "model"), inputs=d)
-    yield _whole("down", paths["down_proj"], (d, f), ("model", "inner"), "down_proj", quantizable=True)
+def _dense(config: Architecture, at: str, paths: Mapping[str, str], f: int, prefix: str = "") -> Iterator[Parameter]:
+    d, gate_up = config.hidden_size, names_of(config).gate_up
+    if config.gated:
+        views = {site: (1, f) for site in MLP_SITES[:2]}
+        fused = f"{at}.{gate_up}" if gate_up else ""
+        yield _fused(f"{prefix}gate_up", fused, paths, views, (None, "inner", "model"), inputs=d)
+    else:
+        yield _whole("up", paths["up_proj"], (f, d), ("inner", "model"), "up_proj", quantizable=True)
+    yield _whole(f"{prefix}down", paths["down_proj"], (d, f), ("model", "inner"), "down_proj", quantizable=True)
     if "up_proj" in config.biases:
-        yield _fused("gate_up_bias", "", paths, views, (None, "inner"))
-        yield _bias("down_bias", paths["down_proj"], d)
+        if config.gated:
+            yield _fused(f"{prefix}gate_up_bias", "", paths, views, (None, "inner"))
+        else:
+            yield _bias("up_bias", paths["up_proj"], f, "up_proj", "inner")
+        yield _bias(f"{prefix}down_bias", paths["down_proj"], d, "down_proj")
 
 
 def _experts(config: Architecture, at: str) -> Iterator[Parameter]:
     """The router, and each kind of projection of all experts in one tensor."""
-    assert config.experts is not None
-    d, count, f, names = config.hidden_size, config.experts.count, config.experts.width, names_of(config)
+    experts, names, d = config.experts, names_of(config), config.hidden_size
+    assert experts is not None
+    count, f, shared = experts.count, experts.width, experts.shared
     gate, up, down = names.expert
     yield _whole("router", f"{at}.{names.router}", (count, d), (None, None))
 
     def part(expert: int, name: str, site: str, *shape: int) -> Part:
-        return Part(f"{at}.{names.experts}.{expert}.{name}.weight", shape, (1, *shape), site=site)
+        # The sites are those of a shared expert, if there is one.
+        return Part(f"{at}.{names.experts}.{expert}.{name}.weight", shape, (1, *shape), site="" if shared else site)
 
     both = [part(e, name, site, f, d) for e in range(count) for name, site in ((gate, "gate_proj"), (up, "up_proj"))]
     shape = (count, 2, f, d)
@@ -258,9 +292,8 @@ def _experts(config: Architecture, at: str) -> Iterator[Parameter]:
     yield Parameter("down", every, (None, "model", "inner"), quantizable=True)
 
 
-def _bias(ours: str, theirs: str, size: int) -> Parameter:
-    site = theirs.rpartition(".")[2]
-    return Parameter(ours, (Part(f"{theirs}.bias", (size,), (size,), site=site),), (None,), "zeros")
+def _bias(ours: str, theirs: str, size: int, site: str = "", axis: Axis | None = None) -> Parameter:
+    return Parameter(ours, (Part(f"{theirs}.bias", (size,), (size,), site=site),), (axis,), "zeros")
 
 
 def _fused(

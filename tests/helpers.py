@@ -97,7 +97,24 @@ FAMILY_OPTIONS: dict[str, dict[str, Any]] = {
     "olmo2": {},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True},
-}
+    "olmo3": {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
+    "granite": {"embedding_multiplier": 3.0, "attention_multiplier": 0.5, "residual_multiplier": 0.6,
+                "logits_scaling": 0.5},
+    "glm4": {},
+    "qwen2_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+                  "shared_expert_intermediate_size": 16},
+    "seed_oss": {"attention_out_bias": True, "mlp_bias": True},
+    "arcee": {"mlp_bias": True},
+    "ministral3": {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2,
+                                       "llama_4_scaling_beta": 0.3, "rope_theta": 10000.0}},
+    "exaone4": {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
+    "ernie4_5": {"use_bias": True},
+    "hunyuan_v1_dense": {"attention_bias": True},
+    "helium": {},
+    "cohere": {"use_qk_norm": True, "logit_scale": 2.0},
+    "cohere2": {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"], "logit_scale": 2.0},
+}  # fmt: skip
+NO_HEAD_DIM = ("phi3", "olmo3", "granite", "qwen2_moe", "exaone4", "cohere")
 # Methods that every family takes: experts have no low-rank pairs and no biases, and no input of their last projection
 # to scale.
 FAMILY_METHODS: dict[str, MethodConfig] = {
@@ -115,7 +132,7 @@ def family_fields(family: str) -> dict[str, Any]:
         "vocab_size": 62, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128, "eos_token_id": 0,
     }  # fmt: skip
-    if family == "phi3":
+    if family in NO_HEAD_DIM:
         del sizes["head_dim"]
     return {"model_type": family, **sizes, "rope_theta": 10000.0, **FAMILY_OPTIONS[family]}
 

@@ -13,7 +13,8 @@ from flax import nnx
 
 from para_jax.backbones import rope
 from para_jax.backbones.experts import gated, through_experts
-from para_jax.backbones.linear import Weight, product, rms_norm
+from para_jax.backbones.linear import Weight, layer_norm, product, rms_norm
+from para_jax.backbones.options import wide
 from para_jax.config import BackboneConfig
 from para_jax.families.architecture import Experts
 from para_jax.parameters import SCALE
@@ -27,9 +28,14 @@ FUNCTIONS: dict[str, Callable[[Any], Any]] = {
     "silu": jax.nn.silu,
     "gelu": partial(jax.nn.gelu, approximate=False),
     "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
+    "gelu_new": partial(jax.nn.gelu, approximate=True),
     "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
     "swish": jax.nn.silu,
 }
+
+
+Adjust = Callable[[str, "Array", "Array"], "Array"]
 
 
 @dataclass(frozen=True)
@@ -41,24 +47,21 @@ class Block:
     attention_norm (d,), qkv (k, g + 2, hd, d), out (d, k * g * hd), mlp_norm (d,), gate_up (2, f, d), down (d, f).
 
     Each is (outputs, inputs) in its last axes. Where a projection is quantized, `qkv_scale` (k, g + 2, hd, groups) and
-    so on are what its integers are multiplied by. With e experts there are router (e, d), gate_up (e, 2, f, d) and
-    down (e, d, f). `mesh` has the devices that share the weights.
+    so on are what its integers are multiplied by. Without gates there is up (f, d) in place of gate_up. With e experts
+    there are router (e, d), gate_up (e, 2, f, d) and down (e, d, f), and with a shared one shared_router (1, d),
+    shared_gate_up and shared_down. `mesh` has the devices that share the weights, `dtype` is that of matmuls' inputs.
     """
 
     config: BackboneConfig
     weights: Mapping[str, nnx.Param]
+    dtype: jnp.dtype
     mesh: Mesh | None = None
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        """Of matmuls' inputs. Weights may be quantized; norms are in it always."""
-        return self.weights["attention_norm" if self.config.pre_norm else "attention_post_norm"].dtype
 
     def __call__(
         self,
         x_btd: Float[Array, "b t d"],
-        adjust: Callable[[str, Array, Array], Array],
-        angles: tuple[Float[Array, "b t rotated"], Float[Array, "b t rotated"]],
+        adjust: Adjust,
+        angles: rope.Angles,
         attend: Callable[[Array, Array, Array], Array],
     ) -> Float[Array, "b t d"]:
         """One layer. In float16 the residual stream, and what is added to it, is float32 (`Backbone.residual_dtype`).
@@ -77,15 +80,16 @@ class Block:
         q = self._heads("q_norm", adjust("q_proj", normed, q.reshape(b, t, -1)))
         k_ = self._heads("k_norm", adjust("k_proj", normed, k_.reshape(b, t, -1)))
         v = adjust("v_proj", normed, v.reshape(b, t, -1)).reshape(b, t, k, hd)
-        q = rope.rotate(q, *angles).reshape(b, t, k, g, hd)
-        mixed = attend(q, rope.rotate(k_, *angles), v)
+        q = self._rotated("q_norm", q, angles)
+        if angles.query_scale is not None:
+            q = (q * angles.query_scale[:, :, None, None]).astype(q.dtype)
+        mixed = attend(q.reshape(b, t, k, g, hd), self._rotated("k_norm", k_, angles), v)
         out = adjust("o_proj", mixed, self._product("out", mixed, x_btd.dtype))
-        x_btd = x_btd + (self._norm("attention_post_norm", out) if c.post_norm else out)
-
+        if c.parallel:
+            return x_btd + self._added("attention_post_norm", out + self._feed_forward(normed, adjust, x_btd.dtype))
+        x_btd = x_btd + self._added("attention_post_norm", out)
         normed = (self._norm("mlp_norm", x_btd) if c.pre_norm else x_btd).astype(self.dtype)
-        feed_forward = self._dense if c.experts is None else partial(self._mixture, c.experts)
-        out = feed_forward(normed, adjust, x_btd.dtype)
-        return x_btd + (self._norm("mlp_post_norm", out) if c.post_norm else out)
+        return x_btd + self._added("mlp_post_norm", self._feed_forward(normed, adjust, x_btd.dtype))
 
     def attention_input(self, x_btd: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         """What the attention projections see of the residual stream."""
@@ -93,7 +97,14 @@ class Block:
         return normed.astype(self.dtype)
 
     def _norm(self, name: str, x: Array) -> Array:
-        return rms_norm(x, self.weights[name][...], self.config.rms_norm_eps, self.config.norm_offset)
+        bias = self.weights.get(f"{name}_bias")
+        return norm(self.config, x, self.weights[name][...], None if bias is None else bias[...])
+
+    def _added(self, name: str, out: Array) -> Array:
+        """What a half of the layer adds to the residual stream."""
+        c = self.config
+        out = self._norm(name, out) if c.post_norm else out
+        return out if c.residual_scale == 1 else out * jnp.asarray(c.residual_scale, out.dtype)
 
     def _weight(self, name: str) -> Weight:
         scale = self.weights.get(f"{name}{SCALE}")
@@ -104,25 +115,52 @@ class Block:
         y, bias = product(x, *self._weight(name), dtype, self.mesh is None), self.weights.get(f"{name}_bias")
         return y if bias is None else y + jnp.expand_dims(bias[...].astype(y.dtype), (0, 1))
 
-    def _heads(self, norm: str, x_btf: Float[Array, "b t features"]) -> Float[Array, "b t heads hd"]:
-        """Queries or keys by heads, normed as the family does."""
-        x = self._norm(norm, x_btf) if self.config.qk_norm == "all" else x_btf
-        x = x.reshape(*x.shape[:2], -1, self.config.head_dim)
-        return self._norm(norm, x) if self.config.qk_norm == "head" else x
+    def _heads(self, name: str, x_btf: Float[Array, "b t features"]) -> Float[Array, "b t heads hd"]:
+        """Queries or keys by heads, normed if that comes before the rotation."""
+        c = self.config
+        x = self._norm(name, x_btf) if c.qk_norm == "all" else x_btf
+        x = x.reshape(*x.shape[:2], -1, c.head_dim)
+        return self._norm(name, x) if c.qk_norm in ("head", "each") and not c.qk_norm_last else x
 
-    def _dense(self, normed: Array, adjust: Callable[[str, Array, Array], Array], dtype: Any) -> Array:
-        # Split before the halves are laid end to end: on a mesh each device has a part of both.
-        gate, up = (x[:, :, 0] for x in jnp.split(self._product("gate_up", normed), 2, axis=2))
-        gate, up = adjust("gate_proj", normed, gate), adjust("up_proj", normed, up)
-        inner = gated(FUNCTIONS[self.config.hidden_act], gate, up)
-        return adjust("down_proj", inner, self._product("down", inner, dtype))
+    def _rotated(self, name: str, x: Float[Array, "b t heads hd"], angles: rope.Angles) -> Float[Array, "b t heads hd"]:
+        """Queries or keys by their positions, normed if that comes behind."""
+        x = rope.rotate(x, angles.cos, angles.sin, self.config.rope_pairs)
+        return self._norm(name, x) if self.config.qk_norm_last else x
 
-    def _mixture(
-        self, experts: Experts, normed: Array, adjust: Callable[[str, Array, Array], Array], dtype: Any
-    ) -> Array:
-        """Every token goes through its likeliest experts; the up projection of all of them is scaled alike."""
+    def _feed_forward(self, normed: Array, adjust: Adjust, dtype: Any) -> Array:
+        c = self.config
+        if c.experts is None:
+            return self._dense("", normed, adjust, dtype)
+        if not c.experts.shared:
+            return self._mixture(c.experts, normed, adjust, dtype)
+        share = jax.nn.sigmoid(product(normed, self.weights["shared_router"][...], dtype=jnp.float32))
+        shared = self._dense("shared_", normed, adjust, dtype)
+        return self._mixture(c.experts, normed, None, dtype) + shared * share.astype(dtype)
+
+    def _dense(self, prefix: str, normed: Array, adjust: Adjust, dtype: Any) -> Array:
+        act = FUNCTIONS[self.config.hidden_act]
+        if self.config.gated:
+            # Split before the halves are laid end to end: on a mesh each device has a part of both.
+            gate, up = (x[:, :, 0] for x in jnp.split(self._product(f"{prefix}gate_up", normed), 2, axis=2))
+            gate, up = adjust("gate_proj", normed, gate), adjust("up_proj", normed, up)
+            inner = gated(act, gate, up)
+        else:
+            up = adjust("up_proj", normed, self._product("up", normed))
+            inner = act(up.astype(wide(up.dtype))).astype(up.dtype)
+        return adjust("down_proj", inner, self._product(f"{prefix}down", inner, dtype))
+
+    def _mixture(self, experts: Experts, normed: Array, adjust: Adjust | None, dtype: Any) -> Array:
+        """Every token goes through its likeliest experts; with `adjust`, the up projection of all is scaled alike."""
         # A scale and no product of this token alone: taken of ones, in float32, which has no rounding to lose.
-        scale = adjust("up_proj", normed, jnp.ones((*normed.shape[:2], experts.width), jnp.float32))
+        scale = jnp.ones((*normed.shape[:2], experts.width), jnp.float32)
+        scale = scale if adjust is None else adjust("up_proj", normed, scale)
         chance = jax.nn.softmax(product(normed, self.weights["router"][...], dtype=jnp.float32), axis=-1)
         act, weights = FUNCTIONS[self.config.hidden_act], (self._weight("gate_up"), self._weight("down"))
         return through_experts(normed, chance, scale, *weights, experts, act, self.mesh).astype(dtype)
+
+
+def norm(config: BackboneConfig, x: Array, weight: Array, bias: Array | None = None) -> Array:
+    """The family's kind of norm."""
+    if config.norm == "layer":
+        return layer_norm(x, weight, bias, config.rms_norm_eps)
+    return rms_norm(x, weight, config.rms_norm_eps, config.norm_offset)

@@ -24,11 +24,11 @@ from para_jax.adapters.rows import Rows, Tenant
 from para_jax.adjustment import Adjustment
 from para_jax.backbones import rope
 from para_jax.backbones.attention import Seen
-from para_jax.backbones.block import Block
+from para_jax.backbones.block import Block, norm
 from para_jax.backbones.cache import Cache, DecodeState
 from para_jax.backbones.choice import choose
 from para_jax.backbones.kernels import Kernel, prompt_attention
-from para_jax.backbones.linear import KEEP_PRODUCTS, product, rms_norm
+from para_jax.backbones.linear import KEEP_PRODUCTS, product
 from para_jax.backbones.options import Attention, Dtype, Remat, compute_dtype, default_stacked, wide
 from para_jax.backbones.packed import Segments
 from para_jax.backbones.weights import random_weights
@@ -49,13 +49,19 @@ if TYPE_CHECKING:
 class Backbone(nnx.Module):
     """A frozen language model of any of the families; a pytree of arrays that programs take as an argument.
 
-    Weights: embed (v, d), blocks, norm (d,), and head (v, d) unless it is tied to embed.
+    Weights: embed (v, d), blocks, norm (d,), norm_bias (d,) if the family has it, and head (v, d) unless it is tied to
+    embed.
 
     >>> from para_jax import Backbone, tiny_backbone_path
     >>> backbone = Backbone.from_pretrained(tiny_backbone_path())
     >>> backbone(jnp.array([[5, 6, 7]])).shape
     (1, 3, 4096)
     """
+
+    embed: nnx.Param
+    norm: nnx.Param
+    norm_bias: nnx.Param
+    head: nnx.Param
 
     def __init__(
         self,
@@ -79,7 +85,9 @@ class Backbone(nnx.Module):
         top, *layers = jax.random.split(key, 1 + config.num_hidden_layers)
         outside = random_weights(table(config), config, compute, top)
         self.embed, self.norm = outside["embed"], outside["norm"]
-        if not config.tie_word_embeddings:
+        if "norm_bias" in outside:
+            self.norm_bias = outside["norm_bias"]
+        if "head" in outside:
             self.head = outside["head"]
         make = partial(random_weights, table(config, 0), config, compute, quantize=quantize)
         self.blocks: Any = jax.vmap(make)(jnp.stack(layers)) if self.stacked else List([make(key) for key in layers])
@@ -301,6 +309,7 @@ class Backbone(nnx.Module):
         """Float32 logits of hidden states, with `whole_head()` if that is at hand."""
         head = self.whole_head() if head is None else head
         logits, cap = product(hidden_btd, head, dtype=jnp.float32), self.config.final_logit_softcapping
+        logits = logits if self.config.logits_scale == 1 else logits * self.config.logits_scale
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
     def _embedded(self, tokens_bt: Int[Array, "b t"]) -> Float[Array, "b t d"]:
@@ -309,8 +318,8 @@ class Backbone(nnx.Module):
         return x if scale == 1 else x * jnp.asarray(scale, x.dtype)
 
     def _final_norm(self, x_btd: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-        normed = rms_norm(x_btd, self.norm[...], self.config.rms_norm_eps, self.config.norm_offset)
-        return normed.astype(self.dtype)
+        bias = self.norm_bias[...] if "norm" in self.config.biases else None
+        return norm(self.config, x_btd, self.norm[...], bias).astype(self.dtype)
 
     def _attend(self, layer: int | Int[Array, ""], kernel: Kernel, q: Array, k: Array, v: Array, seen: Seen) -> Array:
         """Attention as the layer's kind has it."""
@@ -331,8 +340,8 @@ class Backbone(nnx.Module):
         branch = jnp.array([different.index(windows[kind]) for kind in c.kind_of_layer])[layer]
         return jax.lax.switch(branch, [of_window(window) for window in different], q, k, v)
 
-    def _angles(self, position_bt: Int[Array, "b t"], length_bt: Int[Array, "b t"]) -> list[tuple[Array, Array]]:
-        """Cosines and sines for each kind of attention."""
+    def _angles(self, position_bt: Int[Array, "b t"], length_bt: Int[Array, "b t"]) -> list[rope.Angles]:
+        """Those of each kind of attention."""
         c = self.config
         return [
             rope.angles(kind.rope, c.head_dim, c.max_position_embeddings, position_bt, length_bt)
@@ -362,7 +371,7 @@ class Backbone(nnx.Module):
         again = partial(jax.checkpoint, policy=saved)
 
         def layer(carry: Any, index: Any, weights: Any, inputs: Any) -> tuple[Any, Any]:
-            return body(carry, index, Block(self.config, weights, self.mesh), inputs)
+            return body(carry, index, Block(self.config, weights, self.dtype, self.mesh), inputs)
 
         if self.stacked:
             step = (lambda c, x: layer(c, *x)) if remat == "none" else again(lambda c, x: layer(c, *x))

@@ -36,6 +36,23 @@ def rms_norm(
     return (jnp.expand_dims(weight, range(x.ndim - 1)) * x32).astype(x.dtype)
 
 
+def layer_norm(
+    x: Float[Array, "*b d"], weight_d: Float[Array, "*o d"], bias_d: Float[Array, "*o d"] | None, eps: float
+) -> Float[Array, "*b d"]:
+    """Layer norm (Ba et al., arXiv 1607.06450), in float32, with a bias or without.
+
+    >>> layer_norm(jnp.array([[1.0, 3.0]]), jnp.array([2.0, 2.0]), jnp.array([1.0, 1.0]), 0.0).tolist()
+    [[-1.0, 3.0]]
+    """
+    x32 = x.astype(jnp.float32)
+    x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    x32 = x32 * jnp.expand_dims(weight_d.astype(jnp.float32), range(x.ndim - weight_d.ndim))
+    if bias_d is not None:
+        x32 = x32 + jnp.expand_dims(bias_d.astype(jnp.float32), range(x.ndim - bias_d.ndim))
+    return x32.astype(x.dtype)
+
+
 def product(
     x: Float[Array, "b t i"],
     weight: Float[Array, "*o i"] | Int[Array, "*o i"],

@@ -13,7 +13,7 @@ the row's own, so that a row's output does not depend on its neighbours.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -25,10 +25,23 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 
+class Angles(NamedTuple):
+    """What positions do to queries and keys, float32.
+
+    Attributes:
+      cos, sin: of every position's angles, each pair's angle given to both halves.
+      query_scale: what queries are multiplied by; None if nothing.
+    """
+
+    cos: Float[Array, "b t rotated"]
+    sin: Float[Array, "b t rotated"]
+    query_scale: Float[Array, "b t"] | None = None
+
+
 def angles(
     rope: Rope | None, head_dim: int, context: int, position_bt: Int[Array, "b t"], length_bt: Int[Array, "b t"]
-) -> tuple[Float[Array, "b t rotated"], Float[Array, "b t rotated"]]:
-    """Cosine and sine of every position's angles, float32, each pair's angle given to both halves.
+) -> Angles:
+    """The angles of every position.
 
     Args:
       rope: None is no turning at all.
@@ -37,11 +50,15 @@ def angles(
     """
     if rope is None:
         ones = jnp.ones((*position_bt.shape, head_dim), jnp.float32)
-        return ones, jnp.zeros_like(ones)
+        return Angles(ones, jnp.zeros_like(ones))
     inverse, factor = frequencies(rope, head_dim, context, length_bt)
     angle = position_bt[..., None].astype(jnp.float32) * inverse
     cos, sin = jnp.cos(angle) * factor, jnp.sin(angle) * factor
-    return jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([sin, sin], axis=-1)
+    both = jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([sin, sin], axis=-1)
+    if rope.query_scaling is None:
+        return Angles(*both)
+    beta, length = rope.query_scaling
+    return Angles(*both, 1 + beta * jnp.log1p((position_bt // length).astype(jnp.float32)))
 
 
 def frequencies(
@@ -120,12 +137,24 @@ def _longrope_factor(options: dict[str, Any], context: int) -> float:
 
 
 def rotate(
-    x_bthd: Float[Array, "b t h hd"], cos: Float[Array, "b t rotated"], sin: Float[Array, "b t rotated"]
+    x_bthd: Float[Array, "b t h hd"],
+    cos: Float[Array, "b t rotated"],
+    sin: Float[Array, "b t rotated"],
+    pairs: str = "halves",
 ) -> Float[Array, "b t h hd"]:
-    """Turns queries or keys by their positions' angles, in float32; features beyond the angles' stay as they are."""
+    """Rotates queries or keys by their positions' angles, in float32; features beyond the angles' stay as they are.
+
+    A pair is a feature and the one half of the rotated features behind it, or with "neighbours" the next one.
+    """
     x = x_bthd.astype(jnp.float32)
     rotated = cos.shape[-1]
     x, rest = (x, None) if rotated == x.shape[-1] else jnp.split(x, [rotated], axis=-1)
-    left, right = jnp.split(x, 2, axis=-1)
-    turned = x * cos[:, :, None] + jnp.concatenate([-right, left], axis=-1) * sin[:, :, None]
+    if pairs == "halves":
+        left, right = jnp.split(x, 2, axis=-1)
+        turned = x * cos[:, :, None] + jnp.concatenate([-right, left], axis=-1) * sin[:, :, None]
+    else:
+        cos, sin = (half[:, :, None, : rotated // 2, None] for half in (cos, sin))
+        two = x.reshape(*x.shape[:-1], -1, 2)
+        left, right = jnp.split(two, 2, axis=-1)
+        turned = (two * cos + jnp.concatenate([-right, left], axis=-1) * sin).reshape(x.shape)
     return (turned if rest is None else jnp.concatenate([turned, rest], axis=-1)).astype(x_bthd.dtype)

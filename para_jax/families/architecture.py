@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 ATTENTION_SITES = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -21,7 +23,7 @@ SITE_AXES: dict[str, tuple[Axis, Axis]] = {
     "down_proj": ("inner", "model"),
 }
 # The activations of feed-forwards, by their names in config.json; `backbones/block.py` has the functions.
-ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu", "swish")
+ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "gelu_new", "relu", "relu2", "swish")
 
 
 class RopeOptions(NamedTuple):
@@ -53,14 +55,16 @@ class Rope:
     Attributes:
       theta: the base of the wavelengths.
       rope_type: how frequencies are stretched for long contexts, a type of transformers' (`backbones/rope.py`).
-      partial_rotary_factor: the share of a head's features that is turned.
+      partial_rotary_factor: the share of a head's features that is rotated.
       options: what the type needs to know, by transformers' names.
+      query_scaling: (beta, n), where queries at position p are multiplied by 1 + beta log(1 + floor(p / n)).
     """
 
     theta: float = 10000.0
     rope_type: str = "default"
     partial_rotary_factor: float = 1.0
     options: tuple[tuple[str, Any], ...] = ()
+    query_scaling: tuple[float, int] | None = None
 
     def dim(self, head_dim: int) -> int:
         """How many features of a head are turned."""
@@ -88,23 +92,28 @@ class Experts:
       count, per_token: how many there are, and how many of them a token is sent to.
       width: the inner features of one.
       normalized: whether the weights of a token's experts are made to sum to one.
+      shared: the inner features of the expert that every token goes through, times the sigmoid of a gate; 0 if there
+        is none.
     """
 
     count: int
     per_token: int
     width: int
     normalized: bool
+    shared: int = 0
 
 
 class Names(NamedTuple):
     """What a family calls its tensors. `qkv` and `gate_up` are set where it keeps these in one; `expert` has the
-    gate, up and down projections of one expert."""
+    gate, up and down projections of one expert; `modules` is where it has a site, or a norm of ours, if not where
+    Llama has it."""
 
     qkv: str = ""
     gate_up: str = ""
     router: str = ""
     experts: str = ""
     expert: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    modules: Mapping[str, str] = MappingProxyType({})
 
 
 class Site(NamedTuple):
@@ -144,13 +153,20 @@ class Architecture:
     family: str = "llama"
     hidden_act: str = "silu"
     biases: tuple[str, ...] = ()
-    qk_norm: Literal["none", "head", "all"] = "none"
+    norm: Literal["rms", "layer"] = "rms"
+    qk_norm: Literal["none", "head", "all", "each"] = "none"
+    qk_norm_last: bool = False
     pre_norm: bool = True
     post_norm: bool = False
     norm_offset: float = 0.0
+    parallel: bool = False
+    gated: bool = True
+    rope_pairs: Literal["halves", "neighbours"] = "halves"
     attention_scale: float | None = None
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
     embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logits_scale: float = 1.0
     experts: Experts | None = None
     hf: str = field(default="", compare=False, repr=False)

@@ -13,7 +13,12 @@ WHOLE = (
     *SIZES, "num_key_value_heads", "head_dim", "max_position_embeddings", "num_local_experts", "num_experts",
     "num_experts_per_tok", "moe_intermediate_size",
 )  # fmt: skip
-ABOVE_ZERO = ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
+WHOLE_OR_ZERO = ("shared_expert_intermediate_size",)
+ABOVE_ZERO = (
+    "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping", "embedding_multiplier",
+    "residual_multiplier", "attention_multiplier", "logits_scaling", "logit_scale",
+)  # fmt: skip
+EPS = ("rms_norm_eps", "layer_norm_eps", "norm_epsilon")
 # Those that torch knows and weights may have; what the weights are here is said by their files.
 DTYPES = (
     "float64", "double", "float32", "float", "float16", "half", "bfloat16", "float8_e4m3fn", "float8_e5m2",
@@ -49,12 +54,16 @@ def check_values(fields: Mapping[str, Any]) -> None:
     for key in WHOLE:
         if fields.get(key) is not None and not is_whole(fields[key]):
             raise ParaJaxError(f"config.json has {key}={fields[key]!r}, which is no whole number from 1")
+    for key in WHOLE_OR_ZERO:
+        if fields.get(key) is not None and not is_whole(fields[key], least=0):
+            raise ParaJaxError(f"config.json has {key}={fields[key]!r}, which is no whole number from 0")
     for key in ABOVE_ZERO:
         if fields.get(key) is not None and not (is_number(fields[key]) and fields[key] > 0):
             raise ParaJaxError(f"config.json has {key}={fields[key]!r}, which is no number above 0")
-    eps = fields.get("rms_norm_eps")
-    if isinstance(eps, float) and not (is_number(eps) and eps >= 0):
-        raise ParaJaxError(f"config.json has rms_norm_eps={eps!r}, which is no number from 0")
+    for key in EPS:
+        eps = fields.get(key)
+        if isinstance(eps, float) and not (is_number(eps) and eps >= 0):
+            raise ParaJaxError(f"config.json has {key}={eps!r}, which is no number from 0")
     for key in ("dtype", "torch_dtype"):
         if fields.get(key) is not None and fields[key] not in DTYPES:
             raise unknown(f"{key} in config.json", fields[key], DTYPES)

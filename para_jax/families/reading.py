@@ -49,7 +49,7 @@ def architecture_from_hf(fields: Mapping[str, Any], name: str = "") -> Architect
             **{size: getattr(config, size) for size in SIZES},
             "num_key_value_heads": kv_heads,
             "head_dim": head_dim,
-            "rms_norm_eps": config.rms_norm_eps,
+            "rms_norm_eps": getattr(config, family.eps),
             "attention_kinds": different,
             "kind_of_layer": () if len(different) == 1 else tuple(different.index(kind) for kind in kinds),
             "tie_word_embeddings": _said(text, config, "tie_word_embeddings") or False,
@@ -107,8 +107,10 @@ def _keys(text: Text) -> Keys:
     """What becomes of the keys of a decoder's options."""
     from transformers import CONFIG_MAPPING
 
-    others = {key for other in FAMILIES.values() for key in other.only}
-    return sort_keys(text.fields, CONFIG_MAPPING[text.made], {*text.neutral, *text.only}, others)
+    family = text.own
+    others = {key for other in FAMILIES.values() for key in (*other.only, *other.reads)}
+    own = {*text.neutral, *text.only, *family.reads, family.eps}
+    return sort_keys(text.fields, CONFIG_MAPPING[text.made], own, others)
 
 
 def ignored_line(fields: Mapping[str, Any], name: str = "") -> str | None:
@@ -119,21 +121,22 @@ def ignored_line(fields: Mapping[str, Any], name: str = "") -> str | None:
     """
     text = text_of(fields, name)
     ignored = [f"{key} (the code it names is not run)" if key == CODE else key for key in _keys(text).ignored]
-    ignored += (key for key in _ignored_of_rope(text.fields) if key.rpartition(".")[2] not in text.neutral)
+    ignored += (key for key in _ignored_of_rope(text) if key.rpartition(".")[2] not in text.neutral)
     if not ignored:
         return None
     shown = ", ".join(f"{text.at}{key}" for key in ignored)
     return f"{name or 'config.json'}: keys that transformers' {text.architecture} does not read are ignored: {shown}"
 
 
-def _ignored_of_rope(fields: Mapping[str, Any]) -> Iterator[str]:
+def _ignored_of_rope(text: Text) -> Iterator[str]:
     """The keys within RoPE's settings, for all layers or for a type of them, that no code of RoPE reads."""
+    own = text.own.rope
     for at in ("rope_scaling", "rope_parameters"):
-        settings = fields.get(at)
+        settings = text.fields.get(at)
         for key, value in settings.items() if isinstance(settings, Mapping) else ():
             inner = value if isinstance(value, Mapping) else {}
             yield from (f"{at}.{key}.{name}" for name in inner if not rope_code_reads(name))
-            if not inner and value is not None and not rope_code_reads(key):
+            if not inner and value is not None and not rope_code_reads(key) and key not in own:
                 yield f"{at}.{key}"
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from para_jax.compat import GEMMA_ACTIVATIONS
-from para_jax.families.architecture import ATTENTION_SITES, Experts, Names
+from para_jax.families.architecture import ATTENTION_SITES, MLP_SITES, Experts, Names
 
 LLAMA_NAMES = Names()
 
@@ -24,24 +24,41 @@ class Family:
       models: what is published in it, for people.
       architecture: the class of transformers that has its weights.
       fields: those of `Architecture` that no option says: always the same, or made from transformers' config.
+      reads: the options that these are made from, beside those of every family.
       only: options of which one setting is supported.
       neutral: options that change nothing here, beside those of every family.
       activation: the option that names the feed-forward's.
+      eps: the option that has the norms'.
       names: what its tensors are called, where that differs from Llama's.
+      rope: what its own code reads of the settings of RoPE.
     """
 
     models: str
     architecture: str
     fields: Mapping[str, Any] | Callable[[Any], Mapping[str, Any]] = field(default_factory=dict)
+    reads: tuple[str, ...] = ()
     only: Mapping[str, Any] = field(default_factory=dict)
     neutral: tuple[str, ...] = ()
     activation: str = "hidden_act"
+    eps: str = "rms_norm_eps"
     names: Names = LLAMA_NAMES
+    rope: tuple[str, ...] = ()
+
+
+def _biases(attention: Any, out: Any, mlp: Any = False) -> tuple[str, ...]:
+    """The projections with a bias: those of queries, keys and values, that of the attention's output, the others."""
+    return (*ATTENTION_SITES[: 3 * bool(attention)], *ATTENTION_SITES[3 : 3 + bool(out)], *(MLP_SITES if mlp else ()))
 
 
 def _gemma(config: Any, **more: Any) -> dict[str, Any]:
     """Embeddings times sqrt(d), and norms whose weights are stored as their distance from one."""
     return {"norm_offset": 1.0, "embedding_scale": config.hidden_size**0.5, **more}
+
+
+def _cohere(config: Any, **more: Any) -> dict[str, Any]:
+    """Layer norms, and a feed-forward that reads what the attention reads."""
+    scale = 1.0 if config.logit_scale is None else config.logit_scale
+    return {"norm": "layer", "parallel": True, "rope_pairs": "neighbours", "logits_scale": scale, **more}
 
 
 BOTH_WAYS = {"use_bidirectional_attention": False}
@@ -100,5 +117,98 @@ FAMILIES: dict[str, Family] = {
         only={"mlp_only_layers": [], "decoder_sparse_step": 1, "use_qk_norm": True},
         neutral=("max_window_layers",),
         names=Names(router="mlp.gate", experts="mlp.experts"),
+    ),
+    "olmo3": Family("OLMo 3, 3.1", "Olmo3ForCausalLM", {"pre_norm": False, "post_norm": True, "qk_norm": "all"}),
+    "granite": Family(
+        "Granite 3.0 to 3.3, Granite 4.0 without Mamba",
+        "GraniteForCausalLM",
+        lambda c: {
+            "embedding_scale": c.embedding_multiplier,
+            "attention_scale": c.attention_multiplier,
+            "residual_scale": c.residual_multiplier,
+            "logits_scale": 1 / c.logits_scaling,
+        },
+        reads=("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling"),
+    ),
+    "glm4": Family(
+        "GLM-4-0414 9B, 32B; GLM-Z1",
+        "Glm4ForCausalLM",
+        lambda c: {"post_norm": True, "rope_pairs": "neighbours", "biases": _biases(c.attention_bias, False)},
+        names=Names(
+            gate_up="mlp.gate_up_proj",
+            modules={
+                "attention_post_norm": "post_self_attn_layernorm",
+                "mlp_norm": "post_attention_layernorm",
+                "mlp_post_norm": "post_mlp_layernorm",
+            },
+        ),
+    ),
+    "qwen2_moe": Family(
+        "Qwen1.5 MoE A2.7B, Qwen2 57B-A14B",
+        "Qwen2MoeForCausalLM",
+        lambda c: {
+            "biases": _biases(c.qkv_bias, False),
+            "experts": Experts(
+                c.num_experts,
+                c.num_experts_per_tok,
+                c.moe_intermediate_size,
+                c.norm_topk_prob,
+                c.shared_expert_intermediate_size,
+            ),
+        },
+        reads=("qkv_bias", "shared_expert_intermediate_size"),
+        only={"mlp_only_layers": [], "decoder_sparse_step": 1},
+        neutral=("max_window_layers",),
+        names=Names(router="mlp.gate", experts="mlp.experts"),
+    ),
+    "seed_oss": Family(
+        "Seed-OSS 36B",
+        "SeedOssForCausalLM",
+        lambda c: {"biases": _biases(c.attention_bias, c.attention_out_bias, c.mlp_bias)},
+        reads=("attention_out_bias",),
+        neutral=("residual_dropout",),
+    ),
+    "arcee": Family("AFM 4.5B", "ArceeForCausalLM", {"gated": False}),
+    "ministral3": Family("the text part of Ministral 3", "Ministral3ForCausalLM", rope=("llama_4_scaling_beta",)),
+    "exaone4": Family(
+        "EXAONE 4.0",
+        "Exaone4ForCausalLM",
+        {"pre_norm": False, "post_norm": True, "qk_norm": "head"},
+        neutral=("sliding_window_pattern",),
+    ),
+    "ernie4_5": Family(
+        "ERNIE 4.5 0.3B",
+        "Ernie4_5ForCausalLM",
+        lambda c: {"rope_pairs": "neighbours", "biases": _biases(c.use_bias, c.use_bias, c.use_bias)},
+        reads=("use_bias",),
+    ),
+    "hunyuan_v1_dense": Family(
+        "Hunyuan 0.5B to 7B",
+        "HunYuanDenseV1ForCausalLM",
+        {"qk_norm": "head", "qk_norm_last": True},
+        only={"use_qk_norm": True},
+        neutral=("eod_token_id",),
+        names=Names(modules={"q_norm": "self_attn.query_layernorm", "k_norm": "self_attn.key_layernorm"}),
+        rope=("alpha",),
+    ),
+    "helium": Family(
+        "Helium 1",
+        "HeliumForCausalLM",
+        lambda c: {"rope_pairs": "neighbours", "biases": _biases(c.attention_bias, False, c.mlp_bias)},
+    ),
+    "cohere": Family(
+        "Command R, R+, R7B 2024; Aya 23, Aya Expanse",
+        "CohereForCausalLM",
+        lambda c: _cohere(c, qk_norm="each" if c.use_qk_norm else "none"),
+        reads=("logit_scale", "use_qk_norm"),
+        eps="layer_norm_eps",
+    ),
+    "cohere2": Family(
+        "Command R7B, Command A",
+        "Cohere2ForCausalLM",
+        lambda c: _cohere(c),
+        reads=("logit_scale",),
+        neutral=("sliding_window_pattern",),
+        eps="layer_norm_eps",
     ),
 }  # fmt: skip

@@ -144,6 +144,86 @@ PUBLISHED: dict[str, tuple[int, dict[str, Any]]] = {
         "rope_theta": 1000000.0, "router_aux_loss_coef": 0.001, "sliding_window": None,
         "tie_word_embeddings": False, "use_sliding_window": False,
     }),
+    "OLMo 3 7B": (7_298_011_136, {
+        "model_type": "olmo3", **sizes(100278, 4096, 11008, 32, 32, 32, 65536), "attention_bias": False,
+        "hidden_act": "silu", "layer_types": [*["sliding_attention"] * 3, "full_attention"] * 8,
+        "pad_token_id": 100277,
+        "rms_norm_eps": 1e-6, "rope_theta": 500000, "sliding_window": 4096, "tie_word_embeddings": False,
+        "rope_scaling": {"attention_factor": 1.2079441541679836, "beta_fast": 32.0, "beta_slow": 1.0, "factor": 8.0,
+                         "original_max_position_embeddings": 8192, "rope_type": "yarn"},
+    }),
+    "Granite 3.3 2B": (2_533_539_840, {
+        "model_type": "granite", **sizes(49159, 2048, 8192, 40, 32, 8, 131072), "attention_bias": False,
+        "attention_multiplier": 0.015625, "embedding_multiplier": 12.0, "hidden_act": "silu", "logits_scaling": 8.0,
+        "mlp_bias": False, "residual_multiplier": 0.22, "rms_norm_eps": 1e-5, "rope_scaling": None,
+        "rope_theta": 10000000.0, "tie_word_embeddings": True,
+    }),
+    "GLM-4 9B 0414": (9_400_279_040, {
+        "model_type": "glm4", **sizes(151552, 4096, 13696, 40, 32, 2, 32768), "attention_bias": True, "head_dim": 128,
+        "hidden_act": "silu", "partial_rotary_factor": 0.5, "pad_token_id": 151329, "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0, "tie_word_embeddings": False, "eos_token_id": [151329, 151336, 151338],
+    }),
+    "Qwen1.5 MoE A2.7B": (14_315_784_192, {
+        "model_type": "qwen2_moe", **sizes(151936, 2048, 5632, 24, 16, 16, 8192), "decoder_sparse_step": 1,
+        "hidden_act": "silu", "max_window_layers": 21, "moe_intermediate_size": 1408, "norm_topk_prob": False,
+        "num_experts": 60, "num_experts_per_tok": 4, "output_router_logits": False, "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0, "router_aux_loss_coef": 0.001, "shared_expert_intermediate_size": 5632,
+        "sliding_window": 32768, "tie_word_embeddings": False, "use_sliding_window": False,
+    }),
+    "Seed-OSS 36B": (36_151_104_512, {
+        "model_type": "seed_oss", **sizes(155136, 5120, 27648, 64, 80, 8, 524288), "attention_bias": True,
+        "attention_out_bias": False, "head_dim": 128, "hidden_act": "silu", "mlp_bias": False, "pretraining_tp": 1,
+        "residual_dropout": 0.1, "rms_norm_eps": 1e-6, "rope_scaling": {"rope_type": "default"},
+        "rope_theta": 10000000.0, "tie_word_embeddings": False,
+    }),
+    "AFM 4.5B": (4_619_184_640, {
+        "model_type": "arcee", **sizes(128004, 2560, 18432, 36, 20, 4, 65536), "attention_bias": False, "head_dim": 128,
+        "hidden_act": "relu2", "mlp_bias": False, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+        "rope_scaling": {"beta_fast": 32.0, "beta_slow": 1.0, "factor": 20.0, "mscale": 1.0,
+                         "original_max_position_embeddings": 4096, "rope_type": "yarn", "type": "yarn"},
+        "tie_word_embeddings": False,
+    }),
+    "Ministral 3 3B": (3_429_006_336, {
+        "model_type": "ministral3", **sizes(131072, 3072, 9216, 26, 32, 8, 262144), "head_dim": 128,
+        "hidden_act": "silu", "rms_norm_eps": 1e-5, "sliding_window": None, "tie_word_embeddings": True,
+        "rope_parameters": {"beta_fast": 32.0, "beta_slow": 1.0, "factor": 16.0, "llama_4_scaling_beta": 0.1,
+                            "mscale": 1.0, "mscale_all_dim": 1.0, "original_max_position_embeddings": 16384,
+                            "rope_theta": 1000000.0, "rope_type": "yarn", "type": "yarn"},
+    }),
+    "EXAONE 4.0 32B": (32_003_216_384, {
+        "model_type": "exaone4", **sizes(102400, 5120, 27392, 64, 40, 8, 131072), "head_dim": 128, "hidden_act": "silu",
+        "layer_types": [*["sliding_attention"] * 3, "full_attention"] * 16, "rms_norm_eps": 1e-5,
+        "rope_scaling": {"factor": 16.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+                         "original_max_position_embeddings": 8192, "rope_type": "llama3"},
+        "rope_theta": 1000000, "sliding_window": 4096, "sliding_window_pattern": "LLLG", "tie_word_embeddings": False,
+    }),
+    "ERNIE 4.5 0.3B": (360_748_032, {
+        "model_type": "ernie4_5", **sizes(103424, 1024, 3072, 18, 16, 2, 131072), "head_dim": 128, "hidden_act": "silu",
+        "pad_token_id": 0, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "tie_word_embeddings": True, "use_bias": False,
+    }),
+    "Hunyuan 1.8B": (1_791_080_448, {
+        "model_type": "hunyuan_v1_dense", **sizes(120818, 2048, 6144, 32, 16, 4, 262144), "attention_bias": False,
+        "head_dim": 128, "hidden_act": "silu", "mlp_bias": False, "pad_token_id": 120002, "rms_norm_eps": 1e-5,
+        "rope_scaling": {"alpha": 1000.0, "beta_fast": 32, "beta_slow": 1, "factor": 1.0, "mscale": 1.0,
+                         "mscale_all_dim": 1.0, "type": "dynamic"},
+        "rope_theta": 10000.0, "tie_word_embeddings": True, "use_qk_norm": True,
+    }),
+    "Helium 1 preview 2B": (2_172_643_840, {
+        "model_type": "helium", **sizes(48000, 2560, 7040, 24, 20, 20, 4096), "attention_bias": False, "head_dim": 128,
+        "hidden_act": "silu", "mlp_bias": False, "pad_token_id": 3, "rms_norm_eps": 1e-8, "rope_theta": 100000.0,
+        "tie_word_embeddings": False,
+    }),
+    "Aya 23 8B": (8_028_033_024, {
+        "model_type": "cohere", **sizes(256000, 4096, 14336, 32, 32, 8, 8192), "attention_bias": False,
+        "hidden_act": "silu", "layer_norm_eps": 1e-5, "logit_scale": 0.0625, "pad_token_id": 0, "rope_theta": 10000.0,
+        "use_qk_norm": False,
+    }),
+    "Command R7B": (8_028_033_024, {
+        "model_type": "cohere2", **sizes(256000, 4096, 14336, 32, 32, 8, 8192), "attention_bias": False,
+        "cache_implementation": "hybrid", "head_dim": 128, "hidden_act": "silu", "layer_norm_eps": 1e-5,
+        "logit_scale": 0.25, "pad_token_id": 0, "rope_theta": 50000.0, "sliding_window": 4096,
+        "sliding_window_pattern": 4,
+    }),
 }  # fmt: skip
 
 
@@ -190,8 +270,12 @@ BESIDES: list[tuple[str, dict[str, Any], list[str]]] = [
     ("SmolLM3 3B", {"cache_implementation": "hybrid", "layer_types": None}, []),
     ("OLMo 2 1B", {"clip_qkv": None, "init_device": "cpu"}, ["init_device"]),
     ("Mixtral 8x7B", {"router_jitter_noise": 0.01, "num_experts": 8, "head_dim": None}, []),
-    ("Qwen3 30B-A3B", {"use_qk_norm": True, "qkv_bias": False, "shared_expert_intermediate_size": 0},
-     ["shared_expert_intermediate_size"]),
+    ("EXAONE 4.0 32B", {"attn_implementation": "sdpa"}, []),
+    ("Hunyuan 1.8B", {"attention_head_dim": 128, "use_cla": False, "cla_share_factor": 2, "eod_token_id": 120020},
+     ["attention_head_dim", "cla_share_factor"]),
+    ("Command R7B", {"position_embedding_type": "rope_gptj", "use_qk_norm": False, "rotary_pct": 1.0},
+     ["position_embedding_type", "rotary_pct"]),
+    ("Qwen3 30B-A3B", {"use_qk_norm": True, "qkv_bias": False, "shared_expert_intermediate_size": 0}, []),
 ]  # fmt: skip
 
 
@@ -226,6 +310,10 @@ MATTERS: list[tuple[str, dict[str, Any], str]] = [
     ("Llama 2 7B", {"alibi": True}, "alibi=True"),
     ("Qwen2.5 7B", {"attention_bias": True}, "attention_bias=True"),
     ("Mistral 7B v0.3", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
+    ("Llama 3.1 8B", {"residual_multiplier": 0.22}, "residual_multiplier=0.22, which is not implemented"),
+    ("Qwen1.5 MoE A2.7B", {"decoder_sparse_step": 2}, "decoder_sparse_step=2; only 1"),
+    ("Hunyuan 1.8B", {"use_qk_norm": False}, "use_qk_norm=False; only True"),
+    ("Ministral 3 3B", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "llama_4_scaling_beta=None"),
     # transformers' base class reads these.
     ("Qwen3 8B", {"per_layer_config": {"3": {"sliding_window": 8}}}, "per_layer_config="),
     ("Qwen3 30B-A3B", {"num_experts": 4, "num_local_experts": 8}, "num_local_experts=8, which are two"),
@@ -316,6 +404,16 @@ def test_what_the_options_mean() -> None:
     smol = of("SmolLM3 3B")
     assert [smol.attention_kinds[kind].rope is None for kind in smol.kind_of_layer] == [False, False, False, True] * 9
     assert of("Llama 3.1 8B").eos_token_ids == (128001, 128008, 128009)
+    olmo = of("OLMo 3 7B")
+    assert [kind.rope and kind.rope.rope_type for kind in olmo.attention_kinds] == ["default", "yarn"]
+    assert of("GLM-4 9B 0414").biases == ("q_proj", "k_proj", "v_proj")
+    for name in ("EXAONE 4.0 32B", "Command R7B"):
+        kinds = [of(name).attention_kinds[kind] for kind in of(name).kind_of_layer]
+        assert len(kinds) == of(name).num_hidden_layers
+        assert [(kind.window, kind.rope is None) for kind in kinds[:4]] == [(4096, False)] * 3 + [(None, True)]
+    hunyuan, ministral = (of(name).attention_kinds[0].rope for name in ("Hunyuan 1.8B", "Ministral 3 3B"))
+    assert hunyuan == Rope(10000.0 * 1000.0 ** (128 / 126))
+    assert ministral is not None and ministral.query_scaling == (0.1, 16384)
     assert of("Qwen3 30B-A3B").experts is not None and of("Qwen3 30B-A3B").experts.normalized
 
 

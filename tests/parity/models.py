@@ -14,15 +14,20 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from para_jax import Backbone
 from para_jax.adapters.rows import Rows
 from para_jax.convert.checkpoint import save_backbone
+from para_jax.families.kinds import PARTIAL
+from para_jax.families.table import FAMILIES
 
 TOLERANCE = 1e-4  # of the largest logit
 ROWS, TIME, STEPS = 3, 12, 3
 Worst = dict[str, float]
+# Families that have no head_dim of their own, and those in which the heads make up hidden_size.
+NO_HEAD_DIM = ("phi3", "olmo3", "granite", "qwen2_moe", "exaone4", "cohere", "cohere2")
+WHOLE_HEADS = (*NO_HEAD_DIM, "helium")
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ class Case:
     @property
     def by_length(self) -> bool:
         """Whether frequencies depend on a row's length, which transformers takes of the batch's longest row."""
-        return any(rope["rope_type"] in ("dynamic", "longrope") for rope in self.ropes)
+        return any(rope["rope_type"] in ("dynamic", "longrope") and "alpha" not in rope for rope in self.ropes)
 
 
 # The first of each choice is what hypothesis thinks simplest and draws most: not the trivial one.
@@ -86,33 +91,44 @@ def cases(draw: st.DrawFn, family: str) -> Case:
     def pick(*values: Any) -> Any:
         return draw(st.sampled_from(values))
 
-    kv, group, head_dim = pick(2, 3, 1), pick(2, 3, 1), pick(8, 16, 4)
+    kv, group, head_dim = pick(2, 3, 1), pick(2, 3, 1), pick(8, 16, 8 if family in PARTIAL else 4)
     layers = pick(3, 2, 4)
     fields: dict[str, Any] = {
         "vocab_size": pick(31, 64),
         # Not what the heads make together, where the family lets it be something else.
-        "hidden_size": kv * group * (head_dim if family == "phi3" else pick(6, 10)),
+        "hidden_size": kv * group * (head_dim if family in WHOLE_HEADS else pick(6, 10)),
         "intermediate_size": pick(17, 40),
         "num_hidden_layers": layers,
         "num_attention_heads": kv * group,
         "num_key_value_heads": kv,
         "head_dim": head_dim,
-        "rms_norm_eps": pick(1e-5, 1e-6, 1e-2),
+        FAMILIES[family].eps: pick(1e-5, 1e-6, 1e-2),
         "tie_word_embeddings": pick(False, True),
         "max_position_embeddings": 512,
         "initializer_range": 0.2,
     }
-    types = SCALED if family not in ("phi3", "gemma3_text") else ("longrope", "default")
-    share = pick(0.5, 1.0, 0.75) if family == "phi3" else 1.0
+    types = {
+        **dict.fromkeys(("phi3", "gemma3_text"), ("longrope", "default")),
+        # Those that have an original length.
+        "ministral3": ("yarn", "llama3"),
+    }.get(family, SCALED)
+    share = pick(0.5, 1.0, 0.75) if family in PARTIAL else 1.0
     rope = draw(ropes(int(head_dim * share), types, THETAS))
     window = pick(3, 7, None)
     mixed = pick(tuple(["sliding_attention", "full_attention"] * 2), tuple(["full_attention", "sliding_attention"] * 2))
-    if family in ("llama", "qwen3", "qwen3_moe", "olmo2", "smollm3", "gemma", "gemma2", "gemma3_text"):
-        fields["attention_bias"] = pick(True, False)
-    if family in ("llama", "smollm3"):
-        fields["mlp_bias"] = pick(True, False)
-    if family in ("mistral", "mixtral", "phi3"):
+    made: Any = CONFIG_MAPPING[family]
+    for key in ("attention_bias", "mlp_bias", "attention_out_bias", "qkv_bias", "use_bias", "use_qk_norm"):
+        if hasattr(made, key):
+            fields[key] = pick(True, False)
+    for key in ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling", "logit_scale"):
+        if hasattr(made, key):
+            fields[key] = pick(0.7, 2.5, 1.0)
+    if family in ("mistral", "mixtral", "phi3", "ministral3"):
         fields["sliding_window"] = window
+    if family in ("olmo3", "cohere2", "exaone4"):
+        fields |= {"sliding_window": window or 5, "layer_types": list(mixed[:layers])}
+        if family == "exaone4" and pick(False, True):
+            fields |= {"sliding_window": None, "layer_types": ["full_attention"] * layers}
     if family in ("qwen2", "qwen3", "smollm3"):
         fields |= {"use_sliding_window": pick(True, False), "sliding_window": window or 5}
     if family in ("qwen2", "qwen3"):
@@ -120,15 +136,22 @@ def cases(draw: st.DrawFn, family: str) -> Case:
         if fields["use_sliding_window"]:
             options.insert(1, {"layer_types": list(mixed[:layers])})
         fields |= pick(*options)
-    if family == "qwen3_moe":
+    if family in ("qwen3_moe", "qwen2_moe"):
         fields |= {"use_sliding_window": pick(False, True), "sliding_window": window or 5}
     if family == "smollm3":
         fields["no_rope_layers"] = list(pick((1, 0, 1, 0), (0, 1, 1, 1))[:layers])
-    if family == "phi3":
-        del fields["head_dim"]  # has no such option
+    if family in NO_HEAD_DIM:
+        del fields["head_dim"]
+    if family in PARTIAL:
         rope["partial_rotary_factor"] = share
-        if rope["rope_type"] == "longrope":
-            fields["original_max_position_embeddings"] = rope.pop("original_max_position_embeddings")
+    if family == "ministral3":
+        # Positions of a row are beyond none, some or many of such lengths.
+        rope["original_max_position_embeddings"] = pick(4, 16, 1)
+        rope["llama_4_scaling_beta"] = pick(0.3, 0.1, 0.0)
+    if family == "hunyuan_v1_dense" and rope["rope_type"] == "dynamic" and pick(True, False):
+        rope |= {"alpha": pick(20.0, 1000.0), "factor": 1.0}
+    if family == "phi3" and rope["rope_type"] == "longrope":
+        fields["original_max_position_embeddings"] = rope.pop("original_max_position_embeddings")
     if family == "gemma":
         fields["hidden_act"] = pick("gelu_pytorch_tanh", "gelu")
     elif family in ("gemma2", "gemma3_text"):
@@ -142,28 +165,34 @@ def cases(draw: st.DrawFn, family: str) -> Case:
             "attn_logit_softcapping": pick(1.5, None) if family == "gemma2" else None,
         }
     else:
-        fields["hidden_act"] = pick("silu", "gelu", "gelu_pytorch_tanh")
+        fields["hidden_act"] = pick("silu", "gelu", "gelu_pytorch_tanh", "relu2", "gelu_new")
     if family == "gemma3_text":
         local = draw(ropes(head_dim, ("default", "linear"), THETAS))
         full = draw(ropes(head_dim, ("linear", "default", "yarn"), THETAS))
         full.pop("truncate", None)  # transformers looks for it where a model has one RoPE for all layers
         rope = {"sliding_attention": local, "full_attention": full}
+    if family == "olmo3":
+        full = draw(ropes(head_dim, ("linear", "default", "yarn"), THETAS))
+        full.pop("truncate", None)
+        rope = {"sliding_attention": draw(ropes(head_dim, ("default", "linear"), THETAS)), "full_attention": full}
     experts, chosen = pick((4, 2), (5, 3), (3, 1))
     if family == "mixtral":
         fields |= {"num_local_experts": experts, "num_experts_per_tok": chosen}
-    if family == "qwen3_moe":
+    if family in ("qwen3_moe", "qwen2_moe"):
         fields |= {"num_experts": experts, "num_experts_per_tok": chosen, "norm_topk_prob": pick(True, False)}
         fields["moe_intermediate_size"] = pick(9, 16)
+    if family == "qwen2_moe":
+        fields["shared_expert_intermediate_size"] = pick(11, 9)
     fields["rope_parameters"] = rope
-    if rope.get("rope_type") == "dynamic":
+    if rope.get("rope_type") == "dynamic" and "alpha" not in rope:
         fields["max_position_embeddings"] = pick(8, 13, 512)
-    old = None if family == "gemma3_text" else pick(None, "type", "rope_type")
+    old = None if family in ("gemma3_text", "olmo3") else pick(None, "type", "rope_type")
     return Case(fields, draw(st.integers(0, 2**16)), old, pick(False, True), pick(False, True))
 
 
 def plain(family: str) -> dict[str, Any]:
     """transformers' plain code: its kernels for experts want sizes that these models do not have."""
-    experts = {"experts_implementation": "eager"} if family in ("mixtral", "qwen3_moe") else {}
+    experts = {"experts_implementation": "eager"} if family in ("mixtral", "qwen3_moe", "qwen2_moe") else {}
     return {"attn_implementation": "eager", **experts}
 
 
