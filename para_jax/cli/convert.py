@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     from para_jax.convert.adapter_tokenizer import adapter_tokenizer, has_tokenizer
     from para_jax.convert.checkpoint import fetched, save_backbone
     from para_jax.convert.tensors import open_tensors
-    from para_jax.convert.tokenizer import load_tokenizer
+    from para_jax.convert.tokenizer import load_tokenizer, processor_template
     from para_jax.convert.wrapped import parts_of
     from para_jax.families.reading import architecture_from_hf
     from para_jax.families.wrappers import wrapper_of
@@ -90,6 +90,8 @@ def run(args: argparse.Namespace) -> int:
             merged_tokenizer = adapter_tokenizer(tokenizer, args.adapter, backbone.config.vocab_size)
             new_tokenizer = None if merged_tokenizer is tokenizer else merged_tokenizer
         backbone, template = merge_adapter(backbone, adapter), adapter.chat_template
+    if args.text_only and template is None:
+        template = processor_template(folder)
     if args.out is not None:
         save_backbone(
             backbone, args.out, dtype=written, like=folder, text_only=args.text_only, tokenizer=new_tokenizer,

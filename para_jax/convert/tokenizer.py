@@ -15,6 +15,7 @@ from para_jax.families.reading import architecture_from_hf
 
 FILES = ["*.json", "tokenizer*", "*.jinja"]
 FAST, SENTENCEPIECE = "tokenizer.json", "tokenizer.model"
+SETTINGS, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 PROCESSORS = "chat_template.json"  # of the processors of transformers 4, which no tokenizer reads
 OTHER_FILES = (FAST, "vocab.json", "tekken.json", "*.tiktoken", "tiktoken.model", "spiece.model", "spm.model")
 # What reads tokenizer.model: packages, and the modules that they have.
@@ -52,9 +53,18 @@ def load_tokenizer(path_or_hub_id: str | Path) -> Any:
         raise ParaJaxError(f"{path_or_hub_id}: {_damage(folder, error)}") from error
     if tokenizer.vocab_size < FEW and not _vocabulary(folder):
         raise ParaJaxError(f"{path_or_hub_id}: its tokenizer cannot be read: {FAST} has no vocabulary")
-    if tokenizer.chat_template is None and (folder / PROCESSORS).is_file():
-        return with_chat_template(tokenizer, read_json(folder / PROCESSORS).get("chat_template"))
+    if tokenizer.chat_template is None:
+        return with_chat_template(tokenizer, processor_template(folder))
     return tokenizer
+
+
+def processor_template(folder: Path) -> str | None:
+    """The chat template of a checkpoint whose tokenizer has none, but whose processor for images has one."""
+    if (folder / TEMPLATE).is_file() or not (folder / PROCESSORS).is_file():
+        return None
+    settings = read_json(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}
+    template = read_json(folder / PROCESSORS).get("chat_template")
+    return template if isinstance(template, str) and not settings.get("chat_template") else None
 
 
 def _missing(folder: Path) -> str:

@@ -9,7 +9,7 @@ Qwen2.5-VL on hubs                 model.layers.0. ...                   lm_head
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,10 +37,10 @@ class Parts(NamedTuple):
     prefix: str
 
 
-def parts_of(folder: Path, tensors: Iterable[str], wrapper: Wrapper | None) -> Parts:
+def parts_of(folder: Path, tensors: Collection[str], wrapper: Wrapper | None) -> Parts:
     """What each tensor belongs to; all are the decoder's, where there is nothing else.
 
-    Raises ParaJaxError if the decoder's names are of several spellings.
+    Raises ParaJaxError if the decoder's names are of several spellings, or of none.
     """
     if wrapper is None:
         return Parts({name: name for name in tensors}, {}, [], "model.")
@@ -65,7 +65,13 @@ def parts_of(folder: Path, tensors: Iterable[str], wrapper: Wrapper | None) -> P
             f"{folder} spells the names of its text part in several ways, such as {' and '.join(first.values())}: it "
             "was put together of several checkpoints. Take one of them, or rename the tensors of the other"
         )
-    return found._replace(prefix=next(iter(first), wrapper.prefixes[0]))
+    if not first:
+        raise ParaJaxError(
+            f"{folder} has no tensors of the text part of a {wrapper.architecture}, whose names begin with "
+            f"{' or '.join(wrapper.prefixes)}; its own are like {next(iter(tensors), 'none')}. If it is a text model, "
+            f"model_type in config.json has to be {' or '.join(wrapper.texts.values())}"
+        )
+    return found._replace(prefix=next(iter(first)))
 
 
 def left_out(folder: Path, parts: Parts, shapes: Mapping[str, tuple[int, ...]], wrapper: Wrapper) -> str:

@@ -210,6 +210,23 @@ def test_every_tensor_is_accounted_for(edit: Edit, lines: list[str], folders: di
     assert str(error.value).splitlines()[1:] == [f"  {line}" for line in lines]
 
 
+def test_a_text_model_with_the_config_of_the_whole(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its names are none of a wrapper's, and transformers would draw all weights at random."""
+    folder = edited(
+        folders["gemma3"],
+        tmp_path / "a",
+        lambda x: {key.removeprefix("language_model."): t for key, t in x.items() if "language_model.m" in key},
+    )
+    assert main(["convert", "--model", str(folder), "--out", str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().err == (
+        f"para-jax convert: {folder} has no tensors of the text part of a Gemma3ForConditionalGeneration, whose names "
+        "begin with model.language_model. or language_model. or language_model.model.; its own are like "
+        "model.embed_tokens.weight. If it is a text model, model_type in config.json has to be gemma3_text\n"
+    )
+
+
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_a_mix_of_prefixes(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
     def mixed(x: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -340,3 +357,9 @@ def test_tokenizers(name: str, folders: dict[str, Path], tmp_path: Path) -> None
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
     messages = [{"role": "user", "content": "Who sat?"}]
     assert load_tokenizer(folder).apply_chat_template(messages, tokenize=False) == "user: Who sat?\n"
+    # Of the text part alone there is no processor.
+    assert main(["convert", "--model", str(folder), "--text-only", "--out", str(tmp_path / "out")]) == 0
+    for read in (load_tokenizer, AutoTokenizer.from_pretrained):
+        assert read(tmp_path / "out").apply_chat_template(messages, tokenize=False) == "user: Who sat?\n"
+    (folder / "chat_template.jinja").write_text("{{ messages | length }}")
+    assert load_tokenizer(folder).apply_chat_template(messages, tokenize=False) == "1"
