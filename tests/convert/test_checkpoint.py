@@ -155,7 +155,7 @@ def test_weights_that_are_no_numbers(folder: Path) -> None:
     tensors["model.layers.1.mlp.down_proj.weight"][3, 4] = float("nan")
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     Backbone.from_pretrained(folder)
-    with pytest.raises(ParaJaxError, match=r"model\.layers\.1\.mlp\.down_proj\.weight has values that are no number"):
+    with pytest.raises(ParaJaxError, match=r"model\.layers\.1\.mlp\.down_proj\.weight has NaN or infinite values"):
         Backbone.from_pretrained(folder, check_finite=True)
 
 
