@@ -211,7 +211,7 @@ def test_a_tokenizer_model_alone(
     with pytest.raises(ParaJaxError) as error:
         load_tokenizer(folder)
     assert str(error.value) == (
-        f"{folder}: its tokenizer is tokenizer.model alone, which {reader} reads; pip install {packages}"
+        f"{folder}: its tokenizer is only tokenizer.model, which {reader} reads; pip install {packages}"
     )
 
 

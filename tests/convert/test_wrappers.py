@@ -287,7 +287,7 @@ def test_cast(folders: dict[str, Path], tmp_path: Path) -> None:
     folder = edited(
         folders["qwen3_vl"], tmp_path / "a", lambda x: {k: t * 1e9 if "visual" in k else t for k, t in x.items()}
     )
-    with pytest.raises(ParaJaxError, match=r"model\.visual\..* has a weight beyond float16"):
+    with pytest.raises(ParaJaxError, match=r"model\.visual\..* has a weight beyond the range of float16"):
         save_backbone(Backbone.from_pretrained(folder), tmp_path / "half", like=folder, dtype="float16")
     assert not (tmp_path / "half").exists()
 
