@@ -31,8 +31,8 @@ class BackboneConfig(Architecture):
       eos_token_ids: the end tokens in config.json or generation_config.json, in order. If there are none, the
         tokenizer's is used (`convert.tokenizer.end_tokens`).
       norm: RMS norm, or layer norm.
-      qk_norm: the norm of queries and keys: per head, with shared weights ("head") or with separate weights ("each"), or
-        over all heads.
+      qk_norm: the norm of queries and keys: per head, with shared ("head") or separate ("each") weights, or over all
+        heads.
       qk_norm_last: whether this norm comes after the rotary embedding.
       pre_norm, post_norm: whether attention and feed-forward have a norm before and after them.
       norm_offset: added to the weights of norms; 1 if checkpoints store them minus one.
@@ -41,8 +41,8 @@ class BackboneConfig(Architecture):
       rope_pairs: the features that are rotated together: those half a head apart, or neighbours.
       attention_scale: the scale of attention scores; None for head_dim ** -0.5.
       attn_logit_softcapping, final_logit_softcapping: c, if scores or logits x become c tanh(x / c).
-      embedding_scale, residual_scale, logits_scale: factors of embeddings, of the outputs of attention and feed-forward,
-        and of logits.
+      embedding_scale, residual_scale, logits_scale: factors of embeddings, of the outputs of attention and
+        feed-forward, and of logits.
       hf: the config.json that this was read from. It is written again when the backbone is saved.
 
     >>> from para_jax import tiny_backbone_path

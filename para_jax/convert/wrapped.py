@@ -68,8 +68,8 @@ def parts_of(folder: Path, tensors: Collection[str], wrapper: Wrapper | None) ->
     if not first:
         raise ParaJaxError(
             f"{folder} has no tensors of the text part of a {wrapper.architecture}, whose names begin with "
-            f"{' or '.join(wrapper.prefixes)}; the folder's are like {next(iter(tensors), 'none')}. If it is a text model, "
-            f"model_type in config.json must be {' or '.join(wrapper.texts.values())}"
+            f"{' or '.join(wrapper.prefixes)}; the folder's are like {next(iter(tensors), 'none')}. If it is a text "
+            f"model, model_type in config.json must be {' or '.join(wrapper.texts.values())}"
         )
     return found._replace(prefix=next(iter(first)))
 
