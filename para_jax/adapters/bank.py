@@ -179,7 +179,7 @@ class AdapterBank:
         weights, layers, rates = [], [], []
         for g, group in enumerate(self.groups):
             in_group = [[(slot, weight) for (at, slot), weight in row.items() if at == g] for row in places]
-            # A row may take several adapters of one configuration. Entry i of Rows has adapter i of every row.
+            # A row may take several adapters of a configuration: entry i has adapter i of every row.
             for i in range(max(map(len, in_group), default=0)):
                 no_adapter = (len(group.names), 0.0)
                 entries = [row[i] if i < len(row) else no_adapter for row in in_group]
