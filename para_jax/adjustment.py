@@ -1,7 +1,7 @@
-"""What a prepared adapter does to a projection's output: the one idea of this library.
+"""How a prepared adapter changes a projection's output: the central idea of this library.
 
 An adapter is *prepared* once per prompt, which gives an `Adjustment`, and the Adjustment is *applied* to every
-token. Decoding only ever sees Adjustments, so it does not know which tenant, or which method, a row belongs to.
+token. Decoding sees only Adjustments, so it does not depend on the tenant or the method of a row.
 """
 
 from __future__ import annotations
@@ -22,33 +22,33 @@ if TYPE_CHECKING:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LowRank:
-    """A pair of thin matrices (LoRA, Hu et al., arXiv 2106.09685): x is changed into `x down^T up^T`.
+    """A pair of low-rank matrices (LoRA, Hu et al., arXiv 2106.09685): it adds `x down^T up^T` to the output.
 
-    The scale alpha / r is in `up` already. In a batch, each pair serves as many consecutive rows as there are rows
-    to a pair, so that rows of one tenant are one product.
+    `up` includes the scale alpha / r. In a batch of b rows, each of n pairs serves b / n consecutive rows, so that
+    rows of one tenant share a matmul.
     """
 
     down: Float[Array, "*n r inputs"]
     up: Float[Array, "*n outputs r"]
 
     def __call__(self, x: Float[Array, "b t inputs"]) -> Float[Array, "b t outputs"]:
-        """The change of the site's output, float32."""
+        """The change of the site's output, in float32."""
         n, (b, t, _) = self.down.shape[0], x.shape
         x = x.astype(self.down.dtype).reshape(n, b // n * t, -1)
-        thin = jnp.einsum("nti,nri->ntr", x, self.down, preferred_element_type=jnp.float32).astype(x.dtype)
-        return jnp.einsum("ntr,nor->nto", thin, self.up, preferred_element_type=jnp.float32).reshape(b, t, -1)
+        hidden = jnp.einsum("nti,nri->ntr", x, self.down, preferred_element_type=jnp.float32).astype(x.dtype)
+        return jnp.einsum("ntr,nor->nto", hidden, self.up, preferred_element_type=jnp.float32).reshape(b, t, -1)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Dropout:
-    """Which inputs of low-rank pairs are dropped while training: a random key for each token, a rate for each row."""
+    """Dropout on the inputs of low-rank pairs in training: a random key for each token, a rate for each row."""
 
     key_bt: Key[Array, "b t"]
     rate_b: Float[Array, " b"]
 
     def __call__(self, site: str, x: Float[Array, "b t inputs"]) -> Float[Array, "b t inputs"]:
-        """x with a share of its entries zero and the others made larger by as much."""
+        """x with random entries set to zero and the others scaled by 1 / (1 - rate)."""
 
         def token(key: Array, rate: Array, x_i: Array) -> Array:
             kept = jax.random.bernoulli(jax.random.fold_in(key, zlib.crc32(site.encode())), 1 - rate, x_i.shape)
@@ -60,19 +60,19 @@ class Dropout:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Adjustment:
-    """A prepared adapter of one layer: at each adjusted site, how its output `y` of an input `x` changes.
+    """A prepared adapter of one layer. At each adjusted site it changes the output `y` of an input `x`.
 
-    `y` becomes `y * (1 + offset) + shift + x down^T up^T`. The offset is kept instead of the scale because bfloat16 has
-    eight bits around one and full relative precision around zero; the sum is taken in float32. All three are linear in
-    what is kept, so Adjustments can be weighted and summed. The empty Adjustment is the identity and costs nothing.
+    `y` becomes `y * (1 + offset) + shift + x down^T up^T`. The offset is stored instead of the scale because bfloat16
+    has only eight bits around one but full relative precision around zero. The sum is in float32. The change is linear
+    in the stored arrays, so Adjustments can be weighted and summed. The empty Adjustment is the identity at no cost.
 
     Attributes:
       offsets: by a site's Hugging Face name (`q_proj`, ...), (features,) for one sequence, (b, features), or
-        (b, t, features) where the tokens of a row are of several sequences.
-      later: offsets that leave the prompt's tokens alone, but for the last.
+        (b, t, features) where rows are packed.
+      later: offsets that apply to the prompt's last token and to all tokens after it.
       pairs: low-rank pairs by site.
-      shifts: what is added to the output, by site and in the shapes of offsets.
-      dropout: of the pairs' inputs, only while training.
+      shifts: vectors that are added to the output, by site, in the same shapes as offsets.
+      dropout: dropout on the pairs' inputs, only in training.
 
     >>> import jax.numpy as jnp
     >>> adjustment = Adjustment({"q_proj": jnp.array([[0.5, -1.0]])})
@@ -101,13 +101,13 @@ class Adjustment:
         y: Float[Array, "b t features"],
         prompt_bt: Bool[Array, "b t"] | None = None,
     ) -> Float[Array, "b t features"]:
-        """Adjusts the output of one site, in float32, and returns it in its own dtype.
+        """Adjusts the output of one site in float32 and returns it in its own dtype.
 
-        `prompt_bt` marks the tokens of the prompt but its last; without it there are none, as when decoding.
+        `prompt_bt` marks all prompt tokens except the last; None, as in decoding, marks no token.
         """
         out = self.scaled(site, y.astype(jnp.float32), prompt_bt)
         if site in self.shifts:
-            out = out + _of_tokens(self.shifts[site], y)
+            out = out + _per_token(self.shifts[site], y)
         if site in self.pairs:
             out = out + self.change(site, x)
         return out.astype(y.dtype)
@@ -115,37 +115,37 @@ class Adjustment:
     def scaled(
         self, site: str, y: Float[Array, "b t features"], prompt_bt: Bool[Array, "b t"] | None
     ) -> Float[Array, "b t features"]:
-        """The part of `apply` that scales."""
-        scale = 1.0 + _of_tokens(self.offsets[site], y) if site in self.offsets else None
+        """The output of one site times its scale."""
+        scale = 1.0 + _per_token(self.offsets[site], y) if site in self.offsets else None
         if site in self.later:
-            later = _of_tokens(self.later[site], y)
+            later = _per_token(self.later[site], y)
             later = later if prompt_bt is None else jnp.where(prompt_bt[..., None], 0.0, later)
             scale = 1.0 + later if scale is None else scale + later
         return y if scale is None else y * scale
 
     def change(self, site: str, x: Float[Array, "b t inputs"]) -> Float[Array, "b t features"]:
-        """What `apply` adds of a low-rank pair, float32."""
+        """The output of one site's low-rank pair, in float32."""
         return self.pairs[site](x if self.dropout is None else self.dropout(site, x))
 
-    def weighted(self, strength_n: Float[Array, " n"]) -> Adjustment:
-        """Each row's change times its strength; with strength 0 the row is the identity, whatever it held.
+    def weighted(self, weight_n: Float[Array, " n"]) -> Adjustment:
+        """Each row's change times its adapter weight. Weight 0 gives the identity, even if the row has NaN.
 
         >>> adjustment = Adjustment({"q_proj": jnp.array([[1.0], [jnp.nan], [1.0]])})
         >>> adjustment.weighted(jnp.array([1.0, 0.0, 0.5])).offsets["q_proj"].tolist()
         [[1.0], [0.0], [0.5]]
         """
 
-        def weigh(x: Array, linear: bool = True) -> Array:
-            # A pair may serve several rows, all of one adapter and so of one strength.
-            weight = strength_n[:: strength_n.size // x.shape[0]].reshape(-1, *[1] * (x.ndim - 1))
+        def scale(x: Array, linear: bool = True) -> Array:
+            # All rows of a pair have the same adapter and weight.
+            weight = weight_n[:: weight_n.size // x.shape[0]].reshape(-1, *[1] * (x.ndim - 1))
             return jnp.where(weight == 0, 0, x * weight.astype(x.dtype) if linear else x)
 
-        # Of a pair that plays no part both halves are zero: others may share its place.
-        pairs = {s: LowRank(weigh(pair.down, linear=False), weigh(pair.up)) for s, pair in self.pairs.items()}
-        return replace(self.per_row(weigh), pairs=pairs)
+        # With weight 0 both halves of a pair are zero, so that `total` can add another pair to them.
+        pairs = {s: LowRank(scale(pair.down, linear=False), scale(pair.up)) for s, pair in self.pairs.items()}
+        return replace(self.per_row(scale), pairs=pairs)
 
     def per_row(self, change: Callable[[Array], Array]) -> Adjustment:
-        """With `change` of every array that has an entry for each row. Pairs serve several rows and stay as they are.
+        """Applies `change` to every array with an entry for each row. Pairs serve several rows and stay unchanged.
 
         >>> adjustment = Adjustment({"q_proj": jnp.array([[1.0], [2.0]])})
         >>> adjustment.per_row(lambda x: jnp.repeat(x, 2, axis=0)).offsets["q_proj"].tolist()
@@ -155,14 +155,14 @@ class Adjustment:
         return replace(self, offsets=offsets, later=later, shifts=shifts)
 
     def at(self, site: str) -> Adjustment:
-        """The part that adjusts one site."""
-        offsets, later, pairs, shifts = ({s: x for s, x in of.items() if s == site} for of in self._parts)
+        """Only the changes of one site."""
+        offsets, later, pairs, shifts = ({s: x for s, x in part.items() if s == site} for part in self._parts)
         return Adjustment(offsets, later, pairs, shifts, self.dropout)
 
     def gated(self, gates: Mapping[str, Float[Array, ""]]) -> Adjustment:
         """Each site's change times its gate."""
         offsets, later, shifts = (
-            {s: x * gates[s] for s, x in of.items()} for of in (self.offsets, self.later, self.shifts)
+            {s: x * gates[s] for s, x in part.items()} for part in (self.offsets, self.later, self.shifts)
         )
         pairs = {s: LowRank(pair.down, pair.up * gates[s]) for s, pair in self.pairs.items()}
         return Adjustment(offsets, later, pairs, shifts, self.dropout)
@@ -171,34 +171,34 @@ class Adjustment:
     def _parts(self) -> tuple[Mapping[str, Any], ...]:
         return self.offsets, self.later, self.pairs, self.shifts
 
-    def settled(self) -> Adjustment:
-        """The form for the tokens after the prompt, which are all alike."""
+    def for_decoding(self) -> Adjustment:
+        """The Adjustment of the tokens after the prompt: `later` is added to `offsets`."""
         offsets = dict(self.offsets)
         for site, x in self.later.items():
             offsets[site] = offsets[site] + x if site in offsets else x
         return Adjustment(offsets, pairs=self.pairs, shifts=self.shifts)
 
     def astype(self, dtype: jnp.dtype) -> Adjustment:
-        """The form in which it waits for the tokens: two bytes a number in bfloat16."""
+        """Casts all arrays, to store the Adjustment in the backbone's dtype."""
         offsets, later, pairs, shifts = jax.tree.map(lambda x: x.astype(dtype), self._parts)
         return Adjustment(offsets, later, pairs, shifts, self.dropout)
 
 
-# `out_axes` of a `jax.vmap` over rows that share their pairs: what an Adjustment has for each row has an axis of rows.
+# `out_axes` of a `jax.vmap` over rows that share their pairs: only the other arrays get an axis of rows.
 PER_ROW = Adjustment(**dict[str, Any](offsets=0, later=0, pairs=None, shifts=0))
 
 
-def _of_tokens(x: Float[Array, "*b features"], y: Float[Array, "b t features"]) -> Float[Array, "*b #t features"]:
-    """A vector for each row, or for each of its tokens, in float32 and with an axis of tokens."""
+def _per_token(x: Float[Array, "*b features"], y: Float[Array, "b t features"]) -> Float[Array, "*b #t features"]:
+    """Vectors per row or per token, in float32 and with a token axis."""
     x = x.astype(jnp.float32)
     return x if x.ndim == y.ndim else x[..., None, :]
 
 
 def total(adjustments: Iterable[Adjustment], *, disjoint: bool) -> Adjustment:
-    """The sum of the changes that several Adjustments make to one batch.
+    """Sums the changes of several Adjustments of one batch.
 
-    With `disjoint`, every row is changed by one of them at most: vectors are zero in all the others and their sum is
-    exact, and pairs are padded to the highest rank and share its place. Otherwise ranks stand side by side.
+    With `disjoint`, at most one Adjustment changes a row and all others are zero there. The sum is exact, and pairs are
+    padded to the highest rank and added. Otherwise pairs are concatenated along their ranks.
 
     >>> a = Adjustment({"q_proj": jnp.array([[0.5], [0.0]])})
     >>> b = Adjustment({"q_proj": jnp.array([[0.0], [2.0]]), "up_proj": jnp.array([[0.0], [1.0]])})
@@ -209,22 +209,23 @@ def total(adjustments: Iterable[Adjustment], *, disjoint: bool) -> Adjustment:
     later: dict[str, Array] = {}
     pairs: dict[str, LowRank] = {}
     shifts: dict[str, Array] = {}
-    for each in adjustments:
-        for sums, parts in ((offsets, each.offsets), (later, each.later), (shifts, each.shifts)):
-            for site, x in parts.items():
+    for adjustment in adjustments:
+        parts = ((offsets, adjustment.offsets), (later, adjustment.later), (shifts, adjustment.shifts))
+        for sums, part in parts:
+            for site, x in part.items():
                 sums[site] = sums[site] + x if site in sums else x
-        for site, pair in each.pairs.items():
-            pairs[site] = _joined(pairs[site], pair, disjoint) if site in pairs else pair
+        for site, pair in adjustment.pairs.items():
+            pairs[site] = _sum_pairs(pairs[site], pair, disjoint) if site in pairs else pair
     return Adjustment(offsets, later, pairs, shifts)
 
 
-def _joined(a: LowRank, b: LowRank, disjoint: bool) -> LowRank:
+def _sum_pairs(a: LowRank, b: LowRank, disjoint: bool) -> LowRank:
     if not disjoint:
         return LowRank(jnp.concatenate([a.down, b.down], -2), jnp.concatenate([a.up, b.up], -1))
     rank = max(a.up.shape[-1], b.up.shape[-1])
 
-    def padded(pair: LowRank) -> LowRank:
-        more = (0, rank - pair.up.shape[-1])
-        return LowRank(jnp.pad(pair.down, [(0, 0), more, (0, 0)]), jnp.pad(pair.up, [(0, 0), (0, 0), more]))
+    def pad(pair: LowRank) -> LowRank:
+        padding = (0, rank - pair.up.shape[-1])
+        return LowRank(jnp.pad(pair.down, [(0, 0), padding, (0, 0)]), jnp.pad(pair.up, [(0, 0), (0, 0), padding]))
 
-    return jax.tree.map(jnp.add, padded(a), padded(b))
+    return jax.tree.map(jnp.add, pad(a), pad(b))

@@ -1,4 +1,4 @@
-"""A backbone's sizes and settings, whatever family of Hugging Face checkpoints it comes from."""
+"""A backbone's sizes and settings, for all families of Hugging Face checkpoints."""
 
 from __future__ import annotations
 
@@ -20,29 +20,30 @@ GENERATION = "generation_config.json"
 
 @dataclass(frozen=True)
 class BackboneConfig(Architecture):
-    """The shape of a decoder, with the field names of transformers' configs where it has them.
+    """The shape of a decoder. Fields have the names of transformers' configs where it has them.
 
-    Left at their defaults, the fields from `family` on make a Llama.
+    The defaults of the fields from `family` on are those of Llama.
 
     Attributes:
-      attention_kinds, kind_of_layer: the kinds there are, and the number of each layer's; empty, if all have the first.
-      biases: the projections that have one; and "norm", if the layers' norms and the last have one.
-      eos_token_ids: the end tokens that config.json or generation_config.json names, in order. Where they name none,
-        the tokenizer may have one (`convert.tokenizer.end_tokens`).
+      attention_kinds, kind_of_layer: the kinds of attention, and the index of each layer's kind; empty if all layers
+        have the first kind.
+      biases: the projections that have a bias; and "norm", if the layers' norms and the final norm have one.
+      eos_token_ids: the end tokens in config.json or generation_config.json, in order. If there are none, the
+        tokenizer's is used (`convert.tokenizer.end_tokens`).
       norm: RMS norm, or layer norm.
-      qk_norm: the norm of queries and keys: of each head, with the same weights ("head") or its own ("each"), or of all
-        heads together.
-      qk_norm_last: whether it comes behind the rotation by positions.
-      pre_norm, post_norm: whether a layer's two halves have a norm before and behind them.
-      norm_offset: added to the weights of norms; 1 where they are stored as their distance from one.
-      parallel: whether the feed-forward reads what the attention reads, and both are added at once.
+      qk_norm: the norm of queries and keys: per head, with shared ("head") or separate ("each") weights, or over all
+        heads.
+      qk_norm_last: whether this norm comes after the rotary embedding.
+      pre_norm, post_norm: whether attention and feed-forward have a norm before and after them.
+      norm_offset: added to the weights of norms; 1 if checkpoints store them minus one.
+      parallel: whether attention and feed-forward have the same input, and both outputs are added at once.
       gated: whether the feed-forward is down(act(gate(x)) * up(x)), or down(act(up(x))).
-      rope_pairs: which features are rotated together, the first with the one in the middle or with its neighbour.
-      attention_scale: of the scores; head_dim ** -0.5, if None.
-      attn_logit_softcapping, final_logit_softcapping: c, where scores or logits x become c tanh(x / c).
-      embedding_scale, residual_scale, logits_scale: what embeddings, the outputs of a layer's halves, and logits are
-        multiplied by.
-      hf: the config.json that this was read from, which is what is written out again.
+      rope_pairs: the features that are rotated together: those half a head apart, or neighbours.
+      attention_scale: the scale of attention scores; None for head_dim ** -0.5.
+      attn_logit_softcapping, final_logit_softcapping: c, if scores or logits x become c tanh(x / c).
+      embedding_scale, residual_scale, logits_scale: factors of embeddings, of the outputs of attention and
+        feed-forward, and of logits.
+      hf: the config.json that this was read from. It is written again when the backbone is saved.
 
     >>> from para_jax import tiny_backbone_path
     >>> BackboneConfig.from_pretrained(tiny_backbone_path()).sites["q_proj"].path
@@ -53,13 +54,13 @@ class BackboneConfig(Architecture):
     def sites(self) -> Mapping[str, Site]:
         """The projections of a layer that adapters may adjust, by Hugging Face name.
 
-        Of experts it is the up projection, which one vector scales in all of them.
+        For a mixture of experts this includes the up projection, which one vector scales in all experts.
         """
         return parameters.sites(self)
 
     @cached_property
     def linear_sites(self) -> Mapping[str, Site]:
-        """Those that a low-rank pair can stand beside."""
+        """The sites that can have a low-rank pair."""
         return {name: site for name, site in self.sites.items() if site.linear}
 
     @property
@@ -69,19 +70,19 @@ class BackboneConfig(Architecture):
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id: str | Path) -> BackboneConfig:
-        """Reads config.json alone, of a folder or of a hub id.
+        """Reads the config of a folder or hub id, without the weights.
 
-        Raises ParaJaxError if it is no checkpoint, or of an architecture or with a setting not supported.
+        Raises ParaJaxError if it is not a checkpoint, or its architecture or a setting is not supported.
         """
         folder = checkpoint_folder(path_or_hub_id, [CONFIG, GENERATION])
         return cls.from_folder(folder, name=str(path_or_hub_id))
 
     @classmethod
     def from_folder(cls, folder: Path, name: str = "") -> BackboneConfig:
-        """From the folder that `checkpoint_folder` found.
+        """Reads the config from a folder of `checkpoint_folder`.
 
-        End tokens are those of generation_config.json, where chat models have their list, or else of config.json. A
-        warning of `logging` says so if config.json has others.
+        End tokens are those of generation_config.json, where chat models list theirs, or else of config.json. A
+        `logging` warning reports end tokens that are only in config.json.
         """
         config = cls.from_hf(read_json(folder / CONFIG), name)
         if not (folder / GENERATION).is_file():
@@ -96,9 +97,9 @@ class BackboneConfig(Architecture):
 
     @classmethod
     def from_hf(cls, fields: Mapping[str, Any], name: str = "") -> BackboneConfig:
-        """From the fields of config.json, in the spelling of transformers 4 or 5.
+        """Converts the fields of config.json, as written by transformers 4 or 5.
 
-        A warning of `logging` lists the keys that cannot change what the model computes.
+        A `logging` warning lists unused keys, which do not change what the model computes.
         """
         config = cls(**vars(architecture_from_hf(fields, name)))
         if line := ignored_line(fields, name):
@@ -107,31 +108,31 @@ class BackboneConfig(Architecture):
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises ParaJaxError, with the file's name, for anything else."""
+    """Reads a JSON object. Raises ParaJaxError with the file's name for anything else."""
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # no JSON, no text, or brackets without end
+    except (ValueError, RecursionError) as error:  # not JSON, not text, or nested too deep
         raise ParaJaxError(f"{path} is not JSON: {error}") from error
     if not isinstance(fields, dict):
-        raise ParaJaxError(f"{path} holds no JSON object")
+        raise ParaJaxError(f"{path} is not a JSON object")
     return fields
 
 
 def checkpoint_folder(path_or_hub_id: str | Path, patterns: list[str]) -> Path:
-    """The folder of a checkpoint; files of a hub id that match `patterns` are downloaded first.
+    """The folder of a checkpoint. For a hub id, downloads the files that match `patterns`.
 
-    Raises ParaJaxError for a folder without config.json, or a hub id that cannot be had.
+    Raises ParaJaxError for a folder without config.json, or a hub id that cannot be downloaded.
     """
     folder = Path(path_or_hub_id).expanduser()
     if folder.is_dir():
         if not (folder / CONFIG).is_file():
             adapter = (folder / "adapter_config.json").is_file()
             way = ", but an adapter's adapter_config.json; give the backbone it was trained on" if adapter else ""
-            raise ParaJaxError(f"{folder} is no checkpoint: it has no config.json{way}")
+            raise ParaJaxError(f"{folder} is not a checkpoint: it has no config.json{way}")
         return folder
     name = str(path_or_hub_id)
     if folder.exists() or name.count("/") > 1 or name.startswith((".", "~")):
-        raise ParaJaxError(f"{name} is no folder; give a folder with config.json and *.safetensors, or a hub id")
+        raise ParaJaxError(f"{name} is not a folder; give a folder with config.json and *.safetensors, or a hub id")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

@@ -55,7 +55,9 @@ def test_apply_scales_and_adds() -> None:
     np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
     # After the prompt, both forms are one.
     after = adjustment.apply("q_proj", jnp.asarray(X), jnp.asarray(Y))
-    np.testing.assert_allclose(adjustment.settled().apply("q_proj", jnp.asarray(X), jnp.asarray(Y)), after, rtol=1e-5)
+    np.testing.assert_allclose(
+        adjustment.for_decoding().apply("q_proj", jnp.asarray(X), jnp.asarray(Y)), after, rtol=1e-5
+    )
     # `later` alone, and a site that is not adjusted.
     alone = Adjustment(later={"q_proj": later}).apply("q_proj", jnp.asarray(X), jnp.asarray(Y), jnp.asarray(PROMPT))
     assert np.array_equal(np.asarray(alone)[PROMPT], Y[PROMPT])
@@ -77,19 +79,19 @@ def test_sums_are_taken_in_float32_and_returned_as_they_came() -> None:
 
 
 def test_weighted() -> None:
-    """Linear in the strength, and with strength zero nothing at all, not even of what is not a number."""
+    """Changes are linear in the weight. Weight zero changes nothing, even if the adapter has NaN."""
     made = of_every_kind()
-    strengths = np.array([1.0, 0.5, 0.0, -2.0], np.float32)
+    weights = np.array([1.0, 0.5, 0.0, -2.0], np.float32)
 
     def changes(adjustment: Adjustment) -> np.ndarray:
         return np.asarray(adjustment.apply("q_proj", jnp.asarray(X), jnp.asarray(Y))) - Y
 
-    weighted = changes(made.weighted(jnp.asarray(strengths)))
-    np.testing.assert_allclose(weighted, strengths[:, None, None] * changes(made), rtol=1e-4, atol=1e-5)
+    weighted = changes(made.weighted(jnp.asarray(weights)))
+    np.testing.assert_allclose(weighted, weights[:, None, None] * changes(made), rtol=1e-4, atol=1e-5)
     broken = jax.tree.map(lambda x: x.at[2].set(jnp.nan), made)
     assert np.isnan(changes(broken)).any()
-    assert np.array_equal(changes(broken.weighted(jnp.asarray(strengths))), weighted)
-    assert not any(np.any(x[2]) for x in jax.tree.leaves(broken.weighted(jnp.asarray(strengths))))
+    assert np.array_equal(changes(broken.weighted(jnp.asarray(weights))), weighted)
+    assert not any(np.any(x[2]) for x in jax.tree.leaves(broken.weighted(jnp.asarray(weights))))
 
 
 def test_weights_of_pairs_that_rows_share() -> None:
@@ -101,15 +103,15 @@ def test_weights_of_pairs_that_rows_share() -> None:
 
 @pytest.mark.parametrize("disjoint", [True, False])
 def test_total_is_the_sum_of_the_changes(disjoint: bool) -> None:
-    """Whatever its form: shared places and padding where rows are disjoint, ranks side by side where not."""
+    """Pairs are padded and added if rows are disjoint, and concatenated otherwise."""
     parts = []
     for i, rank in enumerate((2, 3, 1)):
-        strength = jnp.array([1.0, 0.0, 0.0, 0.0]) if i == 0 else jnp.array([0.0, i == 1, i == 2, 0.0], jnp.float32)
-        strength = strength if disjoint else jnp.array([1.0, 0.5, 2.0, 0.0])
+        weight = jnp.array([1.0, 0.0, 0.0, 0.0]) if i == 0 else jnp.array([0.0, i == 1, i == 2, 0.0], jnp.float32)
+        weight = weight if disjoint else jnp.array([1.0, 0.5, 2.0, 0.0])
         sites = {"q_proj": pair_of(B, rank, seed=5 * i)} | ({} if i else {"up_proj": pair_of(B, rank, seed=9)})
         offsets, later, shift = (draw(B, OUTPUTS, seed=seed + i) for seed in (20, 0, 30))
         made = Adjustment({"q_proj": offsets}, {"v_proj": later}, sites, {"q_proj": shift} if i else {"up_proj": shift})
-        parts.append(made.weighted(strength))
+        parts.append(made.weighted(weight))
     whole = total(parts, disjoint=disjoint)
     assert whole.pairs["q_proj"].up.shape[-1] == (3 if disjoint else 6)
     for site in ("q_proj", "v_proj", "up_proj", "o_proj"):

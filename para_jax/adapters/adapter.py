@@ -1,4 +1,4 @@
-"""One tenant's trained weights, and which arrays they have to be."""
+"""One tenant's trained weights, and the check of their names, shapes and dtypes."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 )
 @dataclass(frozen=True)
 class Adapter:
-    """One tenant's trained weights: a method's layer with every leaf stacked over the layers, float32.
+    """One tenant's trained weights: a method's layer with every leaf stacked over the layers, in float32.
 
-    `chat_template` is the text that `load_adapter` found beside the weights, which `save_adapter` puts there again.
-    No program depends on it: it is no part of the pytree, and what `jax.tree.map` or a bank makes has none.
+    `load_adapter` sets `chat_template` to the one in the adapter's folder, and `save_adapter` writes it again. It is
+    not part of the pytree: adapters from `jax.tree.map` or from a bank have None.
     """
 
     config: MethodConfig
@@ -40,15 +40,15 @@ class Adapter:
 
     @classmethod
     def create(cls, config: MethodConfig, shape: BackboneShape, key: Array) -> Adapter:
-        """A fresh adapter, which is the identity."""
+        """A fresh adapter: the identity."""
         return cls(config, _fresh(config, shape, key))
 
     def tensors(self) -> dict[str, Array]:
-        """The weights by name: `down` (layers, d, r), and so on."""
+        """The weights by name, such as `down` (layers, d, r)."""
         return named_leaves(self.layers)
 
     def check(self, shape: BackboneShape) -> None:
-        """Raises ParaJaxError, with all that is wrong, unless the weights are float32 and fit this backbone."""
+        """Raises ParaJaxError, listing all problems, unless the weights are float32 and fit this backbone."""
         problems = mismatches(self.tensors(), self.config, shape)
         if problems:
             raise ParaJaxError(f"an adapter does not fit the backbone it is used with: {'; '.join(problems)}")
@@ -57,20 +57,20 @@ class Adapter:
 @partial(jax.jit, static_argnums=(0, 1))
 def _fresh(config: MethodConfig, shape: BackboneShape, key: Array) -> Any:
     keys = jax.random.split(key, shape.num_hidden_layers)
-    # One layer after the other: random bits of many keys at once take seconds to compile.
+    # `map`, because random bits of many keys under `vmap` take seconds to compile.
     return jax.lax.map(
-        lambda of: config.layer(shape, nnx.Rngs(of[0]), of[1]), (keys, jnp.arange(shape.num_hidden_layers))
+        lambda args: config.layer(shape, nnx.Rngs(args[0]), args[1]), (keys, jnp.arange(shape.num_hidden_layers))
     )
 
 
 @lru_cache(maxsize=64)
 def abstract_layers(config: MethodConfig, shape: BackboneShape) -> Any:
-    """The layers of an adapter with shapes and dtypes only."""
+    """The shapes and dtypes of an adapter's layers."""
     return jax.eval_shape(partial(_fresh, config, shape), jax.random.key(0))
 
 
 def mismatches(tensors: Mapping[str, Any], config: MethodConfig, shape: BackboneShape) -> list[str]:
-    """All that keeps these arrays, by name, from being an adapter's weights."""
+    """Lists the missing, extra and misshapen arrays among an adapter's weights by name."""
     expected = named_leaves(abstract_layers(config, shape))
     problems = [f"{name} is missing" for name in expected if name not in tensors]
     problems += [f"{name} is not expected" for name in tensors if name not in expected]

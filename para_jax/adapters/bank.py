@@ -1,4 +1,4 @@
-"""Every tenant's adapter in one stack for each configuration, and the rows of a batch gathered from it."""
+"""The bank: all tenants' adapters, stacked for each configuration. `rows` gathers the adapters of a batch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import numpy as np
 from para_jax.adapters.adapter import Adapter
 from para_jax.adapters.files import load_adapter
 from para_jax.adapters.method import BackboneShape, MethodConfig
-from para_jax.adapters.rows import Rows, Tenant, strengths_of
+from para_jax.adapters.rows import Rows, Tenant, adapter_weights
 from para_jax.errors import ParaJaxError, unknown
 from para_jax.sharding import row_sharding
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 @partial(jax.tree_util.register_dataclass, data_fields=["stack"], meta_fields=["config", "names"])
 @dataclass(frozen=True)
 class Group:
-    """The tenants of one configuration. Leaves of `stack` are (slots, layers, ...); a free slot's name is None."""
+    """The tenants of one configuration. Leaves of `stack` are (slots, layers, ...). The name of a free slot is None."""
 
     config: MethodConfig
     names: tuple[str | None, ...]
@@ -40,17 +40,17 @@ class Group:
         return replace(self, names=(*self.names[:slot], name, *self.names[slot + 1 :]), stack=stack)
 
     def grown(self, slots: int) -> Group:
-        more = slots - len(self.names)
-        stack = jax.tree.map(lambda s: jnp.concatenate([s, jnp.zeros((more, *s.shape[1:]), s.dtype)]), self.stack)
-        return replace(self, names=self.names + (None,) * more, stack=stack)
+        added = slots - len(self.names)
+        stack = jax.tree.map(lambda s: jnp.concatenate([s, jnp.zeros((added, *s.shape[1:]), s.dtype)]), self.stack)
+        return replace(self, names=self.names + (None,) * added, stack=stack)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["groups"], meta_fields=["shape"])
 @dataclass(frozen=True)
 class AdapterBank:
-    """Named adapters, stacked. Immutable: `add`, `replace` and `remove` return another bank.
+    """Named adapters, stacked. A bank is immutable: `add`, `replace` and `remove` return a new bank.
 
-    Programs take the `rows` of a batch and never the bank, so they do not depend on which tenants there are.
+    Compiled programs take the `rows` of a batch instead of the bank, so they do not depend on its tenants.
 
     >>> from para_jax import AdapterBank, BackboneConfig, ParaConfig, tiny_backbone_path
     >>> config = BackboneConfig.from_pretrained(tiny_backbone_path())
@@ -68,8 +68,8 @@ class AdapterBank:
     ) -> AdapterBank:
         """Fresh adapters, each the identity.
 
-        A tenant's weights depend on `seed` and its name only, not on the other tenants. `capacity` reserves that
-        many slots for each configuration; without it, a bank that is full doubles when a tenant is added.
+        A tenant's weights depend only on `seed` and its name, not on the other tenants. `capacity` reserves that
+        many slots for each configuration; without it, the slots double when a tenant is added to a full bank.
         """
         key = jax.random.key(seed)
         keys = {name: jax.random.fold_in(key, zlib.crc32(name.encode())) for name in configs}
@@ -77,7 +77,7 @@ class AdapterBank:
 
     @classmethod
     def stack(cls, adapters: Mapping[str, Adapter], shape: BackboneShape, capacity: int = 0) -> AdapterBank:
-        """A bank of these adapters, each configuration's stacked at once.
+        """Stacks these adapters in a bank.
 
         Raises ParaJaxError for an adapter that does not fit `shape`.
         """
@@ -100,7 +100,7 @@ class AdapterBank:
         *,
         check_finite: bool = True,
     ) -> AdapterBank:
-        """Reads each tenant's folder as `load_adapter` does, which has the same `check_finite` and raises the same."""
+        """Loads each tenant's folder with `load_adapter`, which explains `check_finite` and the errors."""
         adapters = {name: load_adapter(path, shape, check_finite=check_finite) for name, path in folders.items()}
         return cls.stack(adapters, shape, capacity)
 
@@ -115,7 +115,7 @@ class AdapterBank:
         raise unknown("tenant", name, self.names)
 
     def find(self, name: str) -> tuple[Group, int]:
-        """A tenant's group and its slot there. Raises ParaJaxError, with the nearest name, if there is none."""
+        """A tenant's group and slot. Raises ParaJaxError with the nearest name for an unknown tenant."""
         g, slot = self._find(name)
         return self.groups[g], slot
 
@@ -123,7 +123,7 @@ class AdapterBank:
         return name in self.names
 
     def __getitem__(self, name: str) -> Adapter:
-        """One tenant's adapter. Raises ParaJaxError, with the nearest name, if there is none."""
+        """One tenant's adapter. Raises ParaJaxError with the nearest name for an unknown tenant."""
         g, slot = self._find(name)
         return Adapter(self.groups[g].config, jax.tree.map(lambda x: x[slot], self.groups[g].stack))
 
@@ -131,9 +131,9 @@ class AdapterBank:
         return replace(self, groups=(*self.groups[:g], group, *self.groups[g + 1 :]))
 
     def add(self, name: str, adapter: Adapter) -> AdapterBank:
-        """One more tenant, in a free slot if its configuration has one; else that configuration's slots double.
+        """Adds a tenant in a free slot of its configuration; if there is none, that configuration's slots double.
 
-        Raises ParaJaxError if the name is taken, which `replace` is for, or the adapter does not fit the backbone.
+        Raises ParaJaxError if the bank has the name already, or the adapter does not fit the backbone.
         """
         if name in self:
             raise ParaJaxError(f"tenant {name!r} is in the bank already; use replace() to change its adapter")
@@ -146,7 +146,7 @@ class AdapterBank:
         return replace(self, groups=(*self.groups, *AdapterBank.stack({name: adapter}, self.shape).groups))
 
     def remove(self, name: str) -> AdapterBank:
-        """Frees the tenant's slot and clears its weights. A configuration goes with its last tenant."""
+        """Frees the tenant's slot and sets its weights to zero. A configuration is removed with its last tenant."""
         g, slot = self._find(name)
         group = self.groups[g]
         group = group.put(slot, None, jax.tree.map(lambda x: jnp.zeros_like(x[0]), group.stack))
@@ -155,9 +155,9 @@ class AdapterBank:
         return replace(self, groups=self.groups[:g] + self.groups[g + 1 :])
 
     def replace(self, name: str, adapter: Adapter) -> AdapterBank:
-        """The tenant's next version. A running batch keeps what it was prepared with.
+        """Replaces the tenant's adapter. Running batches keep the old one.
 
-        Raises ParaJaxError if there is no such tenant, or the adapter does not fit the backbone.
+        Raises ParaJaxError for an unknown tenant, or an adapter that does not fit the backbone.
         """
         g, slot = self._find(name)
         adapter.check(self.shape)
@@ -166,46 +166,47 @@ class AdapterBank:
         return self.remove(name).add(name, adapter)
 
     def rows(self, tenants: Sequence[Tenant], repeats: int = 1, mesh: Mesh | None = None) -> Rows:
-        """Gathers the adapters of a batch whose rows belong to `tenants`, each for `repeats` consecutive rows.
+        """Gathers the adapters of a batch. Each entry of `tenants` is for `repeats` consecutive rows.
 
-        A row's entry is a tenant's name, None for no adapter, or a dict of names and strengths: `{"acme": 0.5}` takes
-        half of what acme's adapter changes, and with several names their changes are added. Configurations that no
-        row uses cost nothing. A batch of None only gets the identity and the adapter-free program. On a mesh each
-        device gets the adapters of its own rows.
+        An entry is a tenant's name, None for no adapter, or a dict of names and adapter weights: `{"acme": 0.5}` takes
+        half of acme's adapter, and several adapters are added. Configurations that no row uses cost nothing. If every
+        entry is None, the result is the identity and runs the program without adapters. On a mesh, each device gets
+        the adapters of its own rows.
         """
-        wanted = [{self._find(name): strength for name, strength in strengths_of(row).items()} for row in tenants]
-        # Strength 0 is no adapter, though a name has to be known even then.
-        places = [{place: strength for place, strength in row.items() if strength} for row in wanted]
-        strengths, layers, rates = [], [], []
+        found = [{self._find(name): weight for name, weight in adapter_weights(row).items()} for row in tenants]
+        # Weight 0 is no adapter, but its name must be known.
+        places = [{place: weight for place, weight in row.items() if weight} for row in found]
+        weights, layers, rates = [], [], []
         for g, group in enumerate(self.groups):
-            # A row may take several adapters of one configuration: the first of every row, the second, ...
-            of_rows = [[(slot, s) for (at, slot), s in row.items() if at == g] for row in places]
-            for turn in range(max(map(len, of_rows), default=0)):
-                nothing = (len(group.names), 0.0)
-                taken = [row[turn] if turn < len(row) else nothing for row in of_rows]
-                strengths.append(jax.device_put(np.array([s for _, s in taken], np.float32)))
-                slots = np.array([slot for slot, _ in taken], np.int32)
-                layers.append(_gather(group.stack, slots) if mesh is None else _gather_apart(group.stack, slots, mesh))
+            in_group = [[(slot, weight) for (at, slot), weight in row.items() if at == g] for row in places]
+            # A row may take several adapters of a configuration: entry i has adapter i of every row.
+            for i in range(max(map(len, in_group), default=0)):
+                no_adapter = (len(group.names), 0.0)
+                entries = [row[i] if i < len(row) else no_adapter for row in in_group]
+                weights.append(jax.device_put(np.array([weight for _, weight in entries], np.float32)))
+                slots = np.array([slot for slot, _ in entries], np.int32)
+                layers.append(_gather(group.stack, slots) if mesh is None else _gather_on(mesh, group.stack, slots))
                 rates.append(group.config.dropout)
         composed = any(len(row) > 1 for row in places)
-        return Rows(tuple(strengths), tuple(layers), tuple(rates), repeats=repeats, composed=composed)
+        return Rows(tuple(weights), tuple(layers), tuple(rates), repeats=repeats, composed=composed)
 
 
 @jax.jit
 def _gather(stack: Any, slots: Int[Array, " rows"]) -> Any:
-    # Zeros for a slot past the end: no row gets the weights of a tenant that is not its own. Masked out later, they
-    # could still reach its gradient, because zero times NaN is NaN.
+    # An out-of-range slot gives zeros. Another tenant's weights, masked later, could still reach the row's gradient,
+    # because zero times NaN is NaN.
     return jax.tree.map(lambda x: x.at[slots].get(mode="fill", fill_value=0), stack)
 
 
-def _gather_apart(stack: Any, slots: Int[np.ndarray, " rows"], mesh: Mesh) -> Any:
-    where = row_sharding(mesh, len(slots))
+def _gather_on(mesh: Mesh, stack: Any, slots: Int[np.ndarray, " rows"]) -> Any:
+    """`_gather`, with the rows sharded over a mesh."""
+    sharding = row_sharding(mesh, len(slots))
 
     def rows(x: Array) -> Array:
         def part(index: Any) -> Array:
             return _gather(x, slots[index[0]])
 
-        return jax.make_array_from_callback((len(slots), *x.shape[1:]), where, part)
+        return jax.make_array_from_callback((len(slots), *x.shape[1:]), sharding, part)
 
     return jax.tree.map(rows, stack)
 
@@ -213,14 +214,14 @@ def _gather_apart(stack: Any, slots: Int[np.ndarray, " rows"], mesh: Mesh) -> An
 def batch_rows(
     bank: AdapterBank | None, tenants: Sequence[Tenant] | None, batch: int, mesh: Mesh | None = None
 ) -> Rows:
-    """The adapters of a batch. Raises ParaJaxError unless there is a tenant or None for every row."""
+    """The adapters of a batch. Raises ParaJaxError unless `tenants` has a tenant or None for every row."""
     if tenants is None:
         if bank is not None:
             raise ParaJaxError("a bank was given but no tenants; pass tenants=[...], a name or None for every row")
         return Rows()
     if isinstance(tenants, str | Mapping) or len(tenants) != batch:
         raise ParaJaxError(f"{batch} rows but tenants={tenants!r}; give a list of a name or None for every row")
-    if not any(strengths_of(tenant) for tenant in tenants):
+    if not any(adapter_weights(tenant) for tenant in tenants):
         return Rows()
     if bank is None:
         raise ParaJaxError("tenants were given but no bank; pass bank=AdapterBank.load({name: folder, ...}, config)")

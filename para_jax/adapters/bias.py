@@ -2,9 +2,9 @@
 
     y' = y + b        for the output of each targeted projection
 
-BitFit trains the biases that a model has and nothing else. Llama and most of its relatives have none, so here every
-targeted projection gets a vector for each tenant, which is added to the backbone's own bias if there is one. It is the
-same for every prompt.
+BitFit trains only the biases of a model. Llama and most similar models have none, so here every targeted projection
+gets a vector for each tenant. It is added to the output, after the backbone's own bias if there is one, and is the same
+for every prompt.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, ClassVar
 import jax.numpy as jnp
 from flax import nnx
 
-from para_jax.adapters.method import BackboneShape, Prompt, of_layer
+from para_jax.adapters.method import BackboneShape, Prompt, targeted_arrays
 from para_jax.adapters.targets import ALL_LINEAR, as_patterns, resolve
 from para_jax.adjustment import Adjustment
 from para_jax.compat import Dict
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 class BiasConfig:
     """Hyper-parameters of bias vectors.
 
-    PEFT has no such method: the biases of its LoRA (`bias="all"`) are the model's own.
+    PEFT does not have this method: `bias="all"` of its LoRA trains the model's own biases.
 
     Attributes:
-      target_modules, exclude_modules: as in `LoraConfig`. BitFit's smaller variant, the queries and the first
-        projection of the feed-forward, is `("q_proj", "up_proj")`.
+      target_modules, exclude_modules: as in `LoraConfig`. `("q_proj", "up_proj")` is BitFit's smaller variant: the
+        queries and the first projection of the feed-forward.
 
     >>> from para_jax import BackboneConfig, tiny_backbone_path
     >>> BiasConfig().size(BackboneConfig.from_pretrained(tiny_backbone_path()))
@@ -61,39 +61,39 @@ class BiasConfig:
         return tuple(dict.fromkeys(sites) for sites in layers)
 
     def layer(self, shape: BackboneShape, rngs: nnx.Rngs, layer: Int[Array, ""] | int = 0) -> BiasLayer:
-        """Fresh vectors of one layer; all layers are alike."""
+        """Fresh vectors of one layer."""
         return BiasLayer(self, shape)
 
     def size(self, shape: BackboneShape) -> int:
         """The number of parameters."""
-        return sum(shape.sites[site].outputs for own in self.modules(shape) for site in own)
+        return sum(shape.sites[site].outputs for layer in self.modules(shape) for site in layer)
 
     @classmethod
     def usual(cls, shape: BackboneShape) -> Mapping[str, BiasConfig]:
-        """All of them, and the paper's smaller variant where one matmul is the feed-forward's first."""
+        """All linear sites, and the paper's smaller variant if `up_proj` is a linear site."""
         small = {"bias q, up": cls(("q_proj", "up_proj"))} if "up_proj" in shape.linear_sites else {}
         return {"bias, all linear": cls(), **small}
 
     def axes(self, name: str) -> Axes:
-        """Of `bias.SITE` (outputs,): split as the site's outputs are."""
+        """The axes of `bias.SITE` (outputs,): sharded like the site's outputs."""
         site = name.rpartition(".")[2]
         return (SITE_AXES[site][1],) if site in SITE_AXES else ()
 
 
 class BiasLayer(nnx.Module):
-    """The vectors of one layer of one tenant, float32: for each site `bias` (outputs,), zeros at first."""
+    """The vectors of one layer of one tenant, in float32: `bias` (outputs,) for each site, initially zero."""
 
     def __init__(self, config: BiasConfig, shape: BackboneShape):
-        self.modules = tuple(tuple(own) for own in config.modules(shape))
+        self.modules = tuple(tuple(layer) for layer in config.modules(shape))
         self.bias = Dict(
             {
-                site: nnx.Param(jnp.zeros((of.outputs,), jnp.float32))
-                for site, of in shape.sites.items()
-                if any(site in own for own in self.modules)
+                name: nnx.Param(jnp.zeros((site.outputs,), jnp.float32))
+                for name, site in shape.sites.items()
+                if any(name in layer for layer in self.modules)
             }
         )
 
     def prepare(self, prompt: Prompt, layer: Int[Array, ""] | int = 0) -> Adjustment:
-        """Hands on this layer's vectors. The prompt is not read."""
-        own = {site: bias[...] for site, bias in self.bias.items()}
-        return Adjustment(shifts=of_layer(own, self.modules, layer))
+        """Returns this layer's vectors. The prompt is not read."""
+        shifts = {site: bias[...] for site, bias in self.bias.items()}
+        return Adjustment(shifts=targeted_arrays(shifts, self.modules, layer))

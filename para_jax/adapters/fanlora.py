@@ -1,7 +1,7 @@
-"""FanLoRA (Tian et al., EMNLP 2024 industry track): LoRA on the most critical modules of each layer only.
+"""FanLoRA (Tian et al., EMNLP 2024 industry track): LoRA on only the most important modules of each layer.
 
-Which modules these are is scored once, on LoRA tuned on every linear module; see `para_jax.importance`. The adapter
-itself is LoRA in every respect, and PEFT opens it as such.
+`para_jax.importance` scores the modules once, on a LoRA adapter tuned on every linear module. The resulting adapter is
+LoRA, and PEFT opens it as LoRA.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _PATH = re.compile(r"(?:.*\.)?(layers\.\d+(?:\.\w+)+)")
 
 @dataclass(frozen=True)
 class FanLoraConfig(LoraConfig):
-    """A FanLoRA setting: LoRA's hyper-parameters, with other modules in each layer.
+    """A FanLoRA setting: LoRA's hyper-parameters, with different modules in each layer.
 
-    `target_modules` holds whole paths only, `layers.0.self_attn.q_proj` and so on; what stands before `layers` is
-    dropped. The other fields are those of `LoraConfig`. A saved adapter loads as LoRA on the same modules.
+    `target_modules` holds only full paths, such as `layers.0.self_attn.q_proj`; a prefix before `layers` is removed.
+    The other fields are those of `LoraConfig`. A saved adapter loads as LoRA on the same modules.
 
-    Raises ParaJaxError for a target that is no such path, or for none.
+    Raises ParaJaxError for an empty target_modules, or a target that is not such a path.
 
     >>> from para_jax import BackboneConfig, tiny_backbone_path
     >>> shape = BackboneConfig.from_pretrained(tiny_backbone_path())
@@ -55,16 +55,16 @@ class FanLoraConfig(LoraConfig):
         for entry, match in zip(self.target_modules, found, strict=True):
             if match is None:
                 raise ParaJaxError(
-                    f"target_modules of a FanLoraConfig has {entry!r}, which is no path of one module, such as "
+                    f"target_modules of a FanLoraConfig has {entry!r}, which is not the path of one module, such as "
                     "'layers.0.self_attn.q_proj'; with names for all layers, the method is lora"
                 )
         object.__setattr__(self, "target_modules", tuple(match[1] for match in found if match))
 
     @classmethod
     def of(cls, kept: Sequence[Sequence[str]], shape: BackboneShape, **options: Any) -> FanLoraConfig:
-        """The setting that keeps these sites of each layer; `options` are the other fields.
+        """The setting that keeps these sites of each layer. `options` are the other fields.
 
-        Raises ParaJaxError for a name that is no site, or unless there is an entry for every layer.
+        Raises ParaJaxError for an unknown site, or if `kept` does not have one entry for each layer.
         """
         if len(kept) != shape.num_hidden_layers:
             raise ParaJaxError(f"kept has entries for {len(kept)} layers; the backbone has {shape.num_hidden_layers}")
@@ -76,7 +76,7 @@ class FanLoraConfig(LoraConfig):
         )
 
     def kept(self, shape: BackboneShape) -> tuple[tuple[str, ...], ...]:
-        """The sites of each layer, in the order of the backbone's."""
+        """The kept sites of each layer, in the backbone's order."""
         return tuple(tuple(layer) for layer in self.modules(shape))
 
     def modules(self, shape: BackboneShape) -> tuple[Mapping[str, Module], ...]:
@@ -87,12 +87,12 @@ class FanLoraConfig(LoraConfig):
             if target not in paths:
                 raise ParaJaxError(
                     f"{unknown('module of a FanLoRA setting', target, paths)}. The backbone has {layers} layers; a "
-                    "setting is for the backbone that was scored, or one of the same layers"
+                    "setting is for the backbone that was scored, or one with the same layers"
                 )
         return super().modules(shape)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
-        """Writes a JSON file with `"method": "fanlora"` and every field, whole or not at all.
+        """Writes a JSON file with `"method": "fanlora"` and every field, atomically.
 
         Raises ParaJaxError if the file exists and `overwrite` is False, or it cannot be written.
         """
@@ -105,8 +105,8 @@ class FanLoraConfig(LoraConfig):
     def usual(cls, shape: BackboneShape) -> Mapping[str, LoraConfig]:
         """Two modules in each layer.
 
-        FanLoRA keeps those that matter most, which only a run can tell: here it is each module in its turn, so that
-        figures are an average.
+        The most important modules are known only after a run. Here layers take the modules in turn, so that the cost is
+        an average over modules.
         """
         sites, layers = list(shape.linear_sites), range(shape.num_hidden_layers)
         kept = [[sites[(2 * i + j) % len(sites)] for j in (0, 1)] for i in layers]
@@ -114,7 +114,7 @@ class FanLoraConfig(LoraConfig):
 
     @classmethod
     def load(cls, path: str | Path) -> FanLoraConfig:
-        """Reads what `save` wrote. Raises ParaJaxError for a file that is none, or has an unknown option."""
+        """Reads a file of `save`. Raises ParaJaxError for another kind of file, or an unknown option."""
         path = Path(path)
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
@@ -122,12 +122,12 @@ class FanLoraConfig(LoraConfig):
             raise ParaJaxError(
                 f"{path} could not be read: {error}; give the fanlora.json of para-jax fanlora"
             ) from error
-        except ValueError as error:  # no JSON, or no text
+        except ValueError as error:  # neither JSON nor text
             raise ParaJaxError(f"{path} is not JSON: {error}") from error
         method = fields.pop("method", None) if isinstance(fields, dict) else None
         if method != cls.method:
-            raise ParaJaxError(f'{path} is no FanLoRA setting: it has no "method": "{cls.method}"')
+            raise ParaJaxError(f'{path} is not a FanLoRA setting: it has no "method": "{cls.method}"')
         try:
             return from_fields(cls, fields)
-        except (TypeError, ValueError) as error:  # ParaJaxError is one
+        except (TypeError, ValueError) as error:  # ParaJaxError is a ValueError
             raise ParaJaxError(f"{path}: {error}") from error

@@ -1,9 +1,9 @@
 """An adapter as a folder: adapter_config.json and adapter_model.safetensors.
 
-Methods that PEFT has, LoRA and (IA)3, have its form (`para_jax.adapters.peft`). The others have ours:
-adapter_config.json holds `peft_type` (the method), the method's own hyper-parameters, `base_model_name_or_path`,
-`base_model` (the sizes that it depends on) and `para_jax_version`; the weights are float32, a tensor a name, with the
-layers stacked on the first axis. docs/adapters.md describes both.
+LoRA and (IA)3, which PEFT has too, use PEFT's format (`para_jax.adapters.peft`). Other methods use ours:
+adapter_config.json has `peft_type` (the method), the method's hyper-parameters, `base_model_name_or_path`, `base_model`
+(the sizes that the adapter depends on) and `para_jax_version`. The weights are float32, one tensor per name, with the
+layers stacked on the first axis. docs/adapters.md describes both formats.
 """
 
 from __future__ import annotations
@@ -40,17 +40,18 @@ def save_adapter(
     model_type: str | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Writes an adapter so that `load_adapter` gives it back bit for bit, and LoRA and (IA)3 so that `peft` opens it.
+    """Writes an adapter. `load_adapter` reads it back bit for bit, and `peft` opens LoRA and (IA)3.
 
-    The folder appears whole or not at all: it is written beside its place and renamed. With `overwrite` it takes
-    the place of the adapter that was there, all of whose files go once their successors are complete. The chat template
-    that the adapter was tuned with is kept beside it: the one given, or else the adapter's own.
+    The folder is written atomically: to a temporary name beside it, which is then renamed. With `overwrite` it replaces
+    an existing adapter, whose files are deleted only after the new ones are complete. The chat template that the
+    adapter was tuned with is saved too: `chat_template`, or else the adapter's own.
 
-    LoRA and (IA)3 are written for the model that `base` was read from, which may have the decoder among other parts.
-    With `model_type` they are written for another with such a decoder, "gemma3" or "gemma3_text"; both are read.
+    LoRA and (IA)3 are written for the model that `base` was read from, which may have other parts than the decoder.
+    With `model_type` they are written for another model with such a decoder, such as "gemma3" or "gemma3_text".
+    `load_adapter` reads either.
 
-    Raises ParaJaxError if the folder exists and `overwrite` is False or it holds no adapter, if it cannot be
-    written, or if the adapter does not fit `base`.
+    Raises ParaJaxError if the folder exists and `overwrite` is False or it is not an adapter, if it cannot be written,
+    or if the adapter does not fit `base`.
     """
     adapter.check(base)
     wrapper = written_for(base, model_type)
@@ -74,37 +75,37 @@ def save_adapter(
 
 
 def load_chat_template(folder: str | Path) -> str | None:
-    """The chat template that is kept with an adapter, if there is one.
+    """The chat template in an adapter's folder, or None.
 
-    It is in chat_template.jinja or, as transformers wrote it before, in tokenizer_config.json; of several the one
-    named default. Raises ParaJaxError for what is no text.
+    It is in chat_template.jinja, or in tokenizer_config.json, where older transformers wrote it. Of several templates,
+    the one named "default" is used. Raises ParaJaxError for a template that is not text.
     """
     path = Path(folder) / TEMPLATE
     try:
         if path.is_file():
-            return path.read_bytes().decode()  # bytes: line ends count in a template
+            return path.read_bytes().decode()  # as bytes, to keep line ends unchanged
         path = Path(folder) / TOKENIZER
-        kept = json.loads(path.read_text(encoding="utf-8")).get("chat_template") if path.is_file() else None
-        if isinstance(kept, list):
-            kept = {entry["name"]: entry["template"] for entry in kept}
-        kept = kept.get("default") if isinstance(kept, dict) else kept
+        template = json.loads(path.read_text(encoding="utf-8")).get("chat_template") if path.is_file() else None
+        if isinstance(template, list):
+            template = {entry["name"]: entry["template"] for entry in template}
+        template = template.get("default") if isinstance(template, dict) else template
     except UnicodeDecodeError as error:
-        raise ParaJaxError(f"{path} is no text in UTF-8: {error}; save the template again, or remove it") from error
+        raise ParaJaxError(f"{path} is not UTF-8 text: {error}; save the template again, or remove it") from error
     except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise ParaJaxError(f"{path} is damaged: {error!r}; save the tokenizer again, or remove it") from error
-    if kept is not None and not isinstance(kept, str):
-        raise ParaJaxError(f"{path}: chat_template is {kept!r}, which is no text; remove it")
-    return kept
+    if template is not None and not isinstance(template, str):
+        raise ParaJaxError(f"{path}: chat_template is {template!r}, which is not text; remove it")
+    return template
 
 
 def load_adapter(folder: str | Path, shape: BackboneShape, *, check_finite: bool = True) -> Adapter:
-    """Reads an adapter for a backbone of this shape: a folder of `save_adapter`, or a LoRA or (IA)3 of PEFT's.
+    """Reads an adapter for a backbone of this shape: a folder of `save_adapter`, or a LoRA or (IA)3 adapter of PEFT.
 
-    Weights are float32, whatever the file has. Without `check_finite`, NaN and infinite weights are read as well.
+    Weights are converted to float32. With `check_finite=False`, NaN and infinite weights are accepted.
 
-    Raises ParaJaxError if the folder is no adapter, names an unknown method or an option that is not implemented, was
-    made for a backbone of other sizes, holds a missing, extra or misshapen tensor (all of them are listed), or a
-    tensor with NaN or infinite values.
+    Raises ParaJaxError if the folder is not an adapter, has an unknown method or an option that is not implemented, was
+    made for a backbone of other sizes, has missing, extra or misshapen tensors (all are listed), or has NaN or infinite
+    values.
 
     >>> from tempfile import TemporaryDirectory
     >>> from para_jax import AdapterBank, BackboneConfig, ParaConfig, save_adapter, tiny_backbone_path
@@ -126,18 +127,20 @@ def load_adapter(folder: str | Path, shape: BackboneShape, *, check_finite: bool
     if method.upper() in PEFT:
         adapter = peft.from_peft(folder, fields, weights, shape)
     else:
-        adapter = _of_ours(folder, method, fields, weights, shape)
+        adapter = _from_our_format(folder, method, fields, weights, shape)
     if check_finite:
         refuse_nonfinite(weights)
     return dataclasses.replace(adapter, chat_template=template)
 
 
-def _of_ours(folder: Path, method: str, fields: dict[str, Any], weights: Weights, shape: BackboneShape) -> Adapter:
-    """An adapter in the form that PEFT does not have."""
+def _from_our_format(
+    folder: Path, method: str, fields: dict[str, Any], weights: Weights, shape: BackboneShape
+) -> Adapter:
+    """An adapter of a method that PEFT does not have."""
     made_for = fields.get("base_model")
     try:
         config = config_from_dict(method, {k: v for k, v in fields.items() if k not in OURS})
-        # Targets may have no place in a backbone of other sizes, which are looked at first.
+        # Targets may not exist in a backbone of other sizes, so sizes are compared first.
         differences = _differences(made_for, base_sizes(shape, ())) or _differences(
             made_for, base_sizes(shape, _sites(config, shape))
         )
@@ -157,11 +160,11 @@ def _of_ours(folder: Path, method: str, fields: dict[str, Any], weights: Weights
 
 def _sites(config: MethodConfig, shape: BackboneShape) -> list[str]:
     """The sites that an adapter adapts in any layer."""
-    return list(dict.fromkeys(site for own in config.modules(shape) for site in own))
+    return list(dict.fromkeys(site for layer in config.modules(shape) for site in layer))
 
 
 def base_sizes(shape: BackboneShape, sites: Iterable[str] | None = None) -> dict[str, Any]:
-    """The sizes of a backbone that an adapter of these sites depends on; of all sites, if None."""
+    """The sizes of a backbone that an adapter of these sites, or of all sites, depends on."""
     return {
         "hidden_size": shape.hidden_size,
         "num_hidden_layers": shape.num_hidden_layers,
@@ -170,9 +173,9 @@ def base_sizes(shape: BackboneShape, sites: Iterable[str] | None = None) -> dict
 
 
 def _differences(made_for: Any, wanted: dict[str, Any]) -> str:
-    """Where the sizes that a file records are not those wanted. It may record more sites than its adapter uses."""
+    """Lists the differences between the sizes in a file and those wanted. The file may have more sites."""
     made_for = made_for if isinstance(made_for, dict) else {}
-    recorded = made_for.get("sites") if isinstance(made_for.get("sites"), dict) else {}
-    there = {**made_for, "sites": {name: recorded.get(name) for name in wanted["sites"]}}
+    file_sites = made_for.get("sites") if isinstance(made_for.get("sites"), dict) else {}
+    there = {**made_for, "sites": {name: file_sites.get(name) for name in wanted["sites"]}}
     keys = [k for k in wanted if there.get(k) != wanted[k]]
     return ", ".join(f"{k} {there.get(k)} there and {wanted[k]} here" for k in keys)

@@ -1,4 +1,4 @@
-"""Whether the tensors of a PEFT adapter's file are those that its config means here, and if not, what the cause is."""
+"""Checks that the tensors of a PEFT adapter match its config and the backbone, and finds the cause if they do not."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PARTS = re.compile(r".*\blayers\.\d+\.(?P<path>.+?)\.(?:lora_A\.weight|lora_B\.
 
 
 class Case(NamedTuple):
-    """What a file has, what it should have, and for whom."""
+    """The tensors of a file, the expected shapes, and the backbone."""
 
     names: Names
     shapes: Mapping[str, tuple[int, ...]]
@@ -35,7 +35,7 @@ class Case(NamedTuple):
 
     @property
     def misshapen(self) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
-        """The shapes there and here."""
+        """The actual and the expected shape of each tensor whose shape is wrong."""
         there = {name: x.shape for name, x in self.names.tensors.items()}
         return {k: (there[k], here) for k, here in self.shapes.items() if k in there and there[k] != here}
 
@@ -48,9 +48,9 @@ def check_fits(
     backbone: BackboneShape,
     vocab_size: int | None,
 ) -> None:
-    """Every tensor accounted for, or one error that lists all that is wrong and says what most likely is.
+    """Raises ParaJaxError, listing all problems and the likely cause, unless every tensor is as expected.
 
-    `shapes` are those that the config means, by PEFT's names. Raises ParaJaxError.
+    `shapes` are the expected shapes, by PEFT's names.
     """
     case = Case(names, shapes, made_for, backbone, vocab_size)
     problems = [f"{name} {list(shapes[name])} is missing" for name in case.missing]
@@ -76,51 +76,51 @@ def _not_gathered(case: Case) -> str | None:
     )
 
 
-def _embeddings(case: Case) -> str | None:
+def _has_embeddings(case: Case) -> str | None:
     found = {k: match[1] for k in case.extra if (match := _OUTSIDE.fullmatch(k))}
     if not found:
         return None
     if adapted := [module for name, module in found.items() if "lora_" in name]:
         modules = " and ".join(dict.fromkeys(adapted))
-        return f"it adapts {modules}, which is the backbone's here and not adapted; {MERGE}, or tune again without it"
+        return f"it adapts {modules}, which cannot be adapted here; {MERGE}, or tune again without it"
     modules = " and ".join(dict.fromkeys(found.values()))
     tokens = case.names.tensors[next(iter(found))].shape[:1]
     here = case.vocab_size
     without = "save the adapter without them: model.save_pretrained(folder, save_embedding_layers=False)"
     if here is None or not tokens or tokens[0] == here:
-        shared = f"it holds the model's {modules}, which all tenants share here"
+        shared = f"it contains the model's {modules}, which all tenants share here"
         return f"{shared}. If they were tuned, {MERGE}; if not, {without}"
     why = (
-        f"it holds the model's {modules} of {tokens[0]} tokens, and the backbone has {here}: the model was resized "
+        f"it contains the model's {modules} of {tokens[0]} tokens, and the backbone has {here}: the model was resized "
         "to its tokenizer (resize_token_embeddings) before it was tuned, and PEFT saved them. "
     )
     merge = f"esize the base model in the same way, {MERGE}"
     return f"{why}R{merge}" if tokens[0] > here else f"{why}If they were not tuned, {without}; else r{merge}"
 
 
-def _of_dora(case: Case) -> str | None:
+def _is_dora(case: Case) -> str | None:
     found = any("lora_magnitude_vector" in name for name in case.extra)
-    return f"it has magnitude vectors, which are DoRA's and not implemented here; {MERGE}" if found else None
+    return f"it has DoRA's magnitude vectors, which are not implemented here; {MERGE}" if found else None
 
 
-def _whole_model(case: Case) -> str | None:
-    own = [k for k in case.extra if not re.search(r"\.(lora_\w+|ia3_l)(\.|$)", k) and k.endswith((".weight", ".bias"))]
+def _is_model(case: Case) -> str | None:
+    found = [
+        k for k in case.extra if k.endswith((".weight", ".bias")) and not re.search(r"\.(lora_\w+|ia3_l)(\.|$)", k)
+    ]
     return (
-        f"{len(own)} of its tensors are weights of the model itself, such as {case.names.in_file[own[0]]}: it is not "
-        "an adapter's file but a state dict of the whole model. Save the adapter alone: model.save_pretrained(folder)"
-        if own
+        f"{len(found)} of its tensors are weights of the model itself, such as {case.names.in_file[found[0]]}: it is "
+        "not an adapter but a state dict of the whole model. Save only the adapter: model.save_pretrained(folder)"
+        if found
         else None
     )
 
 
 def _other_method(case: Case) -> str | None:
     vectors, pairs = (any(part in k for k in case.extra) for part in (".ia3_l", ".lora_"))
-    asked = any(".ia3_l" in k for k in case.shapes)
-    if (vectors and not asked) or (pairs and asked):
+    is_ia3 = any(".ia3_l" in k for k in case.shapes)
+    if (vectors and not is_ia3) or (pairs and is_ia3):
         there, here = ("IA3", "LORA") if vectors else ("LORA", "IA3")
-        return (
-            f"its tensors are those of peft_type {there}, and its config says {here}; take the config that is its own"
-        )
+        return f"its tensors are those of peft_type {there}, and its config has {here}; use the config of the same run"
     return None
 
 
@@ -141,20 +141,20 @@ def _other_backbone(case: Case) -> str | None:
 
 def _other_size(case: Case) -> str | None:
     if any(_rank_axis(name) is not None for name in case.misshapen):
-        return "r or rank_pattern in its config is not the rank of its tensors; correct it, lora_alpha with it"
+        return "r or rank_pattern in its config is not the rank of its tensors; correct it, and lora_alpha too"
     if case.misshapen:
-        return "feedforward_modules in its config is not what its tensors scale; correct it"
+        return "feedforward_modules in its config does not match the shapes of its tensors; correct it"
     return None
 
 
 def _other_targets(case: Case) -> str | None:
-    """Modules that only the config has, or only the file."""
-    more, fewer = _paths(case.extra) - _paths(case.shapes), _paths(case.shapes) - _paths(case.names.tensors)
+    """Modules that are only in the config, or only in the file."""
+    extra, missing = _paths(case.extra) - _paths(case.shapes), _paths(case.shapes) - _paths(case.names.tensors)
     sites = {site.path: name for name, site in case.backbone.sites.items()}
-    if unknown := sorted(more - set(sites)):
-        return f"it adapts {', '.join(unknown)}, which is no projection of this backbone that is adapted here; {MERGE}"
-    wrong = [f"lacks {sites[path]}, which the file has: add it" for path in sorted(more)]
-    wrong += [f"has {sites[path]}, which the file lacks: take it out" for path in sorted(fewer)]
+    if unknown := sorted(extra - set(sites)):
+        return f"it adapts {', '.join(unknown)}, which is not a projection that can be adapted here; {MERGE}"
+    wrong = [f"lacks {sites[path]}, which the file has: add it" for path in sorted(extra)]
+    wrong += [f"has {sites[path]}, which the file lacks: take it out" for path in sorted(missing)]
     return f"target_modules in its config {' and '.join(wrong)}" if wrong else None
 
 
@@ -162,23 +162,23 @@ def _other_names(case: Case) -> str | None:
     if len(case.missing) < len(case.shapes) or not case.extra:
         return None
     return (
-        f"its tensors have names of another kind of model, such as {case.names.in_file[case.extra[0]]}; those of this "
+        f"its tensors have names of another kind of model, such as {case.names.in_file[case.extra[0]]}; names for this "
         f"backbone are like {case.missing[0]}. Load the backbone it was tuned on ({case.made_for})"
     )
 
 
-def _a_part(case: Case) -> str:
+def _incomplete(case: Case) -> str:
     if case.missing:
         return (
-            f"it has {len(case.shapes) - len(case.missing)} of the {len(case.shapes)} tensors that its config means: "
-            "it was cut off, or is the part of one process; copy the whole adapter"
+            f"it has {len(case.shapes) - len(case.missing)} of the {len(case.shapes)} tensors that its config needs: "
+            "it is incomplete, or the part of one process; copy the whole adapter"
         )
-    return "its tensors do not fit its config: take out of target_modules or the file what the other does not have"
+    return "its tensors do not fit its config: remove what only target_modules or only the file has"
 
 
 CAUSES: tuple[Callable[[Case], str | None], ...] = (
-    _not_gathered, _embeddings, _of_dora, _whole_model, _other_method, _other_names, _other_backbone, _other_size,
-    _other_targets, _a_part,
+    _not_gathered, _has_embeddings, _is_dora, _is_model, _other_method, _other_names, _other_backbone, _other_size,
+    _other_targets, _incomplete,
 )  # fmt: skip
 
 
@@ -187,11 +187,11 @@ def _rank_axis(name: str) -> int | None:
 
 
 def _paths(names: Iterable[str]) -> set[str]:
-    """The places in a layer that these tensors belong to."""
+    """The paths, within a layer, of the modules that these tensors belong to."""
     return {match["path"] for name in names if (match := _PARTS.fullmatch(name))}
 
 
 def _layers(names: Iterable[str]) -> int:
-    """How many layers a backbone must have at least for its modules to have these names."""
+    """The minimum number of layers of a backbone with modules of these names."""
     numbers = (re.search(r"\.layers\.(\d+)\.", name) for name in names)
     return max((int(number[1]) + 1 for number in numbers if number), default=0)

@@ -1,14 +1,14 @@
-"""Fused projections: what PEFT knows as one module, Phi-3's qkv_proj or gate_up_proj, is several sites here.
+"""Fused projections: one module of transformers, such as Phi-3's qkv_proj or gate_up_proj, is several sites here.
 
-The outputs of such a module are its sites' outputs, end to end. (IA)3's vectors are as well, with ones where a site has
-none. LoRA's A are stacked and its B are the blocks of a diagonal; sites that have one A, as PEFT's adapters do, share
-its rows:
+The outputs of such a module are the concatenated outputs of its sites. (IA)3's vectors are concatenated too, with ones
+for a site without a vector. LoRA's A are stacked and its B are block-diagonal. If all sites have the same A, as in
+PEFT's own adapters, they share it:
 
-    q and v apart:   [B_q  0 ]  [A_q]            q, k and v of one A:   [B_q]
-                     [ 0   0 ]  [A_v]                                   [B_k] A
-                     [ 0  B_v]                                          [B_v]
+    separate q and v:  [B_q  0 ]  [A_q]            q, k and v with one A:  [B_q]
+                       [ 0   0 ]  [A_v]                                    [B_k] A
+                       [ 0  B_v]                                           [B_v]
 
-A module has one scale, and one rank for what it is joined of; where its sites' scales differ, B takes up the ratio.
+A module has one rank and one scale. If the scales of its sites differ, B includes the ratio.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from para_jax.families.architecture import Site
 
 @dataclass(frozen=True)
 class Fused:
-    """The shape of a backbone with the projections that transformers has; `apart` is the one with ours.
+    """The shape of a backbone with transformers' fused projections. `unfused` is the shape with separate sites.
 
     >>> from para_jax import BackboneConfig
     >>> fused = Fused(BackboneConfig(32, 8, 16, 1, 2, 1, 4, family="phi3"))
@@ -35,21 +35,21 @@ class Fused:
     (('q_proj', 'k_proj', 'v_proj'), 16)
     """
 
-    apart: BackboneShape
+    unfused: BackboneShape
 
     @property
     def hidden_size(self) -> int:
-        return self.apart.hidden_size
+        return self.unfused.hidden_size
 
     @property
     def num_hidden_layers(self) -> int:
-        return self.apart.num_hidden_layers
+        return self.unfused.num_hidden_layers
 
     @cached_property
     def parts(self) -> Mapping[str, tuple[str, ...]]:
         """The sites of each module, in the order of its outputs."""
         found: dict[str, tuple[str, ...]] = {}
-        for name, site in self.apart.sites.items():
+        for name, site in self.unfused.sites.items():
             module = site.fused.rpartition(".")[2] or name
             found[module] = (*found.get(module, ()), name)
         return found
@@ -58,7 +58,7 @@ class Fused:
     def sites(self) -> Mapping[str, Site]:
         found = {}
         for module, parts in self.parts.items():
-            sites = [self.apart.sites[part] for part in parts]
+            sites = [self.unfused.sites[part] for part in parts]
             outputs = sum(site.outputs for site in sites)
             found[module] = sites[0]._replace(outputs=outputs, path=sites[0].fused or sites[0].path, fused="")
         return found
@@ -68,81 +68,83 @@ class Fused:
         return {name: site for name, site in self.sites.items() if site.linear}
 
     def rows(self, module: str) -> dict[str, slice]:
-        """The outputs of each of its sites among the module's."""
-        ends = np.cumsum([0, *(self.apart.sites[part].outputs for part in self.parts[module])]).tolist()
+        """Each site's part of the module's outputs."""
+        ends = np.cumsum([0, *(self.unfused.sites[part].outputs for part in self.parts[module])]).tolist()
         return {part: slice(*ends[i : i + 2]) for i, part in enumerate(self.parts[module])}
 
 
 def as_transformers(shape: BackboneShape) -> Fused | None:
-    """The shape with transformers' projections, or None if they are those that there are here."""
+    """The shape with transformers' projections, or None if transformers fuses none."""
     return Fused(shape) if any(site.fused for site in shape.sites.values()) else None
 
 
 def join(config: PeftMethod, tensors: Tensors, view: Fused) -> tuple[PeftMethod, dict[str, np.ndarray]]:
-    """An adapter of sites as one of the modules of `view`: its config, and its tensors by PEFT's names."""
+    """Converts an adapter of sites to one of the modules of `view`: its config, and its tensors by PEFT's names."""
     joined: dict[str, np.ndarray] = {}
     modules: list[dict[str, Any]] = [{} for _ in range(view.num_hidden_layers)]
     for joint in _joints(config, view):
-        parts = {site: _of_module(tensors, config, joint.layer, site, view.apart) for site in joint.sites}
+        parts = {site: _module_tensors(tensors, config, joint.layer, site, view.unfused) for site in joint.sites}
         if joint.module in joint.sites:  # not fused
-            module, own = joint.sites[joint.module], parts[joint.module]
+            module, module_tensors = joint.sites[joint.module], parts[joint.module]
         else:
-            module, own = config.joined(joint, parts)
+            module, module_tensors = config.joined(joint, parts)
         modules[joint.layer][joint.module] = module
         at = peft_path(joint.layer, joint.module, view)
-        joined |= {f"{at}.{name}": x for name, x in own.items()}
+        joined |= {f"{at}.{name}": x for name, x in module_tensors.items()}
     return config.of_modules(modules, view), joined
 
 
 def split(
     config: PeftMethod, tensors: Tensors, view: Fused, kept: PeftMethod | None = None
 ) -> tuple[PeftMethod, dict[str, np.ndarray]]:
-    """An adapter of modules of `view` as one of sites; inverse of `join`.
+    """Converts an adapter of modules of `view` to one of sites; the inverse of `join`.
 
-    With `kept`, the config of what was joined, it comes apart into that. If these tensors were not joined of that, and
-    without it, all sites of a module are adapted and have the module's A.
+    `kept` is the config before `join`, if it is known. If it does not match these tensors, or is None, all sites of a
+    module are adapted and have the module's A.
     """
-    if kept is not None and (cut := _cut(kept, tensors, view)) is not None:
-        again, joined = join(kept, cut, view)
-        # Nothing may be left out: all else is what makes no change.
-        nothing = kept.decays_to
-        if again == config and all(np.array_equal(joined[k] == nothing, x == nothing) for k, x in tensors.items()):
-            return kept, cut
+    if kept is not None and (parts := _cut(kept, tensors, view)) is not None:
+        joined_config, joined = join(kept, parts, view)
+        # Joining again must give weights in the same places, so that `parts` lacks no weight.
+        identity = kept.decays_to
+        same = all(np.array_equal(joined[k] == identity, x == identity) for k, x in tensors.items())
+        if joined_config == config and same:
+            return kept, parts
     modules = [
-        {site: found for module, found in own.items() for site in view.parts[module]} for own in config.modules(view)
+        {site: settings for module, settings in layer.items() for site in view.parts[module]}
+        for layer in config.modules(view)
     ]
-    config = config.of_modules(modules, view.apart)
-    cut = _cut(config, tensors, view)
-    assert cut is not None
-    return config, cut
+    config = config.of_modules(modules, view.unfused)
+    parts = _cut(config, tensors, view)
+    assert parts is not None
+    return config, parts
 
 
 def _cut(config: PeftMethod, tensors: Tensors, view: Fused) -> dict[str, np.ndarray] | None:
-    """The tensors of a config of sites from those of modules; None if they have not the modules or ranks for it."""
+    """Splits the tensors of modules into those of a config of sites; None if their modules or ranks do not fit it."""
     found: dict[str, np.ndarray] = {}
     for joint in _joints(config, view):
-        own = {
+        module = {
             name: tensors[key]
-            for name in config.places(joint.layer, next(iter(joint.sites)), view.apart)
+            for name in config.places(joint.layer, next(iter(joint.sites)), view.unfused)
             if (key := f"{peft_path(joint.layer, joint.module, view)}.{name}") in tensors
         }
-        parts = {joint.module: own} if own and joint.module in joint.sites else config.cut(joint, own)
+        parts = {joint.module: module} if module and joint.module in joint.sites else config.cut(joint, module)
         if parts is None:
             return None
-        for site, of in parts.items():
-            found |= {f"{peft_path(joint.layer, site, view.apart)}.{name}": x for name, x in of.items()}
+        for site, part in parts.items():
+            found |= {f"{peft_path(joint.layer, site, view.unfused)}.{name}": x for name, x in part.items()}
     return found
 
 
 def _joints(config: PeftMethod, view: Fused) -> Iterator[Joint]:
-    """What a config of sites adapts of the modules of `view`."""
-    for layer, own in enumerate(config.modules(view.apart)):
+    """The modules of `view` that a config of sites adapts, with their adapted sites."""
+    for layer, settings in enumerate(config.modules(view.unfused)):
         for module, parts in view.parts.items():
-            if sites := {site: own[site] for site in parts if site in own}:
+            if sites := {site: settings[site] for site in parts if site in settings}:
                 yield Joint(layer, module, sites, view.rows(module), view.sites[module].outputs)
 
 
-def _of_module(tensors: Tensors, config: PeftMethod, layer: int, site: str, shape: BackboneShape) -> Tensors:
-    """The tensors of one module, by what their names have behind its path."""
+def _module_tensors(tensors: Tensors, config: PeftMethod, layer: int, site: str, shape: BackboneShape) -> Tensors:
+    """The tensors of one module, by the part of their names after its path."""
     at = peft_path(layer, site, shape)
     return {name: tensors[f"{at}.{name}"] for name in config.places(layer, site, shape)}

@@ -1,9 +1,9 @@
 """(IA)3, infused adapters that inhibit and amplify (Liu et al., arXiv 2205.05638), with PEFT's options.
 
-    y' = l * y        for the output of a projection, or l * x for the input of the feed-forward's last
+    y' = l * y        for the output of a projection, or l * x for the input of the feed-forward's last projection
 
-The vectors are the same for every prompt. The input of down_proj is a product with up_proj's output, so scaling the
-one is scaling the other.
+The vectors are the same for every prompt. The input of down_proj is the elementwise product of up_proj's output and the
+gate, so scaling this input is the same as scaling up_proj's output.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from para_jax.adapters.method import BackboneShape, Joint, Place, Prompt, Tensors, of_layer, sites_by_name
+from para_jax.adapters.method import BackboneShape, Joint, Place, Prompt, Tensors, sites_by_name, targeted_arrays
 from para_jax.adapters.targets import as_patterns, matched, module_path, resolve
 from para_jax.adjustment import Adjustment
 from para_jax.compat import Dict
@@ -36,18 +36,18 @@ VECTOR = "ia3_l"
 
 @dataclass(frozen=True)
 class IA3Config:
-    """Hyper-parameters of (IA)3, by PEFT's names.
+    """Hyper-parameters of (IA)3, with PEFT's names.
 
     PARA's authors scale Q, K and the up projection: `IA3Config(target_modules=("q_proj", "k_proj", "up_proj"),
     feedforward_modules=())`.
 
     Attributes:
       target_modules, exclude_modules: as in `LoraConfig`.
-      feedforward_modules: those of the targets whose input is scaled and not their output: down_proj or none.
-      projection: 0, or the length of a short vector that a learned matrix makes into a layer's vectors, by which
-        the method gets the size of another. PEFT has no such option; a saved adapter has the vectors it comes to.
+      feedforward_modules: the targets whose input is scaled instead of their output: down_proj or none.
+      projection: if not 0, the length of a short vector that a learned matrix projects to a layer's vectors, to match
+        the size of another method. PEFT does not have this option; a saved adapter has the resulting vectors.
 
-    Raises ParaJaxError for a value that is not one of these.
+    Raises ParaJaxError for an invalid value.
 
     >>> from para_jax import BackboneConfig, tiny_backbone_path
     >>> IA3Config().size(BackboneConfig.from_pretrained(tiny_backbone_path()))
@@ -83,7 +83,7 @@ class IA3Config:
 
     @property
     def decays_to(self) -> float:
-        """Vectors of one are the identity; with a projection, what is added to one is zero."""
+        """1, where vectors are the identity; 0 with a projection, whose output is added to one."""
         return 0.0 if self.projection else 1.0
 
     def modules(self, shape: BackboneShape) -> tuple[Mapping[str, None], ...]:
@@ -99,54 +99,54 @@ class IA3Config:
         widths = [sum(_width(site, self, shape) for site in layer) for layer in self.modules(shape)]
         if not self.projection:
             return sum(widths)
-        # Layers are alike in size, with a matrix for every site that any of them targets.
+        # All layers have the same size: the matrix covers every site that any layer targets.
         sites = {site for layer in self.modules(shape) for site in layer}
         return shape.num_hidden_layers * self.projection * (1 + sum(_width(site, self, shape) for site in sites))
 
     @classmethod
     def usual(cls, shape: BackboneShape) -> Mapping[str, IA3Config]:
-        """PEFT's targets, and those of PARA's authors. Of experts PEFT scales no input."""
-        pefts = {"ia3 k, v, down (PEFT's)": cls()} if FEEDFORWARD in shape.linear_sites else {}
+        """PEFT's targets, except for experts, whose inputs cannot be scaled; and those of PARA's authors."""
+        peft_default = {"ia3 k, v, down (PEFT's)": cls()} if FEEDFORWARD in shape.linear_sites else {}
         return {
-            **pefts,
+            **peft_default,
             "ia3 q, k, up": cls(target_modules=("q_proj", "k_proj", "up_proj"), feedforward_modules=()),
         }
 
     def axes(self, name: str) -> Axes:
-        """Of `vectors.SITE` (outputs,). down_proj's may be of its inputs and is never split."""
+        """The axes of `vectors.SITE` (outputs,). down_proj's may scale inputs and is never sharded."""
         site = name.rpartition(".")[2]
         return (SITE_AXES[site][1],) if site in SITE_AXES and site != FEEDFORWARD else ()
 
     # PEFT's form: one ia3_l for each module.
 
     def places(self, layer: int, site: str, shape: BackboneShape) -> dict[str, Place]:
-        """Of one module: ia3_l (outputs, 1), or (1, inputs) where the input is scaled."""
+        """One module's ia3_l (outputs, 1), or (1, inputs) if its input is scaled."""
         size = (1, shape.sites[site].inputs) if is_input(site, self, shape) else (shape.sites[site].outputs, 1)
         return {VECTOR: Place(f"vectors.{site}", (layer,), size)}
 
     def in_peft(self, layers: IA3Layer, leaves: Tensors) -> tuple[IA3Config, Tensors]:
-        """With a projection, the vectors that it comes to."""
+        """Replaces a projection by the vectors that it makes."""
         if not self.projection:
             return self, leaves
         offsets = jax.vmap(lambda layer: layer.offsets())(layers)
         return replace(self, projection=0), {f"vectors.{site}": 1 + np.asarray(x) for site, x in offsets.items()}
 
     def peft_options(self) -> dict[str, Any]:
-        """All its fields but `projection`."""
+        """All fields except `projection`."""
         return {key: value for key, value in asdict(self).items() if key not in self.peft_lacks}
 
     def of_modules(self, modules: Sequence[Mapping[str, None]], shape: BackboneShape) -> IA3Config:
-        """The same with other modules."""
+        """This config with other target modules."""
         targets = sites_by_name(modules, shape)
-        forward = any(FEEDFORWARD in own for own in modules) and is_input(FEEDFORWARD, self, shape)
-        fed = tuple(target for target in targets if forward and FEEDFORWARD in target)
-        return replace(self, target_modules=targets, exclude_modules=(), feedforward_modules=fed)
+        forward = any(FEEDFORWARD in layer for layer in modules) and is_input(FEEDFORWARD, self, shape)
+        scaled_inputs = tuple(target for target in targets if forward and FEEDFORWARD in target)
+        return replace(self, target_modules=targets, exclude_modules=(), feedforward_modules=scaled_inputs)
 
     def joined(self, joint: Joint, parts: Mapping[str, Tensors]) -> tuple[None, Tensors]:
-        """The vectors of all sites, with ones where a site has none."""
+        """Concatenates the vectors of all sites, with ones for a site without a vector."""
         vector = np.ones((joint.outputs, 1), np.float32)
-        for site, of in parts.items():
-            vector[joint.rows[site]] = of[VECTOR]
+        for site, part in parts.items():
+            vector[joint.rows[site]] = part[VECTOR]
         return None, {VECTOR: vector}
 
     def cut(self, joint: Joint, tensors: Tensors) -> dict[str, Tensors] | None:
@@ -156,20 +156,20 @@ class IA3Config:
         return {site: {VECTOR: tensors[VECTOR][joint.rows[site]]} for site in joint.sites}
 
     def merged(self, weight: np.ndarray, tensors: Tensors, module: None) -> np.ndarray:
-        """W with its rows multiplied by the vector, or its columns where the input is scaled."""
+        """Multiplies W's rows by the vector, or its columns if the input is scaled."""
         vector = tensors[VECTOR]
-        if weight.ndim == 1:  # a bias belongs to the output, so that scaling the input leaves it alone
+        if weight.ndim == 1:  # a bias does not change when the input is scaled
             return weight if vector.shape[0] == 1 else weight * vector[:, 0]
         return weight * vector
 
 
 def is_input(site: str, config: IA3Config, shape: BackboneShape) -> bool:
-    """Whether it is the input of this site that is scaled."""
+    """Whether the input of this site is scaled, instead of its output."""
     return any(_feeds(config, module_path(i, site, shape)) for i in range(shape.num_hidden_layers))
 
 
 def _feeds(config: IA3Config, path: str) -> bool:
-    """Whether feedforward_modules means this module. PEFT looks at the end of the path, dot or no dot."""
+    """Whether feedforward_modules has this module. PEFT matches the end of the path, with or without a dot before."""
     forward = config.feedforward_modules
     return matched(forward, path) if isinstance(forward, str) else path.endswith(forward)
 
@@ -186,7 +186,7 @@ def _modules(config: IA3Config, shape: BackboneShape) -> tuple[Mapping[str, None
     for entry in (forward,) if isinstance(forward, str) else forward:
         if not any(matched(entry if isinstance(forward, str) else (entry,), path) for path in paths):
             raise ParaJaxError(
-                f"feedforward_modules has {entry!r}, which is none of the targeted modules; leave it out"
+                f"feedforward_modules has {entry!r}, which is not one of the targeted modules; leave it out"
             )
     for site in {site for sites in layers for site in sites}:
         if is_input(site, config, shape) and site != FEEDFORWARD:
@@ -197,21 +197,21 @@ def _modules(config: IA3Config, shape: BackboneShape) -> tuple[Mapping[str, None
     for path in paths:
         if path.endswith(FEEDFORWARD) and _feeds(config, path) != is_input(FEEDFORWARD, config, shape):
             raise ParaJaxError(
-                f"feedforward_modules means {FEEDFORWARD} in some of the targeted layers and not in others, such as "
+                f"feedforward_modules has {FEEDFORWARD} in some of the targeted layers and not in others, such as "
                 f"{path}; name {FEEDFORWARD} for all"
             )
     return tuple(dict.fromkeys(sites) for sites in layers)
 
 
 class IA3Layer(nnx.Module):
-    """The vectors of one layer of one tenant, float32: for each site `vectors` (features,), ones at first.
+    """The vectors of one layer of one tenant, in float32: `vectors` (features,) for each site, initially ones.
 
-    With a projection: `short` (p,) and `matrix` (p, sum of features), whose product is added to one.
+    With a projection: `short` (p,) and `matrix` (p, sum of features). The vectors are 1 + short @ matrix.
     """
 
     def __init__(self, config: IA3Config, shape: BackboneShape, rngs: nnx.Rngs):
         self.config = config
-        self.modules = tuple(tuple(of_layer) for of_layer in config.modules(shape))
+        self.modules = tuple(tuple(sites) for sites in config.modules(shape))
         self.sites = tuple(site for site in shape.sites if any(site in layer for layer in self.modules))
         self.scaled = {site: FEEDS if is_input(site, config, shape) else site for site in self.sites}
         self.widths = tuple(_width(site, config, shape) for site in self.sites)
@@ -224,16 +224,16 @@ class IA3Layer(nnx.Module):
             )
 
     def prepare(self, prompt: Prompt, layer: Int[Array, ""] | int = 0) -> Adjustment:
-        """Hands on this layer's vectors. The prompt is not read."""
+        """Returns this layer's vectors. The prompt is not read."""
         offsets: dict[str, Array] = {}
-        for site, offset in of_layer(self.offsets(), self.modules, layer).items():
+        for site, offset in targeted_arrays(self.offsets(), self.modules, layer).items():
             at = self.scaled[site]
-            # up_proj's output may be scaled by two vectors, its own and that of down_proj's input.
+            # up_proj's output may be scaled by two vectors: its own, and the one of down_proj's input.
             offsets[at] = offsets[at] + offset + offsets[at] * offset if at in offsets else offset
         return Adjustment(offsets)
 
     def offsets(self) -> dict[str, Float[Array, " features"]]:
-        """For each site how far its vector is from one."""
+        """Each site's vector minus one."""
         if not self.config.projection:
             return {site: self.vectors[site][...] - 1 for site in self.sites}
         ends = np.cumsum(self.widths)[:-1].tolist()

@@ -1,8 +1,8 @@
-"""LoRA, low-rank adaptation (Hu et al., arXiv 2106.09685), with the options and the semantics of PEFT's LoraConfig.
+"""LoRA, low-rank adaptation (Hu et al., arXiv 2106.09685), with the options and semantics of PEFT's LoraConfig.
 
     y' = y + scale * (x A^T) B^T        scale = lora_alpha / r, or lora_alpha / sqrt(r) (rsLoRA, arXiv 2312.03732)
 
-The prompt plays no part: preparing hands the pairs on, and every token pays for reading them.
+Preparing does not read the prompt. It returns the pairs, which are applied to every token.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ if TYPE_CHECKING:
     from jax import Array
     from jaxtyping import Float, Int
 
+# PEFT's other initialisations start from the backbone's weights or from data, and most change the backbone.
 INITIALISATIONS = (True, False, "gaussian", "orthogonal")
-# What PEFT offers beyond these begins at the backbone's weights or at data, and most of it changes the backbone.
 
-# PEFT's names of a pair, behind its module's path.
+# PEFT's names of a pair, after its module's path.
 A, B = "lora_A.weight", "lora_B.weight"
 
 
 class Module(NamedTuple):
-    """One targeted projection: its pair's rank and alpha, and by how much the pair's product is scaled."""
+    """One targeted projection: the rank, alpha and scale of its pair."""
 
     rank: int
     alpha: float
@@ -49,23 +49,23 @@ class Module(NamedTuple):
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Hyper-parameters of LoRA, by PEFT's names and with PEFT's meanings.
+    """Hyper-parameters of LoRA, with PEFT's names and meanings.
 
     Attributes:
-      r, lora_alpha: rank, and the numerator of the scale.
-      target_modules: names of projections, ends of paths or whole paths (`layers.3.self_attn.q_proj`); a string is
-        a regular expression for the whole path, or "all-linear".
-      exclude_modules: what to leave out of them, in the same forms.
+      r, lora_alpha: the rank, and the numerator of the scale.
+      target_modules: names of projections, ends of paths or full paths (`layers.3.self_attn.q_proj`). A string is
+        "all-linear", or a regular expression for the full path.
+      exclude_modules: modules to leave out, in the same forms.
       rank_pattern, alpha_pattern: another r or lora_alpha for modules whose path ends with a regular expression; the
-        first that fits counts.
-      use_rslora: divide lora_alpha by sqrt(r) and not by r.
-      lora_dropout: the share of a pair's inputs that is dropped while training; nothing else ever drops any.
-      init_lora_weights: how a fresh adapter begins. True: A uniform as of a linear layer, B zero; "gaussian": A from
+        first match is used.
+      use_rslora: divide lora_alpha by sqrt(r) instead of r.
+      lora_dropout: the dropout rate of a pair's inputs in training. There is no other dropout.
+      init_lora_weights: the initial weights. True: A uniform as in a linear layer, B zero; "gaussian": A from
         N(0, 1 / r), B zero; "orthogonal": A and B random with B A zero, for an even r; False: both random, which is
         not the identity.
-      layers_to_transform: the only layers that target_modules means; all, if None.
+      layers_to_transform: the layers that target_modules applies to; None for all.
 
-    Raises ParaJaxError for a value that is not one of these.
+    Raises ParaJaxError for an invalid value.
 
     >>> from para_jax import BackboneConfig, tiny_backbone_path
     >>> LoraConfig(r=4, target_modules="all-linear").size(BackboneConfig.from_pretrained(tiny_backbone_path()))
@@ -78,7 +78,7 @@ class LoraConfig:
     peft_type: ClassVar[str] = "LORA"
     peft_lacks: ClassVar[tuple[str, ...]] = ()
     peft_requires: ClassVar[tuple[str, ...]] = ("target_modules",)
-    # Most others take the base's weights apart, so that the adapter is none of the base it names.
+    # Most other choices change the base's weights, so the adapter does not fit the base that it names.
     peft_choices: ClassVar[Mapping[str, tuple[Any, ...]]] = {"init_lora_weights": INITIALISATIONS}
 
     r: int = 8
@@ -103,30 +103,30 @@ class LoraConfig:
         if self.layers_to_transform is not None:
             one = isinstance(self.layers_to_transform, int)
             layers = (self.layers_to_transform,) if one else self.layers_to_transform
-            if not isinstance(layers, Iterable) or not all(_whole(layer) for layer in layers):
+            if not isinstance(layers, Iterable) or not all(_is_int(layer) for layer in layers):
                 raise ParaJaxError(f"layers_to_transform must be numbers of layers, not {self.layers_to_transform!r}")
             put("layers_to_transform", tuple(layers))
             if isinstance(self.target_modules, str):
                 raise ParaJaxError("layers_to_transform needs target_modules as a list; put the layers in the pattern")
         for rank in (self.r, *(rank for _, rank in self.rank_pattern)):
-            if not _whole(rank) or rank < 1:
+            if not _is_int(rank) or rank < 1:
                 raise ParaJaxError(f"r and the ranks of rank_pattern must be whole numbers from 1, not {rank!r}")
             if self.init_lora_weights == "orthogonal" and rank % 2:
                 raise ParaJaxError(f'init_lora_weights="orthogonal" needs even ranks, not {rank}')
         for alpha in (self.lora_alpha, *(alpha for _, alpha in self.alpha_pattern)):
-            if not _number(alpha):
+            if not _is_finite(alpha):
                 raise ParaJaxError(f"lora_alpha and the values of alpha_pattern must be numbers, not {alpha!r}")
         if not isinstance(self.use_rslora, bool):
             raise ParaJaxError(f"use_rslora must be true or false, not {self.use_rslora!r}")
-        if not _number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
+        if not _is_finite(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
             raise ParaJaxError(f"lora_dropout must be at least 0 and below 1, not {self.lora_dropout!r}")
-        # 1 == True, and is no choice.
+        # 1 == True, but 1 is not a valid choice.
         if not isinstance(self.init_lora_weights, bool | str) or self.init_lora_weights not in INITIALISATIONS:
             raise unknown("init_lora_weights", self.init_lora_weights, [str(choice) for choice in INITIALISATIONS])
 
     @property
     def dropout(self) -> float:
-        """Of the inputs of pairs while training."""
+        """The dropout rate of the pairs' inputs in training."""
         return self.lora_dropout
 
     def modules(self, shape: BackboneShape) -> tuple[Mapping[str, Module], ...]:
@@ -147,130 +147,130 @@ class LoraConfig:
 
     @classmethod
     def usual(cls, shape: BackboneShape) -> Mapping[str, LoraConfig]:
-        """Three ranks, on the queries and values or everywhere."""
+        """Three ranks, on the queries and values or on all linear modules."""
         targets: dict[str, Any] = {"q and v": ("q_proj", "v_proj"), "all linear": "all-linear"}
         return {
-            f"lora r={r}, {name}": LoraConfig(r=r, target_modules=of)
-            for name, of in targets.items()
+            f"lora r={r}, {name}": LoraConfig(r=r, target_modules=target)
+            for name, target in targets.items()
             for r in (8, 16, 64)
         }
 
     def axes(self, name: str) -> Axes:
-        """Of `down.SITE` (r, inputs) and `up.SITE` (outputs, r)."""
+        """The axes of `down.SITE` (r, inputs) and `up.SITE` (outputs, r)."""
         *_, half, site = ["", *name.split(".")]
         if site not in SITE_AXES:
             return ()
         inputs, outputs = SITE_AXES[site]
         return (None, inputs) if half == "down" else (outputs, None)
 
-    # PEFT's form: lora_A is `down`, lora_B is `up`, each of the module's own rank.
+    # PEFT's form: lora_A is `down`, lora_B is `up`, each with the module's rank.
 
     def places(self, layer: int, site: str, shape: BackboneShape) -> dict[str, Place]:
-        """Of one module: lora_A (r, inputs) and lora_B (outputs, r)."""
-        rank, of = self.modules(shape)[layer][site].rank, shape.sites[site]
+        """One module's lora_A (r, inputs) and lora_B (outputs, r)."""
+        rank, (inputs, outputs) = self.modules(shape)[layer][site].rank, shape.sites[site][:2]
         return {
-            A: Place(f"down.{site}", np.s_[layer, :rank], (rank, of.inputs)),
-            B: Place(f"up.{site}", np.s_[layer, :, :rank], (of.outputs, rank)),
+            A: Place(f"down.{site}", np.s_[layer, :rank], (rank, inputs)),
+            B: Place(f"up.{site}", np.s_[layer, :, :rank], (outputs, rank)),
         }
 
     def in_peft(self, layers: LoraLayer, leaves: Tensors) -> tuple[LoraConfig, Tensors]:
-        """As LoRA, which FanLoRA is to PEFT."""
+        """The LoraConfig with the same fields: to PEFT, FanLoRA is LoRA."""
         return LoraConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(LoraConfig)}), leaves
 
     def peft_options(self) -> dict[str, Any]:
-        """All its fields, and no biases."""
+        """All fields, and `bias="none"`."""
         patterns = {"rank_pattern": dict(self.rank_pattern), "alpha_pattern": dict(self.alpha_pattern)}
         return {**dataclasses.asdict(self), **patterns, "bias": "none"}
 
     def of_modules(self, modules: Sequence[Mapping[str, Module]], shape: BackboneShape) -> LoraConfig:
-        """The same with other modules, whose ranks and alphas are the commonest or in a pattern."""
+        """This config with other modules. The most common rank and alpha become r and lora_alpha, others patterns."""
         options: dict[str, Any] = {"target_modules": sites_by_name(modules, shape), "exclude_modules": ()}
-        for name, usual, others in (("rank", "r", "rank_pattern"), ("alpha", "lora_alpha", "alpha_pattern")):
+        for name, option, pattern in (("rank", "r", "rank_pattern"), ("alpha", "lora_alpha", "alpha_pattern")):
             values = {
-                (i, site): getattr(own[site], name)
-                for i, own in enumerate(modules)
+                (i, site): getattr(layer[site], name)
+                for i, layer in enumerate(modules)
                 for site in shape.sites
-                if site in own
+                if site in layer
             }
-            options[usual] = Counter(values.values()).most_common(1)[0][0]
-            options[others] = {
+            options[option] = Counter(values.values()).most_common(1)[0][0]
+            options[pattern] = {
                 site
                 if all(v == value for (_, other), v in values.items() if other == site)
-                else site_path(layer, site, shape): value
-                for (layer, site), value in values.items()
-                if value != options[usual]
+                else site_path(i, site, shape): value
+                for (i, site), value in values.items()
+                if value != options[option]
             }
         return dataclasses.replace(self, **options, layers_to_transform=None)
 
     def joined(self, joint: Joint, parts: Mapping[str, Tensors]) -> tuple[Module, Tensors]:
-        """A of all sites stacked, or the one that they share; B in blocks, or one below the other."""
+        """Stacks the A of all sites, with B block-diagonal. If all sites have the same A, keeps one and stacks B."""
         downs = [parts[site][A] for site in joint.sites]
-        shared = _alike(joint) and all(np.array_equal(down, downs[0]) for down in downs)
+        shared = _same_settings(joint) and all(np.array_equal(down, downs[0]) for down in downs)
         down = downs[0] if shared else np.concatenate(downs)
         up = np.zeros((joint.outputs, len(down)), np.float32)
         for site, columns in (_columns(joint, len(down)) or {}).items():
             up[joint.rows[site], columns] = parts[site][B] * _ratio(joint, site)
-        return _of_rank(len(down), _leading(joint), self.use_rslora), {A: down, B: up}
+        return _with_rank(len(down), _largest_scale(joint), self.use_rslora), {A: down, B: up}
 
     def cut(self, joint: Joint, tensors: Tensors) -> dict[str, Tensors] | None:
-        """The pair of each site; None if the module's rank is none that `joined` makes."""
+        """Each site's pair; None if `joined` cannot make the module's rank."""
         down, up = tensors.get(A), tensors.get(B)
         columns = None if down is None else _columns(joint, len(down))
         if down is None or up is None or columns is None:
             return None
         return {
-            site: {A: down[own], B: up[joint.rows[site], own] / (_ratio(joint, site) or 1)}
-            for site, own in columns.items()
+            site: {A: down[ranks], B: up[joint.rows[site], ranks] / (_ratio(joint, site) or 1)}
+            for site, ranks in columns.items()
         }
 
     def merged(self, weight: np.ndarray, tensors: Tensors, module: Module) -> np.ndarray:
-        """W + scale * B A. Biases stay as they are."""
+        """W + scale * B A. Biases do not change."""
         return weight if weight.ndim == 1 else weight + np.float32(module.scale) * (tensors[B] @ tensors[A])
 
 
-def _alike(joint: Joint) -> bool:
-    """Whether the sites could have one A."""
+def _same_settings(joint: Joint) -> bool:
+    """Whether all sites have the same rank and alpha, so that they may share one A."""
     return len(set(joint.sites.values())) == 1
 
 
-def _leading(joint: Joint) -> Module:
-    """The rank and scale of the site whose scale is largest, which is the module's."""
+def _largest_scale(joint: Joint) -> Module:
+    """The settings of the site with the largest scale, which the fused module uses."""
     return max(joint.sites.values(), key=lambda pair: abs(pair.scale))
 
 
 def _columns(joint: Joint, rank: int) -> dict[str, slice] | None:
-    """What each site has of the module's rank: all of one A, or a share of it. None if there is no such rank."""
+    """The part of the module's rank for each site: all of a shared A, or its block. None if the rank fits neither."""
     ranks = [pair.rank for pair in joint.sites.values()]
-    if _alike(joint) and rank == ranks[0]:
+    if _same_settings(joint) and rank == ranks[0]:
         return dict.fromkeys(joint.sites, slice(rank))
     ends = np.cumsum([0, *ranks]).tolist()
     return {site: slice(*ends[i : i + 2]) for i, site in enumerate(joint.sites)} if rank == ends[-1] else None
 
 
 def _ratio(joint: Joint, site: str) -> np.float32:
-    """What B is multiplied by for the module's scale to serve this site."""
-    scale = _leading(joint).scale
+    """The factor for a site's B that makes up for the module's scale."""
+    scale = _largest_scale(joint).scale
     return np.float32(joint.sites[site].scale / scale if scale else 1)
 
 
-def _of_rank(rank: int, pair: Module, rank_stabilised: bool) -> Module:
-    """The same scale with another rank."""
+def _with_rank(rank: int, pair: Module, rank_stabilised: bool) -> Module:
+    """The settings with another rank and the same scale."""
     if rank == pair.rank:
         return pair
     alpha = pair.alpha * math.sqrt(rank / pair.rank) if rank_stabilised else pair.alpha * rank / pair.rank
     return Module(rank, int(alpha) if alpha == int(alpha) else alpha, pair.scale)
 
 
-def _whole(value: Any) -> bool:
+def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _number(value: Any) -> bool:
+def _is_finite(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _as_pairs(name: str, patterns: Any) -> tuple[tuple[str, Any], ...]:
-    """A pattern option as pairs, of a dict or of pairs. Raises ParaJaxError for what is neither."""
+    """A pattern option, a dict or pairs, as pairs. Raises ParaJaxError for anything else."""
     pairs = tuple(patterns.items()) if isinstance(patterns, Mapping) else patterns
     if not isinstance(pairs, list | tuple) or not all(
         isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs
@@ -280,7 +280,7 @@ def _as_pairs(name: str, patterns: Any) -> tuple[tuple[str, Any], ...]:
         try:
             re.compile(key)
         except re.error as error:
-            raise ParaJaxError(f"{name} has {key!r}, which is no regular expression: {error}") from error
+            raise ParaJaxError(f"{name} has {key!r}, which is not a regular expression: {error}") from error
     return tuple((key, value) for key, value in pairs)
 
 
@@ -304,37 +304,36 @@ def _modules(config: LoraConfig, shape: BackboneShape) -> tuple[Mapping[str, Mod
 
 
 class LoraLayer(nnx.Module):
-    """The pairs of one layer of one tenant, float32: for each site `down` (r, inputs) and `up` (outputs, r).
+    """The pairs of one layer of one tenant, in float32: `down` (r, inputs) and `up` (outputs, r) for each site.
 
-    They are PEFT's lora_A and lora_B. Layers are stacked, so where ranks differ all have the widest's, and what is
-    wider than a layer's own is zero. It stays zero: each half's gradient is a multiple of the other.
+    They are PEFT's lora_A and lora_B. Layers are stacked, so all are padded with zeros to the largest rank. The padding
+    stays zero, because the gradient of each matrix is a multiple of the other matrix.
     """
 
     def __init__(self, config: LoraConfig, shape: BackboneShape, rngs: nnx.Rngs, layer: Int[Array, ""] | int):
         self.config = config
         modules = config.modules(shape)
-        self.modules = tuple(tuple(of_layer.items()) for of_layer in modules)
+        self.modules = tuple(tuple(by_site.items()) for by_site in modules)
         self.down: dict[str, nnx.Param] = Dict()
         self.up: dict[str, nnx.Param] = Dict()
-        for site in [site for site in shape.sites if any(site in of_layer for of_layer in modules)]:
-            ranks = np.array([of_layer[site].rank if site in of_layer else 0 for of_layer in modules], np.int32)
+        for site in [site for site in shape.sites if any(site in by_site for by_site in modules)]:
+            ranks = np.array([by_site[site].rank if site in by_site else 0 for by_site in modules], np.int32)
             kept_r = jnp.arange(ranks.max()) < jnp.asarray(ranks)[layer]
             down, up = _fresh(config, int(ranks.max()), jnp.asarray(ranks)[layer], shape.sites[site], rngs.params())
             self.down[site] = nnx.Param(jnp.where(kept_r[:, None], down, 0))
             self.up[site] = nnx.Param(jnp.where(kept_r[None], up, 0))
 
     def prepare(self, prompt: Prompt, layer: Int[Array, ""] | int = 0) -> Adjustment:
-        """Hands on this layer's pairs, the scale in `up`. The prompt is not read."""
+        """Returns this layer's pairs, with the scale in `up`. The prompt is not read."""
         if isinstance(layer, int):
-            # Layers are apart here, so that each has only the modules and ranks that it has.
+            # Layers are unrolled, so each uses only its own modules and ranks.
             modules = dict(self.modules[layer])
             ranks: dict[str, int | None] = {site: module.rank for site, module in modules.items()}
             scales: dict[str, Any] = {site: module.scale for site, module in modules.items()}
         else:
             ranks = dict.fromkeys(self.down, None)
             tables = {
-                site: [dict(of_layer).get(site, Module(0, 0.0, 0.0)).scale for of_layer in self.modules]
-                for site in ranks
+                site: [dict(pairs).get(site, Module(0, 0.0, 0.0)).scale for pairs in self.modules] for site in ranks
             }
             scales = {site: jnp.array(table, jnp.float32)[layer] for site, table in tables.items()}
         return Adjustment(
@@ -346,28 +345,27 @@ class LoraLayer(nnx.Module):
 
 
 def _fresh(
-    config: LoraConfig, rank: int, own: Int[Array, ""], site: Any, key: Array
+    config: LoraConfig, padded_rank: int, rank: Int[Array, ""], site: Any, key: Array
 ) -> tuple[Float[Array, "r inputs"], Float[Array, "outputs r"]]:
-    """A and B as PEFT begins them, for a rank of `own` of which `rank` is the widest."""
+    """A and B with PEFT's initialisation for `rank`, in arrays of `padded_rank`."""
     a, b, c = jax.random.split(key, 3)
-    down, up = (rank, site.inputs), (site.outputs, rank)
+    down, up = (padded_rank, site.inputs), (site.outputs, padded_rank)
     if config.init_lora_weights == "orthogonal":
-        # Halves of an orthonormal basis of the layer's own rank span complements, which makes B A zero.
-        inside = jnp.arange(rank) < own
-        square = jnp.where(
-            inside[:, None] & inside[None], jax.random.normal(a, (rank, rank), jnp.float32), jnp.eye(rank)
-        )
-        basis, _ = jnp.linalg.qr(square)
-        halves = [jnp.where((jnp.arange(rank) % 2 == side)[:, None], basis, 0) for side in (0, 1)]
+        # A and B use disjoint halves of an orthonormal basis of the layer's rank, so that B A is zero.
+        index = jnp.arange(padded_rank)
+        inside = index < rank
+        normal = jax.random.normal(a, (padded_rank, padded_rank), jnp.float32)
+        basis, _ = jnp.linalg.qr(jnp.where(inside[:, None] & inside[None], normal, jnp.eye(padded_rank)))
+        halves = [jnp.where((index % 2 == half)[:, None], basis, 0) for half in (0, 1)]
         return (
             halves[0].T @ jax.random.normal(b, down, jnp.float32) / 10,
             jax.random.normal(c, up, jnp.float32) @ halves[1] / 10,
         )
     if config.init_lora_weights == "gaussian":
-        return jax.random.normal(a, down, jnp.float32) / own.astype(jnp.float32), jnp.zeros(up, jnp.float32)
+        return jax.random.normal(a, down, jnp.float32) / rank.astype(jnp.float32), jnp.zeros(up, jnp.float32)
     bound = site.inputs**-0.5
-    drawn = jax.random.uniform(a, down, jnp.float32, -bound, bound)
+    uniform = jax.random.uniform(a, down, jnp.float32, -bound, bound)
     if config.init_lora_weights is True:
-        return drawn, jnp.zeros(up, jnp.float32)
-    bound_r = 1 / jnp.sqrt(own.astype(jnp.float32))
-    return drawn, jax.random.uniform(b, up, jnp.float32, -1.0, 1.0) * bound_r
+        return uniform, jnp.zeros(up, jnp.float32)
+    bound_r = 1 / jnp.sqrt(rank.astype(jnp.float32))
+    return uniform, jax.random.uniform(b, up, jnp.float32, -1.0, 1.0) * bound_r

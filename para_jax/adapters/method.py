@@ -1,4 +1,4 @@
-"""What a method has to provide; `adapters/registry.py` has the methods there are."""
+"""The interfaces of a method and of the backbone it adapts. `adapters/registry.py` lists the methods."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
 
-# Modules of a causal language model that are outside its layers.
+# The modules of a causal language model outside its layers.
 OUTSIDE = ("embed_tokens", "lm_head")
 
 
 class BackboneShape(Protocol):
-    """What an adapter needs to know of a backbone; `BackboneConfig` is one."""
+    """The sizes of a backbone that adapters depend on. `BackboneConfig` implements it."""
 
     @property
     def hidden_size(self) -> int: ...
@@ -41,12 +41,12 @@ class BackboneShape(Protocol):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """What an adapter may read of a prompt at one layer, for one sequence or with a leading batch axis.
+    """The hidden states of a prompt at one layer, for one sequence or with a leading batch axis.
 
     Attributes:
       hidden_td: the layer's input, the residual stream.
-      normed_td: the same behind the layer's first norm.
-      mask_t: which tokens are the prompt's; the others may hold anything.
+      normed_td: the layer's input after its first norm.
+      mask_t: True for the prompt's tokens; all others may hold any values.
     """
 
     hidden_td: Float[Array, "*b t d"]
@@ -55,22 +55,23 @@ class Prompt:
 
 
 class AdapterLayer(Protocol):
-    """One layer's trained weights of one tenant, a Flax module; stacked over layers and tenants by `vmap`."""
+    """One layer's trained weights of one tenant, a Flax module. `vmap` stacks it over layers and tenants."""
 
     def prepare(self, prompt: Prompt, layer: int | Int[Array, ""]) -> Adjustment:
-        """Reads the prompt at layer number `layer`, which is a Python int where layers are unrolled."""
+        """Reads the prompt at layer number `layer`, a Python int if layers are unrolled."""
         ...
 
 
 class MethodConfig(Protocol):
-    """The hyper-parameters of a method: a frozen dataclass with PEFT's field names where PEFT has one.
+    """The hyper-parameters of a method: a frozen dataclass. Fields that PEFT has too have PEFT's names.
 
     Attributes:
-      reads_prompt: whether `prepare` reads the prompt. Where it does not, an adapter is the same for all prompts, and
-        all turns of a chat are learnt in one pass.
-      decays_to: what weight decay pulls weights to: with all of them there, the adapter is the identity.
-      dropout: the share of a site's inputs that is dropped while training.
-      peft_type: what PEFT calls the method, if it has it. Its config is then a `PeftMethod`.
+      reads_prompt: whether `prepare` reads the prompt. If not, an adapter is the same for all prompts, and all turns of
+        a chat are trained in one pass.
+      decays_to: the value that weight decay pulls weights to. With all weights at this value, the adapter is the
+        identity.
+      dropout: the dropout rate of a site's inputs in training.
+      peft_type: PEFT's name of the method, or "". If PEFT has the method, its config is a `PeftMethod`.
     """
 
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
@@ -84,14 +85,14 @@ class MethodConfig(Protocol):
     def dropout(self) -> float: ...
 
     def modules(self, shape: BackboneShape) -> tuple[Mapping[str, Any], ...]:
-        """The targeted sites of each layer, and what is particular to each.
+        """The targeted sites of each layer, each with its own settings.
 
         Raises ParaJaxError for a target that matches nothing.
         """
         ...
 
     def layer(self, shape: BackboneShape, rngs: nnx.Rngs, layer: Int[Array, ""]) -> AdapterLayer:
-        """Fresh weights of layer number `layer`. Of an array's shape nothing depends on it."""
+        """Fresh weights of layer number `layer`. Array shapes do not depend on `layer`."""
         ...
 
     def size(self, shape: BackboneShape) -> int:
@@ -100,19 +101,21 @@ class MethodConfig(Protocol):
 
     @classmethod
     def usual(cls, shape: BackboneShape) -> Mapping[str, MethodConfig]:
-        """The settings that people use, by a name for people; `para-jax methods` prints what they cost."""
+        """Common settings, by a readable name. `para-jax methods` prints their costs."""
         ...
 
     def axes(self, name: str) -> Axes:
-        """The logical axes of one of a layer's arrays, by its name, in front of which others may stand; (), if none of
-        them is split."""
+        """The logical axes of one of a layer's arrays, by its name; () if none is sharded.
+
+        The array may have further leading axes.
+        """
         ...
 
     def __hash__(self) -> int: ...
 
 
 class Place(NamedTuple):
-    """Where one of PEFT's tensors, and of which shape, is in an adapter's stacked weights."""
+    """Where one of PEFT's tensors is in an adapter's stacked weights, and its shape."""
 
     leaf: str
     part: tuple[Any, ...]
@@ -120,12 +123,12 @@ class Place(NamedTuple):
 
 
 class Joint(NamedTuple):
-    """A module of one layer that transformers has, and those of its sites that are adapted.
+    """One of transformers' modules in one layer, and its adapted sites.
 
     Attributes:
-      sites: what `PeftMethod.modules` says of each.
-      rows: the outputs of each site among the module's.
-      outputs: how many outputs the module has.
+      sites: the adapted sites with their settings, as `PeftMethod.modules` returns them.
+      rows: each site's part of the module's outputs.
+      outputs: the number of outputs of the module.
     """
 
     layer: int
@@ -135,16 +138,16 @@ class Joint(NamedTuple):
     outputs: int
 
 
-# One module's tensors, by what PEFT's names have behind the module's path.
+# One module's tensors, by the part of PEFT's names after the module's path.
 Tensors = Mapping[str, np.ndarray]
 
 
 class PeftMethod(MethodConfig, Protocol):
-    """A method that PEFT has too: how its adapters are written, read, merged, and joined where PEFT has one module.
+    """A method that PEFT has too: how its adapters are written, read, merged, and joined for fused projections.
 
     Attributes:
       peft_lacks: options that PEFT does not have.
-      peft_requires: options that PEFT may leave out, and that have to be there.
+      peft_requires: options that are optional in PEFT and required here.
       peft_choices: for an option, the values that are implemented.
     """
 
@@ -153,62 +156,62 @@ class PeftMethod(MethodConfig, Protocol):
     peft_choices: ClassVar[Mapping[str, tuple[Any, ...]]]
 
     def places(self, layer: int, site: str, shape: BackboneShape) -> dict[str, Place]:
-        """PEFT's tensors of one module, by what their names have behind the module's path."""
+        """PEFT's tensors of one module, by the part of their names after the module's path."""
         ...
 
     def in_peft(self, layers: Any, leaves: Tensors) -> tuple[PeftMethod, Tensors]:
-        """The config and the weights by name of an adapter in the form that PEFT has for it."""
+        """The config of an adapter in PEFT's form, and its weights by name."""
         ...
 
     def peft_options(self) -> dict[str, Any]:
-        """Its part of adapter_config.json: PEFT's keys only."""
+        """The method's options in adapter_config.json: PEFT's keys only."""
         ...
 
     def of_modules(self, modules: Sequence[Mapping[str, Any]], shape: BackboneShape) -> Any:
-        """A config like this one of these modules of each layer: their names, or paths where layers differ."""
+        """A config like this one that targets these modules of each layer: by name, or by path if layers differ."""
         ...
 
     def joined(self, joint: Joint, parts: Mapping[str, Tensors]) -> tuple[Any, Tensors]:
-        """What `modules` says of a fused module, and its tensors, from those of its sites."""
+        """The settings and the tensors of a fused module, from the tensors of its sites."""
         ...
 
     def cut(self, joint: Joint, tensors: Tensors) -> dict[str, Tensors] | None:
-        """Each site's tensors from those of its fused module; None if they have not the form for it."""
+        """Each site's tensors, from those of its fused module; None if they cannot be split into these sites."""
         ...
 
     def merged(self, weight: np.ndarray, tensors: Tensors, module: Any) -> np.ndarray:
-        """A projection's float32 weight (outputs, inputs), or its bias (outputs,), with the adapter in it."""
+        """A projection's float32 weight (outputs, inputs) or bias (outputs,), with the adapter merged into it."""
         ...
 
 
 def sites_by_name(modules: Sequence[Mapping[str, Any]], shape: BackboneShape) -> tuple[str, ...]:
-    """The names of the sites that all layers have, or the paths of all if layers differ."""
-    sites = [site for site in shape.sites if any(site in own for own in modules)]
-    if all(len(own) == len(sites) for own in modules):
+    """The names of the targeted sites if all layers have the same ones, else their paths."""
+    sites = [site for site in shape.sites if any(site in layer for layer in modules)]
+    if all(len(layer) == len(sites) for layer in modules):
         return tuple(sites)
-    return tuple(site_path(i, site, shape) for i, own in enumerate(modules) for site in sites if site in own)
+    return tuple(site_path(i, site, shape) for i, layer in enumerate(modules) for site in sites if site in layer)
 
 
-def of_layer(
+def targeted_arrays(
     by_site: Mapping[str, Array], modules: Sequence[Collection[str]], layer: Int[Array, ""] | int
 ) -> dict[str, Array]:
-    """Those of a layer's arrays that are of its own modules.
+    """The arrays of the sites that a layer targets.
 
-    Stacked layers have arrays for the same sites. Where they are scanned, and `layer` is traced, the array of a site
-    that the layer does not target is zero.
+    Stacked layers have arrays for the same sites. If `layer` is traced, the arrays of sites that the layer does not
+    target are zero.
     """
-    found = {}
+    arrays = {}
     for site, x in by_site.items():
-        here = [site in own for own in modules]
+        targeted = [site in sites for sites in modules]
         if not isinstance(layer, int):
-            found[site] = x if all(here) else jnp.where(jnp.array(here)[layer], x, 0)
-        elif here[layer]:
-            found[site] = x
-    return found
+            arrays[site] = x if all(targeted) else jnp.where(jnp.array(targeted)[layer], x, 0)
+        elif targeted[layer]:
+            arrays[site] = x
+    return arrays
 
 
 def site_path(layer: int, site: str, shape: BackboneShape) -> str:
-    """The path of a site from the layers on."""
+    """The path of a site, starting at `layers`."""
     return f"layers.{layer}.{shape.sites[site].path}"
 
 
@@ -216,7 +219,7 @@ M = TypeVar("M", bound=MethodConfig)
 
 
 def as_targets(target_modules: Iterable[str], option: str = "target_modules") -> tuple[str, ...]:
-    """The targets as a tuple. Raises ParaJaxError for a single string, whose letters nobody means, or a repeated name.
+    """The targets as a tuple. Raises ParaJaxError for a single string or a repeated name.
 
     >>> as_targets(["q_proj", "v_proj"])
     ('q_proj', 'v_proj')
@@ -234,7 +237,7 @@ def as_targets(target_modules: Iterable[str], option: str = "target_modules") ->
 
 
 def check_targets(target_modules: tuple[str, ...], shape: BackboneShape) -> None:
-    """Raises ParaJaxError for a target that is no site of the backbone, or for no target at all."""
+    """Raises ParaJaxError if there is no target, or a target is not a site of the backbone."""
     if not target_modules:
         raise ParaJaxError(f"target_modules is empty; choose among {', '.join(shape.sites)}")
     for target in target_modules:
@@ -245,10 +248,10 @@ def check_targets(target_modules: tuple[str, ...], shape: BackboneShape) -> None
 def no_site(
     entry: str, shape: BackboneShape, option: str = "target_modules", paths: Iterable[str] = ()
 ) -> ParaJaxError:
-    """For an entry of a list of modules that names none of the backbone's sites, or of these paths if it is one."""
+    """The error for an entry that matches none of the backbone's sites; a dotted one is compared with `paths`."""
     if entry.rpartition(".")[2] in OUTSIDE:
         return ParaJaxError(
-            f"{option} has {entry}; embeddings and the output layer are the backbone's and not adapted. Take it out; "
+            f"{option} has {entry}; embeddings and the output layer cannot be adapted. Take it out; "
             f"there are {', '.join(shape.sites)}"
         )
     known = paths if "." in entry and paths else shape.sites
@@ -256,7 +259,7 @@ def no_site(
 
 
 def from_fields(config: type[M], fields: Mapping[str, Any]) -> M:
-    """A method's config with these fields as JSON has them. Raises ParaJaxError for an unknown option.
+    """A method's config from JSON fields. Raises ParaJaxError for an unknown option.
 
     >>> from para_jax import LoraConfig
     >>> from_fields(LoraConfig, {"r": 4, "rank_pattern": {"q_proj": 2}}).rank_pattern
@@ -270,7 +273,7 @@ def from_fields(config: type[M], fields: Mapping[str, Any]) -> M:
 
 
 def _hashable(value: Any) -> Any:
-    """JSON's lists as tuples, and its objects as tuples of pairs."""
+    """Converts JSON lists to tuples, and JSON objects to tuples of pairs."""
     if isinstance(value, Mapping):
         value = value.items()
     elif not isinstance(value, list | tuple):

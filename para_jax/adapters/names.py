@@ -1,9 +1,8 @@
-"""The names that people's files have for an adapter's tensors, as those that PEFT writes.
+"""Converts the tensor names of adapter files to PEFT's names.
 
-PEFT writes `base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight`. A state dict that was saved by other means
-has the adapter's name in it (`lora_A.default.weight`), wrappers of the training (`module.`, `_orig_mod.`), no prefix,
-or another one: the text part of a model that also sees images is `model.language_model.layers.3...`. What is read one
-way only is read.
+PEFT writes `base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight`. State dicts that are saved by other means
+may have the adapter's name (`lora_A.default.weight`), names of training wrappers (`module.`, `_orig_mod.`), no prefix,
+or another one: the text part of a model with images is `model.language_model.layers.3...`. Ambiguous names are errors.
 """
 
 from __future__ import annotations
@@ -23,11 +22,11 @@ from para_jax.families.architecture import Site
 from para_jax.families.wrappers import WRAPPERS
 
 PREFIX = "base_model.model."
-AROUND = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-# The names that a text decoder has in models, and those of parts that a text does not go through, also of models that
-# are not read here.
+TRAINING_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+# The names of a model's text decoder, and of parts that are not for text. The latter include parts of models that this
+# library does not load.
 TEXT = {"model", "language_model", "text_model"}
-OTHERS = {
+NOT_TEXT = {
     "vision_model", "vision_encoder", "image_encoder", "audio_tower", "speech_encoder", "embed_vision", "embed_audio",
     *(part for wrapper in WRAPPERS.values() for part in wrapper.others),
 }  # fmt: skip
@@ -38,39 +37,39 @@ _NAMED = re.compile(
 
 
 class Names(NamedTuple):
-    """Tensors by the names that PEFT gives them in a causal language model, and what their names in the file say.
+    """An adapter's tensors by PEFT's names in a causal language model.
 
     Attributes:
-      in_file: the name of each in the file.
-      stem: where the model that was tuned has its layers: "model", usually.
-      others: the paths of adapted modules that a text does not go through.
+      in_file: the name of each tensor in the file.
+      stem: the path of the tuned model's layers: usually "model".
+      not_text: the paths of adapted modules that are not for text.
     """
 
     tensors: dict[str, np.ndarray]
     in_file: dict[str, str]
     stem: str
-    others: tuple[str, ...] = ()
+    not_text: tuple[str, ...] = ()
 
 
 def as_peft(path: Path, tensors: Mapping[str, np.ndarray]) -> Names:
-    """The tensors of a file by PEFT's names; those of parts for images and sounds are left out.
+    """The tensors of a file by PEFT's names, without those for images and audio.
 
-    Raises ParaJaxError if the file has several adapters, two tensors of one name, or nothing for a text.
+    Raises ParaJaxError if the file has several adapters, two tensors with one name, or no tensor for text.
     """
     kept: dict[str, np.ndarray] = {}
     in_file: dict[str, str] = {}
     adapters: dict[str, str] = {}
     stems: dict[str, str] = {}
-    others: dict[str, str] = {}
+    not_text: dict[str, str] = {}
     for key, x in tensors.items():
-        name = ".".join(part for part in key.split(".") if part not in AROUND)
+        name = ".".join(part for part in key.split(".") if part not in TRAINING_WRAPPERS)
         named = _NAMED.fullmatch(name)
         if named and named["name"] != "weight":
             name = named["part"] + (named["end"] or "")
             adapters.setdefault(named["name"], key)
         bare = name.removeprefix(PREFIX)
-        if OTHERS & set(bare.split(".")):
-            others[key] = re.sub(r"\.(lora_\w+|ia3_l)(\.weight)?$", "", bare)
+        if NOT_TEXT & set(bare.split(".")):
+            not_text[key] = re.sub(r"\.(lora_\w+|ia3_l)(\.weight)?$", "", bare)
             continue
         layer = _LAYER.fullmatch(bare)
         if layer and set((layer["stem"] or "model").split(".")) <= TEXT:
@@ -79,26 +78,28 @@ def as_peft(path: Path, tensors: Mapping[str, np.ndarray]) -> Names:
         if name in kept:
             raise ParaJaxError(f"{path} has {in_file[name]} and {key}, which are one tensor; take one of them out")
         kept[name], in_file[name] = x, key
-    _one(path, adapters, "adapters of several names", "save each in a folder of its own: model.save_pretrained(folder)")
-    _one(path, stems, "layers in several places", "save the adapter of each model in a folder of its own")
-    if others:
-        first = next(iter(others))
+    _check_one(
+        path, adapters, "adapters of several names", "save each in its own folder: model.save_pretrained(folder)"
+    )
+    _check_one(path, stems, "layers in several places", "save the adapter of each model in its own folder")
+    if not_text:
+        first = next(iter(not_text))
         if not kept:
-            raise ParaJaxError(f"{path} adapts parts that texts do not go through, such as {first}, and no other")
+            raise ParaJaxError(f"{path} adapts only parts that are not for text, such as {first}")
         logging.getLogger(__name__).warning(
-            "%s: %d tensors of parts that texts do not go through are ignored, such as %s", path, len(others), first
+            "%s: %d tensors of parts that are not for text are ignored, such as %s", path, len(not_text), first
         )
-    return Names(kept, in_file, next(iter(stems), "model"), tuple(dict.fromkeys(others.values())))
+    return Names(kept, in_file, next(iter(stems), "model"), tuple(dict.fromkeys(not_text.values())))
 
 
-def _one(path: Path, found: Mapping[str, str], what: str, out: str) -> None:
+def _check_one(path: Path, found: Mapping[str, str], what: str, fix: str) -> None:
     if len(found) > 1:
-        raise ParaJaxError(f"{path} has {what}: {' and '.join(list(found.values())[:2])}; {out}")
+        raise ParaJaxError(f"{path} has {what}: {' and '.join(list(found.values())[:2])}; {fix}")
 
 
 @dataclass(frozen=True)
 class At:
-    """A backbone's shape, in a model that has its layers in another place: `stem`."""
+    """A backbone's shape, in a model whose layers are at the path `stem`."""
 
     shape: BackboneShape
     stem: str

@@ -1,11 +1,11 @@
 """Prompt-Aware Representation Adjustment (Liu et al., EMNLP 2024 industry track, arXiv 2502.01033).
 
-A vector generator in each Transformer layer reads the hidden states of the prompt once and makes the vectors that
-scale Q, V and the up projection of that layer for every token:
+A vector generator in each Transformer layer reads the hidden states of the prompt once. It makes the vectors that scale
+the outputs of Q, V and the up projection of that layer for every token:
 
     h = Pooler(H_prompt)        l = g(h W_down) W_up (+ b_up)        y' = (1 + l_site) * y
 
-Which statement is the paper's and which is a choice of this library stands in docs/method.md.
+docs/method.md lists what the paper states and what this library chose.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Activation = Literal["gelu", "relu", "silu", "rational"]
 Reading = Literal["hidden", "normed"]
 Scaled = Literal["all", "response"]
 
-# A least-squares fit of the rational activation to GeLU on [-5, 5]; it is nowhere more than 0.0033 off.
+# A least-squares fit of the rational activation to GeLU on [-5, 5], with a maximum error of 0.0033.
 RATIONAL_NUMERATOR = (0.0, 0.526309, 0.441216, 0.138235, 0.021213, 0.002016, 0.000126)
 RATIONAL_DENOMINATOR = (0.209368, 0.044434, 0.106093, -0.01746, 0.001598)
 
@@ -43,21 +43,20 @@ class ParaConfig:
     """Hyper-parameters of PARA.
 
     Attributes:
-      r: width of the generator's bottleneck.
-      target_modules: the sites that are scaled, by their Hugging Face names.
-      pooling: how the prompt's hidden states become one vector: the last token's, their mean, their maximum, or a
+      r: the width of the generator's bottleneck.
+      target_modules: the scaled sites, by their Hugging Face names.
+      pooling: how the prompt's hidden states are pooled to one vector: the last token's, their mean, their maximum, or
         learned attention over the prompt (MiLoRA, arXiv 2410.18035).
       activation: g; "rational" is the learned rational function of PEDRO (arXiv 2409.17834), one per layer.
-      normalize: whether the pooled vector is divided by its root mean square, so that the generator sees the same
-        scale at every depth of the residual stream.
-      bias: whether the generator's up-projection has a bias, a prompt-independent part of the scale.
-      read: what the generator reads: the layer's input ("hidden"), or the same behind the layer's norm ("normed").
-      scale: which tokens are scaled: "all", or those that the response is predicted from ("response"), which are the
-        prompt's last and all after it. Keys and values of the prompt but its last token are then the backbone's own.
-      init_std: standard deviation of W_down at the start. W_up starts at zero, which makes a fresh adapter the
-        identity.
+      normalize: whether the pooled vector is divided by its root mean square, so that its scale does not depend on the
+        depth of the layer.
+      bias: whether the generator's up-projection has a bias, a part of the scale that does not depend on the prompt.
+      read: the generator's input: the layer's input ("hidden"), or the same after the layer's norm ("normed").
+      scale: the tokens that are scaled: "all", or the prompt's last token and all after it ("response"), from which the
+        response is predicted. Keys and values of the other prompt tokens are then the backbone's.
+      init_std: the initial standard deviation of W_down. W_up is initially zero, so a fresh adapter is the identity.
 
-    Raises ParaJaxError for a value that is not one of these.
+    Raises ParaJaxError for an invalid value.
 
     >>> ParaConfig(r=8, pooling="mean").target_modules
     ('q_proj', 'v_proj', 'up_proj')
@@ -95,12 +94,12 @@ class ParaConfig:
         object.__setattr__(self, "target_modules", as_targets(self.target_modules))
 
     def modules(self, shape: BackboneShape) -> tuple[Mapping[str, None], ...]:
-        """The scaled sites, the same in each layer. Raises ParaJaxError for a target that is no site."""
+        """The scaled sites, the same in each layer. Raises ParaJaxError for an unknown site."""
         check_targets(self.target_modules, shape)
         return (dict.fromkeys(self.target_modules),) * shape.num_hidden_layers
 
     def layer(self, shape: BackboneShape, rngs: nnx.Rngs, layer: Int[Array, ""] | int = 0) -> ParaLayer:
-        """A fresh generator for one layer of a backbone; all layers are alike."""
+        """A fresh generator for one layer of a backbone."""
         check_targets(self.target_modules, shape)
         return ParaLayer(self, shape, rngs)
 
@@ -124,12 +123,12 @@ class ParaConfig:
         return {"para r=12": cls(r=12)}
 
     def axes(self, name: str) -> Axes:
-        """The outputs of several sites stand in one array, so that no axis can be split as the backbone's."""
+        """No axis is sharded, because arrays concatenate the outputs of several sites."""
         return ()
 
 
 class ParaLayer(nnx.Module):
-    """The vector generator of one layer of one tenant; float32.
+    """The vector generator of one layer of one tenant, in float32.
 
     Parameters: `down` (d, r), `up` (r, sum of the sites' outputs), and with the matching options `bias`
     (sum of outputs,), `query` (d,) of the attention pooler, `numerator` (7,) and `denominator` (5,) of the
@@ -151,10 +150,9 @@ class ParaLayer(nnx.Module):
             self.denominator = nnx.Param(jnp.array(RATIONAL_DENOMINATOR, jnp.float32))
 
     def prepare(self, prompt: Prompt, layer: Int[Array, ""] | int = 0) -> Adjustment:
-        """Reads one prompt at this layer and makes its scale vectors.
+        """Reads one prompt at this layer and makes its scale vectors, in float32.
 
-        Only tokens that the prompt's mask marks are read, wherever they stand. A sequence with no marked token is
-        pooled to zeros. Offsets come back in float32.
+        Only tokens in the prompt's mask are read, at any positions. With an empty mask, the pooled vector is zero.
         """
         read_td = prompt.hidden_td if self.config.read == "hidden" else prompt.normed_td
         pooled_d = self._pool(read_td.astype(jnp.float32), prompt.mask_t)
@@ -168,8 +166,8 @@ class ParaLayer(nnx.Module):
         return Adjustment(by_site) if self.config.scale == "all" else Adjustment(later=by_site)
 
     def _pool(self, hidden_td: Float[Array, "t d"], mask_t: Bool[Array, " t"]) -> Float[Array, " d"]:
-        # The other tokens may hold anything, and 0 * anything is not always 0. What follows are reductions, so that
-        # the masks of several sequences of one row make no copies of its tokens.
+        # `where`, because the other tokens may be NaN, and 0 * NaN is not 0. All uses are reductions, so that the
+        # masks of several sequences in a packed row do not copy its tokens.
         kept_td = jnp.where(mask_t[:, None], hidden_td, 0)
         if self.config.pooling == "last":
             last_d = hidden_td[jnp.max(jnp.where(mask_t, jnp.arange(mask_t.size), 0))]
@@ -200,5 +198,5 @@ def rational(x: Float[Array, "*n"], numerator: Float[Array, "7"], denominator: F
     >>> rational(jnp.zeros(1), jnp.array(RATIONAL_NUMERATOR), jnp.array(RATIONAL_DENOMINATOR)).tolist()
     [0.0]
     """
-    below = jnp.polyval(jnp.append(denominator[::-1], 0.0), x)
-    return jnp.polyval(numerator[::-1], x) / (1 + jnp.abs(below))
+    divisor = jnp.polyval(jnp.append(denominator[::-1], 0.0), x)
+    return jnp.polyval(numerator[::-1], x) / (1 + jnp.abs(divisor))

@@ -1,7 +1,7 @@
-"""LoRA and (IA)3 in the folders of Hugging Face's PEFT, read and written so that `peft` and this library agree.
+"""Reads and writes LoRA and (IA)3 adapters in the format of Hugging Face's PEFT, so that `peft` opens them too.
 
-One table says which of PEFT's tensors is which part of ours; read one way it saves an adapter, the other way it
-loads one. What PEFT's config means is taken from PEFT's source (0.21). What is not understood is refused by name.
+One table (`places`) maps PEFT's tensors to parts of our arrays, for both loading and saving. The meaning of PEFT's
+config follows PEFT's source (0.21). Unsupported options are refused by name.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from para_jax.adapters.names import At, as_peft
 from para_jax.adapters.registry import PEFT, config_from_dict
 from para_jax.adapters.targets import ALL_LINEAR, matched, module_path, names_module, peft_path
 from para_jax.adapters.weights import Weights
-from para_jax.adapters.wrapped import at_stem, without_others
+from para_jax.adapters.wrapped import at_stem, decoder_entries
 from para_jax.errors import ParaJaxError
 from para_jax.families.wrappers import Wrapper
 
-# Where the safetensors file has the config of what was joined to fused projections, or moved to a wrapper's modules;
-# PEFT does not look there.
-APART = "para_jax"
+# The safetensors metadata key of the config before it was joined to fused projections or moved to a wrapper's modules.
+# PEFT does not read it.
+METADATA = "para_jax"
 
-# Where a folder comes from, how its training began, and details of options that are refused: any value will do.
+# Keys that may have any value: a folder's origin, initialisation, and details of options that are refused.
 NEUTRAL = {
     "peft_type", "peft_version", "base_model_name_or_path", "revision", "auto_mapping", "inference_mode",
     "init_ia3_weights", "megatron_core", "qalora_group_size",
@@ -43,14 +43,14 @@ MERGEABLE = {
     "ADALORA", "BOFT", "FOURIERFT", "GRALORA", "HRA", "LOHA", "LOKR", "LN_TUNING", "MISS", "OFT", "RANDLORA", "SHIRA",
     "VBLORA", "VERA", "WAVEFT",
 }  # fmt: skip
-# What a merged model could not do either: these look at the tokens.
+# Options that cannot be merged either, because they depend on the tokens.
 AT_RUN_TIME = {"alora_invocation_tokens", "arrow_config"}
-# Keys whose null is PEFT's way to say none.
+# Keys for which null means none.
 OPTIONAL = {"exclude_modules", "rank_pattern", "alpha_pattern", "layers_to_transform"}
 
 
 def places(config: PeftMethod, shape: BackboneShape) -> dict[str, Place]:
-    """PEFT's tensors by name. Raises ParaJaxError for a target that matches nothing.
+    """The place of each of PEFT's tensors, by name. Raises ParaJaxError for a target that matches nothing.
 
     >>> from para_jax import BackboneConfig, IA3Config, tiny_backbone_path
     >>> shape = BackboneConfig.from_pretrained(tiny_backbone_path())
@@ -67,27 +67,28 @@ def places(config: PeftMethod, shape: BackboneShape) -> dict[str, Place]:
 
 
 def peft_tensors(adapter: Adapter, shape: BackboneShape) -> dict[str, np.ndarray]:
-    """The weights of a LoRA or (IA)3 adapter by PEFT's names: float32, of PEFT's shapes and own ranks.
+    """The weights of a LoRA or (IA)3 adapter by PEFT's names, in float32 and PEFT's shapes, without padded ranks.
 
-    Fused projections are apart. (IA)3 with a projection comes out as the vectors it makes. Raises ParaJaxError for
-    other methods, which PEFT has no form for.
+    Fused projections are split. (IA)3 with a projection becomes the vectors that it makes. Raises ParaJaxError for
+    methods that PEFT does not have.
     """
     return _in_peft(adapter, shape)[1]
 
 
 def _in_peft(adapter: Adapter, shape: BackboneShape) -> tuple[PeftMethod, dict[str, np.ndarray]]:
-    """The config that PEFT has for an adapter, and its tensors by PEFT's names."""
+    """The config of an adapter in PEFT's form, and its tensors by PEFT's names."""
     if not adapter.config.peft_type:
         method = adapter.config.method
-        raise ParaJaxError(f"PEFT has no form for method {method!r}; it has one for {', '.join(PEFT).lower()}")
-    own: Any = adapter.config
-    config, leaves = own.in_peft(adapter.layers, {name: np.asarray(x) for name, x in adapter.tensors().items()})
+        raise ParaJaxError(f"PEFT does not have method {method!r}; it has {', '.join(PEFT).lower()}")
+    method_config: Any = adapter.config
+    weights = {name: np.asarray(x) for name, x in adapter.tensors().items()}
+    config, leaves = method_config.in_peft(adapter.layers, weights)
     table = places(config, shape)
-    # A layer of a lower rank, or none, is padded with what changes nothing; anything else there would be lost.
-    rest = {name: np.array(x) for name, x in leaves.items()}
+    # Layers of a lower rank, or without the module, are padded with the identity. Other values there would be lost.
+    padding = {name: np.array(x) for name, x in leaves.items()}
     for place in table.values():
-        rest[place.leaf][place.part] = config.decays_to
-    for name, x in rest.items():
+        padding[place.leaf][place.part] = config.decays_to
+    for name, x in padding.items():
         if np.any(x != config.decays_to):
             half = name.partition(".")[0]
             raise ParaJaxError(f"{half} has weights beyond a module's rank, which must be {config.decays_to:g}")
@@ -101,21 +102,21 @@ def to_peft(
 ) -> tuple[dict[str, Any], dict[str, np.ndarray], dict[str, str]]:
     """A LoRA or (IA)3 adapter as PEFT's two files: the fields of adapter_config.json, the tensors and their metadata.
 
-    They are those of an adapter of `wrapper`, whose decoder it adapts. Raises ParaJaxError for other methods.
+    With `wrapper`, paths are those of the wrapper's decoder. Raises ParaJaxError for methods that PEFT does not have.
     """
     metadata = {"format": "pt"}
     config, tensors = _in_peft(adapter, shape)
     if (view := as_transformers(shape)) is not None:
-        metadata[APART] = json.dumps(asdict(config))
+        metadata[METADATA] = json.dumps(asdict(config))
         config, tensors = join(config, tensors, view)
     if wrapper is not None:
-        metadata.setdefault(APART, json.dumps(asdict(config)))
+        metadata.setdefault(METADATA, json.dumps(asdict(config)))
         config, tensors = at_stem(config, tensors, view or shape, wrapper.stem)
     return peft_config(config, shape), tensors, metadata
 
 
 def peft_config(config: PeftMethod, shape: BackboneShape) -> dict[str, Any]:
-    """The adapter_config.json of an adapter: keys of PEFT's only, for it warns of others."""
+    """The adapter_config.json of an adapter. It has only PEFT's keys, because PEFT warns about others."""
     options = config.peft_options()
     return {
         "peft_type": config.peft_type,
@@ -130,24 +131,24 @@ def peft_config(config: PeftMethod, shape: BackboneShape) -> dict[str, Any]:
 
 
 def from_peft(folder: Path, config_fields: Mapping[str, Any], weights: Weights, shape: BackboneShape) -> Adapter:
-    """The Adapter of a folder's two files, float32.
+    """The Adapter in a folder's two files, in float32.
 
     Raises ParaJaxError, with the folder and the key, for an option of PEFT that is not implemented, for a target that
     matches nothing, and for tensors that do not fit the config and the backbone (all of them are listed).
     """
     made_for = config_fields.get("base_model_name_or_path") or "a base model it does not name"
     view = as_transformers(shape)
-    there = view or shape
+    peft_shape = view or shape
     names = as_peft(weights.path, weights.tensors)
     try:
-        config = _config_at(without_others(config_fields, there, names), there, names.stem)
-        table = places(config, there)
+        config = _config_at(decoder_entries(config_fields, peft_shape, names), peft_shape, names.stem)
+        table = places(config, peft_shape)
     except ParaJaxError as error:
         raise ParaJaxError(f"{folder} (made for {made_for}): {error}") from error
     except re.error as error:
-        raise ParaJaxError(f"{folder}: a pattern in its config is no regular expression: {error}") from error
+        raise ParaJaxError(f"{folder}: a pattern in its config is not a regular expression: {error}") from error
     shapes = {name: place.shape for name, place in table.items()}
-    check_fits(weights.path, names, shapes, made_for, there, getattr(shape, "vocab_size", None))
+    check_fits(weights.path, names, shapes, made_for, peft_shape, getattr(shape, "vocab_size", None))
     tensors: Mapping[str, np.ndarray] = names.tensors
     if view is not None:
         config, tensors = split(config, tensors, view, _kept(weights.metadata, config, shape))
@@ -157,8 +158,8 @@ def from_peft(folder: Path, config_fields: Mapping[str, Any], weights: Weights, 
     abstract = abstract_layers(config, shape)
     leaves = {name: np.full(x.shape, config.decays_to, np.float32) for name, x in named_leaves(abstract).items()}
     for name, place in table.items():
-        part = leaves[place.leaf][place.part]  # a view: what is written to it is written to the leaf
-        with np.errstate(over="ignore"):  # of float64, which is looked for in the file
+        part = leaves[place.leaf][place.part]  # a view of the leaf
+        with np.errstate(over="ignore"):  # float64 values may overflow; `refuse_nonfinite` checks them
             part[...] = tensors[name].reshape(part.shape)
     return Adapter(
         config, jax.tree.unflatten(jax.tree.structure(abstract), [jax.device_put(x) for x in leaves.values()])
@@ -166,29 +167,29 @@ def from_peft(folder: Path, config_fields: Mapping[str, Any], weights: Weights, 
 
 
 def _config_at(config_fields: Mapping[str, Any], shape: BackboneShape, stem: str) -> PeftMethod:
-    """The config of modules of this shape, whose patterns were written for a model with its layers at `stem`."""
+    """The config for this shape, from patterns that were written for a model with its layers at `stem`."""
     if stem != "model":
         at = At(shape, stem)
-        with suppress(ParaJaxError):  # if only the names of tensors were cut, the patterns are the usual ones
+        with suppress(ParaJaxError):  # if only tensor names lack the prefix, patterns are for "model"
             config = config_from_peft(config_fields, at)
             return config.of_modules(config.modules(at), at)
     return config_from_peft(config_fields, shape)
 
 
 def _kept(metadata: Mapping[str, str], config: PeftMethod, shape: BackboneShape) -> Any:
-    """The config of what was joined or moved, if `to_peft` made these files; it is checked against what they say."""
+    """The config in the metadata, which `to_peft` writes; None if it is missing or invalid. Callers check it."""
     try:
-        kept = config_from_dict(config.method, dict(json.loads(metadata[APART])))
+        kept = config_from_dict(config.method, dict(json.loads(metadata[METADATA])))
         kept.modules(shape)
         return kept
-    except (KeyError, TypeError, ValueError):  # none, or not of this backbone; ParaJaxError is a ValueError
+    except (KeyError, TypeError, ValueError):  # ParaJaxError is a ValueError
         return None
 
 
 def config_from_peft(config_fields: Mapping[str, Any], shape: BackboneShape) -> PeftMethod:
-    """The config that an adapter_config.json of PEFT means.
+    """The config of PEFT's adapter_config.json.
 
-    Raises ParaJaxError for what is not implemented, all keys at once; null, false, empty and PEFT's defaults pass.
+    Raises ParaJaxError, listing all keys that are not implemented. Null, false, empty and PEFT's defaults pass.
 
     >>> from para_jax import BackboneConfig, tiny_backbone_path
     >>> shape = BackboneConfig.from_pretrained(tiny_backbone_path())
@@ -206,8 +207,7 @@ def config_from_peft(config_fields: Mapping[str, Any], shape: BackboneShape) -> 
     for entry in targets if isinstance(targets, list) else ():
         if isinstance(entry, str) and entry.rpartition(".")[2] in OUTSIDE:
             problems.append(
-                f"target_modules has {entry}, which is the backbone's here and not adapted; {MERGE}, or tune again "
-                f"without {entry}"
+                f"target_modules has {entry}, which cannot be adapted here; {MERGE}, or tune again without {entry}"
             )
     if problems:
         raise ParaJaxError("; ".join(problems))
@@ -218,12 +218,12 @@ def config_from_peft(config_fields: Mapping[str, Any], shape: BackboneShape) -> 
         del options["layers_to_transform"]
     paths = [module_path(layer, site, shape) for layer in range(shape.num_hidden_layers) for site in shape.sites]
     if "exclude_modules" in options:
-        options["exclude_modules"] = _that_exclude(options["exclude_modules"], paths)
+        options["exclude_modules"] = _effective_excludes(options["exclude_modules"], paths)
     return kind(**{key: _ordered(x, paths) if key.endswith("_modules") else x for key, x in options.items()})
 
 
-def _that_exclude(patterns: Any, paths: list[str]) -> Any:
-    """What of exclude_modules there is to exclude: PEFT's often have lm_head, which is never adapted here."""
+def _effective_excludes(patterns: Any, paths: list[str]) -> Any:
+    """The entries of exclude_modules that match a path. PEFT's often have lm_head, which is never adapted here."""
     if isinstance(patterns, str):
         return patterns if any(matched(patterns, path) for path in paths) else ()
     if not isinstance(patterns, list):
@@ -232,7 +232,7 @@ def _that_exclude(patterns: Any, paths: list[str]) -> Any:
 
 
 def _ordered(entries: Any, paths: list[str]) -> Any:
-    """PEFT keeps a set and writes it in any order; in one order, equal configs share a place in the bank."""
+    """Entries in the backbone's order. PEFT writes sets in random order; equal configs share a group of the bank."""
     if not isinstance(entries, list):
         return entries
 
@@ -249,7 +249,7 @@ def _refused(key: str, value: Any, known: set[str], kind: type[PeftMethod]) -> b
     if key in kind.peft_choices:
         return value not in kind.peft_choices[key]
     if key == "layers_pattern":
-        # The name of the list of layers, which is the first and only one here.
+        # The name of the list of layers: "layers" is the only one here.
         patterns = value if isinstance(value, list) else [value]
         return not any(re.match(rf"(?:^|.*?\.){pattern}\.\d+\.", "model.layers.0.mlp") for pattern in patterns)
     return key not in known and value != {"bias": "none", "task_type": "CAUSAL_LM"}.get(key)

@@ -1,4 +1,4 @@
-"""The methods there are."""
+"""The available methods."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from para_jax.adapters.para import ParaConfig
 from para_jax.config import read_json
 from para_jax.errors import ParaJaxError, unknown
 
-# Every method by the name that adapter_config.json and the command line use.
+# Every method, by its name in adapter_config.json and on the command line.
 METHODS: dict[str, type[Any]] = {
     config.method: config
     for config in (
@@ -26,12 +26,12 @@ METHODS: dict[str, type[Any]] = {
         LoraConfig,
     )
 }
-# Those that PEFT has, by what it calls them. FanLoRA is LoRA to it, which stands behind it above.
+# The methods that PEFT has, by PEFT's names. FanLoRA is LoRA in PEFT: LoraConfig is last above and wins.
 PEFT: dict[str, type[Any]] = {config.peft_type: config for config in METHODS.values() if config.peft_type}
 
 
 def config_from_dict(method: str, fields: Mapping[str, Any]) -> Any:
-    """The method's config with these fields as JSON has them. Raises ParaJaxError for an unknown name or option.
+    """A method's config from JSON fields. Raises ParaJaxError for an unknown name or option.
 
     >>> config_from_dict("para", {"r": 4, "target_modules": ["q_proj"]}).target_modules
     ('q_proj',)
@@ -42,10 +42,10 @@ def config_from_dict(method: str, fields: Mapping[str, Any]) -> Any:
 
 
 def config_of(method: str | Path | MethodConfig) -> Any:
-    """A method's config: by its name, with the defaults; of a JSON file; or the config that is given.
+    """A method's config, from its name (with the defaults), from a JSON file, or unchanged if it is a config.
 
-    A file is {"method": NAME} and options, such as the fanlora.json that `para-jax fanlora` writes. Raises ParaJaxError
-    for an unknown name or option, and for a file without "method".
+    A file is {"method": NAME} with options, such as the fanlora.json of `para-jax fanlora`. Raises ParaJaxError for an
+    unknown name or option, and for a file without "method".
 
     >>> config_of("lora").r, config_of(ParaConfig(r=4)).r
     (8, 4)

@@ -1,4 +1,4 @@
-"""Which projections of which layers an adapter targets, as PEFT understands `target_modules`."""
+"""The projections of each layer that an adapter targets, with PEFT's semantics of `target_modules`."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ T = TypeVar("T")
 
 
 def module_path(layer: int, site: str, shape: BackboneShape) -> str:
-    """The name that transformers gives a projection of a layer: `model.layers.3.self_attn.q_proj`."""
+    """transformers' name of a projection: `model.layers.3.self_attn.q_proj`."""
     stem = getattr(shape, "stem", "model")
     return f"{stem}{'.' if stem else ''}{site_path(layer, site, shape)}"
 
 
 def peft_path(layer: int, site: str, shape: BackboneShape) -> str:
-    """The same as PEFT writes it, whose model is wrapped twice."""
+    """PEFT's name of a projection; PEFT wraps the model twice."""
     return f"base_model.model.{module_path(layer, site, shape)}"
 
 
 def names_module(pattern: str, path: str) -> bool:
-    """Whether an entry of a list of modules names this one: its whole path or the end of it, at a dot.
+    """Whether an entry of a list of modules matches this path: all of it, or its end after a dot.
 
     >>> names_module("q_proj", "model.layers.3.self_attn.q_proj"), names_module("proj", "model.layers.3.mlp.up_proj")
     (True, False)
@@ -35,14 +35,14 @@ def names_module(pattern: str, path: str) -> bool:
 
 
 def matched(pattern: str | tuple[str, ...], path: str) -> bool:
-    """Whether a regular expression fits the whole path, or one entry of a list names it."""
+    """Whether a regular expression matches the full path, or an entry of a list matches it."""
     if isinstance(pattern, str):
         return re.fullmatch(pattern, path) is not None
     return any(names_module(entry, path) for entry in pattern)
 
 
 def first_match(patterns: Iterable[tuple[str, T]], path: str) -> T | None:
-    """The value of the first pattern (of `rank_pattern` or `alpha_pattern`) that fits the end of the path."""
+    """The value of the first pattern (of `rank_pattern` or `alpha_pattern`) that matches the end of the path."""
     return next((value for key, value in patterns if re.match(rf"(.*\.)?({key})$", path)), None)
 
 
@@ -58,13 +58,13 @@ def resolve(
     """The targeted sites of each layer.
 
     Args:
-      target_modules: names, ends of paths or whole paths; a string is a regular expression for the whole path,
-        or "all-linear" for every projection.
+      target_modules: names, ends of paths or full paths. A string is a regular expression for the full path, or
+        "all-linear" for every linear site.
       exclude: modules to leave out, in the same forms.
-      layers: the only layers that are meant; all, if None.
-      linear: whether only what is one linear projection can be targeted; "all-linear" never means anything else.
+      layers: the layers to target; None for all.
+      linear: whether only linear sites can be targeted, as always with "all-linear".
 
-    Raises ParaJaxError for an entry that matches nothing, with the nearest name there is.
+    Raises ParaJaxError with the nearest name for an entry that matches nothing.
     """
     if not target_modules:
         raise ParaJaxError(f"{option} is empty; choose among {', '.join(shape.sites)}")
@@ -78,7 +78,7 @@ def resolve(
             if any(names_module(entry, site.path) for name, site in shape.sites.items() if name not in sites):
                 raise ParaJaxError(
                     f"{option} has {entry}, which is the projections of many experts here; their outputs can be scaled "
-                    f"(para, ia3) and not added to. Choose among {', '.join(sites)}"
+                    f"(para, ia3) but not added to. Choose among {', '.join(sites)}"
                 )
     paths = {(i, site): module_path(i, site, shape) for i in range(total) for site in sites}
     for name, pattern in ((option, target_modules), ("exclude_modules", exclude)):
@@ -88,7 +88,7 @@ def resolve(
         key
         for key, path in paths.items()
         if matched(pattern, path)
-        # PEFT does not ask for the layer of a module that is named by its whole path.
+        # PEFT does not check the layer of a module that is named by its full path.
         and (layers is None or key[0] in layers or path in pattern)
         and not (exclude and matched(exclude, path))
     ]
@@ -104,11 +104,11 @@ def _check(name: str, pattern: str | tuple[str, ...], paths: list[str], shape: B
         try:
             found = any(re.fullmatch(pattern, path) for path in paths)
         except re.error as error:
-            raise ParaJaxError(f"{name} {pattern!r} is no regular expression: {error}") from error
+            raise ParaJaxError(f"{name} {pattern!r} is not a regular expression: {error}") from error
         if not found:
             out = "take it out" if name == "exclude_modules" else "correct it"
             raise ParaJaxError(
-                f"{name} {pattern!r} is a regular expression that no module's whole path fits; they are like "
+                f"{name} {pattern!r} is a regular expression that matches no module's full path; they are like "
                 f"{paths[0]!r}. Write a list for names: [{pattern!r}], or {out}"
             )
         return
@@ -118,16 +118,16 @@ def _check(name: str, pattern: str | tuple[str, ...], paths: list[str], shape: B
 
 
 def fits_none(option: str, key: str, paths: list[str], shape: BackboneShape) -> ParaJaxError:
-    """For a pattern of `rank_pattern` or `alpha_pattern` that fits none of the targeted modules' paths."""
+    """The error for a pattern of `rank_pattern` or `alpha_pattern` that matches no targeted module's path."""
     names = list(dict.fromkeys(path.rpartition(".")[2] for path in paths))
     near = [] if key in shape.sites else difflib.get_close_matches(key, [*names, *paths], n=1, cutoff=0.6)
     hint = f"; did you mean {near[0]!r}?" if near else "."
     return ParaJaxError(
-        f"{option} has {key!r}, which fits no targeted module{hint} They are like {paths[0]!r}. Take it out, or target "
-        "what it names"
+        f"{option} has {key!r}, which matches no targeted module{hint} They are like {paths[0]!r}. Take it out, or "
+        "target what it names"
     )
 
 
 def as_patterns(value: str | Iterable[str], option: str = "target_modules") -> str | tuple[str, ...]:
-    """Modules as a config keeps them: a string, or a tuple without repeats."""
+    """Modules as stored in a config: a string, or a tuple. Raises ParaJaxError for a repeated name."""
     return value if isinstance(value, str) else as_targets(value, option)

@@ -1,4 +1,4 @@
-"""The files of an adapter's folder: which there are, and the tensors in them."""
+"""Reads the files of an adapter's folder: the config's fields and the tensors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LFS = b"version https://git-lfs"
 
 
 class Weights(NamedTuple):
-    """The tensors of one file, by the names that they have there, and its metadata."""
+    """The tensors of one file, by their names in it, and its metadata."""
 
     path: Path
     tensors: dict[str, np.ndarray]
@@ -28,68 +28,68 @@ class Weights(NamedTuple):
 def read_config(folder: Path) -> dict[str, Any]:
     """The fields of adapter_config.json.
 
-    Raises ParaJaxError if the folder is no adapter, and says which is the adapter where that can be told; and if the
-    file is damaged or does not say the method.
+    Raises ParaJaxError if the folder is not an adapter, naming the adapter nearby if there is one, and if the file is
+    damaged or has no method.
     """
     if not (folder / CONFIG).is_file() or not any((folder / name).is_file() for name in (WEIGHTS, TORCH_WEIGHTS)):
-        raise _no_adapter(folder)
+        raise _not_an_adapter(folder)
     _check_file(folder / CONFIG)
     try:
         fields = json.loads((folder / CONFIG).read_text(encoding="utf-8-sig"))
-    except ValueError as error:  # no JSON, or no text
+    except ValueError as error:  # neither JSON nor text
         raise ParaJaxError(f"{folder / CONFIG} is damaged: {error}") from error
     if not isinstance(fields, dict) or not isinstance(fields.get("peft_type"), str):
-        raise ParaJaxError(f"{folder / CONFIG} has no peft_type, so its method is not known")
+        raise ParaJaxError(f"{folder / CONFIG} has no peft_type, so its method is unknown")
     return fields
 
 
 def read_weights(folder: Path) -> Weights:
-    """The tensors of adapter_model.safetensors, or else of adapter_model.bin, in which nothing is executed.
+    """The tensors of adapter_model.safetensors, or else of adapter_model.bin, whose code is never executed.
 
-    Raises ParaJaxError if the file is damaged or empty, or has a tensor that is no float of 16, 32 or 64 bits.
+    Raises ParaJaxError if the file is damaged or empty, or has a tensor that is not a float of 16, 32 or 64 bits.
     """
     path = folder / (WEIGHTS if (folder / WEIGHTS).is_file() else TORCH_WEIGHTS)
     _check_file(path)
     weights = _safetensors(path) if path.name == WEIGHTS else _torch(path)
     if not weights.tensors:
         raise ParaJaxError(
-            f"{path} is empty: it holds no tensors. Whatever saved it was not given the adapter's weights (under "
-            "DeepSpeed ZeRO-3 and FSDP they have to be gathered first); save it again from a model that has them, or "
+            f"{path} is empty: it has no tensors. The adapter's weights were not there when it was saved (with "
+            "DeepSpeed ZeRO-3 and FSDP they must be gathered first); save it again from a model that has them, or "
             "from the run's own checkpoint"
         )
     return weights
 
 
 def refuse_nonfinite(weights: Weights) -> None:
-    """Raises ParaJaxError for tensors with NaN or infinite values, in float32, naming them and the file."""
+    """Raises ParaJaxError, naming the file and the tensors, for NaN or infinite values in float32."""
     bad = {}
     for name, x in weights.tensors.items():
-        with np.errstate(over="ignore"):  # float64 may hold what float32 cannot
+        with np.errstate(over="ignore"):  # float64 values may be beyond float32's range
             broken = np.count_nonzero(~np.isfinite(x.astype(np.float32)))
         if broken:
             bad[name] = f"{name} has {broken} NaN or infinite values of {x.size}"
     if bad:
-        more = f"\n  and {len(bad) - 5} tensors more" if len(bad) > 5 else ""
+        more = f"\n  and {len(bad) - 5} more tensors" if len(bad) > 5 else ""
         listed = "\n  ".join(list(bad.values())[:5])
         raise ParaJaxError(
-            f"{weights.path}: an adapter with NaN or infinite values answers nonsense. Its training diverged, or it "
-            "was saved in a dtype too small for it: take an earlier checkpoint, or tune it again with a lower learning "
-            "rate. To look at it all the same: --allow-nan of generate and evaluate, or check_finite=False\n  "
+            f"{weights.path}: an adapter with NaN or infinite values gives useless answers. Its training diverged, or "
+            "it was saved in a dtype too small for it: use an earlier checkpoint, or tune it again with a lower "
+            "learning rate. To load it anyway: --allow-nan of generate and evaluate, or check_finite=False\n  "
             f"{listed}{more}"
         )
 
 
 def _check_file(path: Path) -> None:
-    """Raises ParaJaxError for a file that cannot be read, or whose contents did not come along."""
+    """Raises ParaJaxError for a file that cannot be read, is empty, or is a Git LFS pointer."""
     try:
         with path.open("rb") as f:
             begin = f.read(len(LFS))
     except OSError as error:
         raise ParaJaxError(f"{path} cannot be read: {error}") from error
     if not begin:
-        raise ParaJaxError(f"{path} is empty, 0 bytes: the save or the download was cut off; copy the adapter again")
+        raise ParaJaxError(f"{path} is empty, 0 bytes: the save or download is incomplete; copy the adapter again")
     if begin == LFS:
-        raise ParaJaxError(f"{path} is a pointer of Git LFS and not the file itself; run: git lfs pull")
+        raise ParaJaxError(f"{path} is a Git LFS pointer instead of the file; run: git lfs pull")
 
 
 def _safetensors(path: Path) -> Weights:
@@ -98,47 +98,47 @@ def _safetensors(path: Path) -> Weights:
     tensors = {}
     try:
         with safe_open(path, framework="numpy") as f:
-            names = f.keys()  # it is no mapping
+            names = f.keys()  # `f` is not a mapping
             for key in names:
                 dtype = f.get_slice(key).get_dtype()
                 if dtype not in DTYPES:
-                    raise _no_float(path, key, dtype)
+                    raise _unsupported_dtype(path, key, dtype)
                 tensors[key] = f.get_tensor(key)
             return Weights(path, tensors, f.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise ParaJaxError(f"{path} is damaged: {error}") from error
 
 
-def _no_float(path: Path, key: str, dtype: str) -> ParaJaxError:
-    out = "save it in one of these"
+def _unsupported_dtype(path: Path, key: str, dtype: str) -> ParaJaxError:
+    fix = "save it in one of these"
     if ".base_layer." in key:
-        out = "it is a weight of the model itself. Save the adapter alone: model.save_pretrained(folder)"
-    return ParaJaxError(f"{path}: {key} is {dtype}; adapters are read in float32, float16 and bfloat16; {out}")
+        fix = "it is a weight of the model itself. Save only the adapter: model.save_pretrained(folder)"
+    return ParaJaxError(f"{path}: {key} is {dtype}; adapters are read in float32, float16 and bfloat16; {fix}")
 
 
 def _torch(path: Path) -> Weights:
     tensors = read_torch(path, tuple(DTYPES.values()))
-    # What is not contiguous, such as a transposed matrix, is a view in torch's memory as well.
+    # Tensors that are not contiguous, such as a transposed matrix, are views of torch's memory too.
     return Weights(path, {str(key): as_numpy(x.detach()) for key, x in tensors.items()}, {})
 
 
 def adapters_below(folder: Path) -> list[str]:
-    """The names of the folders in this one that are adapters."""
+    """The names of the subfolders that are adapters."""
     return [path.parent.name for path in sorted(folder.glob(f"[!.]*/{CONFIG}"))]
 
 
-def _no_adapter(folder: Path) -> ParaJaxError:
-    """What this is instead, and what to give."""
+def _not_an_adapter(folder: Path) -> ParaJaxError:
+    """The error that explains what the folder is instead, and what to give."""
     if folder.is_file():
         return ParaJaxError(f"{folder} is a file; an adapter is the folder with {CONFIG}: give {folder.parent}")
     if not folder.exists():
         hub = str(folder).count("/") == 1 and not str(folder).startswith((".", "~", "/"))
         load = f". For an adapter on the Hugging Face hub: hf download {folder} --local-dir DIR" if hub else ""
-        left = "".join(f". A process that was killed while it wrote it left {path}" for path in left_of(folder))
-        return ParaJaxError(f"there is no folder {folder}; give an adapter's folder, which holds {CONFIG}{load}{left}")
+        left = "".join(f". A process that was killed while writing it left {path}" for path in left_of(folder))
+        return ParaJaxError(f"there is no folder {folder}; give an adapter's folder, which has {CONFIG}{load}{left}")
     if names := adapters_below(folder):
         some = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
-        return ParaJaxError(f"{folder} is not an adapter but holds adapters: {some}; give {folder / names[0]}, say")
+        return ParaJaxError(f"{folder} is not an adapter but contains adapters: {some}; give e.g. {folder / names[0]}")
     if (folder / "config.json").is_file() and not (folder / CONFIG).is_file():
         return ParaJaxError(f"{folder} is not an adapter but a whole model; give it as the backbone")
     lacks = [] if (folder / CONFIG).is_file() else [CONFIG]

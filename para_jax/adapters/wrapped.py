@@ -1,7 +1,7 @@
-"""Adapters of models that have a text decoder among other parts, in PEFT's form.
+"""PEFT adapters of models with a text decoder and other parts, such as a vision tower.
 
-There a module's path begins with `model.language_model`, and a name such as q_proj may also be that of a module of the
-vision tower: what is written here means the decoder's modules only, and of what is read the others are left out.
+In these models a module's path begins with `model.language_model`, and a name such as q_proj may also match modules of
+the vision tower. Written configs match only the decoder's modules. Entries for other parts are dropped when reading.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ PATTERNS = ("rank_pattern", "alpha_pattern")
 
 
 def written_for(base: BackboneShape, model_type: str | None) -> Wrapper | None:
-    """The wrapper whose names an adapter is written with, None for a text model; by default what `base` was read from.
+    """The wrapper whose names an adapter is written with; None for a text model. The default is the wrapper of `base`.
 
-    Raises ParaJaxError for a model_type that has no such decoder.
+    Raises ParaJaxError for a model_type without such a decoder.
     """
     if model_type is None:
         return wrapper_of(base)
@@ -36,10 +36,10 @@ def written_for(base: BackboneShape, model_type: str | None) -> Wrapper | None:
 
 
 def at_stem(config: PeftMethod, tensors: Tensors, shape: BackboneShape, stem: str) -> tuple[PeftMethod, dict[str, Any]]:
-    """An adapter of a text model as one of a model that has its layers at `stem`, and of no other part of it."""
+    """Converts an adapter of a text model to one of a model with its layers at `stem`, for these layers only."""
     named: Any = config.of_modules(config.modules(shape), shape)
     lists: dict[str, Any]
-    if any("." in entry for entry in named.target_modules):  # paths from the layers on
+    if any("." in entry for entry in named.target_modules):  # paths that start at `layers`
 
         def path(entry: str) -> str:
             return f"{stem}.{entry}"
@@ -52,28 +52,28 @@ def at_stem(config: PeftMethod, tensors: Tensors, shape: BackboneShape, stem: st
     return replace(named, **lists), moved
 
 
-def without_others(fields: Mapping[str, Any], shape: BackboneShape, names: Names) -> dict[str, Any]:
-    """An adapter_config.json without the entries that name modules of other parts, and none of the decoder's.
+def decoder_entries(fields: Mapping[str, Any], shape: BackboneShape, names: Names) -> dict[str, Any]:
+    """The fields of an adapter_config.json without the entries that match only modules of other parts.
 
-    What names nothing of either stays.
+    Entries that match no module stay.
     """
     at = At(shape, names.stem)
     paths = [module_path(layer, site, at) for layer in range(shape.num_hidden_layers) for site in shape.sites]
 
-    def named(entry: Any) -> bool:
+    def keep_entry(entry: Any) -> bool:
         if not isinstance(entry, str):
             return True
-        return any(names_module(entry, x) for x in paths) or not any(names_module(entry, x) for x in names.others)
+        return any(names_module(entry, x) for x in paths) or not any(names_module(entry, x) for x in names.not_text)
 
-    def fits(pattern: str) -> bool:
-        text, other = (any(first_match([(pattern, True)], x) for x in of) for of in (paths, names.others))
+    def keep_pattern(pattern: str) -> bool:
+        text, other = (any(first_match([(pattern, True)], x) for x in group) for group in (paths, names.not_text))
         return text or not other
 
     kept = dict(fields)
-    if names.others:
-        kept |= {key: [*filter(named, fields[key])] for key in LISTS if isinstance(fields.get(key), list)}
+    if names.not_text:
+        kept |= {key: [*filter(keep_entry, fields[key])] for key in LISTS if isinstance(fields.get(key), list)}
         kept |= {
-            key: {pattern: value for pattern, value in fields[key].items() if fits(pattern)}
+            key: {pattern: value for pattern, value in fields[key].items() if keep_pattern(pattern)}
             for key in PATTERNS
             if isinstance(fields.get(key), Mapping)
         }

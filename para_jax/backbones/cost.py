@@ -40,7 +40,7 @@ def adapter_cost(config: MethodConfig, shape: BackboneShape, dtype: str = "bfloa
         hidden = jnp.zeros((1, shape.hidden_size), dtype)
         prompt = Prompt(hidden, hidden, jnp.ones((1,), bool))
         return [
-            jax.tree.map(lambda x, i=i: x[i], layers).prepare(prompt, i).settled().astype(wide(jnp.dtype(dtype)))
+            jax.tree.map(lambda x, i=i: x[i], layers).prepare(prompt, i).for_decoding().astype(wide(jnp.dtype(dtype)))
             for i in range(shape.num_hidden_layers)
         ]
 

@@ -184,7 +184,7 @@ class Backbone(nnx.Module):
           tokens_bt: token ids.
           mask: which of them are tokens and not padding, on either side; all, if not given.
           prompt_mask: which tokens adapters are prepared from; all, if not given.
-          bank, tenants: the adapters, and for each row its tenant's name, None, or names with strengths.
+          bank, tenants: the adapters, and for each row its tenant's name, None, or names with adapter weights.
 
         Raises ParaJaxError for an unknown tenant, or tenants that do not match the rows.
         """
@@ -250,7 +250,7 @@ class Backbone(nnx.Module):
             x = split_rows(block(x, adjust, self._of_kind(layer, angles), attend), self.mesh)
             if cache is not None:
                 cache = cache.write(layer, column, *new)
-            return (x, cache), adjustment.settled()
+            return (x, cache), adjustment.for_decoding()
 
         carry = (self._embedded(tokens_bt), cache)
         (x, cache), adjustments = self._over_layers(body, carry, self._layered(rows.per_layer()), remat)

@@ -136,13 +136,13 @@ def check(args: argparse.Namespace) -> None:
 
 def tenants_of(placed: Sequence[tuple[str, dict[str, Any]]], adapters: str | None) -> list[str]:
     """The names of the tenants of all rows. Raises ParaJaxError, with the row's place, for an invalid tenant."""
-    from para_jax.adapters.rows import strengths_of
+    from para_jax.adapters.rows import adapter_weights
 
     names: dict[str, None] = {}
     for place, row in placed:
         tenant = row.get("tenant")
         try:
-            named = strengths_of(tenant)
+            named = adapter_weights(tenant)
         except ParaJaxError as error:
             raise ParaJaxError(f'{place}: "tenant": {error}') from None
         if named and adapters is None:
@@ -177,13 +177,13 @@ def other_keys(placed: Sequence[tuple[str, dict[str, Any]]], source: str) -> lis
 
 def tokenizers_of(placed: Sequence[tuple[str, dict[str, Any]]], row_tokenizers: RowTokenizers) -> list[Any]:
     """Each row's tokenizer, with its chat template: its adapters', or the backbone's."""
-    from para_jax.adapters.rows import strengths_of
+    from para_jax.adapters.rows import adapter_weights
 
     found = []
     for place, row in placed:
         chat = "messages" in row or row.get("system") is not None
         try:
-            found.append(row_tokenizers.get(list(strengths_of(row.get("tenant"))), chat))
+            found.append(row_tokenizers.get(list(adapter_weights(row.get("tenant"))), chat))
         except ParaJaxError as error:
             raise ParaJaxError(f"{place}: {error}") from None
     return found

@@ -1,1 +1,1 @@
-"""Hugging Face checkpoints in and out."""
+"""Reads and writes Hugging Face checkpoints."""

@@ -1,4 +1,4 @@
-"""The tokenizer of an adapter's rows: the backbone's, or the one that is kept in the adapter's folder."""
+"""The tokenizer of an adapter's rows: the backbone's, or the one in the adapter's folder."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from para_jax.config import BackboneConfig
 from para_jax.convert.tokenizer import end_tokens, with_chat_template
 from para_jax.errors import ParaJaxError
 
-# What a tokenizer can be read from, and what else says how it works.
+# The files that a tokenizer can be read from, and the other files that it depends on.
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
-BESIDE = (TOKENIZER, "special_tokens_map.json", "added_tokens.json", "merges.txt", "chat_template.jinja",
+OTHER_FILES = (TOKENIZER, "special_tokens_map.json", "added_tokens.json", "merges.txt", "chat_template.jinja",
           "additional_chat_templates/*.jinja")  # fmt: skip
 
 
 def adapter_tokenizer(tokenizer: Any, folder: str | Path, vocab_size: int) -> Any:
-    """The tokenizer of an adapter's rows: the backbone's, or the one that is kept in the adapter's folder.
+    """The tokenizer of an adapter's rows: the backbone's, or the one in the adapter's folder.
 
-    PEFT's users save the tokenizer beside the adapter. If it does what the backbone's does it is the backbone's, with
-    the folder's chat template; else it is the folder's, with its added tokens, for which the backbone, of `vocab_size`
-    tokens, needs embeddings: a warning of `logging` lists those that it lacks. Folders with the same files have one
-    tokenizer.
+    PEFT users often save the tokenizer with the adapter. If it gives the same tokens as the backbone's, the result is
+    the backbone's with the folder's chat template. Otherwise it is the folder's, with its added tokens. A `logging`
+    warning lists those beyond `vocab_size`, for which the backbone has no embeddings. Folders with equal files share
+    one tokenizer.
 
-    Raises ParaJaxError for files that cannot be read, or a tokenizer of another vocabulary.
+    Raises ParaJaxError for files that cannot be read, or a tokenizer with another vocabulary.
 
     >>> from para_jax import tiny_backbone_path
     >>> from para_jax.convert.tokenizer import load_tokenizer
@@ -38,24 +38,24 @@ def adapter_tokenizer(tokenizer: Any, folder: str | Path, vocab_size: int) -> An
     """
     folder = Path(folder)
     if has_tokenizer(folder):
-        return _of_files(tokenizer, _Files(folder), vocab_size)
+        return _read(tokenizer, _Files(folder), vocab_size)
     _check_added(tokenizer, folder)
-    return _with(tokenizer, load_chat_template(folder))
+    return _with_template(tokenizer, load_chat_template(folder))
 
 
 def has_tokenizer(folder: str | Path) -> bool:
-    """Whether there is a tokenizer in an adapter's folder."""
+    """Whether an adapter's folder has a tokenizer."""
     return any((Path(folder) / name).is_file() for name in VOCABULARIES)
 
 
 class _Files:
-    """The tokenizer files of a folder, equal to those of another with the same contents."""
+    """The tokenizer files of a folder. Equal if their names and contents are equal."""
 
     def __init__(self, folder: Path):
         self.folder = folder
-        paths = sorted(path for name in (*VOCABULARIES, *BESIDE) for path in folder.glob(name))
-        named = [f"{path.relative_to(folder)} {hashlib.sha256(path.read_bytes()).hexdigest()}" for path in paths]
-        self.digest = "\n".join(named)
+        paths = sorted(path for name in (*VOCABULARIES, *OTHER_FILES) for path in folder.glob(name))
+        lines = [f"{path.relative_to(folder)} {hashlib.sha256(path.read_bytes()).hexdigest()}" for path in paths]
+        self.digest = "\n".join(lines)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Files) and self.digest == other.digest
@@ -65,30 +65,30 @@ class _Files:
 
 
 @lru_cache(maxsize=256)
-def _of_files(tokenizer: Any, files: _Files, vocab_size: int) -> Any:
+def _read(tokenizer: Any, files: _Files, vocab_size: int) -> Any:
     folder = files.folder
     template = load_chat_template(folder)
     if _same_files(tokenizer, folder):
-        return _with(tokenizer, template)
+        return _with_template(tokenizer, template)
     try:
-        # The backbone's class: what is of another one is of another vocabulary, and no code of the folder is run.
-        own = type(tokenizer).from_pretrained(folder)
-    except Exception as error:  # of the tokenizers library, which raises Exception itself
+        # With the backbone's class, no code of the folder is run. Another class would mean another vocabulary.
+        tuned = type(tokenizer).from_pretrained(folder)
+    except Exception as error:  # tokenizers raises Exception itself
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ParaJaxError(
-            f"the tokenizer in {folder} cannot be read as one of the backbone's kind: {reason}. Save it again from the "
-            "run, or remove its files to use the backbone's"
+            f"the tokenizer in {folder} cannot be read with the backbone's tokenizer class: {reason}. Save it again "
+            "from the run, or remove its files to use the backbone's"
         ) from error
-    _check_vocabularies(tokenizer, own, folder, vocab_size)
-    _end_no_prompt(tokenizer, own, folder)
-    if _works_as(tokenizer) == _works_as(own):
-        return _with(tokenizer, own.chat_template)
-    own.chat_template = own.chat_template or tokenizer.chat_template
-    return own
+    _check_vocabularies(tokenizer, tuned, folder, vocab_size)
+    _no_eos_after_prompts(tokenizer, tuned, folder)
+    if _tokenization(tokenizer) == _tokenization(tuned):
+        return _with_template(tokenizer, tuned.chat_template)
+    tuned.chat_template = tuned.chat_template or tokenizer.chat_template
+    return tuned
 
 
 def _same_files(tokenizer: Any, folder: Path) -> bool:
-    """Whether the folder has what the backbone's tokenizer saves: to read a large one takes seconds."""
+    """Whether the folder has the files that the backbone's tokenizer would save. Reading a large one takes seconds."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     path = folder / "tokenizer.json"
     if backend is None or not path.is_file() or path.read_bytes() != backend.to_str(pretty=True).encode():
@@ -103,45 +103,44 @@ def _same_files(tokenizer: Any, folder: Path) -> bool:
     return end == tokenizer.eos_token and not several
 
 
-def _with(tokenizer: Any, template: Any) -> Any:
+def _with_template(tokenizer: Any, template: Any) -> Any:
     if template is None or template == tokenizer.chat_template:
         return tokenizer
-    return _speaking(tokenizer, json.dumps(template))
+    return _with_json_template(tokenizer, json.dumps(template))
 
 
 @lru_cache(maxsize=256)
-def _speaking(tokenizer: Any, template: str) -> Any:
-    """With a chat template (in JSON, for there may be several by name), the same one each time."""
+def _with_json_template(tokenizer: Any, template: str) -> Any:
+    """Equal arguments give the same tokenizer. The template is JSON, because several by name are not hashable."""
     return with_chat_template(tokenizer, json.loads(template))
 
 
-def _check_vocabularies(tokenizer: Any, own: Any, folder: Path, vocab_size: int) -> None:
-    """Raises ParaJaxError if the folder's tokenizer is another model's. Says which tokens have no embeddings here."""
-    ours, theirs = tokenizer.get_vocab(), own.get_vocab()
+def _check_vocabularies(tokenizer: Any, tuned: Any, folder: Path, vocab_size: int) -> None:
+    """Raises ParaJaxError if the folder's tokenizer is another model's. Warns about tokens without embeddings."""
+    ours, theirs = tokenizer.get_vocab(), tuned.get_vocab()
     added = {str(token) for token in tokenizer.added_tokens_decoder.values()}
-    # Tokens that were added may be others, or elsewhere; the vocabulary proper has to be the same.
-    own_words = [token for token in ours if token not in added]
-    moved = [token for token in own_words if theirs.get(token) != ours[token]]
+    # Added tokens may differ; the vocabulary without them must be the same.
+    moved = [token for token in ours if token not in added and theirs.get(token) != ours[token]]
     if moved:
         first = min(moved, key=lambda token: ours[token])
         raise ParaJaxError(
             f"the tokenizer in {folder} has another vocabulary than the backbone's: {len(moved)} tokens differ, such "
-            f"as {first!r}, which is {theirs.get(first, 'not')} there and {ours[first]} here. The "
-            "adapter was tuned on another model: load that as the backbone. If it was not, remove the tokenizer's files"
+            f"as {first!r}, which is {theirs.get(first, 'not')} there and {ours[first]} here. The adapter was tuned on "
+            "another model: load it as the backbone. If not, remove the tokenizer's files"
         )
     beyond = {t: i for t, i in sorted(theirs.items(), key=lambda item: item[1]) if i >= vocab_size and t not in ours}
     if beyond:
         some = ", ".join(f"{t} ({i})" for t, i in list(beyond.items())[:5]) + (", ..." if len(beyond) > 5 else "")
         logging.getLogger(__name__).warning(
             "%s: its tokenizer has %d tokens for which the backbone, of %d tokens, has no embeddings: %s. Rows with "
-            "one of them are refused. If the model was resized for them (resize_token_embeddings), merge the adapter "
+            "these tokens are refused. If the model was resized for them (resize_token_embeddings), merge the adapter "
             "in peft and load the merged model as the backbone",
             folder, len(beyond), vocab_size, some,
         )  # fmt: skip
 
 
-def ends(tokenizer: Any, own: Any, config: BackboneConfig) -> tuple[int, ...]:
-    """The tokens that end the rows of an adapter whose tokenizer is `own`: its end token, and the backbone's.
+def ends(tokenizer: Any, tuned: Any, config: BackboneConfig) -> tuple[int, ...]:
+    """The end tokens for the rows of an adapter with tokenizer `tuned`: its end token, and the backbone's.
 
     >>> from para_jax import BackboneConfig, tiny_backbone_path
     >>> from para_jax.convert.tokenizer import load_tokenizer
@@ -150,13 +149,13 @@ def ends(tokenizer: Any, own: Any, config: BackboneConfig) -> tuple[int, ...]:
     (0,)
     """
     eos = end_tokens(config, tokenizer)
-    if own is tokenizer or own.eos_token_id in (None, tokenizer.eos_token_id, *eos):
+    if tuned is tokenizer or tuned.eos_token_id in (None, tokenizer.eos_token_id, *eos):
         return eos
-    return (own.eos_token_id, *eos) if own.eos_token_id < config.vocab_size else eos
+    return (tuned.eos_token_id, *eos) if tuned.eos_token_id < config.vocab_size else eos
 
 
 def _check_added(tokenizer: Any, folder: Path) -> None:
-    """Raises ParaJaxError for tokens that a folder adds to a vocabulary that it does not have."""
+    """Raises ParaJaxError if a folder without a vocabulary adds tokens that the backbone's tokenizer lacks."""
     added: dict[str, int] = {}
     for name in (TOKENIZER, "added_tokens.json"):
         path = folder / name
@@ -170,37 +169,37 @@ def _check_added(tokenizer: Any, folder: Path) -> None:
     if lacking := {token: i for token, i in added.items() if here.get(token) != i}:
         some = ", ".join(f"{token!r} ({i})" for token, i in list(lacking.items())[:5])
         raise ParaJaxError(
-            f"{folder} adds tokens that the backbone's tokenizer does not have, {some}, and has no tokenizer.json to "
-            "use them with; save the whole tokenizer there: tokenizer.save_pretrained(folder)"
+            f"{folder} adds tokens that the backbone's tokenizer does not have, {some}, but has no tokenizer.json; "
+            "save the whole tokenizer there: tokenizer.save_pretrained(folder)"
         )
 
 
-def _end_no_prompt(tokenizer: Any, own: Any, folder: Path) -> None:
-    """Some train with a tokenizer that ends every text (`add_eos_token`); prompts begin and end as the backbone's.
+def _no_eos_after_prompts(tokenizer: Any, tuned: Any, folder: Path) -> None:
+    """Stops a tokenizer that was saved with `add_eos_token` from ending every prompt, unless the backbone's does too.
 
-    Raises ParaJaxError if it cannot be had without.
+    Raises ParaJaxError if that is not possible.
     """
 
-    def ends_texts(spoken: Any) -> bool:
-        return spoken.eos_token_id is not None and spoken("a")["input_ids"][-1:] == [spoken.eos_token_id]
+    def appends_eos(tokenizer: Any) -> bool:
+        return tokenizer.eos_token_id is not None and tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]
 
-    if not ends_texts(own) or ends_texts(tokenizer):
+    if not appends_eos(tuned) or appends_eos(tokenizer):
         return
-    here, there = (getattr(spoken, "backend_tokenizer", None) for spoken in (tokenizer, own))
+    here, there = (getattr(each, "backend_tokenizer", None) for each in (tokenizer, tuned))
     if here is not None and there is not None:
         there.post_processor = here.post_processor
-    if ends_texts(own):
+    if appends_eos(tuned):
         raise ParaJaxError(
-            f"the tokenizer in {folder} puts its end token behind every text, and so behind every prompt; save it "
-            "again with add_eos_token=False"
+            f"the tokenizer in {folder} appends its end token to every text, and so to every prompt; save it again "
+            "with add_eos_token=False"
         )
 
 
-def _works_as(tokenizer: Any) -> tuple[Any, ...]:
-    """All that a tokenizer's tokens depend on, and how texts end."""
+def _tokenization(tokenizer: Any) -> tuple[Any, ...]:
+    """Everything that a tokenizer's output depends on, and its end token."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return type(tokenizer), tuple(sorted(tokenizer.get_vocab().items())), tokenizer.eos_token
     spec = json.loads(backend.to_str())
-    # How a run cut and padded its batches is kept with it; calls say that anew.
+    # Saved truncation and padding do not matter: every call sets them.
     return {**spec, "truncation": None, "padding": None}, tokenizer.eos_token

@@ -1,4 +1,4 @@
-"""An adapter that is the same for every prompt, taken into the backbone's weights."""
+"""Merges an adapter that does not depend on the prompt into the backbone's weights."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ if TYPE_CHECKING:
 
 
 def merge_adapter(backbone: W, adapter: Adapter) -> W:
-    """The backbone with a LoRA or (IA)3 adapter in its weights, for export or for serving it alone.
+    """The backbone with a LoRA or (IA)3 adapter merged into its weights, for export or for serving this adapter alone.
 
         LoRA:   W' = W + scale * B A
-        (IA)3:  W' = W with its rows multiplied by the vector, or its columns where the input is scaled
+        (IA)3:  W' = W with its rows multiplied by the vector, or its columns if the input is scaled
 
-    Sums and products are taken in float32, from weights widened exactly to float32, and each new weight is rounded
-    once, to the nearest in the backbone's dtype. In bfloat16 most of a small change is lost in that rounding: load
-    the backbone in float32 to merge, and let `save_backbone` cast it. Weights that the adapter does not target are
-    shared with the backbone given, which stays as it is; new ones have its placement on devices.
+    Weights are converted to float32 exactly, merged in float32, and rounded once, to the nearest value in the
+    backbone's dtype. In bfloat16 this rounding loses most of a small change: load the backbone in float32 to merge, and
+    let `save_backbone` cast it. The given backbone does not change. The result shares its weights that the adapter does
+    not target; new weights have the same sharding.
 
-    Raises ParaJaxError for an adapter of another shape, one that makes a weight NaN or infinite, or one of a method
-    that cannot be merged, as PARA cannot: its vectors depend on the prompt.
+    Raises ParaJaxError for an adapter that does not fit, one that makes a weight NaN or infinite, or one of a method
+    that cannot be merged, such as PARA, whose vectors depend on the prompt.
 
     >>> import jax.numpy as jnp
     >>> from para_jax import AdapterBank, Backbone, IA3Config, tiny_backbone_path
@@ -43,9 +43,9 @@ def merge_adapter(backbone: W, adapter: Adapter) -> W:
     config, shape = adapter.config, backbone.config
     if not config.peft_type:
         why = (
-            "its vectors are made from each prompt, so no one set of weights does what it does"
+            "its vectors depend on the prompt, so no fixed weights are equivalent"
             if config.reads_prompt
-            else "only the methods that PEFT has are"
+            else "only the methods that PEFT has can be"
         )
         raise ParaJaxError(
             f"an adapter of method {config.method} cannot be merged: {why}. Serve it from a bank, or tune lora or ia3 "
@@ -53,7 +53,7 @@ def merge_adapter(backbone: W, adapter: Adapter) -> W:
         )
     adapter.check(shape)
     if backbone.quantize is not None:
-        raise ParaJaxError("a quantised backbone cannot be merged into; load it without quantize")
+        raise ParaJaxError("an adapter cannot be merged into a quantized backbone; load it without quantize")
     tensors = peft_tensors(adapter, shape)
     leaves: dict[str, Any] = dict(named_leaves(backbone))
     method: Any = config
@@ -63,31 +63,31 @@ def merge_adapter(backbone: W, adapter: Adapter) -> W:
                 continue
             name = f"blocks.{entry.name}" if backbone.stacked else f"blocks.{layer}.{entry.name}"
             if not isinstance(leaves[name], np.ndarray):
-                leaves[name] = np.array(leaves[name])  # a copy to write to
+                leaves[name] = np.array(leaves[name])  # a writable copy
             ours = leaves[name][layer] if backbone.stacked else leaves[name]
             merged = []
             for part, x in zip(entry.parts, entry.split(ours.astype(np.float32)), strict=True):
                 if part.site in modules:
                     at = peft_path(layer, part.site, shape)
-                    own = {name: tensors[f"{at}.{name}"] for name in method.places(layer, part.site, shape)}
-                    with np.errstate(over="ignore", invalid="ignore"):  # which `_finite` looks for
-                        x = _finite(at, x, method.merged(x, own, modules[part.site]))
+                    site_tensors = {name: tensors[f"{at}.{name}"] for name in method.places(layer, part.site, shape)}
+                    with np.errstate(over="ignore", invalid="ignore"):  # `_check_finite` checks the result
+                        x = _check_finite(at, x, method.merged(x, site_tensors, modules[part.site]))
                 merged.append(x)
             ours[...] = entry.join(merged)
-    placed = [_placed(x, old) for x, old in zip(leaves.values(), jax.tree.leaves(backbone), strict=True)]
-    return jax.tree.unflatten(jax.tree.structure(backbone), placed)
+    new = [_to_devices(x, old) for x, old in zip(leaves.values(), jax.tree.leaves(backbone), strict=True)]
+    return jax.tree.unflatten(jax.tree.structure(backbone), new)
 
 
-def _finite(at: str, old: np.ndarray, new: np.ndarray) -> np.ndarray:
-    """The new weight. Raises ParaJaxError if it is the adapter that makes it NaN or infinite."""
+def _check_finite(at: str, old: np.ndarray, new: np.ndarray) -> np.ndarray:
+    """Returns the new weight. Raises ParaJaxError if the adapter makes it NaN or infinite."""
     if not np.isfinite(new).all() and np.isfinite(old).all():
         raise ParaJaxError(
             f"the adapter cannot be merged: with it the weight of {at.removeprefix('base_model.model.')} is NaN or "
-            "beyond float32. Its training diverged; take an earlier checkpoint, or tune it again with a lower learning "
+            "beyond float32. Its training diverged; use an earlier checkpoint, or tune it again with a lower learning "
             "rate"
         )
     return new
 
 
-def _placed(x: np.ndarray | Array, old: Array) -> Array:
+def _to_devices(x: np.ndarray | Array, old: Array) -> Array:
     return jax.device_put(x, old.sharding) if isinstance(x, np.ndarray) else x

@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint's files: all shapes at once, contents one at a time."""
+"""Reads a checkpoint's files: the shapes of all tensors at once, and their contents one at a time."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 class TensorFiles(Protocol):
-    """What a loader needs."""
+    """The shapes, dtypes and contents of a checkpoint's tensors."""
 
     shape: dict[str, tuple[int, ...]]
     dtype: dict[str, str]
 
     def read(self, key: str) -> np.ndarray:
-        """One tensor, which is to be copied and let go."""
+        """One tensor. The caller copies it and keeps no reference."""
         ...
 
 
 def open_tensors(folder: Path) -> TensorFiles:
-    """The tensors of a folder, of safetensors if it has any, or of PyTorch's .bin files.
+    """Opens the safetensors files of a folder, or else PyTorch's .bin files.
 
-    Raises ParaJaxError if there are no such files, or one is missing, damaged or of a dtype not supported.
+    Raises ParaJaxError if there are no such files, or one is missing, damaged or has an unsupported dtype.
     """
     for index, single, kind in (
         (INDEX, "model.safetensors", SafetensorsFiles),
@@ -54,7 +54,7 @@ def open_tensors(folder: Path) -> TensorFiles:
 
 
 class SafetensorsFiles:
-    """Those of safetensors files, mapped into memory."""
+    """The tensors of safetensors files, mapped into memory."""
 
     def __init__(self, folder: Path, files: list[str]):
         from safetensors import SafetensorError, safe_open
@@ -65,7 +65,7 @@ class SafetensorsFiles:
         for name in files:
             try:
                 with safe_open(folder / name, framework="numpy") as f:
-                    for key in f.keys():  # noqa: SIM118  (no mapping)
+                    for key in f.keys():  # noqa: SIM118  (not a mapping)
                         piece = f.get_slice(key)
                         if piece.get_dtype() not in DTYPES:
                             raise ParaJaxError(
@@ -78,17 +78,17 @@ class SafetensorsFiles:
                 raise ParaJaxError(f"{folder / name} is damaged: {error}") from error
 
     def read(self, key: str) -> np.ndarray:
-        """One tensor, as a view of the file that is to be copied and let go.
+        """One tensor, as a view of the file.
 
-        The safetensors reader would make two copies of it. The file is mapped anew for every tensor, so that the
-        pages that were read do not add up in memory.
+        The safetensors reader would make two copies. The file is mapped again for every tensor, so that pages already
+        read do not accumulate in memory.
         """
         dtype, offset = self._place[key]
         return np.memmap(self.file[key], np.dtype(dtype), "r", offset, self.shape[key])
 
 
 def _places(path: Path) -> dict[str, tuple[str, int]]:
-    """Where a safetensors file keeps its tensors: it is eight bytes, a JSON header and the contents. Checked before."""
+    """The dtype and offset of each tensor in a valid safetensors file: eight bytes, a JSON header and the contents."""
     with path.open("rb") as f:
         size = int.from_bytes(f.read(8), "little")
         header = json.loads(f.read(size))
@@ -100,7 +100,7 @@ def _places(path: Path) -> dict[str, tuple[str, int]]:
 
 
 class TorchFiles:
-    """Those of PyTorch's .bin files."""
+    """The tensors of PyTorch's .bin files."""
 
     def __init__(self, folder: Path, files: list[str]):
         self._tensors: dict[str, Any] = {}

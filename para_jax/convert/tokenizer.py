@@ -1,4 +1,4 @@
-"""The tokenizer of a checkpoint, as transformers gives it, and the tokens that end its texts."""
+"""Loads a checkpoint's tokenizer with transformers, and finds its end tokens."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from para_jax.families.reading import architecture_from_hf
 FILES = ["*.json", "tokenizer*", "*.jinja"]
 FAST, SENTENCEPIECE = "tokenizer.json", "tokenizer.model"
 SETTINGS, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
-PROCESSORS = "chat_template.json"  # of the processors of transformers 4, which no tokenizer reads
+PROCESSORS = "chat_template.json"  # written by processors of transformers 4; tokenizers do not read it
 OTHER_FILES = (FAST, "vocab.json", "tekken.json", "*.tiktoken", "tiktoken.model", "spiece.model", "spm.model")
-# What reads tokenizer.model: packages, and the modules that they have.
+# The packages that read tokenizer.model, with their modules.
 READERS = {
     "sentencepiece": {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"},
     "tiktoken": {"tiktoken": "tiktoken"},
 }
-FEW = 10  # more than the tokens that a class has without any file
+MIN_TOKENS = 10  # a tokenizer class without files has fewer
 JSON_FILES = ("tokenizer_config.json", FAST, "special_tokens_map.json", "added_tokens.json", "vocab.json")
 
 
 def load_tokenizer(path_or_hub_id: str | Path) -> Any:
-    """A transformers tokenizer. Code that comes with the checkpoint is not run.
+    """Loads a transformers tokenizer. Python code in the checkpoint is not run.
 
-    Raises ParaJaxError if config.json is not supported, or the checkpoint has no tokenizer or a damaged one.
+    Raises ParaJaxError if config.json is not supported, or the tokenizer is missing or damaged.
 
     >>> from para_jax import tiny_backbone_path
     >>> load_tokenizer(tiny_backbone_path()).decode([0])
@@ -40,18 +40,18 @@ def load_tokenizer(path_or_hub_id: str | Path) -> Any:
 
     folder = checkpoint_folder(path_or_hub_id, FILES)
     fields = read_json(folder / CONFIG)
-    # Read and judged here, so that transformers has no other opinion of it.
+    # config.json is checked here, and transformers gets a config with only the tokenizer's fields.
     architecture_from_hf(fields, str(path_or_hub_id))
-    made: Any = CONFIG_MAPPING[fields["model_type"]]
-    config = made(tokenizer_class=fields.get("tokenizer_class"), name_or_path=str(folder))
+    config_class: Any = CONFIG_MAPPING[fields["model_type"]]
+    config = config_class(tokenizer_class=fields.get("tokenizer_class"), name_or_path=str(folder))
     problem = _missing(folder)
     if problem:
         raise ParaJaxError(f"{path_or_hub_id}: {problem}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
-    except Exception as error:  # of many kinds, as its files are
+    except Exception as error:  # damaged files raise many kinds of exceptions
         raise ParaJaxError(f"{path_or_hub_id}: {_damage(folder, error)}") from error
-    if tokenizer.vocab_size < FEW and not _vocabulary(folder):
+    if tokenizer.vocab_size < MIN_TOKENS and not _vocabulary(folder):
         raise ParaJaxError(f"{path_or_hub_id}: its tokenizer cannot be read: {FAST} has no vocabulary")
     if tokenizer.chat_template is None:
         return with_chat_template(tokenizer, processor_template(folder))
@@ -59,7 +59,7 @@ def load_tokenizer(path_or_hub_id: str | Path) -> Any:
 
 
 def processor_template(folder: Path) -> str | None:
-    """The chat template of a checkpoint whose tokenizer has none, but whose processor for images has one."""
+    """The processor's chat template, if the tokenizer of the checkpoint has none."""
     if (folder / TEMPLATE).is_file() or not (folder / PROCESSORS).is_file():
         return None
     settings = read_json(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}
@@ -68,7 +68,7 @@ def processor_template(folder: Path) -> str | None:
 
 
 def _missing(folder: Path) -> str:
-    """What a tokenizer lacks so that it can be read; empty, if nothing."""
+    """What is missing to read the tokenizer; "" if nothing is."""
     if any(True for pattern in OTHER_FILES for _ in folder.glob(pattern)):
         return ""
     if not (folder / SENTENCEPIECE).is_file():
@@ -76,12 +76,12 @@ def _missing(folder: Path) -> str:
     reader = "sentencepiece" if _is_sentencepiece(folder) else "tiktoken"
     missing = [package for package, module in READERS[reader].items() if not _installed(module)]
     if missing:
-        return f"its tokenizer is {SENTENCEPIECE} alone, which {reader} reads; pip install {' '.join(missing)}"
+        return f"its tokenizer is only {SENTENCEPIECE}, which {reader} reads; pip install {' '.join(missing)}"
     return ""
 
 
 def _is_sentencepiece(folder: Path) -> bool:
-    """Whether tokenizer.model is sentencepiece's, which begins with a field of a message, and not tiktoken's text."""
+    """Whether tokenizer.model is a sentencepiece protobuf, and not tiktoken's text."""
     with (folder / SENTENCEPIECE).open("rb") as file:
         return file.read(1) == b"\n"
 
@@ -89,23 +89,23 @@ def _is_sentencepiece(folder: Path) -> bool:
 def _installed(module: str) -> bool:
     try:
         return find_spec(module) is not None
-    except ModuleNotFoundError:  # of the package that it is in
+    except ModuleNotFoundError:  # its parent package is missing
         return False
 
 
 def _vocabulary(folder: Path) -> Any:
-    """What tokenizer.json has for tokens; classes of transformers make up a few where it has none."""
+    """The vocabulary in tokenizer.json. Without it, classes of transformers have a few default tokens."""
     model = read_json(folder / FAST).get("model") if (folder / FAST).is_file() else {"vocab": "of another file"}
     return model.get("vocab") if isinstance(model, dict) else None
 
 
 def _damage(folder: Path, error: Exception) -> str:
-    """Why a tokenizer could not be read: the first of its files that is damaged, or what transformers says."""
+    """The reason that a tokenizer could not be read: its first damaged file, or transformers' error."""
     from tokenizers import Tokenizer
 
     if "trust_remote_code" in str(error):
-        way = f"take auto_map out to use {FAST}" if (folder / FAST).is_file() else f"save the tokenizer as {FAST}"
-        return f"its tokenizer is Python code of its own (auto_map in tokenizer_config.json), which is never run; {way}"
+        fix = f"take auto_map out to use {FAST}" if (folder / FAST).is_file() else f"save the tokenizer as {FAST}"
+        return f"its tokenizer is custom Python code (auto_map in tokenizer_config.json), which is never run; {fix}"
     for name in JSON_FILES:
         if (folder / name).is_file():
             try:
@@ -117,19 +117,19 @@ def _damage(folder: Path, error: Exception) -> str:
     if (folder / FAST).is_file():
         try:
             Tokenizer.from_file(str(folder / FAST))
-        except Exception as damage:  # the only kind it raises
+        except Exception as damage:  # tokenizers raises Exception itself
             return f"its tokenizer cannot be read: {FAST} is damaged: {one_line(damage)}"
-    # transformers tries tiktoken where sentencepiece fails.
+    # transformers tries tiktoken if sentencepiece fails.
     if "tiktoken" in str(error) and (folder / SENTENCEPIECE).is_file() and _is_sentencepiece(folder):
         return f"its tokenizer cannot be read: {SENTENCEPIECE} is damaged"
-    return f"its tokenizer cannot be read: transformers says {type(error).__name__}: {one_line(error)}"
+    return f"its tokenizer cannot be read: transformers raised {type(error).__name__}: {one_line(error)}"
 
 
 def end_tokens(config: BackboneConfig, tokenizer: Any) -> tuple[int, ...]:
-    """The ids that end a text; the first is put after responses that have none.
+    """The ids that end a text. The first is appended to responses that do not end with one.
 
-    They are those of generation_config.json, or else of config.json, or else the tokenizer's. A warning of `logging`,
-    one line for a backbone, says so if the files name none or the tokenizer's is another.
+    They are those of generation_config.json, or else of config.json, or else the tokenizer's. One `logging` warning per
+    backbone reports that the files have none, or that the tokenizer's is different.
 
     >>> from para_jax import tiny_backbone_path
     >>> end_tokens(BackboneConfig.from_pretrained(tiny_backbone_path()), load_tokenizer(tiny_backbone_path()))
@@ -141,48 +141,47 @@ def end_tokens(config: BackboneConfig, tokenizer: Any) -> tuple[int, ...]:
 
     ids = tuple(token for token in config.eos_token_ids if 0 <= token < config.vocab_size)
     beyond = [str(token) for token in config.eos_token_ids if token not in ids]
-    own = getattr(tokenizer, "eos_token_id", None)
-    if own is not None and own >= config.vocab_size:
-        beyond.append(shown(own))
-        own = None
+    eos = getattr(tokenizer, "eos_token_id", None)
+    if eos is not None and eos >= config.vocab_size:
+        beyond.append(shown(eos))
+        eos = None
     line = f"end token {', '.join(beyond)} is not in the vocabulary of {config.vocab_size} and is not used; "
     line = line if beyond else ""
-    if ids and own is not None and own not in ids:
-        line += f"its files end texts with {', '.join(map(shown, ids))}, its tokenizer with {shown(own)}; "
-    elif not ids and own is not None:
+    if ids and eos is not None and eos not in ids:
+        line += f"its files end texts with {', '.join(map(shown, ids))}, its tokenizer with {shown(eos)}; "
+    elif not ids and eos is not None:
         line += f"neither {GENERATION} nor {CONFIG} names an end token; "
     elif not ids:
         line += (
             f"neither {GENERATION}, {CONFIG} nor the tokenizer names an end token, so responses get none and generated "
             "texts end at max_new_tokens only"
         )
-    used = ids or (() if own is None else (own,))
+    used = ids or (() if eos is None else (eos,))
     if line:
         last = f"{', '.join(map(shown, used))} {'is' if len(used) == 1 else 'are'} used" if used else ""
-        _say(f"{config.name or 'the backbone'}: {line}{last}")
+        _warn_once(f"{config.name or 'the backbone'}: {line}{last}")
     return used
 
 
 @cache
-def _say(line: str) -> None:
-    """A warning, once for each line."""
+def _warn_once(line: str) -> None:
     logging.getLogger(__name__).warning("%s", line)
 
 
 def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
-    """Raises ParaJaxError if the tokenizer's own vocabulary is larger than the backbone's.
+    """Raises ParaJaxError if the tokenizer's vocabulary without added tokens is larger than the backbone's.
 
-    Tokens that were added to it may be beyond (Gemma 3 has one for images); rows that have one are refused.
+    Added tokens may be beyond the backbone's vocabulary (Gemma 3 has one for images). Rows with one are refused.
     """
     if tokenizer.vocab_size > vocab_size:
         raise ParaJaxError(
-            f"the tokenizer's vocabulary has {tokenizer.vocab_size} tokens, and the backbone's {vocab_size}; one of "
-            "the two is another model's"
+            f"the tokenizer's vocabulary has {tokenizer.vocab_size} tokens, and the backbone's {vocab_size}; they are "
+            "not of the same model"
         )
 
 
 def with_chat_template(tokenizer: Any, template: str | None) -> Any:
-    """The tokenizer with another chat template, or the same one if there is none.
+    """The tokenizer with another chat template; the same tokenizer if `template` is None.
 
     >>> from para_jax import tiny_backbone_path
     >>> tokenizer = load_tokenizer(tiny_backbone_path())

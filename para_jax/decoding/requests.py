@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from para_jax.adapters.bank import AdapterBank
-from para_jax.adapters.rows import Tenant, strengths_of
+from para_jax.adapters.rows import Tenant, adapter_weights
 from para_jax.checks import Whole, check_text
 from para_jax.config import BackboneConfig
 from para_jax.decoding.sampling import Draws, Filters, Sampler
@@ -190,7 +190,7 @@ def tenant_rows(bank: AdapterBank | None, tenants: Sequence[Tenant] | None, rows
         raise ParaJaxError(f"tenants is one {kind}, {tenants!r}; give a list of a name or None for every row")
     if len(tenants) != rows:
         raise ParaJaxError(f"{rows} rows but {len(tenants)} tenants; give one (or None) for every row")
-    names = dict.fromkeys(name for tenant in tenants for name in strengths_of(tenant))
+    names = dict.fromkeys(name for tenant in tenants for name in adapter_weights(tenant))
     if names and bank is None:
         raise ParaJaxError("tenants were given but no bank; pass bank=AdapterBank.load({name: folder, ...}, config)")
     for name in names:

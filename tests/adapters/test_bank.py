@@ -153,7 +153,7 @@ def test_rows_hold_each_rows_own_adapter_and_nothing_else(adapters: dict[str, Ad
     bank = AdapterBank.stack(adapters, SMALL, capacity=6)
     tenants = ["d", None, "a", "e", "a"]
     rows = bank.rows(tenants)
-    assert [s.tolist() for s in rows.strengths] == [[0, 0, 1, 1, 1], [1, 0, 0, 0, 0]]
+    assert [s.tolist() for s in rows.weights] == [[0, 0, 1, 1, 1], [1, 0, 0, 0, 0]]
     for group, layers in zip(bank.groups, rows.layers, strict=True):
         for row, name in enumerate(tenants):
             own = name is not None and adapters[name].config == group.config
@@ -248,7 +248,7 @@ def test_load(adapters: dict[str, Adapter], tmp_path: Path) -> None:
     folders = {name: tmp_path / name for name in adapters}
     assert holds(AdapterBank.load(folders, SMALL, capacity=4), adapters)
     with pytest.raises(
-        ParaJaxError, match=r"there is no folder .*nobody; give an adapter's folder, which holds adapter_config.json"
+        ParaJaxError, match=r"there is no folder .*nobody; give an adapter's folder, which has adapter_config.json"
     ):
         AdapterBank.load({**folders, "nobody": tmp_path / "nobody"}, SMALL)
 

@@ -139,9 +139,11 @@ def test_a_folder_for_another_backbone(tmp_path: Path) -> None:
 
 def test_what_is_refused() -> None:
     experts = family_backbone("mixtral").config
-    with pytest.raises(ParaJaxError, match=r"up_proj, which is the projections of many experts .* and not added to"):
+    with pytest.raises(ParaJaxError, match=r"up_proj, which is the projections of many experts .* but not added to"):
         BiasConfig(("up_proj",)).modules(experts)
     assert set(BiasConfig().modules(experts)[0]) == {"q_proj", "k_proj", "v_proj", "o_proj"}
     backbone = random_backbone()
-    with pytest.raises(ParaJaxError, match=r"method bias cannot be merged: only the methods that PEFT has are\. Serve"):
+    with pytest.raises(
+        ParaJaxError, match=r"method bias cannot be merged: only the methods that PEFT has can be\. Serve"
+    ):
         merge_adapter(backbone, random_adapter(BiasConfig(), SMALL, 0))

@@ -67,7 +67,7 @@ def test_no_adapter(tmp_path: Path) -> None:
         (CONFIG, b"[1]", "has no peft_type"),
         (CONFIG, b'{"peft_type": 3}', "has no peft_type"),
         (CONFIG, b'{"peft_type": "PARA"}', "made for another backbone .unnamed: hidden_size None there and 32 here"),
-        (WEIGHTS, b"", "is empty, 0 bytes: the save or the download was cut off; copy the adapter again"),
+        (WEIGHTS, b"", "is empty, 0 bytes: the save or download is incomplete; copy the adapter again"),
         (WEIGHTS, b"\x08\x00\x00\x00\x00\x00\x00\x00notjson!", "is damaged: "),
     ],
 )
@@ -176,9 +176,9 @@ def test_sites_that_are_not_recorded(old: Adapter, tmp_path: Path, sites: Any) -
 def test_nan_is_refused(old: Adapter, tmp_path: Path, value: float) -> None:
     save_adapter(jax.tree.map(lambda x: x.at[0, 0].set(value), old), tmp_path / "a", SMALL)
     message = (
-        "a/adapter_model.safetensors: an adapter with NaN or infinite values answers nonsense. Its training diverged, "
-        "or it was saved in a dtype too small for it: take an earlier checkpoint, or tune it again with a lower "
-        "learning rate. To look at it all the same: --allow-nan of generate and evaluate, or check_finite=False\n  "
+        "a/adapter_model.safetensors: an adapter with NaN or infinite values gives useless answers. Its training "
+        "diverged, or it was saved in a dtype too small for it: use an earlier checkpoint, or tune it again with a "
+        "lower learning rate. To load it anyway: --allow-nan of generate and evaluate, or check_finite=False\n  "
         "down has 2 NaN or infinite values of 128\n  up has 96 NaN or infinite values of 384"
     )
     with pytest.raises(ParaJaxError) as caught:
@@ -201,9 +201,9 @@ def test_folders_that_are_something_else(old: Adapter, tmp_path: Path) -> None:
     (tmp_path / "model" / "config.json").write_text("{}")
     runs = tmp_path / "runs"
     for folder, message in (
-        (runs, f"{runs} is not an adapter but holds adapters: acme, globex; give {runs / 'acme'}, say"),
+        (runs, f"{runs} is not an adapter but contains adapters: acme, globex; give e.g. {runs / 'acme'}"),
         (runs / "acme" / WEIGHTS, f"is a file; an adapter is the folder with {CONFIG}: give {runs / 'acme'}"),
-        (runs / "acne", f"there is no folder {runs / 'acne'}; give an adapter's folder, which holds {CONFIG}"),
+        (runs / "acne", f"there is no folder {runs / 'acne'}; give an adapter's folder, which has {CONFIG}"),
         ("someone/adapter", "For an adapter on the Hugging Face hub: hf download someone/adapter --local-dir DIR"),
         (tmp_path / "model", "model is not an adapter but a whole model; give it as the backbone"),
     ):
@@ -254,8 +254,8 @@ def test_a_chat_template_in_the_tokenizers_config(old: Adapter, tmp_path: Path, 
     [
         (b"{", "tokenizer_config.json is damaged: "),
         (b"[]", "tokenizer_config.json is damaged: "),
-        (b"\xff", "tokenizer_config.json is no text in UTF-8"),
-        (b'{"chat_template": 5}', r"tokenizer_config.json: chat_template is 5, which is no text; remove it"),
+        (b"\xff", "tokenizer_config.json is not UTF-8 text"),
+        (b'{"chat_template": 5}', r"tokenizer_config.json: chat_template is 5, which is not text; remove it"),
         (b'{"chat_template": [5]}', "tokenizer_config.json is damaged: "),
     ],
 )
@@ -269,7 +269,7 @@ def test_a_tokenizers_config_that_is_damaged(old: Adapter, tmp_path: Path, conte
 def test_a_chat_template_that_is_no_text(old: Adapter, tmp_path: Path) -> None:
     save_adapter(old, tmp_path / "a", SMALL, chat_template=TEMPLATE)
     (tmp_path / "a" / "chat_template.jinja").write_bytes(b"\xff{{ messages }}")
-    with pytest.raises(ParaJaxError, match=r"chat_template\.jinja is no text in UTF-8.*save the template again"):
+    with pytest.raises(ParaJaxError, match=r"chat_template\.jinja is not UTF-8 text.*save the template again"):
         load_adapter(tmp_path / "a", SMALL)
 
 

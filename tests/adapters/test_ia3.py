@@ -125,13 +125,16 @@ def test_names_of_tensors() -> None:
         ({"exclude_modules": ("k_proj", 1)}, "exclude_modules must be names of modules, not 1"),
         ({"feedforward_modules": ("up_proj",)}, "feedforward_modules has up_proj, which target_modules lacks"),
         ({"feedforward_modules": ("v_proj",)}, "feedforward_modules has v_proj; only down_proj's input can be scaled"),
-        ({"feedforward_modules": ".*gate.*"}, r"feedforward_modules has '\.\*gate\.\*', which is none of the targeted"),
+        (
+            {"feedforward_modules": ".*gate.*"},
+            r"feedforward_modules has '\.\*gate\.\*', which is not one of the targeted",
+        ),
         (
             {
                 "target_modules": ("layers.0.mlp.down_proj", "layers.1.mlp.down_proj"),
                 "feedforward_modules": ("layers.1.mlp.down_proj",),
             },
-            "feedforward_modules means down_proj in some of the targeted layers and not in others",
+            "feedforward_modules has down_proj in some of the targeted layers and not in others",
         ),
         ({"projection": -1}, "projection must be a whole number from 0, not -1"),
         ({"projection": True}, "projection must be a whole number from 0, not True"),

@@ -72,7 +72,7 @@ def test_an_adapters_own_folder(runs: Path, capsys: pytest.CaptureFixture[str]) 
     given = ["generate", "--tenant", "acme", "--prompt", "x", "--adapters"]
     assert f"--adapters {runs}, with acme as the tenant" in failure(capsys, *given, runs / "acme")
     assert f"give --adapters {runs}" in failure(capsys, *given, runs.parent)
-    assert f"give {runs / 'acme'}, say" in failure(capsys, "convert", "--check", "--adapter", runs)
+    assert f"give e.g. {runs / 'acme'}" in failure(capsys, "convert", "--check", "--adapter", runs)
 
 
 # NaN
@@ -87,7 +87,7 @@ def test_nan_adapters(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     convert = ["convert", "--adapter", runs / "nan", "--out", tmp_path / "merged"]
     for arguments in (generate, evaluate, convert, [*convert, "--check"]):
         error = failure(capsys, *arguments)
-        assert f"{runs / 'nan' / WEIGHTS}: an adapter with NaN or infinite values answers nonsense" in error
+        assert f"{runs / 'nan' / WEIGHTS}: an adapter with NaN or infinite values gives useless answers" in error
         assert "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight has 2 NaN or infinite values" in error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl"]
 
@@ -245,7 +245,7 @@ def test_added_tokens_that_the_backbone_lacks(own: Path, tiny, capsys, caplog, m
     assert seen[0][0] == tiny[1]("hello")["input_ids"]
     assert (
         "its tokenizer has 2 tokens for which the backbone, of 4096 tokens, has no embeddings: [PAD] (4096), "
-        "<|mail|> (4097). Rows with one of them are refused."
+        "<|mail|> (4097). Rows with these tokens are refused."
     ) in caplog.text
     given = ["generate", "--adapters", own, "--tenant", "acme", "--prompt", "<|mail|>hello"]
     error = failure(capsys, *given)
@@ -273,14 +273,16 @@ def test_tokenizers_of_other_models(own: Path, tiny, capsys, tmp_path: Path) -> 
     path.write_text(json.dumps(fields))
     message = failure(capsys, *given)
     assert f"the tokenizer in {own / 'acme'} has another vocabulary than the backbone's: 2 tokens differ" in message
-    assert "load that as the backbone" in message
+    assert "load it as the backbone" in message
     path.write_text("{}")
-    assert f"the tokenizer in {own / 'acme'} cannot be read as one of the backbone's kind" in failure(capsys, *given)
+    assert f"the tokenizer in {own / 'acme'} cannot be read with the backbone's tokenizer class" in failure(
+        capsys, *given
+    )
     path.unlink()
     (own / "acme" / "added_tokens.json").write_text('{"<|mail|>": 4096}')
     message = failure(capsys, *given)
     assert (
-        "adds tokens that the backbone's tokenizer does not have, '<|mail|>' (4096), and has no tokenizer.json"
+        "adds tokens that the backbone's tokenizer does not have, '<|mail|>' (4096), but has no tokenizer.json"
         in message
     )
 

@@ -245,7 +245,7 @@ def test_mistakes_in_methods_and_options(tmp_path):
     file = tmp_path / "own.json"
     for text, message in (
         ("{", "is not JSON"),
-        ("[]", "holds no JSON object"),
+        ("[]", "is not a JSON object"),
         ('{"r": 4}', 'has no "method"; write one of para'),
         ('{"method": "lora", "rr": 4}', "option of method 'lora' 'rr'"),
     ):
@@ -289,7 +289,7 @@ def test_one_run_of_several_methods(mixed, capsys):
     assert "holds another run" in error and "tenants.acme.rank_pattern was" in error and "and is" in error
 
 
-def test_generate_with_strengths(mixed, tmp_path, capsys):
+def test_generate_with_adapter_weights(mixed, tmp_path, capsys):
     out, _, _ = mixed
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     tenants = ["acme", {"acme": 1.0}, None, {"acme": 0}, {}, {"globex": 0.5, "acme": -1, "hooli": 1}]
@@ -302,8 +302,8 @@ def test_generate_with_strengths(mixed, tmp_path, capsys):
     assert texts[0] == texts[1] and texts[2] == texts[3] == texts[4]
     for tenant, message in (
         ({"acme": 0.5, "globx": 1}, "did you mean 'globex'?"),
-        ({"acme": "much"}, "in.jsonl:1: \"tenant\": the strength of 'acme' must be a finite number, not 'much'"),
-        (["acme"], "a row's tenant is a name, None, or a dict of names and strengths, not ['acme']"),
+        ({"acme": "much"}, "in.jsonl:1: \"tenant\": the adapter weight of 'acme' must be a finite number, not 'much'"),
+        (["acme"], "a row's tenant is a name, None, or a dict of names and adapter weights, not ['acme']"),
     ):
         source.write_text(json.dumps({"tenant": tenant, "prompt": "x"}) + "\n")
         assert message in failure(capsys, *arguments)

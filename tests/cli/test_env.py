@@ -55,7 +55,7 @@ def test_in_a_process_that_has_jax(tmp_path: Path, capsys) -> None:
     found = environment()
     assert len(found["devices"]) == 8 and found["problem"] is None  # those of this process
     assert main(["env"]) == 0 and "devices: 8 x cpu" in capsys.readouterr().out
-    assert environment(str(tmp_path))["problem"].endswith("is no checkpoint: it has no config.json")
+    assert environment(str(tmp_path))["problem"].endswith("is not a checkpoint: it has no config.json")
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,7 @@ def test_mistakes(tmp_path, capsys) -> None:
         (["--json", str(there)], "exists; choose another --json or pass --overwrite"),
         (["--rows", "0"], "--rows must be a whole number from 1 to 2147483647, not '0'"),
         (["--model", str(there)], "architecture None, which is not supported"),
-        (["--model", str(tmp_path)], "is no checkpoint: it has no config.json"),
+        (["--model", str(tmp_path)], "is not a checkpoint: it has no config.json"),
     ):
         assert main(["methods", *arguments]) == 1
         assert message in capsys.readouterr().err

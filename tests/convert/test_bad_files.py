@@ -136,7 +136,7 @@ def test_a_config_that_transformers_refuses(
 TOKENIZERS: list[tuple[str, bytes | None, str]] = [
     ("tokenizer.json", b"{}", "{folder}: its tokenizer cannot be read: tokenizer.json has no vocabulary"),
     ("tokenizer.json", b"", "{folder}: its tokenizer cannot be read: {folder}/tokenizer.json is not JSON: "),
-    ("tokenizer.json", b"[]", "{folder}: its tokenizer cannot be read: {folder}/tokenizer.json holds no JSON object"),
+    ("tokenizer.json", b"[]", "{folder}: its tokenizer cannot be read: {folder}/tokenizer.json is not a JSON object"),
     ("tokenizer.json", b'{"model": {}}', "{folder}: its tokenizer cannot be read: tokenizer.json has no vocabulary"),
     ("tokenizer.json", b'{"model": {"type": "BPE", "merges": []}}',
      "{folder}: its tokenizer cannot be read: tokenizer.json has no vocabulary"),
@@ -150,7 +150,7 @@ TOKENIZERS: list[tuple[str, bytes | None, str]] = [
     ("tokenizer_config.json", b"{",
      "{folder}: its tokenizer cannot be read: {folder}/tokenizer_config.json is not JSON: "),
     ("tokenizer_config.json", b"[]",
-     "{folder}: its tokenizer cannot be read: {folder}/tokenizer_config.json holds no JSON object"),
+     "{folder}: its tokenizer cannot be read: {folder}/tokenizer_config.json is not a JSON object"),
     ("tokenizer_config.json", b'{"eos_token": 5}', "{folder}: its tokenizer cannot be read: "),
     ("tokenizer_config.json", b'{"added_tokens_decoder": {"a": {}}}', "{folder}: its tokenizer cannot be read: "),
     ("special_tokens_map.json", b"no",
@@ -211,7 +211,7 @@ def test_a_tokenizer_model_alone(
     with pytest.raises(ParaJaxError) as error:
         load_tokenizer(folder)
     assert str(error.value) == (
-        f"{folder}: its tokenizer is tokenizer.model alone, which {reader} reads; pip install {packages}"
+        f"{folder}: its tokenizer is only tokenizer.model, which {reader} reads; pip install {packages}"
     )
 
 
@@ -237,6 +237,6 @@ def test_code_of_a_folder_is_never_run(
     assert not ran.exists()
     if not known:
         assert capsys.readouterr().err == (
-            f"para-jax generate: {folder}: its tokenizer is Python code of its own (auto_map in "
+            f"para-jax generate: {folder}: its tokenizer is custom Python code (auto_map in "
             "tokenizer_config.json), which is never run; take auto_map out to use tokenizer.json\n"
         )

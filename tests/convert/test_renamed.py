@@ -80,7 +80,7 @@ def test_a_base_model_that_is_not_tied_has_no_head(untied: Path, tmp_path: Path)
     with pytest.raises(ParaJaxError) as error:
         Backbone.from_pretrained(tmp_path / "base")
     assert str(error.value).splitlines()[1:] == [
-        "  lm_head.weight [61, 32] is missing; if the embedding is the head too, set tie_word_embeddings to true in "
+        "  lm_head.weight [61, 32] is missing; if the head is the embedding, set tie_word_embeddings to true in "
         "config.json"
     ]
 
@@ -108,7 +108,7 @@ def test_a_tied_file_with_two_that_differ(untied: Path) -> None:
     with pytest.raises(ParaJaxError) as error:
         Backbone.from_pretrained(edited(untied, lambda x: x, tie_word_embeddings=True))
     assert str(error.value).splitlines()[1:] == [
-        "  lm_head.weight is not the embedding: tie_word_embeddings should be false in config.json for it to be used, "
+        "  lm_head.weight differs from the embedding: set tie_word_embeddings to false in config.json to use it, "
         "as in transformers 5. If it should not be used, as in transformers 4, take it out of the file"
     ]
 

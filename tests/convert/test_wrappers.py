@@ -198,7 +198,7 @@ WRONG: list[tuple[Edit, list[str]]] = [
      [f"{HUB}.up_proj.weight [48, 32] is missing"]),
     (lambda x: {**x, f"{HUB}.up_proj.weight": torch.ones(3)}, [f"{HUB}.up_proj.weight is [3] and should be [48, 32]"]),
     (lambda x: {key: t for key, t in x.items() if "lm_head" not in key},
-     ["lm_head.weight [61, 32] is missing; if the embedding is the head too, set tie_word_embeddings to true in "
+     ["lm_head.weight [61, 32] is missing; if the head is the embedding, set tie_word_embeddings to true in "
       "config.json"]),
 ]  # fmt: skip
 
@@ -222,8 +222,8 @@ def test_a_text_model_with_the_config_of_the_whole(
     assert main(["convert", "--model", str(folder), "--out", str(tmp_path / "out")]) == 1
     assert capsys.readouterr().err == (
         f"para-jax convert: {folder} has no tensors of the text part of a Gemma3ForConditionalGeneration, whose names "
-        "begin with model.language_model. or language_model. or language_model.model.; its own are like "
-        "model.embed_tokens.weight. If it is a text model, model_type in config.json has to be gemma3_text\n"
+        "begin with model.language_model. or language_model. or language_model.model.; the folder's are like "
+        "model.embed_tokens.weight. If it is a text model, model_type in config.json must be gemma3_text\n"
     )
 
 
@@ -235,7 +235,7 @@ def test_a_mix_of_prefixes(name: str, folders: dict[str, Path], tmp_path: Path) 
         return {re.sub(first, f"{other}.layers.1", key): t for key, t in x.items()}
 
     folder = edited(folders[name], tmp_path / "a", mixed)
-    with pytest.raises(ParaJaxError, match=r"its text part in several ways, such as .*\.weight and "):
+    with pytest.raises(ParaJaxError, match=r"has different prefixes for its text part, such as in .*\.weight and "):
         Backbone.from_pretrained(folder)
 
 
@@ -287,7 +287,7 @@ def test_cast(folders: dict[str, Path], tmp_path: Path) -> None:
     folder = edited(
         folders["qwen3_vl"], tmp_path / "a", lambda x: {k: t * 1e9 if "visual" in k else t for k, t in x.items()}
     )
-    with pytest.raises(ParaJaxError, match=r"model\.visual\..* has a weight beyond float16"):
+    with pytest.raises(ParaJaxError, match=r"model\.visual\..* has a weight beyond the range of float16"):
         save_backbone(Backbone.from_pretrained(folder), tmp_path / "half", like=folder, dtype="float16")
     assert not (tmp_path / "half").exists()
 

@@ -105,7 +105,7 @@ def test_all_bad_rows_are_counted(tmp_path, tokenizer):
 
 def test_a_tokenizer_of_another_model(tokenizer):
     check_vocabulary(tokenizer, 4096)
-    with pytest.raises(ParaJaxError, match=r"has 4096 tokens, and the backbone's 4000; one of the two"):
+    with pytest.raises(ParaJaxError, match=r"has 4096 tokens, and the backbone's 4000; they are"):
         check_vocabulary(tokenizer, 4000)
 
 

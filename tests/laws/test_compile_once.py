@@ -75,7 +75,7 @@ def test_what_is_new_compiles_nothing(backbone, tokenizer, kind, pair):
         # A tenant that leaves, and one batch more of which only half the rows are used.
         smaller = {**first, "bank": later.remove("umbrella"), "tenants": [*TENANTS, "initech", "acme"]}
         complete(backbone, tokenizer, prompts(1, 2, 3, 4, 5, 6), **smaller, batch_size=4)
-        # Other strengths.
+        # Other adapter weights.
         half = {**first, "tenants": [{"acme": 0.5}, {"acme": 0.0}, {"globex": -2}, {"acme": 1.5}]}
         complete(backbone, tokenizer, prompts(3, 9, 16, 1), **half)
         # Other limits and ends.

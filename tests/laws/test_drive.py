@@ -301,7 +301,7 @@ def test_an_adapter_that_is_gone_is_said_to_be_beside(tmp_path: Path) -> None:
             an_adapter(path, True)
         drive.back()
         with pytest.raises(
-            ParaJaxError, match=r"there is no folder .* A process that was killed while it wrote it left"
+            ParaJaxError, match=r"there is no folder .* A process that was killed while writing it left"
         ):
             load_adapter(path, SMALL)
         assert [load_adapter(each, SMALL).config.r for each in left_of(path)] == [2, 2]

@@ -1,4 +1,4 @@
-"""Laws 1 to 3 for mixtures: every method in one batch, and rows of several adapters with strengths."""
+"""Laws 1 to 3 for mixtures: every method in one batch, and rows of several adapters with adapter weights."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_beams_find_the_likeliest_text(backbone: Backbone, bank: AdapterBank, to
         assert found[row].tokens == list(np.unravel_index(score.argmax(), score.shape))
 
 
-# Strengths
+# Adapter weights
 
 
 def prepared(bank: AdapterBank, tenants: list) -> Adjustment:
@@ -120,7 +120,7 @@ def changes(bank: AdapterBank, site: str, tenants: list) -> np.ndarray:
     return np.asarray(prepared(bank, tenants).apply(site, jnp.asarray(x), jnp.asarray(y))) - y
 
 
-def test_strength_zero_is_no_adapter_and_one_is_the_adapter(backbone: Backbone, bank: AdapterBank) -> None:
+def test_weight_zero_is_no_adapter_and_one_is_the_adapter(backbone: Backbone, bank: AdapterBank) -> None:
     tokens = jnp.asarray(np.random.default_rng(1).integers(0, 61, (3, 5)), jnp.int32)
     assert bank.rows([{"lora": 0.0}, {}, {"para": 0, "ia3": 0.0}]) == Rows()
     plain, zero, one = (
@@ -133,7 +133,7 @@ def test_strength_zero_is_no_adapter_and_one_is_the_adapter(backbone: Backbone, 
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_changes_are_linear_in_the_strength(bank: AdapterBank, name: str) -> None:
+def test_changes_are_linear_in_the_weight(bank: AdapterBank, name: str) -> None:
     """At a layer, given its input: logits are not, since later layers see what earlier ones changed."""
     site = "k_proj" if name == "ia3" else "q_proj"
     full, half, minus, none = changes(bank, site, [name, {name: 0.5}, {name: -2.0}, None])
@@ -156,7 +156,7 @@ def test_several_adapters_add_what_each_changes(bank: AdapterBank, mixture: dict
     """y (1 + sum of s * offset) + sum of s * shift + sum of s * x down^T up^T, beside rows of one and of none."""
     for site in bank.shape.sites:
         both, none, *each = changes(bank, site, [mixture, None, *mixture])
-        expected = sum(strength * change for strength, change in zip(mixture.values(), each, strict=True))
+        expected = sum(weight * change for weight, change in zip(mixture.values(), each, strict=True))
         np.testing.assert_allclose(both, expected, rtol=1e-4, atol=1e-5)
         assert not np.any(none)
 
@@ -167,7 +167,7 @@ def test_two_low_rank_adapters_are_one_of_both_ranks(backbone: Backbone) -> None
     one, two = (random_adapter(config, backbone.config, seed, 0.3) for seed in (1, 2))
     joined_config = LoraConfig(r=4, lora_alpha=4, target_modules="all-linear")
     fresh = Adapter.create(joined_config, backbone.config, jax.random.key(0))
-    # Scale 2 times strength 0.5 is the joined one's scale, which is 1.
+    # Scale 2 times weight 0.5 is the joined one's scale, which is 1.
     halves = zip(one.tensors().items(), two.tensors().values(), strict=True)
     tensors = [jnp.concatenate([a, b], axis=1 if name.startswith("down") else 2) for (name, a), b in halves]
     joined = Adapter(joined_config, jax.tree.unflatten(jax.tree.structure(fresh.layers), tensors))

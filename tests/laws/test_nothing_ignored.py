@@ -69,7 +69,7 @@ def test_target_that_matches_nothing_in_other_methods(backbone: Backbone, config
     options: dict = {"feedforward_modules": ()} if config is IA3Config else {}
     with says("target_modules", "'q_porj'", "did you mean 'q_proj'?", "Known:", "up_proj"):
         AdapterBank.create({"acme": config(target_modules=("v_proj", "q_porj"), **options)}, backbone.config)
-    with says("target_modules 'q_proj'", "no module's whole path fits", "model.layers.0", "['q_proj']"):
+    with says("target_modules 'q_proj'", "matches no module's full path", "model.layers.0", "['q_proj']"):
         AdapterBank.create({"acme": config(target_modules="q_proj", **options)}, backbone.config)
     with says("target_modules is empty", "choose among q_proj"):
         AdapterBank.create({"acme": config(target_modules=(), **options)}, backbone.config)
@@ -119,16 +119,16 @@ def test_unknown_tenant(backbone: Backbone, bank: AdapterBank) -> None:
         bank[""]
 
 
-@pytest.mark.parametrize("strength", [float("nan"), float("inf"), "1.0", True, None])
-def test_strength_that_is_no_finite_number(backbone: Backbone, bank: AdapterBank, strength: object) -> None:
-    with says("the strength of 'acme' must be a finite number", repr(strength)):
-        bank.rows([{"acme": strength}])
-    with says("the strength of 'acme'"):
-        complete(backbone, None, [[2]], bank=bank, tenants=[{"acme": strength}])
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), "1.0", True, None])
+def test_adapter_weight_that_is_not_finite(backbone: Backbone, bank: AdapterBank, weight: object) -> None:
+    with says("the adapter weight of 'acme' must be a finite number", repr(weight)):
+        bank.rows([{"acme": weight}])
+    with says("the adapter weight of 'acme'"):
+        complete(backbone, None, [[2]], bank=bank, tenants=[{"acme": weight}])
 
 
 def test_what_is_no_tenant(backbone: Backbone, bank: AdapterBank) -> None:
-    with says("a row's tenant is a name, None, or a dict of names and strengths, not ('acme', 0.5)"):
+    with says("a row's tenant is a name, None, or a dict of names and adapter weights, not ('acme', 0.5)"):
         bank.rows([("acme", 0.5)])
     # One row's dict in the place of a list would be read as a list of its names.
     with says("tenants={'acme': 0.5, 'globex': 0.5}", "give a list"):
@@ -347,7 +347,7 @@ def test_checkpoint_tensors_all_listed_at_once(checkpoint: Path, tmp_path: Path)
 def test_untied_head_is_not_ignored(checkpoint: Path, tmp_path: Path) -> None:
     """A head that a tied model does not read may be there only as a second copy of the embedding."""
     folder = copy_with(checkpoint, tmp_path / "a", lambda x: x.update(tie_word_embeddings=True), "config.json")
-    with says("lm_head.weight is not the embedding", "tie_word_embeddings should be false"):
+    with says("lm_head.weight differs from the embedding", "set tie_word_embeddings to false"):
         Backbone.from_pretrained(folder)
     copied = copy_with(
         folder,
@@ -369,9 +369,9 @@ def test_tensor_of_another_dtype(checkpoint: Path, tmp_path: Path) -> None:
 
 def test_no_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with says("is no checkpoint: it has no config.json"):
+    with says("is not a checkpoint: it has no config.json"):
         Backbone.from_pretrained(tmp_path / "empty")
-    with says("is no folder", "or a hub id"):
+    with says("is not a folder", "or a hub id"):
         Backbone.from_pretrained(tmp_path / "nowhere")
     with says("nobody/nothing", "not a local folder", "Check the spelling"):
         Backbone.from_pretrained("nobody/nothing")
@@ -385,7 +385,7 @@ def test_no_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
 
 DAMAGE: list[tuple[str, bytes, tuple[str, ...]]] = [
     ("config.json", b"{", ("config.json is not JSON",)),
-    ("config.json", b"[]", ("config.json holds no JSON object",)),
+    ("config.json", b"[]", ("config.json is not a JSON object",)),
     ("config.json", b"\xff\xfe", ("config.json is not JSON",)),
     ("generation_config.json", b"{", ("generation_config.json is not JSON",)),
     ("model.safetensors", b"", ("model.safetensors is damaged",)),

@@ -105,7 +105,7 @@ def test_logits_and_gradients(family: str, method: str, tmp_path: Path) -> None:
     def loss_of(layers: Any) -> tuple[jax.Array, jax.Array]:
         gathered = jax.tree.map(lambda x: jnp.broadcast_to(x, (2, *x.shape)), layers)
         ids, everything = jnp.asarray(TOKENS, jnp.int32), jnp.ones(TOKENS.shape, bool)
-        own = type(rows)(rows.strengths, (gathered,), rows.rates)
+        own = type(rows)(rows.weights, (gathered,), rows.rates)
         hidden, _, _ = backbone.forward(ids, everything, everything, own)
         logits = backbone.logits(hidden)
         log_p = jax.nn.log_softmax(logits[:, :-1])

@@ -291,7 +291,7 @@ def test_merged_in_bfloat16(base: Path, backbones: dict[bool, Backbone]) -> None
 
 def test_para_cannot_be_merged(backbones: dict[bool, Backbone]) -> None:
     adapter = drawn(ParaConfig(r=2), backbones[False].config)
-    with pytest.raises(ParaJaxError, match="para cannot be merged: its vectors are made from each prompt"):
+    with pytest.raises(ParaJaxError, match="para cannot be merged: its vectors depend on the prompt"):
         merge_adapter(backbones[False], adapter)
 
 
@@ -381,8 +381,8 @@ def test_what_means_nothing_passes(good: dict[str, Path], backbones: dict[bool, 
         ("LoraConfig", {"target_modules": r".*c_attn"}, r"target_modules '\.\*c_attn' is a regular .* Write a list"),
         ("LoraConfig", {"target_modules": ["q_pro"]}, "unknown entry of target_modules 'q_pro'; did you mean 'q_proj'"),
         ("LoraConfig", {"target_modules": None}, "target_modules is missing.*write a list of names"),
-        ("LoraConfig", {"rank_pattern": {"o_proj": 2}}, "rank_pattern has 'o_proj', which fits no targeted module"),
-        ("LoraConfig", {"rank_pattern": {"(": 2}}, "is no regular expression"),
+        ("LoraConfig", {"rank_pattern": {"o_proj": 2}}, "rank_pattern has 'o_proj', which matches no targeted module"),
+        ("LoraConfig", {"rank_pattern": {"(": 2}}, "is not a regular expression"),
         ("LoraConfig", {"layers_to_transform": [2]}, "layers_to_transform has layer 2; the backbone has layers 0 to 1"),
         ("LoraConfig", {"exclude_modules": 5}, "exclude_modules must be names of modules, not 5"),
         ("LoraConfig", {"target_modules": [5]}, "target_modules must be names of modules, not 5"),
@@ -398,7 +398,7 @@ def test_what_means_nothing_passes(good: dict[str, Path], backbones: dict[bool, 
         (
             "IA3Config",
             {"target_modules": ".*(k|v|down)_proj", "feedforward_modules": ["layers.1.mlp.down_proj"]},
-            "feedforward_modules means down_proj in some of the targeted layers",
+            "feedforward_modules has down_proj in some of the targeted layers",
         ),
         ("LoraConfig", {"peft_type": "ADALORA"}, "unknown method 'adalora'"),
     ],
@@ -431,7 +431,9 @@ def test_rank_of_the_config_is_not_the_tensors(
 def test_side_of_the_config_is_not_the_tensors(
     good: dict[str, Path], backbones: dict[bool, Backbone], tmp_path: Path
 ) -> None:
-    with pytest.raises(ParaJaxError, match="feedforward_modules in its config is not what its tensors scale") as caught:
+    with pytest.raises(
+        ParaJaxError, match="feedforward_modules in its config does not match the shapes of its tensors"
+    ) as caught:
         load_adapter(changed(good["IA3Config"], tmp_path, feedforward_modules=[]), backbones[True].config)
     assert "layers.1.mlp.down_proj.ia3_l is [1, 48] and should be [32, 1]" in str(caught.value)
 
@@ -452,7 +454,7 @@ def test_tensors_missing_and_extra(good: dict[str, Path], backbones: dict[bool, 
     at = "base_model.model.model.layers.1.self_attn.q_proj"
     tensors[f"{at}.lora_C"] = tensors.pop(f"{at}.lora_A.weight")
     save_file(tensors, folder / WEIGHTS)
-    with pytest.raises(ParaJaxError, match="it has 7 of the 8 tensors that its config means") as caught:
+    with pytest.raises(ParaJaxError, match="it has 7 of the 8 tensors that its config needs") as caught:
         load_adapter(folder, backbones[True].config)
     assert f"{at}.lora_A.weight [4, 32] is missing" in str(caught.value)
     assert f"{at}.lora_C is not expected" in str(caught.value)

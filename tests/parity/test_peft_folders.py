@@ -135,7 +135,7 @@ def test_parts_that_texts_do_not_go_through(make: Make, backbone: Backbone, capl
     edit(folder, lambda x: x.update({other: torch.zeros(2, 8)}))
     with caplog.at_level(logging.WARNING):
         assert same_function(made, backbone, load_adapter(folder, backbone.config))
-    assert f"1 tensors of parts that texts do not go through are ignored, such as {other}" in caplog.text
+    assert f"1 tensors of parts that are not for text are ignored, such as {other}" in caplog.text
 
 
 def test_a_model_that_also_sees(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -168,7 +168,7 @@ def test_a_model_that_also_sees(tmp_path: Path, caplog: pytest.LogCaptureFixture
         ours = np.asarray(backbone(jnp.asarray(TOKENS), bank=bank, tenants=["a", "a"]))
         bare = np.asarray(backbone(jnp.asarray(TOKENS)))
         assert np.abs(ours - logits).max() < 1e-4 * np.abs(logits).max() < np.abs(bare - logits).max()
-        assert ("tensors of parts that texts do not go through" in caplog.text) == (i == 0)
+        assert ("tensors of parts that are not for text" in caplog.text) == (i == 0)
         caplog.clear()
         whole = model.unload()
 
@@ -182,7 +182,7 @@ def test_patterns_of_a_file_that_lost_its_prefix(make: Make, backbone: Backbone)
 def test_only_parts_that_texts_do_not_go_through(make: Make, backbone: Backbone) -> None:
     _, folder = make(r=2, target_modules=["q_proj"])
     renamed(folder, lambda k: k.replace(AT, f"{MODEL}.vision_tower.layers"))
-    assert "adapts parts that texts do not go through, such as base_model.model.model.vision_tower" in refusal(
+    assert "adapts only parts that are not for text, such as base_model.model.model.vision_tower" in refusal(
         folder, backbone
     )
 
@@ -217,7 +217,7 @@ class Code:
         ({"x": Code()}, "adapter_model.bin is damaged or holds more than tensors"),
         ([torch.zeros(2)], "adapter_model.bin is damaged or holds more than tensors: it is a list"),
         ({"x": torch.zeros(2, dtype=torch.int64)}, "x is torch.int64; supported: bfloat16, float16, float32, float64"),
-        ({}, "adapter_model.bin is empty: it holds no tensors"),
+        ({}, "adapter_model.bin is empty: it has no tensors"),
     ],
 )
 def test_bin_files_that_are_refused(
@@ -248,8 +248,8 @@ def test_resized_embeddings(base: Path, make: Make, backbone: Backbone, tmp_path
     assert "base_model.model.lm_head.weight" in load_file(folder / WEIGHTS)
     message = refusal(folder, backbone)
     assert (
-        "adapter_model.safetensors: it holds the model's lm_head and embed_tokens of 64 tokens, and the backbone has "
-        "61: the model was resized to its tokenizer (resize_token_embeddings) before it was tuned, and PEFT saved "
+        "adapter_model.safetensors: it contains the model's lm_head and embed_tokens of 64 tokens, and the backbone "
+        "has 61: the model was resized to its tokenizer (resize_token_embeddings) before it was tuned, and PEFT saved "
         "them. Resize the base model in the same way, merge the adapter in peft and load the merged model as the "
         "backbone"
     ) in message
@@ -291,23 +291,23 @@ def test_embeddings_that_were_saved_with_it(make: Make, backbone: Backbone) -> N
 def test_adapted_embeddings(module: str, make: Make, backbone: Backbone) -> None:
     _, folder = make(r=2, target_modules=["q_proj", module])
     assert (
-        f"target_modules has {module}, which is the backbone's here and not adapted; merge the adapter in peft and "
+        f"target_modules has {module}, which cannot be adapted here; merge the adapter in peft and "
         f"load the merged model as the backbone, or tune again without {module}"
     ) in refusal(folder, backbone)
     edit(folder, lambda x: x.update(target_modules=["q_proj"]), CONFIG)
-    assert f"it adapts {module}, which is the backbone's here and not adapted; merge" in refusal(folder, backbone)
+    assert f"it adapts {module}, which cannot be adapted here; merge" in refusal(folder, backbone)
 
 
 def test_no_tensors(make: Make, backbone: Backbone) -> None:
     _, folder = make(r=2, target_modules=["q_proj"])
     save_file({}, folder / WEIGHTS)
-    assert "adapter_model.safetensors is empty: it holds no tensors. Whatever saved it was not given" in refusal(
+    assert "adapter_model.safetensors is empty: it has no tensors. The adapter's weights were not there" in refusal(
         folder, backbone
     )
     (folder / WEIGHTS).write_bytes(b"")
-    assert "is empty, 0 bytes: the save or the download was cut off" in refusal(folder, backbone)
+    assert "is empty, 0 bytes: the save or download is incomplete" in refusal(folder, backbone)
     (folder / WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
-    assert "is a pointer of Git LFS and not the file itself; run: git lfs pull" in refusal(folder, backbone)
+    assert "is a Git LFS pointer instead of the file; run: git lfs pull" in refusal(folder, backbone)
 
 
 CAUSES: list[tuple[str, Callable[[dict[str, Any]], object], str]] = [
@@ -319,24 +319,24 @@ CAUSES: list[tuple[str, Callable[[dict[str, Any]], object], str]] = [
     (
         "dora",
         lambda x: x.update({f"{AT}.0.self_attn.q_proj.lora_magnitude_vector": torch.zeros(32)}),
-        "it has magnitude vectors, which are DoRA's and not implemented here; merge the adapter in peft",
+        "it has DoRA's magnitude vectors, which are not implemented here; merge the adapter in peft",
     ),
     (
         "whole model",
         lambda x: x.update({f"{AT}.0.self_attn.q_proj.base_layer.weight": torch.zeros(32, 32)}),
         "1 of its tensors are weights of the model itself, such as base_model.model.model.layers.0.self_attn.q_proj."
-        "base_layer.weight: it is not an adapter's file but a state dict of the whole model. Save the adapter alone",
+        "base_layer.weight: it is not an adapter but a state dict of the whole model. Save only the adapter",
     ),
     (
         "whole quantized model",
         lambda x: x.update({f"{AT}.0.mlp.up_proj.base_layer.weight": torch.zeros(9, 1, dtype=torch.uint8)}),
         "up_proj.base_layer.weight is U8; adapters are read in float32, float16 and bfloat16; it is a weight of the "
-        "model itself. Save the adapter alone: model.save_pretrained(folder)",
+        "model itself. Save only the adapter: model.save_pretrained(folder)",
     ),
     (
         "other method",
         lambda x: x.update({f"{AT}.0.self_attn.q_proj.ia3_l": torch.zeros(32, 1)}),
-        "its tensors are those of peft_type IA3, and its config says LORA; take the config that is its own",
+        "its tensors are those of peft_type IA3, and its config has LORA; use the config of the same run",
     ),
     (
         "more modules",
@@ -351,7 +351,7 @@ CAUSES: list[tuple[str, Callable[[dict[str, Any]], object], str]] = [
     (
         "unknown modules",
         lambda x: x.update({f"{AT}.0.mlp.router.lora_A.weight": torch.zeros(2, 32)}),
-        "it adapts mlp.router, which is no projection of this backbone that is adapted here; merge the adapter",
+        "it adapts mlp.router, which is not a projection that can be adapted here; merge the adapter",
     ),
     (
         "another kind of model",
@@ -361,7 +361,7 @@ CAUSES: list[tuple[str, Callable[[dict[str, Any]], object], str]] = [
     (
         "a part",
         lambda x: x.pop(f"{AT}.1.self_attn.v_proj.lora_A.weight"),
-        "it has 7 of the 8 tensors that its config means: it was cut off, or is the part of one process; copy the",
+        "it has 7 of the 8 tensors that its config needs: it is incomplete, or the part of one process; copy the",
     ),
     (
         "two adapters",
@@ -390,14 +390,14 @@ def test_adapters_of_several_names_in_one_file(make: Make, backbone: Backbone) -
     _, folder = make(r=2, target_modules=["q_proj", "v_proj"])
     renamed(folder, lambda k: k.replace(".weight", f".{'one' if 'q_proj' in k else 'two'}.weight"))
     message = refusal(folder, backbone)
-    assert "has adapters of several names: " in message and "save each in a folder of its own" in message
+    assert "has adapters of several names: " in message and "save each in its own folder" in message
 
 
 def test_a_pattern_that_fits_nothing(make: Make, backbone: Backbone) -> None:
     _, folder = make(r=2, target_modules=["q_proj", "v_proj"])
     edit(folder, lambda x: x.update(rank_pattern={"v_porj": 4}), CONFIG)
     assert (
-        "rank_pattern has 'v_porj', which fits no targeted module; did you mean 'v_proj'? They are like "
+        "rank_pattern has 'v_porj', which matches no targeted module; did you mean 'v_proj'? They are like "
         "'model.layers.0.self_attn.q_proj'. Take it out, or target what it names"
     ) in refusal(folder, backbone)
     edit(folder, lambda x: x.update(rank_pattern={}, target_modules=["q_proj", "c_attn"]), CONFIG)
@@ -430,7 +430,7 @@ def test_nan_adapters(value: float, file: str, dtype: torch.dtype, make: Make, b
     (folder / WEIGHTS).unlink()
     (save_file if file == WEIGHTS else torch.save)(tensors, folder / file)
     message = refusal(folder, backbone)
-    assert message.startswith(f"{folder / file}: an adapter with NaN or infinite values answers nonsense")
+    assert message.startswith(f"{folder / file}: an adapter with NaN or infinite values gives useless answers")
     assert f"\n  {name} has 1 NaN or infinite values of 64" in message
     adapter = load_adapter(folder, backbone.config, check_finite=False)
     assert not np.isfinite(np.asarray(adapter.tensors()["up.q_proj"][1, 3, 1]))
@@ -450,5 +450,5 @@ def test_a_folder_with_other_adapters_in_it(make: Make, backbone: Backbone, tmp_
     made, folder = make(r=2, target_modules=["q_proj"])
     shutil.copytree(folder, folder / "other")
     assert same_function(made, backbone, load_adapter(folder, backbone.config))
-    with pytest.raises(ParaJaxError, match=r"is not an adapter but holds adapters: a; give .*/a, say"):
+    with pytest.raises(ParaJaxError, match=r"is not an adapter but contains adapters: a; give e.g. .*/a"):
         load_adapter(tmp_path, backbone.config)
