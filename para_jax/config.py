@@ -26,7 +26,8 @@ class BackboneConfig(Architecture):
 
     Attributes:
       attention_kinds, kind_of_layer: the kinds there are, and the number of each layer's; empty, if all have the first.
-      biases: the projections that have one; and "norm", if the layers' norms and the last have one.
+      biases: the projections that have one, which may be "lm_head"; "norm" if the layers' norms and the last have one,
+        and "qk_norm" if those of queries and keys have.
       eos_token_ids: the end tokens that config.json or generation_config.json names, in order. Where they name none,
         the tokenizer may have one (`convert.tokenizer.end_tokens`).
       norm: RMS norm, or layer norm.
