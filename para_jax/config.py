@@ -27,7 +27,8 @@ class BackboneConfig(Architecture):
     Attributes:
       attention_kinds, kind_of_layer: the kinds of attention, and the index of each layer's kind; empty if all layers
         have the first kind.
-      biases: the projections that have a bias; and "norm", if the layers' norms and the final norm have one.
+      biases: the projections that have a bias, which may include "lm_head"; "norm", if the layers' norms and the final
+        norm have one; and "qk_norm", if the norms of queries and keys have one.
       eos_token_ids: the end tokens in config.json or generation_config.json, in order. If there are none, the
         tokenizer's is used (`convert.tokenizer.end_tokens`).
       norm: RMS norm, or layer norm.

@@ -146,7 +146,8 @@ def table(config: Architecture, layer: int | None = None) -> tuple[Parameter, ..
     embed = _whole("embed", "model.embed_tokens", (v, d), VOCABULARY)
     head = _whole("head", "lm_head", (v, d), VOCABULARY)
     norm = _norms(config, "norm", f"model.{names_of(config).modules.get('norm', 'norm')}", d)
-    return (embed, *norm, *(() if config.tie_word_embeddings else (head,)))
+    bias = (_bias("head_bias", "lm_head", v),) if "lm_head" in config.biases else ()
+    return (embed, *norm, *(() if config.tie_word_embeddings else (head,)), *bias)
 
 
 @lru_cache(maxsize=64)
@@ -172,14 +173,14 @@ def sites(config: Architecture) -> Mapping[str, Site]:
     d, f, names = config.hidden_size, config.intermediate_size, names_of(config)
     q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
 
-    def at(usual: str) -> str:
-        return names.modules.get(usual.rpartition(".")[2], usual)
+    def site(name: str, inputs: int, outputs: int, at: str) -> Site:
+        return Site(inputs, outputs, f"{at}.{name}", fused=names.modules.get(name, ""))
 
     attention = {
         "q_proj": Site(d, q, "self_attn.q_proj", fused=names.qkv),
         "k_proj": Site(d, kv, "self_attn.k_proj", fused=names.qkv),
         "v_proj": Site(d, kv, "self_attn.v_proj", fused=names.qkv),
-        "o_proj": Site(q, d, at("self_attn.o_proj")),
+        "o_proj": site("o_proj", q, d, "self_attn"),
     }
     mlp = "mlp"
     if config.experts is not None:
@@ -187,12 +188,13 @@ def sites(config: Architecture) -> Mapping[str, Site]:
             up = Site(d, config.experts.width, "mlp.experts.up_proj", linear=False)
             return {**attention, "up_proj": up}
         mlp, f = "mlp.shared_expert", config.experts.shared
-    gate = {"gate_proj": Site(d, f, f"{mlp}.gate_proj", fused=names.gate_up)} if config.gated else {}
+    if not config.gated:
+        return {**attention, "up_proj": site("up_proj", d, f, mlp), "down_proj": site("down_proj", f, d, mlp)}
     return {
         **attention,
-        **gate,
-        "up_proj": Site(d, f, at(f"{mlp}.up_proj"), fused=names.gate_up),
-        "down_proj": Site(f, d, at(f"{mlp}.down_proj")),
+        "gate_proj": Site(d, f, f"{mlp}.gate_proj", fused=names.gate_up),
+        "up_proj": Site(d, f, f"{mlp}.up_proj", fused=names.gate_up),
+        "down_proj": site("down_proj", f, d, mlp),
     }
 
 
@@ -208,7 +210,13 @@ def _whole(
 
 
 def _norm(ours: str, theirs: str, *shape: int) -> Parameter:
-    return Parameter(ours, (Part(f"{theirs}.weight", shape, shape),), (None,) * len(shape), "norm")
+    """The weights of a norm, which are a tensor for each head if `theirs` has a place for the head's number."""
+    if "{head}" in theirs:
+        heads, own = range(shape[0]), shape[1:]
+        parts = tuple(Part(f"{theirs.format(head=head)}.weight", own, (1, *own)) for head in heads)
+    else:
+        parts = (Part(f"{theirs}.weight", shape, shape),)
+    return Parameter(ours, parts, (None,) * len(shape), "norm")
 
 
 def _norms(config: Architecture, ours: str, theirs: str, size: int) -> Iterator[Parameter]:
@@ -237,8 +245,10 @@ def _layer(config: Architecture, at: str) -> Iterator[Parameter]:
     for x, heads in zip("qk", (k * g, k), strict=True) if config.qk_norm != "none" else ():
         shape = {"head": (hd,), "all": (heads * hd,), "each": (heads, hd)}[config.qk_norm]
         yield _norm(f"{x}_norm", f"{at}.{names.modules.get(f'{x}_norm', f'self_attn.{x}_norm')}", *shape)
+        if "qk_norm" in config.biases:
+            yield _bias(f"{x}_norm_bias", f"{at}.{names.modules[f'{x}_norm']}", hd)
 
-    paths = {name: f"{at}.{site.path}" for name, site in sites(config).items()}
+    paths = {name: f"{at}.{site.fused or site.path}" for name, site in sites(config).items()}
     views = {"q_proj": (k, g, hd), "k_proj": (k, 1, hd), "v_proj": (k, 1, hd)}
     fused = f"{at}.{names.qkv}" if names.qkv else ""
     yield _fused("qkv", fused, paths, views, ("kv_heads", None, None, "model"), joined_along=1, inputs=d)
@@ -264,6 +274,11 @@ def _dense(config: Architecture, at: str, paths: Mapping[str, str], f: int, pref
         yield _fused(f"{prefix}gate_up", fused, paths, views, (None, "inner", "model"), inputs=d)
     else:
         yield _whole("up", paths["up_proj"], (f, d), ("inner", "model"), "up_proj", quantizable=True)
+        if config.hidden_act == "xielu":
+            numbers = [f"{at}.mlp.act_fn.{name}" for name in ("alpha_p", "alpha_n", "beta", "eps")]
+            shapes: list[tuple[int, ...]] = [(1,), (1,), (), ()]
+            parts = tuple(Part(name, shape, (1,)) for name, shape in zip(numbers, shapes, strict=True))
+            yield Parameter("act", parts, (None,), "zeros")
     yield _whole(f"{prefix}down", paths["down_proj"], (d, f), ("model", "inner"), "down_proj", quantizable=True)
     if "up_proj" in config.biases:
         if config.gated:

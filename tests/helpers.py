@@ -113,8 +113,12 @@ FAMILY_OPTIONS: dict[str, dict[str, Any]] = {
     "helium": {},
     "cohere": {"use_qk_norm": True, "logit_scale": 2.0},
     "cohere2": {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"], "logit_scale": 2.0},
+    "stablelm": {"use_qkv_bias": True, "qk_layernorm": True, "partial_rotary_factor": 0.5},
+    "apertus": {},
+    "starcoder2": {"sliding_window": 4, "tie_word_embeddings": False},
+    "phi": {"partial_rotary_factor": 0.5, "qk_layernorm": True},
 }  # fmt: skip
-NO_HEAD_DIM = ("phi3", "olmo3", "granite", "qwen2_moe", "exaone4", "cohere")
+NO_HEAD_DIM = ("phi3", "olmo3", "granite", "qwen2_moe", "exaone4", "cohere", "stablelm", "apertus", "starcoder2", "phi")
 # Methods that every family takes: experts have no low-rank pairs and no biases, and no input of their last projection
 # to scale.
 FAMILY_METHODS: dict[str, MethodConfig] = {

@@ -3,7 +3,7 @@
     y' = l * y        for the output of a projection, or l * x for the input of the feed-forward's last projection
 
 The vectors are the same for every prompt. The input of down_proj is the elementwise product of up_proj's output and the
-gate, so scaling this input is the same as scaling up_proj's output.
+gate, so scaling this input is the same as scaling up_proj's output. Without a gate, the input itself is scaled.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 FEEDFORWARD = "down_proj"
-FEEDS = "up_proj"
+FEEDS, UNGATED_FEEDS = "up_proj", "down_proj.input"
 VECTOR = "ia3_l"
 
 
@@ -137,13 +137,15 @@ class IA3Config:
 
     def of_modules(self, modules: Sequence[Mapping[str, None]], shape: BackboneShape) -> IA3Config:
         """This config with other target modules."""
-        targets = sites_by_name(modules, shape)
-        forward = any(FEEDFORWARD in layer for layer in modules) and is_input(FEEDFORWARD, self, shape)
-        scaled_inputs = tuple(target for target in targets if forward and FEEDFORWARD in target)
+        targets, last = sites_by_name(modules, shape), _last(shape)
+        forward = any(last in layer for layer in modules) and bool(self.feedforward_modules)
+        scaled_inputs = tuple(target for target in targets if forward and last in target)
         return replace(self, target_modules=targets, exclude_modules=(), feedforward_modules=scaled_inputs)
 
     def joined(self, joint: Joint, parts: Mapping[str, Tensors]) -> tuple[None, Tensors]:
         """Concatenates the vectors of all sites, with ones for a site without a vector."""
+        if len(joint.rows) == 1:
+            return None, dict(next(iter(parts.values())))
         vector = np.ones((joint.outputs, 1), np.float32)
         for site, part in parts.items():
             vector[joint.rows[site]] = part[VECTOR]
@@ -153,6 +155,8 @@ class IA3Config:
         """The vector of each site."""
         if VECTOR not in tensors:
             return None
+        if len(joint.rows) == 1:
+            return {site: dict(tensors) for site in joint.sites}
         return {site: {VECTOR: tensors[VECTOR][joint.rows[site]]} for site in joint.sites}
 
     def merged(self, weight: np.ndarray, tensors: Tensors, module: None) -> np.ndarray:
@@ -174,6 +178,12 @@ def _feeds(config: IA3Config, path: str) -> bool:
     return matched(forward, path) if isinstance(forward, str) else path.endswith(forward)
 
 
+def _last(shape: BackboneShape) -> str:
+    """The feed-forward's last projection, by the name that it has in this shape."""
+    modules = getattr(shape, "parts", {})
+    return next((name for name, sites in modules.items() if sites == (FEEDFORWARD,)), FEEDFORWARD)
+
+
 def _width(site: str, config: IA3Config, shape: BackboneShape) -> int:
     return shape.sites[site].inputs if is_input(site, config, shape) else shape.sites[site].outputs
 
@@ -182,23 +192,23 @@ def _width(site: str, config: IA3Config, shape: BackboneShape) -> int:
 def _modules(config: IA3Config, shape: BackboneShape) -> tuple[Mapping[str, None], ...]:
     layers = resolve(config.target_modules, shape, exclude=config.exclude_modules)
     paths = [module_path(i, site, shape) for i, sites in enumerate(layers) for site in sites]
-    forward = config.feedforward_modules
+    forward, last = config.feedforward_modules, _last(shape)
     for entry in (forward,) if isinstance(forward, str) else forward:
         if not any(matched(entry if isinstance(forward, str) else (entry,), path) for path in paths):
             raise ParaJaxError(
                 f"feedforward_modules has {entry!r}, which is not one of the targeted modules; leave it out"
             )
     for site in {site for sites in layers for site in sites}:
-        if is_input(site, config, shape) and site != FEEDFORWARD:
+        if is_input(site, config, shape) and site != last:
             raise ParaJaxError(
-                f"feedforward_modules has {site}; only {FEEDFORWARD}'s input can be scaled. "
+                f"feedforward_modules has {site}; only {last}'s input can be scaled. "
                 f"Take {site} out of it to scale its output"
             )
     for path in paths:
-        if path.endswith(FEEDFORWARD) and _feeds(config, path) != is_input(FEEDFORWARD, config, shape):
+        if path.endswith(last) and _feeds(config, path) != is_input(last, config, shape):
             raise ParaJaxError(
-                f"feedforward_modules has {FEEDFORWARD} in some of the targeted layers and not in others, such as "
-                f"{path}; name {FEEDFORWARD} for all"
+                f"feedforward_modules has {last} in some of the targeted layers and not in others, such as "
+                f"{path}; name {last} for all"
             )
     return tuple(dict.fromkeys(sites) for sites in layers)
 
@@ -213,7 +223,8 @@ class IA3Layer(nnx.Module):
         self.config = config
         self.modules = tuple(tuple(sites) for sites in config.modules(shape))
         self.sites = tuple(site for site in shape.sites if any(site in layer for layer in self.modules))
-        self.scaled = {site: FEEDS if is_input(site, config, shape) else site for site in self.sites}
+        feeds = FEEDS if "gate_proj" in shape.sites else UNGATED_FEEDS
+        self.scaled = {site: feeds if is_input(site, config, shape) else site for site in self.sites}
         self.widths = tuple(_width(site, config, shape) for site in self.sites)
         if config.projection:
             self.short = nnx.Param(jax.random.normal(rngs.params(), (config.projection,), jnp.float32))

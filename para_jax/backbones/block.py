@@ -66,8 +66,9 @@ class Block:
     ) -> Float[Array, "b t d"]:
         """One layer. In float16 the residual stream, and what is added to it, is float32 (`Backbone.residual_dtype`).
 
-        `adjust` takes a site's name, its input and its output and returns the output adjusted. `attend` takes
-        q (b, t, k, g, hd) and k, v (b, t, k, hd) of these tokens and returns (b, t, k * g * hd).
+        `adjust` takes a site's name, its input and its output and returns the output adjusted; without gates also
+        `down_proj.input`, which can only be scaled. `attend` takes q (b, t, k, g, hd) and k, v (b, t, k, hd) of these
+        tokens and returns (b, t, k * g * hd).
         """
         c = self.config
         b, t, _ = x_btd.shape
@@ -138,7 +139,7 @@ class Block:
         return self._mixture(c.experts, normed, None, dtype) + shared * share.astype(dtype)
 
     def _dense(self, prefix: str, normed: Array, adjust: Adjust, dtype: Any) -> Array:
-        act = FUNCTIONS[self.config.hidden_act]
+        act = partial(xielu, self.weights["act"][...]) if "act" in self.weights else FUNCTIONS[self.config.hidden_act]
         if self.config.gated:
             # Split before the halves are laid end to end: on a mesh each device has a part of both.
             gate, up = (x[:, :, 0] for x in jnp.split(self._product(f"{prefix}gate_up", normed), 2, axis=2))
@@ -147,6 +148,7 @@ class Block:
         else:
             up = adjust("up_proj", normed, self._product("up", normed))
             inner = act(up.astype(wide(up.dtype))).astype(up.dtype)
+            inner = adjust("down_proj.input", inner, inner)
         return adjust("down_proj", inner, self._product(f"{prefix}down", inner, dtype))
 
     def _mixture(self, experts: Experts, normed: Array, adjust: Adjust | None, dtype: Any) -> Array:
@@ -157,6 +159,17 @@ class Block:
         chance = jax.nn.softmax(product(normed, self.weights["router"][...], dtype=jnp.float32), axis=-1)
         act, weights = FUNCTIONS[self.config.hidden_act], (self._weight("gate_up"), self._weight("down"))
         return through_experts(normed, chance, scale, *weights, experts, act, self.mesh).astype(dtype)
+
+
+def xielu(numbers: Float[Array, "4"], x: Float[Array, "*b f"]) -> Float[Array, "*b f"]:
+    """xIELU (Huang and Schlag, arXiv 2411.13010), whose numbers (alpha_p, alpha_n, beta, eps) are trained.
+
+    >>> xielu(jnp.array([0.0, 0.0, 0.5, 0.0]), jnp.array([0.0, 2.0])).round(4).tolist()
+    [0.0, 3.7726]
+    """
+    alpha_p, alpha_n, beta, eps = numbers.astype(x.dtype)
+    below = (jnp.expm1(jnp.minimum(x, eps)) - x) * (beta + jax.nn.softplus(alpha_n))
+    return jnp.where(x > 0, jax.nn.softplus(alpha_p) * x * x, below) + beta * x
 
 
 def norm(config: BackboneConfig, x: Array, weight: Array, bias: Array | None = None) -> Array:

@@ -49,8 +49,8 @@ if TYPE_CHECKING:
 class Backbone(nnx.Module):
     """A frozen language model of any of the families; a pytree of arrays that programs take as an argument.
 
-    Weights: embed (v, d), blocks, norm (d,), norm_bias (d,) if the family has it, and head (v, d) unless it is tied to
-    embed.
+    Weights: embed (v, d), blocks, norm (d,), and head (v, d) unless it is tied to embed; norm_bias (d,) and head_bias
+    (v,) if the family has them.
 
     >>> from para_jax import Backbone, tiny_backbone_path
     >>> backbone = Backbone.from_pretrained(tiny_backbone_path())
@@ -62,6 +62,7 @@ class Backbone(nnx.Module):
     norm: nnx.Param
     norm_bias: nnx.Param
     head: nnx.Param
+    head_bias: nnx.Param
 
     def __init__(
         self,
@@ -89,6 +90,8 @@ class Backbone(nnx.Module):
             self.norm_bias = outside["norm_bias"]
         if "head" in outside:
             self.head = outside["head"]
+        if "head_bias" in outside:
+            self.head_bias = outside["head_bias"]
         make = partial(random_weights, table(config, 0), config, compute, quantize=quantize)
         self.blocks: Any = jax.vmap(make)(jnp.stack(layers)) if self.stacked else List([make(key) for key in layers])
 
@@ -309,6 +312,9 @@ class Backbone(nnx.Module):
         """Float32 logits of hidden states, with `whole_head()` if that is at hand."""
         head = self.whole_head() if head is None else head
         logits, cap = product(hidden_btd, head, dtype=jnp.float32), self.config.final_logit_softcapping
+        logits = (
+            logits + self.head_bias[...][None, None].astype(jnp.float32) if "lm_head" in self.config.biases else logits
+        )
         logits = logits if self.config.logits_scale == 1 else logits * self.config.logits_scale
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 

@@ -120,8 +120,8 @@ class Site(NamedTuple):
     """A projection `y = x W^T` with x (..., inputs) and y (..., outputs), and where it is in a layer.
 
     `linear` is False where one name stands for the projections of many experts, whose outputs may be scaled and
-    nothing else: a token goes through several of them. `fused` is the place of the one module that transformers has
-    for several sites, whose outputs stand there in the order of `sites`; empty, if there is none.
+    nothing else: a token goes through several of them. `fused` is the place of the module that transformers has in its
+    place, which may be one for several sites, whose outputs stand there in the order of `sites`; empty, if it is this.
     """
 
     inputs: int

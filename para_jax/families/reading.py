@@ -33,8 +33,8 @@ def architecture_from_hf(fields: Mapping[str, Any], name: str = "") -> Architect
         raise ParaJaxError(f"config.json has {heads} attention heads that {kv_heads} key/value heads do not divide")
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     act = getattr(config, family.activation)
-    if act not in ACTIVATIONS:
-        raise unknown(f"{family.activation} in config.json", act, ACTIVATIONS)
+    if act not in (*ACTIVATIONS, *family.activations):
+        raise unknown(f"{family.activation} in config.json", act, (*ACTIVATIONS, *family.activations))
     kinds = attention_kinds(config, text.family, head_dim)
     different = tuple(dict.fromkeys(kinds))
     biased = [*(ATTENTION_SITES if getattr(config, "attention_bias", False) else ())]

@@ -27,7 +27,8 @@ class Family:
       reads: the options that these are made from, beside those of every family.
       only: options of which one setting is supported.
       neutral: options that change nothing here, beside those of every family.
-      activation: the option that names the feed-forward's.
+      activation: the option that names the feed-forward's activation.
+      activations: those that no other family has.
       eps: the option that has the norms'.
       names: what its tensors are called, where that differs from Llama's.
       rope: what its own code reads of the settings of RoPE.
@@ -40,6 +41,7 @@ class Family:
     only: Mapping[str, Any] = field(default_factory=dict)
     neutral: tuple[str, ...] = ()
     activation: str = "hidden_act"
+    activations: tuple[str, ...] = ()
     eps: str = "rms_norm_eps"
     names: Names = LLAMA_NAMES
     rope: tuple[str, ...] = ()
@@ -85,7 +87,8 @@ FAMILIES: dict[str, Family] = {
     "gemma3_text": Family(
         "Gemma 3, text only",
         "Gemma3ForCausalLM",
-        lambda c: _gemma(c, post_norm=True, qk_norm="head"),
+        # Its code does not look at the option.
+        lambda c: _gemma(c, post_norm=True, qk_norm="head", attn_logit_softcapping=None),
         only=BOTH_WAYS,
         neutral=("hidden_act", "sliding_window_pattern", "_sliding_window_pattern", "rope_local_base_freq"),
         activation="hidden_activation",
@@ -210,5 +213,68 @@ FAMILIES: dict[str, Family] = {
         reads=("logit_scale",),
         neutral=("sliding_window_pattern",),
         eps="layer_norm_eps",
+    ),
+    "stablelm": Family(
+        "StableLM 2 1.6B, 12B; StableLM 3B; Stable Code",
+        "StableLmForCausalLM",
+        lambda c: {
+            "norm": "layer",
+            "biases": ("norm", *_biases(c.use_qkv_bias, False)),
+            "parallel": c.use_parallel_residual,
+            "qk_norm": "each" if c.qk_layernorm else "none",
+        },
+        reads=("use_qkv_bias", "use_parallel_residual", "qk_layernorm"),
+        neutral=("hidden_dropout",),
+        eps="layer_norm_eps",
+        names=Names(
+            modules={
+                "q_norm": "self_attn.q_layernorm.norms.{head}",
+                "k_norm": "self_attn.k_layernorm.norms.{head}",
+            }
+        ),
+    ),
+    "apertus": Family(
+        "Apertus 8B, 70B",
+        "ApertusForCausalLM",
+        {"gated": False, "qk_norm": "head"},
+        activations=("xielu",),
+        names=Names(modules={"attention_norm": "attention_layernorm", "mlp_norm": "feedforward_layernorm"}),
+    ),
+    "starcoder2": Family(
+        "StarCoder2 3B, 7B, 15B",
+        "Starcoder2ForCausalLM",
+        lambda c: {
+            "norm": "layer",
+            "gated": False,
+            "biases": ("norm", *_biases(c.use_bias, c.use_bias, c.use_bias)),
+        },
+        reads=("use_bias",),
+        neutral=("residual_dropout", "embedding_dropout"),
+        eps="norm_epsilon",
+        names=Names(modules={"up_proj": "mlp.c_fc", "down_proj": "mlp.c_proj"}),
+    ),
+    "phi": Family(
+        "Phi-1, Phi-1.5, Phi-2",
+        "PhiForCausalLM",
+        lambda c: {
+            "norm": "layer",
+            "gated": False,
+            "parallel": True,
+            "qk_norm": "head" if c.qk_layernorm else "none",
+            "biases": ("norm", "lm_head", *_biases(True, True, True), *(("qk_norm",) if c.qk_layernorm else ())),
+        },
+        reads=("qk_layernorm",),
+        neutral=("resid_pdrop", "embd_pdrop"),
+        eps="layer_norm_eps",
+        names=Names(
+            modules={
+                "o_proj": "self_attn.dense",
+                "up_proj": "mlp.fc1",
+                "down_proj": "mlp.fc2",
+                "q_norm": "self_attn.q_layernorm",
+                "k_norm": "self_attn.k_layernorm",
+                "norm": "final_layernorm",
+            }
+        ),
     ),
 }  # fmt: skip

@@ -224,6 +224,30 @@ PUBLISHED: dict[str, tuple[int, dict[str, Any]]] = {
         "logit_scale": 0.25, "pad_token_id": 0, "rope_theta": 50000.0, "sliding_window": 4096,
         "sliding_window_pattern": 4,
     }),
+    "StableLM 2 1.6B": (1_644_515_328, {
+        "model_type": "stablelm", **sizes(100352, 2048, 5632, 24, 32, 32, 4096), "hidden_act": "silu",
+        "hidden_dropout": 0.0, "layer_norm_eps": 1e-5, "partial_rotary_factor": 0.25, "qk_layernorm": False,
+        "rope_scaling": None, "rope_theta": 10000, "tie_word_embeddings": False, "use_parallel_residual": False,
+        "use_qkv_bias": True,
+    }),
+    "Apertus 8B": (8_053_338_240, {
+        "model_type": "apertus", **sizes(131072, 4096, 21504, 32, 32, 8, 65536), "attention_bias": False,
+        "hidden_act": "xielu", "mlp_bias": False, "pad_token_id": 3, "post_norm": False, "qk_norm": True,
+        "rms_norm_eps": 1e-5, "rope_theta": 12000000,
+        "rope_scaling": {"factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+                         "original_max_position_embeddings": 8192, "rope_type": "llama3"},
+        "tie_word_embeddings": False,
+    }),
+    "StarCoder2 3B": (3_030_371_328, {
+        "model_type": "starcoder2", **sizes(49152, 3072, 12288, 30, 24, 2, 16384), "embedding_dropout": 0.1,
+        "hidden_act": "gelu_pytorch_tanh", "norm_epsilon": 1e-5, "residual_dropout": 0.1,
+        "rope_theta": 999999.4420358813, "sliding_window": 4096, "use_bias": True,
+    }),
+    "Phi-2": (2_779_683_840, {
+        "model_type": "phi", **sizes(51200, 2560, 10240, 32, 32, 32, 2048), "embd_pdrop": 0.0, "hidden_act": "gelu_new",
+        "layer_norm_eps": 1e-5, "partial_rotary_factor": 0.4, "qk_layernorm": False, "resid_pdrop": 0.1,
+        "rope_scaling": None, "rope_theta": 10000.0, "tie_word_embeddings": False,
+    }),
 }  # fmt: skip
 
 

@@ -105,6 +105,29 @@ MIXTRAL: dict[str, Any] = {
     "num_experts_per_tok": 2, "num_local_experts": 4, "output_router_logits": False, "rope_theta": 1000000.0,
     "router_aux_loss_coef": 0.02, "sliding_window": None,
 }  # fmt: skip
+# What most files of 2025 have besides.
+LATER: dict[str, Any] = {
+    "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu",
+    "initializer_range": 0.02, "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "torch_dtype": "bfloat16",
+    "transformers_version": "4.55.0", "use_cache": True,
+}  # fmt: skip
+COHERE: dict[str, Any] = {key: value for key, value in LATER.items() if key != "rms_norm_eps"} | {
+    "layer_norm_eps": 1e-05,
+    "logit_scale": 0.0625,
+    "pad_token_id": 0,
+    "bos_token_id": 5,
+    "eos_token_id": 255001,
+}
+HUNYUAN: dict[str, Any] = {
+    **LATER, "add_classification_head": False, "architectures": ["HunYuanDenseV1ForCausalLM"],
+    "attention_head_dim": 8, "cla_share_factor": 2, "class_num": 0, "dense_list": [4096, 0], "eod_token_id": 127967,
+    "enable_lm_head_fp32": True, "head_dim": 8, "im_end_id": 5, "mask_init_id": 12, "mlp_bias": False,
+    "model_type": "hunyuan_v1_dense", "norm_type": "rms", "org_vocab_size": 160, "pad_id": 127961,
+    "pad_token_id": 127961, "pool_type": "last", "pretraining_tp": 1, "sep_token_id": 127962, "text_end_id": 7,
+    "rope_scaling": {"alpha": 1000.0, "beta_fast": 32, "beta_slow": 1, "factor": 1.0, "mscale": 1.0,
+                     "mscale_all_dim": 1.0, "type": "dynamic"},
+    "tie_word_embeddings": True, "use_cla": False, "use_qk_norm": True, "use_rotary_pos_emb": True,
+}  # fmt: skip
 # What transformers 4 wrote where a config was dumped with all of its defaults.
 ALL_DEFAULTS = {
     "add_cross_attention": False, "bad_words_ids": None, "begin_suppress_tokens": None, "chunk_size_feed_forward": 0,
@@ -195,7 +218,7 @@ MODELS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "Qwen/Qwen3-30B-A3B": ({**QWEN3_MOE}, []),
     "Qwen/Qwen3-Coder-30B-A3B-Instruct": (
         {**QWEN3_MOE, "qkv_bias": False, "shared_expert_intermediate_size": 0, "use_qk_norm": True,
-         "max_window_layers": 28, "rope_theta": 10000000}, ["shared_expert_intermediate_size"]),
+         "max_window_layers": 28, "rope_theta": 10000000}, []),
     # Gemma
     "google/gemma-2b": ({**GEMMA, "num_key_value_heads": 1}, []),
     "google/gemma-1.1-7b-it": ({**GEMMA, "hidden_activation": "gelu_pytorch_tanh"}, []),
@@ -230,6 +253,91 @@ MODELS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "cognitivecomputations/dolphin-2.5-mixtral-8x7b": (
         {**MIXTRAL, "_name_or_path": "mistralai/Mixtral-8x7B-v0.1", "eos_token_id": 32000, "use_cache": False}, []),
     "Mixtral as first published": ({**MIXTRAL, "sliding_window": 4096, "rope_theta": 1000000.0}, []),
+    # Later families
+    "allenai/Olmo-3-1025-7B": (
+        {**LATER, "architectures": ["Olmo3ForCausalLM"], "model_type": "olmo3", "eos_token_id": 100257,
+         "layer_types": ["sliding_attention"] * 3 + ["full_attention"], "pad_token_id": 100277, "sliding_window": 4096,
+         "rope_scaling": {"attention_factor": 1.2079441541679836, "beta_fast": 32.0, "beta_slow": 1.0, "factor": 8.0,
+                          "original_max_position_embeddings": 8192, "rope_type": "yarn"},
+         "tie_word_embeddings": False}, []),
+    "ibm-granite/granite-3.3-2b-instruct": (
+        {**LATER, "architectures": ["GraniteForCausalLM"], "model_type": "granite", "attention_multiplier": 0.015625,
+         "embedding_multiplier": 12.0, "logits_scaling": 8.0, "mlp_bias": False, "residual_multiplier": 0.22,
+         "rope_scaling": None, "tie_word_embeddings": True, "pad_token_id": 0}, []),
+    "zai-org/GLM-4-9B-0414": (
+        {**LATER, "architectures": ["Glm4ForCausalLM"], "model_type": "glm4", "attention_bias": True, "head_dim": 8,
+         "eos_token_id": [151329, 151336, 151338], "partial_rotary_factor": 0.5, "pad_token_id": 151329,
+         "tie_word_embeddings": False}, []),
+    "Qwen/Qwen1.5-MoE-A2.7B-Chat": (
+        {**QWEN2, "architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe", "decoder_sparse_step": 1,
+         "moe_intermediate_size": 24, "norm_topk_prob": False, "num_experts": 6, "num_experts_per_tok": 4,
+         "output_router_logits": False, "router_aux_loss_coef": 0.001, "shared_expert_intermediate_size": 48}, []),
+    "ByteDance-Seed/Seed-OSS-36B-Instruct": (
+        {**LATER, "architectures": ["SeedOssForCausalLM"], "model_type": "seed_oss", "attention_bias": True,
+         "attention_out_bias": False, "attention_dropout": 0.1, "head_dim": 8, "mlp_bias": False, "pretraining_tp": 1,
+         "residual_dropout": 0.1, "rope_scaling": {"rope_type": "default"}, "tie_word_embeddings": False}, []),
+    "arcee-ai/AFM-4.5B": (
+        {**LATER, "architectures": ["ArceeForCausalLM"], "model_type": "arcee", "head_dim": 8, "hidden_act": "relu2",
+         "mlp_bias": False, "tie_word_embeddings": False,
+         "rope_scaling": {"beta_fast": 32.0, "beta_slow": 1.0, "factor": 20.0, "mscale": 1.0,
+                          "original_max_position_embeddings": 4096, "rope_type": "yarn", "type": "yarn"}}, []),
+    "the text part of mistralai/Ministral-3-3B-Instruct-2512": (
+        {key: value for key, value in LATER.items() if key not in ("attention_bias", "rope_theta")}
+        | {"architectures": ["Ministral3ForCausalLM"], "model_type": "ministral3", "head_dim": 8,
+           "sliding_window": None, "tie_word_embeddings": True,
+           "rope_parameters": {"beta_fast": 32.0, "beta_slow": 1.0, "factor": 16.0, "llama_4_scaling_beta": 0.1,
+                               "mscale": 1.0, "mscale_all_dim": 1.0, "original_max_position_embeddings": 16384,
+                               "rope_theta": 1000000.0, "rope_type": "yarn", "type": "yarn"}}, []),
+    "LGAI-EXAONE/EXAONE-4.0-1.2B": (
+        {key: value for key, value in LATER.items() if key != "attention_bias"}
+        | {"architectures": ["Exaone4ForCausalLM"], "model_type": "exaone4", "head_dim": 8, "pad_token_id": 0,
+           "layer_types": ["full_attention"] * 4, "rope_scaling": {**LLAMA3_ROPE}, "sliding_window": None,
+           "sliding_window_pattern": None, "tie_word_embeddings": True}, []),
+    "baidu/ERNIE-4.5-0.3B-PT": (
+        {key: value for key, value in LATER.items() if key not in ("attention_bias", "attention_dropout")}
+        | {"architectures": ["Ernie4_5ForCausalLM"], "model_type": "ernie4_5", "head_dim": 8, "pad_token_id": 0,
+           "tie_word_embeddings": True, "use_bias": False}, []),
+    "tencent/Hunyuan-1.8B-Instruct": (
+        {**HUNYUAN},
+        ["attention_head_dim", "cla_share_factor", "class_num", "dense_list",
+         "enable_lm_head_fp32", "im_end_id", "mask_init_id", "norm_type", "org_vocab_size", "pad_id", "pool_type",
+         "text_end_id", "use_rotary_pos_emb"]),
+    "kyutai/helium-1-2b": (
+        {**LATER, "architectures": ["HeliumForCausalLM"], "model_type": "helium", "head_dim": 8, "mlp_bias": False,
+         "pad_token_id": 3, "rms_norm_eps": 1e-08, "tie_word_embeddings": False}, []),
+    "CohereLabs/aya-expanse-8b": (
+        {**COHERE, "architectures": ["CohereForCausalLM"], "model_type": "cohere", "model_max_length": 8192,
+         "tie_word_embeddings": True, "use_qk_norm": False}, ["model_max_length"]),
+    "CohereLabs/c4ai-command-r7b-12-2024": (
+        {**COHERE, "architectures": ["Cohere2ForCausalLM"], "model_type": "cohere2", "cache_implementation": "hybrid",
+         "head_dim": 8, "layer_switch": 4, "logit_scale": 0.25, "order_of_interleaved_layers": "local_attn_first",
+         "position_embedding_type": "rope_gptj", "rope_scaling": None, "rotary_pct": 1.0, "sliding_window": 4096,
+         "sliding_window_pattern": 4, "use_embedding_sharing": True, "use_gated_activation": True,
+         "use_parallel_block": True, "use_parallel_embedding": True},
+        ["layer_switch", "order_of_interleaved_layers", "position_embedding_type", "rotary_pct",
+         "use_embedding_sharing", "use_gated_activation", "use_parallel_block", "use_parallel_embedding"]),
+    "stabilityai/stablelm-2-1_6b": (
+        {key: value for key, value in COHERE.items() if key not in ("attention_bias", "logit_scale", "pad_token_id")}
+        | {"architectures": ["StableLmForCausalLM"], "model_type": "stablelm", "hidden_dropout": 0.0,
+           "partial_rotary_factor": 0.25, "qk_layernorm": False, "rope_pct": 0.25,
+           "tie_word_embeddings": False, "use_parallel_residual": False, "use_qkv_bias": True},
+        ["rope_pct"]),
+    "swiss-ai/Apertus-8B-Instruct-2509": (
+        {**LATER, "architectures": ["ApertusForCausalLM"], "model_type": "apertus", "hidden_act": "xielu",
+         "mlp_bias": False, "pad_token_id": 3, "post_norm": False, "qk_norm": True, "rope_scaling": {**LLAMA3_ROPE},
+         "tie_word_embeddings": False}, ["qk_norm"]),
+    "bigcode/starcoder2-3b": (
+        {key: value for key, value in LATER.items() if key not in ("attention_bias", "rms_norm_eps")}
+        | {"architectures": ["Starcoder2ForCausalLM"], "model_type": "starcoder2", "activation_function": "gelu",
+           "embedding_dropout": 0.1, "hidden_act": "gelu_pytorch_tanh", "layer_norm_epsilon": 1e-05,
+           "mlp_type": "default", "norm_epsilon": 1e-05, "norm_type": "layer_norm", "residual_dropout": 0.1,
+           "sliding_window": 4096, "use_bias": True},
+        ["activation_function", "layer_norm_epsilon", "mlp_type", "norm_type"]),
+    "microsoft/phi-2": (
+        {key: value for key, value in LATER.items() if key not in ("attention_bias", "rms_norm_eps")}
+        | {"architectures": ["PhiForCausalLM"], "model_type": "phi", "embd_pdrop": 0.0, "hidden_act": "gelu_new",
+           "layer_norm_eps": 1e-05, "partial_rotary_factor": 0.5, "qk_layernorm": False, "resid_pdrop": 0.1,
+           "rope_scaling": None, "tie_word_embeddings": False}, []),
 }  # fmt: skip
 
 

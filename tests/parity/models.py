@@ -25,8 +25,15 @@ from para_jax.families.table import FAMILIES
 TOLERANCE = 1e-4  # of the largest logit
 ROWS, TIME, STEPS = 3, 12, 3
 Worst = dict[str, float]
+# Options that are true or false, of the families that have them.
+FLAGS = (
+    "attention_bias", "mlp_bias", "attention_out_bias", "qkv_bias", "use_bias", "use_qk_norm", "use_qkv_bias",
+    "use_parallel_residual", "qk_layernorm",
+)  # fmt: skip
 # Families that have no head_dim of their own, and those in which the heads make up hidden_size.
-NO_HEAD_DIM = ("phi3", "olmo3", "granite", "qwen2_moe", "exaone4", "cohere", "cohere2")
+NO_HEAD_DIM = (
+    "phi3", "olmo3", "granite", "qwen2_moe", "exaone4", "cohere", "cohere2", "stablelm", "apertus", "starcoder2", "phi",
+)  # fmt: skip
 WHOLE_HEADS = (*NO_HEAD_DIM, "helium")
 
 
@@ -117,13 +124,13 @@ def cases(draw: st.DrawFn, family: str) -> Case:
     window = pick(3, 7, None)
     mixed = pick(tuple(["sliding_attention", "full_attention"] * 2), tuple(["full_attention", "sliding_attention"] * 2))
     made: Any = CONFIG_MAPPING[family]
-    for key in ("attention_bias", "mlp_bias", "attention_out_bias", "qkv_bias", "use_bias", "use_qk_norm"):
+    for key in FLAGS:
         if hasattr(made, key):
             fields[key] = pick(True, False)
     for key in ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling", "logit_scale"):
         if hasattr(made, key):
             fields[key] = pick(0.7, 2.5, 1.0)
-    if family in ("mistral", "mixtral", "phi3", "ministral3"):
+    if family in ("mistral", "mixtral", "phi3", "ministral3", "starcoder2"):
         fields["sliding_window"] = window
     if family in ("olmo3", "cohere2", "exaone4"):
         fields |= {"sliding_window": window or 5, "layer_types": list(mixed[:layers])}
@@ -165,7 +172,7 @@ def cases(draw: st.DrawFn, family: str) -> Case:
             "attn_logit_softcapping": pick(1.5, None) if family == "gemma2" else None,
         }
     else:
-        fields["hidden_act"] = pick("silu", "gelu", "gelu_pytorch_tanh", "relu2", "gelu_new")
+        fields["hidden_act"] = pick(*FAMILIES[family].activations, "silu", "gelu", "gelu_pytorch_tanh", "relu2")
     if family == "gemma3_text":
         local = draw(ropes(head_dim, ("default", "linear"), THETAS))
         full = draw(ropes(head_dim, ("linear", "default", "yarn"), THETAS))
@@ -186,7 +193,9 @@ def cases(draw: st.DrawFn, family: str) -> Case:
     fields["rope_parameters"] = rope
     if rope.get("rope_type") == "dynamic" and "alpha" not in rope:
         fields["max_position_embeddings"] = pick(8, 13, 512)
-    old = None if family in ("gemma3_text", "olmo3") else pick(None, "type", "rope_type")
+    # Apertus's class takes its own RoPE where there is no rope_scaling.
+    none = family in ("gemma3_text", "olmo3") or (family == "apertus" and rope["rope_type"] == "default")
+    old = None if none else pick(None, "type", "rope_type")
     return Case(fields, draw(st.integers(0, 2**16)), old, pick(False, True), pick(False, True))
 
 
@@ -201,11 +210,12 @@ def make_model(case: Case, family: str) -> Any:
     torch.manual_seed(case.seed)
     config = AutoConfig.for_model(family, **json.loads(json.dumps(case.fields)), pad_token_id=0)
     model = AutoModelForCausalLM.from_config(config, **plain(family)).eval()
+    saved = model.state_dict()
     with torch.no_grad():
-        for name, x in model.named_parameters():
+        for name, x in saved.items():
             if "norm" in name:
                 x.add_(torch.empty_like(x).uniform_(-0.5, 0.5))
-            elif name.endswith("bias") or "gate.weight" in name or "experts" in name:
+            elif name.endswith("bias") or "act_fn" in name or "gate.weight" in name or "experts" in name:
                 x.normal_(0, 0.3)
     return model
 

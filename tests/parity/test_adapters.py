@@ -27,15 +27,25 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 
 TOKENS = np.random.default_rng(0).integers(0, 31, (2, 9))
 FUSED = {"phi3": {"lora": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
-                  "ia3": (["qkv_proj", "gate_up_proj", "down_proj"], ["down_proj"])}}  # fmt: skip
+                  "ia3": (["qkv_proj", "gate_up_proj", "down_proj"], ["down_proj"])},
+         "glm4": {"lora": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"],
+                  "ia3": (["k_proj", "v_proj", "gate_up_proj", "down_proj"], ["down_proj"])}}  # fmt: skip
 # Experts are no linear modules.
 EXPERTS = {"lora": ["q_proj", "k_proj", "v_proj", "o_proj"], "ia3": (["k_proj", "v_proj"], [])}
 USUAL = {"lora": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
          "ia3": (["k_proj", "v_proj", "down_proj"], ["down_proj"])}  # fmt: skip
+UNGATED = {"lora": ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"], "ia3": USUAL["ia3"]}
+OWN = {
+    **FUSED, "mixtral": EXPERTS, "qwen3_moe": EXPERTS, "arcee": UNGATED, "apertus": UNGATED,
+    "starcoder2": {"lora": ["q_proj", "k_proj", "v_proj", "o_proj", "c_fc", "c_proj"],
+                   "ia3": (["k_proj", "v_proj", "c_fc", "c_proj"], ["c_proj"])},
+    "phi": {"lora": ["q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"],
+            "ia3": (["k_proj", "v_proj", "dense", "fc2"], ["fc2"])},
+}  # fmt: skip
 
 
 def peft_config(family: str, method: str) -> Any:
-    targets: dict[str, Any] = FUSED.get(family, EXPERTS if "mixtral" in family or "moe" in family else USUAL)
+    targets: dict[str, Any] = OWN.get(family, USUAL)
     if method == "lora":
         return peft.LoraConfig(task_type="CAUSAL_LM", r=3, lora_alpha=5, target_modules=targets["lora"])
     modules, feedforward = targets["ia3"]

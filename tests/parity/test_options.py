@@ -19,7 +19,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig
 
 from para_jax import Backbone, BackboneConfig, ParaJaxError
-from para_jax.families.keys import _defaults
+from para_jax.families.keys import defaults
 from para_jax.families.table import FAMILIES
 from tests.helpers import family_fields
 from tests.parity.models import TOLERANCE, plain
@@ -42,6 +42,7 @@ OTHER: dict[str, Any] = {
 }  # fmt: skip
 # What a family takes in place of these.
 OF_FAMILY: dict[str, dict[str, Any]] = {
+    "gemma": {"hidden_act": "silu"},
     "gemma3_text": {"rope_parameters": {kind: {"rope_type": "default", "rope_theta": theta} for kind, theta in
                                         (("full_attention", 50.0), ("sliding_attention", 20.0))}},
     "olmo3": {"rope_parameters": {kind: {"rope_type": "linear", "factor": 2.0, "rope_theta": theta} for kind, theta in
@@ -73,8 +74,8 @@ def options(family: str) -> list[str]:
     """Those of the class, without what every class has."""
     made: Any = CONFIG_MAPPING[family]
     base: Any = PretrainedConfig
-    shared = {*_defaults(base)} - {"tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"}
-    return [key for key in _defaults(made) if key not in shared and key != "use_cache"]
+    shared = {*defaults(base)} - {"tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"}
+    return [key for key in defaults(made) if key not in shared and key != "use_cache"]
 
 
 def random_model(family: str, fields: dict[str, Any]) -> Any:
@@ -119,6 +120,12 @@ def with_other(family: str, key: str, fields: dict[str, Any], value: Any) -> dic
             changed[each] = [*fields[each], more]
     if key == "rope_parameters":
         del changed["rope_theta"]
+    if family == "helium":  # whose heads make up hidden_size
+        heads = changed["num_attention_heads"]
+        if key == "head_dim":
+            changed["hidden_size"] = changed["head_dim"] * heads
+        else:
+            changed["head_dim"] = changed["hidden_size"] // heads
     return changed
 
 
