@@ -62,7 +62,10 @@ WRAPPERS: dict[str, Wrapper] = {
         only={"final_logit_softcapping": None},  # its class does not look at it
     ),
     "mistral3": Wrapper(
-        "Mistral Small 3.1, 3.2", "Mistral3ForConditionalGeneration", {"mistral": "mistral"}, SIGHT
+        "Mistral Small 3.1, 3.2; Ministral 3",
+        "Mistral3ForConditionalGeneration",
+        {"mistral": "mistral", "ministral3": "ministral3"},
+        SIGHT,
     ),
     "qwen2_5_vl": Wrapper(
         "Qwen2.5-VL",

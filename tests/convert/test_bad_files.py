@@ -12,6 +12,9 @@ import pytest
 from para_jax import Backbone, BackboneConfig, ParaJaxError, tiny_backbone_path
 from para_jax.cli import main
 from para_jax.convert.tokenizer import load_tokenizer
+from para_jax.families.architecture import ACTIVATIONS
+from para_jax.families.table import FAMILIES
+from para_jax.families.wrappers import WRAPPERS
 from tests.helpers import family_fields
 
 WHOLE = "which is no whole number from 1"
@@ -40,8 +43,8 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"rope_theta": "large"}, f"config.json has rope_theta='large', {ABOVE}"),
     ({"dtype": "float99"}, f"unknown dtype in config.json 'float99'; did you mean 'float'? Known: {DTYPES}"),
     ({"torch_dtype": 16}, f"unknown torch_dtype in config.json 16. Known: {DTYPES}"),
-    ({"hidden_act": "glu"}, "unknown hidden_act in config.json 'glu'; did you mean 'gelu'? Known: gelu, "
-     "gelu_pytorch_tanh, relu, silu, swish"),
+    ({"hidden_act": "glu"}, "unknown hidden_act in config.json 'glu'; did you mean 'gelu'? Known: "
+     f"{', '.join(sorted(ACTIVATIONS))}"),
     ({"rope_scaling": {"type": "dynamic", "factor": "2"}},
      f"RoPE scaling of type 'dynamic' in config.json has factor='2', {ABOVE}"),
     ({"rope_scaling": {"type": "linear", "factor": 0}},
@@ -56,9 +59,8 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
      "RoPE scaling of type 'longrope' in config.json has short_factor of a list of 1; it takes 4 numbers above 0, one "
      "for each pair of features"),
     ({"head_dim": 3}, "RoPE of type 'default' cannot rotate 3 of a head's features; config.json has to fit"),
-    ({"model_type": ["llama"]}, "{folder} is of architecture ['llama'], which is not supported. Supported: llama, "
-     "mistral, qwen2, qwen3, gemma, gemma2, gemma3_text, phi3, smollm3, olmo2, mixtral, qwen3_moe, gemma3, mistral3, "
-     "qwen2_5_vl, qwen3_vl"),
+    ({"model_type": ["llama"]}, "{folder} is of architecture ['llama'], which is not supported. Supported: "
+     f"{', '.join([*FAMILIES, *WRAPPERS])}"),
 ]  # fmt: skip
 # Those that transformers refuses, with its words.
 THEIRS: list[tuple[dict[str, Any], str]] = [

@@ -145,8 +145,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"text_config": None}, "config.json of gemma3 has no text_config; supported is one of gemma3_text"),
     ({"text_config": [1]}, "config.json of gemma3 has text_config=[1], which holds no options; supported is one of "
      "gemma3_text"),
-    ({"model_type": "mistral3", "text_config": {"model_type": "ministral3"}}, "their/model is a mistral3 with a "
-     "text_config of architecture 'ministral3', which is not supported; supported is mistral"),
+    ({"model_type": "mistral3", "text_config": {"model_type": "ministral"}}, "their/model is a mistral3 with a "
+     "text_config of architecture 'ministral', which is not supported; supported is mistral or ministral3"),
     ({"text_config": {"model_type": "llama"}}, "their/model is a gemma3 with a text_config of architecture 'llama', "
      "which is not supported; supported is gemma3_text"),
     ({"text_config": {"model_type": ["gemma3_text"]}}, "their/model is a gemma3 with a text_config of architecture "

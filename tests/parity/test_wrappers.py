@@ -65,6 +65,16 @@ def test_as_it_is_saved(name: str, spelling: str, tied: bool, tmp_path: Path) ->
     check(name, model, folder, stacked=tied)
 
 
+def test_the_other_decoder_of_mistral3(tmp_path: Path) -> None:
+    """Ministral 3's, whose queries are scaled by position: rows are longer than the original length."""
+    rope = {
+        "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 4, "beta_fast": 8.0,
+        "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.3,
+    }  # fmt: skip
+    model = wrapped("mistral3", model_type="ministral3", rope_parameters=rope)
+    check("mistral3", model, saved(model, tmp_path / "a"), stacked=True)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_random_configs(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     """The options of the decoder's family, in text_config."""
