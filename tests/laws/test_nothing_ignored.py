@@ -141,7 +141,7 @@ def test_unknown_tenant_among_very_many() -> None:
     names = {f"tenant{i:04}": ParaConfig(r=1, target_modules=("k_proj",)) for i in range(30)}
     with pytest.raises(ParaJaxError, match=re.escape("did you mean 'tenant0007'?")) as error:
         AdapterBank.create(names, SMALL).rows(["tenant00077"])
-    assert "(30 in all)" in str(error.value) and len(str(error.value)) < 400
+    assert "(30 in total)" in str(error.value) and len(str(error.value)) < 400
 
 
 def test_tenants_that_do_not_match_the_rows(backbone: Backbone, bank: AdapterBank) -> None:
@@ -246,7 +246,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 CONFIGS: list[tuple[dict, tuple[str, ...]]] = [
     ({"model_type": "gpt2"}, ("'gpt2'", "not supported", "Supported: llama, mistral")),
-    ({"model_type": "gemma3"}, ("'gemma3'", "gemma3_text")),
+    ({"model_type": "gemma3"}, ("gemma3 has no text_config", "gemma3_text")),
     ({"model_type": None}, ("None", "Supported: llama")),
     ({"hidden_act": "glu"}, ("hidden_act in config.json 'glu'", "gelu", "silu")),
     ({"quantization_config": {"bits": 4}}, ("quantization_config",)),
@@ -296,11 +296,11 @@ def test_config_not_supported(checkpoint: Path, tmp_path: Path, fields: dict, fr
 def test_what_cannot_matter_is_said_in_one_line(
     checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    more = {"_model_name_or_path": "Llama", "unk_token_id": 0, "residual_multiplier": 0.5, "_name_or_path": "x"}
+    more = {"_model_name_or_path": "Llama", "unk_token_id": 0, "dim_model_base": 256, "_name_or_path": "x"}
     folder = copy_with(checkpoint, tmp_path / "a", lambda x: x.update(more), "config.json")
     line = (
         f"{folder}: keys that transformers' LlamaForCausalLM does not read are ignored: _model_name_or_path, "
-        "unk_token_id, residual_multiplier"
+        "unk_token_id, dim_model_base"
     )
     for read in (BackboneConfig.from_pretrained, Backbone.from_pretrained):
         caplog.clear()
