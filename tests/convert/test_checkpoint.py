@@ -219,7 +219,7 @@ def test_quantised_backbones_take_adapters_and_are_not_written(folder: Path, tmp
     assert few < 0.45 * sum(x.nbytes for n, x in named_leaves(whole).items() if n.startswith("blocks"))
     adapter = random_adapter(FAMILY_METHODS["lora"], backbone.config, 0)
     for write in (lambda: save_backbone(backbone, tmp_path / "b"), lambda: merge_adapter(backbone, adapter)):
-        with pytest.raises(ParaJaxError, match="quantised"):
+        with pytest.raises(ParaJaxError, match="quantized"):
             write()
     with pytest.raises(ParaJaxError, match=r"unknown dtype 'bf16'"):
         save_backbone(whole, tmp_path / "b", dtype="bf16")

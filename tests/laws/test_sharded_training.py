@@ -160,7 +160,7 @@ def test_a_state_goes_to_another_mesh() -> None:
     first = dataclasses.replace(first, taken=jax.tree.map(jnp.asarray, taken), step=jnp.int32(7))
     slots = [list(group.names) for group in first.bank.groups]
     for layout, state in others:
-        there = state.arranged(first, slots, layout.mesh, layout.shards)
+        there = state.rearrange(first, slots, layout.mesh, layout.shards)
         assert jax.tree.structure(there) == jax.tree.structure(state) and int(there.step) == 7
         for group, has in zip(there.bank.groups, there.taken, strict=True):
             assert [int(x) for x in has] == [0 if n is None else 1 + ord(n) for n in group.names]

@@ -236,7 +236,8 @@ def test_a_compiler_that_breaks_down(monkeypatch) -> None:
     job = Job(BackboneConfig.from_hf(LLAMA_2_7B), PARA)
     monkeypatch.setattr(process, "environment", lambda topology: {"PYTHONHOME": "/nonsense"})
     with pytest.raises(
-        ParaJaxError, match=r"the compiler ended with code 1 and no plan; it said:(.|\n)*No module named 'encodings'"
+        ParaJaxError,
+        match=r"the compiler ended with code 1 and no plan; its last output:(.|\n)*No module named 'encodings'",
     ):
         plan_in_subprocess([job], "gpu:h100x1")
     # What Python raises there is raised here.

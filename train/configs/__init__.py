@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
@@ -83,5 +84,7 @@ def names() -> list[str]:
 def load(name: str) -> Recipe:
     """A config by its name. Raises ParaJaxError, with the nearest, if there is none."""
     if name not in names():
-        raise ParaJaxError(f"there is no config {name!r}; choose one of {', '.join(names())}")
+        near = get_close_matches(name, names(), 1, 0.3)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ParaJaxError(f"unknown config {name!r}; {hint}There are {', '.join(names())}")
     return import_module(f"{__name__}.{name}").recipe
