@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from para_jax.convert.tokenizer import with_chat_template
 from para_jax.data.examples import Example, encode_rows
@@ -61,7 +61,7 @@ class Reader:
         Raises ParaJaxError as `read_examples` does, for text rows without a tokenizer, and for rows that are not dicts.
         """
         if are_examples(rows):
-            return rows  # type: ignore[return-value]
+            return rows
         if self.tokenizer is None:
             raise ParaJaxError(f"the rows of {tenant!r} are text; pass tokenizer=load_tokenizer(model) to read them")
         args = self.tokenizer, self.eos_token_ids, self.max_length
@@ -78,7 +78,7 @@ class Reader:
         return encode_rows(check_tenant(_with_places(tenant, rows), tenant), *args, total=len(rows), **options)
 
 
-def are_examples(rows: Source) -> bool:
+def are_examples(rows: Source) -> TypeGuard[Sequence[Example]]:
     """Whether these rows are encoded already."""
     return not isinstance(rows, str | Path) and (len(rows) == 0 or isinstance(rows[0], Example))
 

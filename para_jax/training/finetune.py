@@ -131,13 +131,18 @@ def finetune(
             raise ParaJaxError(
                 f"the template of {name!r} has no effect: it is for a source, and these rows are in memory"
             )
+    text = [name for rows_by_name in (tenants, dev) for name, own in rows_by_name.items() if not are_examples(own)]
+    ignored = {"max_length": max_length is not None, "truncate": truncate, "allow_special_tokens": allow_special_tokens}
+    if not text and any(ignored.values()):
+        given = ", ".join(option for option, is_set in ignored.items() if is_set)
+        raise ParaJaxError(f"all rows are encoded examples, so {given} has no effect; pass it to encode_rows")
 
     loading = Loading.of(model)
     config = loading.shapes.config
     configs = _configs(methods, names)
     # Raises for unknown modules, before rows are read.
     sizes = dict.fromkeys(f"{method.method} {method.size(config):,}" for method in configs.values())
-    if tokenizer is None and isinstance(model, str | Path):
+    if text and tokenizer is None and isinstance(model, str | Path):
         tokenizer = load_tokenizer(model)
     if tokenizer is not None:
         check_vocabulary(tokenizer, config.vocab_size)
@@ -160,7 +165,7 @@ def finetune(
 
         work = {name: partial(read_one, name) for name, source in sources.items() if not are_examples(source)}
         examples = share_work(work)
-        return {name: examples[name] if name in examples else read_one(name) for name in sources}
+        return {name: source if are_examples(source) else examples[name] for name, source in sources.items()}
 
     examples = read(tenants)
     settings_by_name = {name: tuning.settings[name].of_rows(len(examples[name]), rows) for name in names}

@@ -258,7 +258,8 @@ def test_settings_out_of_range() -> None:
         ({"dev": {"t1": "rows.jsonl"}}, r"unknown tenant in dev 't1'"),
         ({"templates": {"t0": "glue/sst2"}}, "it is for a source, and these rows are in memory"),
         ({"methods": AdapterBank.create({"t1": CONFIG}, SMALL)}, "the same tenants"),
-        ({"max_length": 100_000}, "max-length must be at most"),
+        ({"max_length": 100}, "all rows are encoded examples, so max_length has no effect"),
+        ({"truncate": True, "allow_special_tokens": True}, "so truncate, allow_special_tokens has no effect"),
     ],
 )
 def test_what_a_run_is_given_by_tenant(backbone, tmp_path, given, words) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import jax
 
 from para_jax import BackboneConfig, MethodConfig, ParaConfig, ParaJaxError, Settings, auto_mesh, make_mesh
+from para_jax.errors import unknown
 
 # A source of `para_jax.data.sources.read_rows`, or rows {"prompt", "response"} themselves.
 Source = str | Sequence[Mapping[str, Any]]
@@ -84,7 +84,5 @@ def names() -> list[str]:
 def load(name: str) -> Recipe:
     """A config by its name. Raises ParaJaxError, with the nearest, if there is none."""
     if name not in names():
-        near = get_close_matches(name, names(), 1, 0.3)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ParaJaxError(f"unknown config {name!r}; {hint}There are {', '.join(names())}")
+        raise unknown("config", name, names())
     return import_module(f"{__name__}.{name}").recipe
