@@ -148,7 +148,7 @@ def test_a_full_disk_keeps_what_is_there(tmp_path, whole) -> None:
     code = f"{limited}; import sys; from para_jax.cli import main; sys.exit(main())"
     done = subprocess.run([sys.executable, "-c", code, *ours[3:]], capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.endswith(
-        f"para-jax generate: {partial} could not be written: File too large; the first 8 answers are there; "
+        f"para-jax generate: {partial} could not be written: File too large; the first 8 answers are saved; "
         "make room and run again with --resume\n"
     )
     assert partial.read_bytes() == wanted[:1500]
