@@ -1,7 +1,7 @@
-"""One table of a backbone's weights: the name, shape, logical axes, initial values and Hugging Face tensors of each.
+"""The table of a backbone's weights: each one's name, shape, logical axes, initializer and Hugging Face tensors.
 
-Whatever handles weights derives from it: initialization, sharding, loading, saving, merging, quantizing, counting and
-planning. A weight that is not in it does not exist.
+Initialization, sharding, loading, saving, merging, quantizing, counting and planning all derive from this table. A name
+that is not in it is an error.
 """
 
 from __future__ import annotations
@@ -17,18 +17,17 @@ import numpy as np
 from para_jax.families.architecture import MLP_SITES, Architecture, Axes, Axis, Names, Site
 from para_jax.families.table import FAMILIES
 
-VOCABULARY: Axes = ("vocab", "model")  # of the embeddings, and of the head
+VOCABULARY: Axes = ("vocab", "model")  # axes of the embedding and of the head
 
 
 @dataclass(frozen=True)
 class Part:
-    """A Hugging Face tensor, or some rows of one.
+    """A Hugging Face tensor, or some rows of a fused one.
 
     Attributes:
-      shape: of the part.
-      view: the shape in which it is joined with its neighbours.
-      rows: the first and last of the tensor's rows and how many it has, where the family fuses several.
-      site: the projection whose weight it is.
+      view: the shape it is concatenated in.
+      rows: for a fused tensor, the start and stop row of this part and the tensor's number of rows.
+      site: the projection that the part belongs to.
     """
 
     name: str
@@ -39,23 +38,24 @@ class Part:
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:
-        """Of the whole tensor."""
+        """The shape of the whole tensor."""
         return self.shape if self.rows is None else (self.rows[2], *self.shape[1:])
 
     def of(self, tensor: np.ndarray) -> np.ndarray:
-        """The part of its tensor."""
+        """Slices the part out of its tensor."""
         return tensor if self.rows is None else tensor[self.rows[0] : self.rows[1]]
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """One weight of ours: its parts joined along an axis, and then reshaped if `reshaped` says so.
+    """One weight of the backbone: its parts concatenated along the axis `joined_along`.
 
     Attributes:
-      name: within its layer, such as `qkv`; or `embed`, `norm` and `head`, outside the layers.
-      axes: the logical axis of each of its axes.
-      init: "normal" is N(0, 0.02), "zeros" is for biases, and "norm" makes a norm's factors one.
-      quantizable: whether it may be kept in int8 or int4. Its scales are then named `scale`.
+      name: the name in its layer, such as `qkv`, or outside the layers, such as `embed`.
+      axes: the logical name of each array axis.
+      init: "normal" is N(0, 0.02), "zeros" is for biases, and "norm" sets the factors of a norm to one.
+      quantizable: whether it may be stored as int8 or int4, with scales in the weight named `scale`.
+      reshaped: the shape after concatenation, if it differs.
     """
 
     name: str
@@ -68,18 +68,18 @@ class Parameter:
 
     @property
     def scale(self) -> str:
-        """The name of its scales, where it is quantized."""
+        """The name of its scales if it is quantized."""
         return f"{self.name}{SCALE}"
 
     @property
     def joined(self) -> tuple[int, ...]:
+        """The shape after concatenation, before `reshaped`."""
         first = self.parts[0].view
         width = sum(part.view[self.joined_along] for part in self.parts)
         return (*first[: self.joined_along], width, *first[self.joined_along + 1 :])
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of our tensor."""
         return self.reshaped or self.joined
 
     @property
@@ -87,42 +87,42 @@ class Parameter:
         return math.prod(self.shape)
 
     def join(self, parts: list[np.ndarray]) -> np.ndarray:
-        """Ours from theirs."""
-        ours = np.empty(self.shape, np.result_type(*parts))
-        self.block(parts, tuple(slice(0, n) for n in self.shape), out=ours)
-        return ours
+        """Concatenates the parts into the weight."""
+        weight = np.empty(self.shape, np.result_type(*parts))
+        self.block(parts, tuple(slice(0, n) for n in self.shape), out=weight)
+        return weight
 
     def block(self, parts: list[np.ndarray], place: tuple[slice, ...], out: np.ndarray) -> None:
-        """Writes what `join` has at `place` into `out`, cast to its dtype, and reads no more of theirs than that.
+        """Writes the block `join(parts)[place]` into `out`, cast to its dtype. Only this block of the parts is read.
 
-        Axes that `reshaped` makes of the joined one have to be whole in `place`.
+        If `reshaped` splits the concatenated axis, `place` must cover the resulting axes in full.
         """
-        made_of = len(self.shape) - len(self.joined)
-        assert all(x.stop - x.start == n for x, n in zip(place[:made_of], self.shape, strict=False))
-        asked = list(place[made_of:])
-        if made_of:
-            asked[self.joined_along] = slice(0, self.joined[self.joined_along])
-        flat = out.reshape([x.stop - x.start for x in asked])
-        wanted, before = asked[self.joined_along], 0
+        added = len(self.shape) - len(self.joined)
+        assert all(x.stop - x.start == n for x, n in zip(place[:added], self.shape, strict=False))
+        wanted = list(place[added:])
+        if added:
+            wanted[self.joined_along] = slice(0, self.joined[self.joined_along])
+        flat = out.reshape([x.stop - x.start for x in wanted])
+        along, offset = wanted[self.joined_along], 0
         for x, part in zip(parts, self.parts, strict=True):
-            start, stop = max(wanted.start, before), min(wanted.stop, before + part.view[self.joined_along])
+            start, stop = max(along.start, offset), min(along.stop, offset + part.view[self.joined_along])
             if start < stop:
-                there, here = list(asked), [slice(None)] * flat.ndim
-                there[self.joined_along] = slice(start - before, stop - before)
-                here[self.joined_along] = slice(start - wanted.start, stop - wanted.start)
-                flat[tuple(here)] = x.reshape(part.view)[tuple(there)]
-            before += part.view[self.joined_along]
+                source, target = list(wanted), [slice(None)] * flat.ndim
+                source[self.joined_along] = slice(start - offset, stop - offset)
+                target[self.joined_along] = slice(start - along.start, stop - along.start)
+                flat[tuple(target)] = x.reshape(part.view)[tuple(source)]
+            offset += part.view[self.joined_along]
 
-    def split(self, ours: np.ndarray) -> list[np.ndarray]:
-        """Theirs from ours, a part each; inverse of `join`."""
+    def split(self, weight: np.ndarray) -> list[np.ndarray]:
+        """Splits the weight into its parts; inverse of `join`."""
         ends = np.cumsum([part.view[self.joined_along] for part in self.parts])[:-1]
-        pieces = np.split(ours.reshape(self.joined), ends, self.joined_along)
+        pieces = np.split(weight.reshape(self.joined), ends, self.joined_along)
         return [x.reshape(part.shape) for part, x in zip(self.parts, pieces, strict=True)]
 
-    def tensors(self, ours: np.ndarray) -> dict[str, np.ndarray]:
-        """Their whole tensors: the parts of one are all in one entry, in order."""
+    def tensors(self, weight: np.ndarray) -> dict[str, np.ndarray]:
+        """The Hugging Face tensors of the weight. All parts of a fused tensor are in the same weight, in order."""
         found: dict[str, list[np.ndarray]] = {}
-        for part, x in zip(self.parts, self.split(ours), strict=True):
+        for part, x in zip(self.parts, self.split(weight), strict=True):
             found.setdefault(part.name, []).append(x)
         return {name: xs[0] if len(xs) == 1 else np.concatenate(xs) for name, xs in found.items()}
 
@@ -131,7 +131,7 @@ SCALE = "_scale"
 
 
 def table(config: Architecture, layer: int | None = None) -> tuple[Parameter, ...]:
-    """The weights of one layer, or with None those outside the layers.
+    """The weights of one layer, or those outside the layers if `layer` is None.
 
     >>> from para_jax import BackboneConfig
     >>> small = BackboneConfig(64, 8, 16, 2, 2, 1, 4)
@@ -143,8 +143,8 @@ def table(config: Architecture, layer: int | None = None) -> tuple[Parameter, ..
     if layer is not None:
         return tuple(_layer(config, f"model.layers.{layer}"))
     d, v = config.hidden_size, config.vocab_size
-    embed = _whole("embed", "model.embed_tokens", (v, d), VOCABULARY)
-    head = _whole("head", "lm_head", (v, d), VOCABULARY)
+    embed = _single("embed", "model.embed_tokens", (v, d), VOCABULARY)
+    head = _single("head", "lm_head", (v, d), VOCABULARY)
     norm = _norms(config, "norm", f"model.{names_of(config).modules.get('norm', 'norm')}", d)
     bias = (_bias("head_bias", "lm_head", v),) if "lm_head" in config.biases else ()
     return (embed, *norm, *(() if config.tie_word_embeddings else (head,)), *bias)
@@ -152,9 +152,9 @@ def table(config: Architecture, layer: int | None = None) -> tuple[Parameter, ..
 
 @lru_cache(maxsize=64)
 def axes(config: Architecture) -> Mapping[str, Axes]:
-    """The logical axes of every weight by its name, those of the scales of quantized ones included."""
+    """The logical axes of every weight and every scale, by name."""
     every = [*table(config), *table(config, 0)]
-    scales = {p.scale: (*p.axes[:-1], None) for p in every if p.quantizable}  # one for each group of inputs
+    scales = {p.scale: (*p.axes[:-1], None) for p in every if p.quantizable}  # the last axis is groups of inputs
     return {p.name: p.axes for p in every} | scales
 
 
@@ -167,8 +167,8 @@ def size(config: Architecture) -> int:
 def sites(config: Architecture) -> Mapping[str, Site]:
     """The projections of a layer that adapters may adjust, by Hugging Face name.
 
-    Of experts it is the up projection, which one vector scales in all of them; or, where a token goes through a shared
-    expert too, the shared one's.
+    In a mixture of experts, the feed-forward sites are the projections of the shared expert. Without a shared expert,
+    there is only the up projection, which one vector scales in all experts.
     """
     d, f, names = config.hidden_size, config.intermediate_size, names_of(config)
     q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
@@ -199,48 +199,48 @@ def sites(config: Architecture) -> Mapping[str, Site]:
 
 
 def names_of(config: Architecture) -> Names:
-    """What the family calls its tensors."""
+    """The tensor names of the config's family."""
     return FAMILIES[config.family].names
 
 
-def _whole(
-    ours: str, theirs: str, shape: tuple[int, ...], axes: Axes, site: str = "", quantizable: bool = False
+def _single(
+    name: str, module: str, shape: tuple[int, ...], axes: Axes, site: str = "", quantizable: bool = False
 ) -> Parameter:
-    return Parameter(ours, (Part(f"{theirs}.weight", shape, shape, site=site),), axes, quantizable=quantizable)
+    """The weight of one Hugging Face module."""
+    return Parameter(name, (Part(f"{module}.weight", shape, shape, site=site),), axes, quantizable=quantizable)
 
 
-def _norm(ours: str, theirs: str, *shape: int) -> Parameter:
-    """The weights of a norm, which are a tensor for each head if `theirs` has a place for the head's number."""
-    if "{head}" in theirs:
+def _norm(name: str, module: str, *shape: int) -> Parameter:
+    """The weight of a norm. If `module` contains "{head}", every head has its own tensor."""
+    if "{head}" in module:
         heads, own = range(shape[0]), shape[1:]
-        parts = tuple(Part(f"{theirs.format(head=head)}.weight", own, (1, *own)) for head in heads)
+        parts = tuple(Part(f"{module.format(head=head)}.weight", own, (1, *own)) for head in heads)
     else:
-        parts = (Part(f"{theirs}.weight", shape, shape),)
-    return Parameter(ours, parts, (None,) * len(shape), "norm")
+        parts = (Part(f"{module}.weight", shape, shape),)
+    return Parameter(name, parts, (None,) * len(shape), "norm")
 
 
-def _norms(config: Architecture, ours: str, theirs: str, size: int) -> Iterator[Parameter]:
-    """A norm of all features, and its bias if the family's have one."""
-    yield _norm(ours, theirs, size)
+def _norms(config: Architecture, name: str, module: str, size: int) -> Iterator[Parameter]:
+    """A norm over all features, with its bias if the family has one."""
+    yield _norm(name, module, size)
     if "norm" in config.biases:
-        yield _bias(f"{ours}_bias", theirs, size)
+        yield _bias(f"{name}_bias", module, size)
 
 
 def _layer(config: Architecture, at: str) -> Iterator[Parameter]:
     d, hd, k = config.hidden_size, config.head_dim, config.num_key_value_heads
     g, names = config.num_attention_heads // k, names_of(config)
 
-    # With norms behind a layer's halves, the one before the second half has another name than in Llama.
     usual = {
         "attention_norm": "input_layernorm",
         "mlp_norm": f"{'pre_feedforward' if config.post_norm else 'post_attention'}_layernorm",
         "attention_post_norm": "post_attention_layernorm",
         "mlp_post_norm": "post_feedforward_layernorm",
     }
-    own = [*(("attention_norm",) if config.pre_norm else ())]
-    own += ["mlp_norm"] if config.pre_norm and not config.parallel else []
-    own += ["attention_post_norm", "mlp_post_norm"] if config.post_norm else []
-    for name in own:
+    present = ["attention_norm"] if config.pre_norm else []
+    present += ["mlp_norm"] if config.pre_norm and not config.parallel else []
+    present += ["attention_post_norm", "mlp_post_norm"] if config.post_norm else []
+    for name in present:
         yield from _norms(config, name, f"{at}.{names.modules.get(name, usual[name])}", d)
     for x, heads in zip("qk", (k * g, k), strict=True) if config.qk_norm != "none" else ():
         shape = {"head": (hd,), "all": (heads * hd,), "each": (heads, hd)}[config.qk_norm]
@@ -252,7 +252,7 @@ def _layer(config: Architecture, at: str) -> Iterator[Parameter]:
     views = {"q_proj": (k, g, hd), "k_proj": (k, 1, hd), "v_proj": (k, 1, hd)}
     fused = f"{at}.{names.qkv}" if names.qkv else ""
     yield _fused("qkv", fused, paths, views, ("kv_heads", None, None, "model"), joined_along=1, inputs=d)
-    yield _whole("out", paths["o_proj"], (d, k * g * hd), ("model", "heads"), "o_proj", quantizable=True)
+    yield _single("out", paths["o_proj"], (d, k * g * hd), ("model", "heads"), "o_proj", quantizable=True)
     if "q_proj" in config.biases:
         yield _fused("qkv_bias", "", paths, views, ("kv_heads", None, None), joined_along=1)
     if "o_proj" in config.biases:
@@ -262,7 +262,7 @@ def _layer(config: Architecture, at: str) -> Iterator[Parameter]:
         return
     yield from _experts(config, at)
     if config.experts.shared:
-        yield _whole("shared_router", f"{at}.mlp.shared_expert_gate", (1, d), (None, None))
+        yield _single("shared_router", f"{at}.mlp.shared_expert_gate", (1, d), (None, None))
         yield from _dense(config, at, paths, config.experts.shared, "shared_")
 
 
@@ -273,13 +273,13 @@ def _dense(config: Architecture, at: str, paths: Mapping[str, str], f: int, pref
         fused = f"{at}.{gate_up}" if gate_up else ""
         yield _fused(f"{prefix}gate_up", fused, paths, views, (None, "inner", "model"), inputs=d)
     else:
-        yield _whole("up", paths["up_proj"], (f, d), ("inner", "model"), "up_proj", quantizable=True)
+        yield _single("up", paths["up_proj"], (f, d), ("inner", "model"), "up_proj", quantizable=True)
         if config.hidden_act == "xielu":
             numbers = [f"{at}.mlp.act_fn.{name}" for name in ("alpha_p", "alpha_n", "beta", "eps")]
             shapes: list[tuple[int, ...]] = [(1,), (1,), (), ()]
             parts = tuple(Part(name, shape, (1,)) for name, shape in zip(numbers, shapes, strict=True))
             yield Parameter("act", parts, (None,), "zeros")
-    yield _whole(f"{prefix}down", paths["down_proj"], (d, f), ("model", "inner"), "down_proj", quantizable=True)
+    yield _single(f"{prefix}down", paths["down_proj"], (d, f), ("model", "inner"), "down_proj", quantizable=True)
     if "up_proj" in config.biases:
         if config.gated:
             yield _fused(f"{prefix}gate_up_bias", "", paths, views, (None, "inner"))
@@ -289,15 +289,15 @@ def _dense(config: Architecture, at: str, paths: Mapping[str, str], f: int, pref
 
 
 def _experts(config: Architecture, at: str) -> Iterator[Parameter]:
-    """The router, and each kind of projection of all experts in one tensor."""
+    """The router, and two weights that hold the projections of all experts."""
     experts, names, d = config.experts, names_of(config), config.hidden_size
     assert experts is not None
     count, f, shared = experts.count, experts.width, experts.shared
     gate, up, down = names.expert
-    yield _whole("router", f"{at}.{names.router}", (count, d), (None, None))
+    yield _single("router", f"{at}.{names.router}", (count, d), (None, None))
 
     def part(expert: int, name: str, site: str, *shape: int) -> Part:
-        # The sites are those of a shared expert, if there is one.
+        # If there is a shared expert, the sites are its projections.
         return Part(f"{at}.{names.experts}.{expert}.{name}.weight", shape, (1, *shape), site="" if shared else site)
 
     both = [part(e, name, site, f, d) for e in range(count) for name, site in ((gate, "gate_proj"), (up, "up_proj"))]
@@ -307,29 +307,29 @@ def _experts(config: Architecture, at: str) -> Iterator[Parameter]:
     yield Parameter("down", every, (None, "model", "inner"), quantizable=True)
 
 
-def _bias(ours: str, theirs: str, size: int, site: str = "", axis: Axis | None = None) -> Parameter:
-    return Parameter(ours, (Part(f"{theirs}.bias", (size,), (size,), site=site),), (axis,), "zeros")
+def _bias(name: str, module: str, size: int, site: str = "", axis: Axis | None = None) -> Parameter:
+    return Parameter(name, (Part(f"{module}.bias", (size,), (size,), site=site),), (axis,), "zeros")
 
 
 def _fused(
-    ours: str,
-    theirs: str,
+    name: str,
+    fused: str,
     paths: Mapping[str, str],
     views: Mapping[str, tuple[int, ...]],
     axes: Axes,
     joined_along: int = 0,
     inputs: int | None = None,
 ) -> Parameter:
-    """Several projections in one tensor of ours, or their biases if they have no `inputs`.
+    """Several projections in one weight, or their biases if `inputs` is None.
 
-    Each is a tensor of theirs, or the rows of one tensor named `theirs`.
+    Each comes from its own Hugging Face tensor, or from rows of the module `fused` if that is not empty.
     """
-    kind, behind = ("bias", ()) if inputs is None else ("weight", (inputs,))
+    kind, last = ("bias", ()) if inputs is None else ("weight", (inputs,))
     total, start, parts = sum(math.prod(view) for view in views.values()), 0, []
     for site, view in views.items():
         size = math.prod(view)
-        rows = (start, start + size, total) if theirs else None
-        parts.append(Part(f"{theirs or paths[site]}.{kind}", (size, *behind), (*view, *behind), rows, site))
+        rows = (start, start + size, total) if fused else None
+        parts.append(Part(f"{fused or paths[site]}.{kind}", (size, *last), (*view, *last), rows, site))
         start += size
     init: Literal["normal", "zeros"] = "zeros" if inputs is None else "normal"
-    return Parameter(ours, tuple(parts), axes, init, inputs is not None, joined_along)
+    return Parameter(name, tuple(parts), axes, init, inputs is not None, joined_along)

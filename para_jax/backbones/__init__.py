@@ -1,1 +1,1 @@
-"""The frozen language model: one decoder module, driven by its config."""
+"""The frozen language model: one decoder for all families."""

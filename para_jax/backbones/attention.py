@@ -1,4 +1,4 @@
-"""Grouped-query attention, plain: scores and softmax in float32, long rows in blocks; kernels.py has the others."""
+"""Plain grouped-query attention: float32 scores and softmax, long rows in blocks. Kernels are in kernels.py."""
 
 from __future__ import annotations
 
@@ -11,19 +11,18 @@ if TYPE_CHECKING:
     from jax import Array
     from jaxtyping import Bool, Float, Int
 
-# Queries whose scores are in memory at once. A row of up to so many is one block.
-BLOCK = 512
+BLOCK = 512  # queries whose scores are in memory at once
 
 
 class Seen(NamedTuple):
-    """Which keys each query may see: those that hold a token, up to its own column, the last `window` of them.
+    """The attention mask: a query sees keys that hold a token, up to its own column and within the window.
 
     Attributes:
-      valid_bs: which columns of the keys hold a token.
-      column_t: the queries' own columns.
-      window: how many columns, the query's own included; all, if None.
-      segment_bt: of packed rows, the sequence of each column; a query sees no other sequence. The columns of the
-        queries are those of the keys then.
+      valid_bs: which key columns hold a token.
+      column_t: the column of each query.
+      window: the number of columns that a query sees, including its own; None for all.
+      segment_bt: the sequence of each column in packed rows, where a query sees only its own sequence. Queries and keys
+        must have the same columns.
 
     >>> Seen(jnp.ones((1, 3), bool), jnp.arange(3), window=2).mask()[0].tolist()
     [[True, False, False], [True, True, False], [False, True, True]]
@@ -35,7 +34,7 @@ class Seen(NamedTuple):
     segment_bt: Int[Array, "b t"] | None = None
 
     def mask(self) -> Bool[Array, "b t s"]:
-        """The same as an array."""
+        """The mask as an array."""
         key_s, column_t1 = jnp.arange(self.valid_bs.shape[1])[None], self.column_t[:, None]
         near_ts = key_s <= column_t1
         if self.window is not None:
@@ -43,8 +42,8 @@ class Seen(NamedTuple):
         seen_bts = near_ts[None] & self.valid_bs[:, None]
         if self.segment_bt is None:
             return seen_bts
-        of_query_bt = self.segment_bt.at[:, self.column_t].get(mode="fill", fill_value=-1)
-        return seen_bts & (of_query_bt[..., None] == self.segment_bt[:, None])
+        query_segment_bt = self.segment_bt.at[:, self.column_t].get(mode="fill", fill_value=-1)
+        return seen_bts & (query_segment_bt[..., None] == self.segment_bt[:, None])
 
 
 def attention(
@@ -55,17 +54,17 @@ def attention(
     scale: float,
     softcap: float | None = None,
 ) -> Float[Array, "b t kghd"]:
-    """softmax(scale q k^T) v over the keys that each query may see.
+    """softmax(scale q k^T) v over the keys that each query sees.
 
-    With `softcap` c, a score x becomes c tanh(x / c) (Gemma 2). A query that sees no key, as padding may, gets the mean
-    of all values; nothing reads it. Of a long row only the scores of `BLOCK` queries are ever in memory.
+    With `softcap` c, a score x becomes c tanh(x / c) (Gemma 2). A padding query that sees no key gets the mean of all
+    values, which nothing reads. Rows longer than `BLOCK` are computed in blocks of queries, to save memory.
     """
     b, t, *heads = q_btkgh.shape
     if t <= BLOCK:
         return _block(q_btkgh, k_bksh, v_bksh, seen, scale, softcap)
-    n, more = -(-t // BLOCK), -t % BLOCK
-    q = jnp.pad(q_btkgh, [(0, 0), (0, more), *[(0, 0)] * len(heads)]).reshape(b, n, BLOCK, *heads).swapaxes(0, 1)
-    columns = jnp.pad(seen.column_t, (0, more), constant_values=-1).reshape(n, BLOCK)
+    n, padding = -(-t // BLOCK), -t % BLOCK
+    q = jnp.pad(q_btkgh, [(0, 0), (0, padding), *[(0, 0)] * len(heads)]).reshape(b, n, BLOCK, *heads).swapaxes(0, 1)
+    columns = jnp.pad(seen.column_t, (0, padding), constant_values=-1).reshape(n, BLOCK)
 
     @jax.checkpoint
     def one(block: tuple[Array, Array]) -> Array:
@@ -77,8 +76,8 @@ def attention(
 
 def _block(q_btkgh: Array, k_bksh: Array, v_bksh: Array, seen: Seen, scale: float, softcap: float | None) -> Array:
     b, t, k, g, hd = q_btkgh.shape
-    # The queries of a key's group stand together, which makes both products plain batched matrix products. Left to
-    # the compiler, the transposition costs five times the product on CPU.
+    # With group and time merged, both einsums are plain batched matmuls. Otherwise XLA transposes, at five times the
+    # cost of the matmul on CPU.
     q_bkqh = q_btkgh.transpose(0, 2, 3, 1, 4).reshape(b, k, g * t, hd)
     score = jnp.einsum("bkqh,bksh->bkqs", q_bkqh, k_bksh, preferred_element_type=jnp.float32) * scale
     if softcap is not None:

@@ -1,4 +1,4 @@
-"""What a batch in flight holds: keys and values of the tokens so far, and the Adjustments."""
+"""The state of a batch during decoding: the KV cache and the Adjustments."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 )
 @dataclass(frozen=True)
 class Cache:
-    """A batch's keys and values. All rows write the same column, so prompts stand flush right.
+    """A KV cache. All rows write the same column, so prompts are left-padded.
 
     Attributes:
-      keys, values: (b, k, s, hd) for each layer in a tuple where layers are unrolled, or one (l, b, k, s, hd).
-      valid_bs: which columns hold a token of the row.
+      keys, values: a tuple with one array per layer, or one stacked array (l, b, k, s, hd).
+      valid_bs: which columns hold a token.
       column: the next column to write.
       position_b: each row's next position.
     """
@@ -53,11 +53,11 @@ class Cache:
                 return jnp.zeros((config.num_hidden_layers, *shape), dtype)
             return tuple(jnp.zeros(shape, dtype) for _ in range(config.num_hidden_layers))
 
-        nothing = jnp.zeros((batch, length), bool)
-        return cls(zeros(), zeros(), nothing, jnp.zeros((), jnp.int32), jnp.zeros((batch,), jnp.int32))
+        valid = jnp.zeros((batch, length), bool)
+        return cls(zeros(), zeros(), valid, jnp.zeros((), jnp.int32), jnp.zeros((batch,), jnp.int32))
 
     def admit(self, mask_bt: Bool[Array, "b t"]) -> Cache:
-        """Marks the next t columns as holding the tokens that `mask_bt` marks, and moves on past them."""
+        """Advances by t columns and marks those that hold a token."""
         valid = jax.lax.dynamic_update_slice(self.valid_bs, mask_bt, (0, self.column))
         length = jnp.sum(mask_bt, axis=1, dtype=jnp.int32)
         return replace(self, valid_bs=valid, column=self.column + mask_bt.shape[1], position_b=self.position_b + length)
@@ -69,62 +69,62 @@ class Cache:
         k: Float[Array, "b k t hd"],
         v: Float[Array, "b k t hd"],
     ) -> Cache:
-        """Puts a layer's new keys and values at `column`."""
+        """Writes a layer's new keys and values at `column`."""
 
-        def put(where: Array | tuple[Array, ...], x: Array) -> Array | tuple[Array, ...]:
-            if isinstance(where, tuple):
+        def update(layers: Array | tuple[Array, ...], x: Array) -> Array | tuple[Array, ...]:
+            if isinstance(layers, tuple):
                 at = int(layer)
-                new = jax.lax.dynamic_update_slice(where[at], x, (0, 0, column, 0))
-                return (*where[:at], new, *where[at + 1 :])
-            return jax.lax.dynamic_update_slice(where, x[None], (layer, 0, 0, column, 0))
+                new = jax.lax.dynamic_update_slice(layers[at], x, (0, 0, column, 0))
+                return (*layers[:at], new, *layers[at + 1 :])
+            return jax.lax.dynamic_update_slice(layers, x[None], (layer, 0, 0, column, 0))
 
-        return replace(self, keys=put(self.keys, k), values=put(self.values, v))
+        return replace(self, keys=update(self.keys, k), values=update(self.values, v))
 
-    def settled(self, mesh: Mesh | None) -> Cache:
-        """The same, in the memory order that it has between programs. For stacked layers in a loop.
+    def with_row_major_layout(self, mesh: Mesh | None) -> Cache:
+        """Constrains stacked keys and values to the row-major layout, for use in a loop over layers.
 
-        The TPU's compiler would have the rows' axis next to the features there, and hold a second cache to turn
-        the first one.
+        Otherwise the TPU compiler chooses another layout in the loop, and needs a second cache for the conversion.
         """
 
         def pin(x: Array) -> Array:
             return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
-        if mesh is not None:  # which XLA would gather for it
-            where = P(None, rows_axes(mesh, self.valid_bs.shape[0]), "tensor")
-            pin = jax.shard_map(pin, mesh=mesh, in_specs=where, out_specs=where)
+        if mesh is not None:  # without shard_map, XLA would gather the cache
+            layer_spec = P(None, rows_axes(mesh, self.valid_bs.shape[0]), "tensor")
+            pin = jax.shard_map(pin, mesh=mesh, in_specs=layer_spec, out_specs=layer_spec)
         return replace(self, keys=jax.tree.map(pin, self.keys), values=jax.tree.map(pin, self.values))
 
     def read(self, layer: int | Int[Array, ""]) -> tuple[Float[Array, "b k s hd"], Float[Array, "b k s hd"]]:
-        """A layer's keys and values, all columns."""
+        """A layer's keys and values."""
         return self.keys[layer], self.values[layer]
 
     def rows(self, index_b: Int[Array, " b"]) -> Cache:
-        """The cache of these rows of the batch, as beam search reorders them."""
+        """Gathers rows of the batch; beam search reorders rows with it."""
 
-        def pick(where: Array | tuple[Array, ...]) -> Array | tuple[Array, ...]:
-            if isinstance(where, tuple):
-                return tuple(x[index_b] for x in where)
-            return where[:, index_b]
+        def gather(layers: Array | tuple[Array, ...]) -> Array | tuple[Array, ...]:
+            if isinstance(layers, tuple):
+                return tuple(x[index_b] for x in layers)
+            return layers[:, index_b]
 
-        return Cache(pick(self.keys), pick(self.values), self.valid_bs[index_b], self.column, self.position_b[index_b])
+        valid_bs, position_b = self.valid_bs[index_b], self.position_b[index_b]
+        return Cache(gather(self.keys), gather(self.values), valid_bs, self.column, position_b)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["cache", "adjustments"], meta_fields=[])
 @dataclass(frozen=True)
 class DecodeState:
-    """All that a batch in flight holds: its keys and values, and each layer's Adjustment. No tenant, no adapter."""
+    """The state of a batch during decoding. It has each layer's Adjustment, but no tenants and no adapters."""
 
     cache: Cache
     adjustments: Any
 
     def repeated(self, times: int) -> DecodeState:
-        """The state of a batch with each row `times` times, one after the other, as beam search begins."""
+        """Repeats each row `times` times, for beam search."""
         stacked = not isinstance(self.adjustments, tuple)
 
         def repeat(adjustment: Adjustment) -> Adjustment:
             return adjustment.per_row(lambda x: jnp.repeat(x, times, axis=1 if stacked else 0))
 
-        of_row = jnp.repeat(jnp.arange(self.cache.position_b.shape[0]), times)
+        index = jnp.repeat(jnp.arange(self.cache.position_b.shape[0]), times)
         adjustments = repeat(self.adjustments) if stacked else tuple(repeat(one) for one in self.adjustments)
-        return DecodeState(self.cache.rows(of_row), adjustments)
+        return DecodeState(self.cache.rows(index), adjustments)

@@ -1,4 +1,4 @@
-"""Which attention kernel (kernels.py) a backbone uses: the device's own, if its compiler takes it."""
+"""Selects a backbone's attention kernel (kernels.py): the device's own if it compiles, else plain attention."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
     from para_jax.config import BackboneConfig
 
 OWN: dict[str, Kernel] = {"gpu": "cudnn", "tpu": "splash"}
-# Tokens of the rows that kernels are tried with: for splash, rows of small tiles and of large ones.
+# The row lengths that kernels are compiled with. Splash has one tile size for short rows and another for long rows.
 LENGTHS = {"cudnn": (2 * TILE,), "splash": (2 * LANES, 2 * TILE)}
 
 
 class Choice(NamedTuple):
-    """The kernel that is used, and why it is this one, in words.
+    """The kernel that is used, and why.
 
     Attributes:
-      refused: whether it stands in for a kernel that does not compile.
+      refused: whether the device's own kernel failed to compile, so that `kernel` replaces it.
     """
 
     kernel: Kernel
@@ -39,44 +39,45 @@ class Choice(NamedTuple):
 
 
 def choose(name: str, config: BackboneConfig, dtype: jnp.dtype, device: Any = None) -> Choice:
-    """The kernel of this name, or with "auto" the one for a device: by default the one that JAX runs on.
+    """The kernel with this name, or for "auto" the one that suits the device, by default JAX's first local device.
 
-    A kernel is compiled before it is chosen, forward and backward, with this model's windows, heads and dtype
-    (`probing.refusal` keeps the answer). With "auto" one that does not compile is replaced by plain attention, which a
-    warning of `logging` says. On a CPU nothing is compiled.
+    To test a kernel, this compiles its forward and backward pass with the model's windows, heads and dtype, except on a
+    CPU; `probing.refusal` caches the result. If the kernel of "auto" does not compile, plain attention replaces it and
+    `logging` gets a warning.
 
-    Raises ParaJaxError for an unknown name, or a kernel that cannot compute this backbone here.
+    Raises ParaJaxError for an unknown name, or if the named kernel does not support this backbone or device.
     """
     if name not in ("auto", *get_args(Kernel)):
         raise unknown("attention", name, ("auto", *get_args(Kernel)))
     device = jax.local_devices()[0] if device is None else device
     wanted = OWN.get(device.platform, "plain") if name == "auto" else cast(Kernel, name)
-    lacks = _lacks(wanted, config, dtype, device)
-    failed = "" if lacks or wanted == "plain" or device.platform == "cpu" else _fails(wanted, config, dtype, device)
-    if lacks or failed:
-        why = f"attention={wanted!r} {lacks or failed}"
+    unsupported = _unsupported(wanted, config, dtype, device)
+    compiled = not unsupported and wanted != "plain" and device.platform != "cpu"
+    failed = _compile_error(wanted, config, dtype, device) if compiled else ""
+    if unsupported or failed:
+        why = f"attention={wanted!r} {unsupported or failed}"
         if name != "auto":
             raise ParaJaxError(f"{why}; choose attention='plain' or 'auto'")
         if failed:
             _warn(f"{why}; attention='plain' is used instead")
         return Choice("plain", why, bool(failed))
     if name != "auto":
-        return Choice(wanted, "asked for")
-    return Choice(wanted, f"compiles for {device.device_kind}" if wanted != "plain" else "a CPU has no other")
+        return Choice(wanted, "requested")
+    return Choice(wanted, f"compiles for {device.device_kind}" if wanted != "plain" else "no other kernel for a CPU")
 
 
 _warned: set[str] = set()
 
 
 def _warn(line: str) -> None:
-    """Once: a process may build a model several times."""
+    """Logs a warning once per process, which may build a model several times."""
     if line not in _warned:
         _warned.add(line)
         logging.getLogger(__name__).warning("%s", line)
 
 
-def _lacks(kernel: Kernel, config: BackboneConfig, dtype: jnp.dtype, device: Any) -> str:
-    """What keeps a kernel from computing this backbone on a device, as far as it is known; or nothing."""
+def _unsupported(kernel: Kernel, config: BackboneConfig, dtype: jnp.dtype, device: Any) -> str:
+    """Why a kernel does not support this backbone or device, if that is known without compiling; else ""."""
     if kernel == "splash":
         return "runs on TPUs" if device.platform == "gpu" else ""
     if kernel == "plain":
@@ -84,21 +85,21 @@ def _lacks(kernel: Kernel, config: BackboneConfig, dtype: jnp.dtype, device: Any
     if config.attn_logit_softcapping is not None:
         return "has no soft-capping"
     if dtype != jnp.bfloat16:
-        return f"has no {dtype}, only bfloat16"
+        return f"supports bfloat16 only, not {dtype}"
     if device.platform != "gpu":
         return f"runs on NVIDIA GPUs, not on {device.platform}"
     capability = cuda_capability(device)
     if capability is None:
         return "runs on NVIDIA GPUs"
     if capability < (8, 0):
-        return "wants an Ampere GPU or a later one"
+        return "needs an Ampere GPU or later"
     most = 256 if capability >= (9, 0) else 128
     fits = config.head_dim % 8 == 0 and config.head_dim <= most
-    return "" if fits else f"takes heads of up to {most} features, by eights"
+    return "" if fits else f"supports heads of up to {most} features, in multiples of 8"
 
 
-def _fails(kernel: Kernel, config: BackboneConfig, dtype: jnp.dtype, device: Any) -> str:
-    """What the device's compiler says of a kernel, with the versions; nothing, if it compiles."""
+def _compile_error(kernel: Kernel, config: BackboneConfig, dtype: jnp.dtype, device: Any) -> str:
+    """The compiler's error for a kernel, with package versions; "" if it compiles."""
     about = {
         "windows": sorted({kind.window or 0 for kind in config.attention_kinds}),
         "heads": [config.num_key_value_heads, config.num_attention_heads],
@@ -108,16 +109,16 @@ def _fails(kernel: Kernel, config: BackboneConfig, dtype: jnp.dtype, device: Any
         "lengths": LENGTHS[kernel],
     }
     found = refusal(f"attention={kernel}", about, partial(_trace, kernel, config, dtype, device), device)
-    having = ", ".join(f"{name} {of}" for name, of in versions().items())
-    return found and f"does not compile for {device.device_kind} with {having}: {found}"
+    packages = ", ".join(f"{name} {version}" for name, version in versions().items())
+    return found and f"does not compile for {device.device_kind} with {packages}: {found}"
 
 
 def _trace(kernel: Kernel, config: BackboneConfig, dtype: jnp.dtype, device: Any) -> Traced:
-    """One program with all kinds of attention of a backbone, of packed rows and others, alone and with gradients."""
+    """One program with all of a backbone's kinds of attention, packed and not packed, with and without gradients."""
     k, hd = config.num_key_value_heads, config.head_dim
     g, softcap = config.num_attention_heads // k, config.attn_logit_softcapping
     windows = dict.fromkeys(kind.window for kind in config.attention_kinds)
-    # To splash every row is packed.
+    # Splash treats every row as packed.
     forms = [(window, packed) for window in windows for packed in (False, True) if packed or kernel != "splash"]
 
     def loss(rows: list[tuple[Any, Any, Any]], masks: list[tuple[Any, Any]]) -> Any:
@@ -130,8 +131,8 @@ def _trace(kernel: Kernel, config: BackboneConfig, dtype: jnp.dtype, device: Any
         ]
         return sum(jnp.sum(x.astype(jnp.float32)) for x in mixed)
 
-    def shaped(of: Any, *shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, of, sharding=SingleDeviceSharding(device))
+    def shaped(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device))
 
     lengths = LENGTHS[kernel]
     rows = [(shaped(dtype, 1, t, k, g, hd), *(shaped(dtype, 1, k, t, hd) for _ in "kv")) for t in lengths]

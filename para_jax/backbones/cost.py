@@ -1,4 +1,4 @@
-"""What an adapter costs on a backbone, computed from their configs alone."""
+"""The cost of an adapter on a backbone, computed from their configs."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ from para_jax.config import BackboneConfig
 
 
 class Cost(NamedTuple):
-    """Of one adapter.
+    """The cost of one adapter.
 
     Attributes:
-      parameters: their number.
-      stored: bytes of the weights of a tenant, float32.
-      in_flight: bytes of the prepared Adjustment that each of its requests holds, and a decode step reads.
+      stored: bytes of the float32 weights.
+      in_flight: bytes of the prepared Adjustment, which each request holds and each decode step reads.
     """
 
     parameters: int
@@ -29,7 +28,7 @@ class Cost(NamedTuple):
 
 
 def adapter_cost(config: MethodConfig, shape: BackboneShape, dtype: str = "bfloat16") -> Cost:
-    """What an adapter of this config costs on this backbone. Nothing of its size is made.
+    """The cost of an adapter with this config on this backbone, without creating arrays.
 
     >>> from para_jax import BackboneConfig, ParaConfig
     >>> adapter_cost(ParaConfig(r=12), BackboneConfig(32000, 4096, 11008, 32, 32, 32, 128))
@@ -51,7 +50,7 @@ def adapter_cost(config: MethodConfig, shape: BackboneShape, dtype: str = "bfloa
 
 
 def step_bytes(shape: BackboneConfig, rows: int, dtype: str) -> int:
-    """Bytes of the backbone's weights that a decode step reads: all but the embeddings of other tokens."""
-    # A tied head is the embedding, all of which is read.
+    """Bytes of the backbone's weights that a decode step reads: all weights, but only `rows` rows of the embedding."""
+    # If the head is tied, the step reads all of the embedding.
     embedding = 0 if shape.tie_word_embeddings else max(0, shape.vocab_size - rows)
     return jnp.dtype(dtype).itemsize * (shape.size - embedding * shape.hidden_size)

@@ -1,8 +1,8 @@
-"""The decoder: embeddings, blocks, head; a full forward pass, prefill and single decode steps in one code path.
+"""The decoder: embedding, blocks and head. Forward pass, prefill and decode steps share one code path.
 
-Weights keep the (outputs, inputs) orientation of Hugging Face checkpoints; XLA's CPU products read it about 1.5
-times faster than its transpose at the row counts of decoding. q, k and v are one product, as are gate and up.
-Layers are a list that programs unroll, or stacked arrays that they scan: docs/backbone.md has the measurements.
+Weights have the (outputs, inputs) orientation of Hugging Face checkpoints, which XLA's CPU matmuls read about 1.5 times
+faster than the transpose in decoding. q, k and v are one matmul, and so are gate and up. Layers are stacked arrays that
+programs scan, or a list that they unroll; docs/backbone.md has measurements.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from para_jax.backbones.block import Block, norm
 from para_jax.backbones.cache import Cache, DecodeState
 from para_jax.backbones.choice import choose
 from para_jax.backbones.kernels import Kernel, prompt_attention
-from para_jax.backbones.linear import KEEP_PRODUCTS, product
+from para_jax.backbones.linear import SAVE_MATMULS, matmul
 from para_jax.backbones.options import Attention, Dtype, Remat, compute_dtype, default_stacked, wide
 from para_jax.backbones.packed import Segments
 from para_jax.backbones.weights import random_weights
@@ -47,10 +47,10 @@ if TYPE_CHECKING:
 
 
 class Backbone(nnx.Module):
-    """A frozen language model of any of the families; a pytree of arrays that programs take as an argument.
+    """A frozen language model of any family, as a pytree that is passed to programs as an argument.
 
-    Weights: embed (v, d), blocks, norm (d,), and head (v, d) unless it is tied to embed; norm_bias (d,) and head_bias
-    (v,) if the family has them.
+    Its weights are embed (v, d), blocks, norm (d,), and head (v, d) unless it is tied to embed; some families also have
+    norm_bias (d,) and head_bias (v,).
 
     >>> from para_jax import Backbone, tiny_backbone_path
     >>> backbone = Backbone.from_pretrained(tiny_backbone_path())
@@ -74,7 +74,7 @@ class Backbone(nnx.Module):
         attention: Attention = "auto",
         mesh: Mesh | None = None,
     ):
-        """Random weights, N(0, 0.02). `from_pretrained` is for a checkpoint, and puts it on the devices of `mesh`."""
+        """Creates random weights, N(0, 0.02). Unlike `from_pretrained`, it does not shard them over `mesh`."""
         compute = compute_dtype(dtype)
         if quantize is not None and quantize not in QUANTIZED:
             raise unknown("quantize", quantize, QUANTIZED)
@@ -106,23 +106,25 @@ class Backbone(nnx.Module):
         check_finite: bool = False,
         mesh: Mesh | None = None,
     ) -> Backbone:
-        """Reads a Hugging Face checkpoint: config.json and safetensors (or PyTorch's .bin), one file or several.
+        """Reads a Hugging Face checkpoint: config.json and safetensors or PyTorch .bin files.
 
         Args:
-          path_or_hub_id: a folder, or a hub id that is downloaded.
-          dtype: of weights and computation; "auto" is bfloat16 on TPU and GPU, but float16 on an NVIDIA GPU before
-            Ampere, and float32 on CPU. With float16 all but weights, cache and what enters matmuls is float32.
-          stacked: whether layers are stacked and scanned or kept apart and unrolled; by default as is fastest.
-          quantize: "int8" or "int4" for the projections of the layers, quantised while they are read
-            (docs/backbone.md). Embeddings, head and norms stay in `dtype`, and so does computation.
-          attention: how whole prompts attend: "plain", "cudnn" (GPU), "splash" (TPU), or "auto" for the device's own,
-            if it compiles (`backbones/choice.py`).
-          check_finite: whether to look for weights that are infinite or no number.
-          mesh: devices to split the weights over (`para_jax.sharding.make_mesh`, or any mesh of its axes); each gets
-            its part as it is read.
+          path_or_hub_id: a folder, or a hub id to download.
+          dtype: the dtype of weights and computation. "auto" is bfloat16 on TPU and GPU, float16 on an NVIDIA GPU
+            before Ampere, and float32 on CPU. With float16, only weights, cache and matmul inputs are float16; all else
+            is float32.
+          stacked: whether layers are stacked and scanned, or unstacked and unrolled; by default what decodes fastest
+            (`backbones/options.py`).
+          quantize: "int8" or "int4" to quantize the layers' projections while reading (docs/backbone.md). Embedding,
+            head, norms and computation use `dtype`.
+          attention: the attention kernel (not for decode steps): "plain", "cudnn" (GPU), "splash" (TPU), or "auto" for
+            the device's own if it compiles (`backbones/choice.py`).
+          check_finite: whether to check for NaN or infinite weights.
+          mesh: the mesh to shard the weights over, from `make_mesh` or any mesh with its axes. Weights are put on the
+            devices as they are read.
 
-        Raises ParaJaxError for what is no checkpoint, a family or an option not supported, or missing, extra or
-        misshapen tensors (all of them are listed).
+        Raises ParaJaxError if this is not a checkpoint, if its family or an option is not supported, or if tensors are
+        missing, unknown or of the wrong shape (all of them are listed).
         """
         folder, shapes = cls.opened(path_or_hub_id, dtype, stacked, quantize, attention, mesh)
         return load_weights(folder, shapes, check_finite)
@@ -132,7 +134,7 @@ class Backbone(nnx.Module):
         cls, path_or_hub_id: str | Path, dtype: Dtype, stacked: bool | None, quantize: Quantize | None,
         attention: Attention, mesh: Mesh | None,
     ) -> tuple[Path, Backbone]:  # fmt: skip
-        """The folder of a checkpoint, and its backbone with shapes in place of arrays."""
+        """The folder of a checkpoint, downloaded if necessary, and its abstract backbone."""
         folder = fetched(path_or_hub_id)
         config = BackboneConfig.from_folder(folder, name=str(path_or_hub_id))
         if mesh is not None:
@@ -150,14 +152,14 @@ class Backbone(nnx.Module):
         attention: Attention = "auto",
         mesh: Mesh | None = None,
     ) -> Backbone:
-        """A backbone with shapes, dtypes and shardings in place of arrays; programs can be compiled for it."""
+        """A backbone of `jax.ShapeDtypeStruct` with shardings, to compile programs ahead."""
         make = partial(cls, config, dtype=dtype, stacked=stacked, quantize=quantize, attention=attention, mesh=mesh)
         tree, logical = jax.eval_shape(make, jax.random.key(0)), axes(config)
 
         def sharded(name: str, x: Any) -> jax.ShapeDtypeStruct:
             own = logical[name.rpartition(".")[2]]
-            where = None if mesh is None else NamedSharding(mesh, spec(own, x.shape, mesh))
-            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+            sharding = None if mesh is None else NamedSharding(mesh, spec(own, x.shape, mesh))
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
         return jax.tree.unflatten(
             jax.tree.structure(tree), [sharded(name, x) for name, x in named_leaves(tree).items()]
@@ -169,7 +171,7 @@ class Backbone(nnx.Module):
 
     @property
     def residual_dtype(self) -> jnp.dtype:
-        """Of the residual stream and of Adjustments: float32 if computation is in float16, else the same as that."""
+        """The dtype of the residual stream and of Adjustments: float32 for float16, else `dtype`."""
         return wide(self.dtype)
 
     def __call__(
@@ -185,11 +187,11 @@ class Backbone(nnx.Module):
 
         Args:
           tokens_bt: token ids.
-          mask: which of them are tokens and not padding, on either side; all, if not given.
-          prompt_mask: which tokens adapters are prepared from; all, if not given.
-          bank, tenants: the adapters, and for each row its tenant's name, None, or names with adapter weights.
+          mask: False for padding, which may be on the left or right; by default all True.
+          prompt_mask: the tokens that adapters are prepared from; by default all.
+          bank, tenants: the adapters, and the tenant of each row: a name, None, or names with adapter weights.
 
-        Raises ParaJaxError for an unknown tenant, or tenants that do not match the rows.
+        Raises ParaJaxError for an unknown tenant, or if the tenants do not match the rows.
         """
         mask = jnp.ones(tokens_bt.shape, bool) if mask is None else jnp.asarray(mask, bool)
         prompt_mask = mask if prompt_mask is None else jnp.asarray(prompt_mask, bool) & mask
@@ -205,19 +207,19 @@ class Backbone(nnx.Module):
         remat: Remat = "none",
         segments: Segments | None = None,
     ) -> tuple[Float[Array, "b t d"], Any, Cache | None]:
-        """Prepares the rows' adapters layer by layer and runs all tokens.
+        """Runs all tokens, and prepares the rows' adapters layer by layer.
 
         Args:
-          mask_bt, prompt_mask_bt: which tokens are none of the padding, and which of those are a prompt's.
-          cache: an empty one to fill with these tokens.
-          remat: what the backward pass computes again: "layers" keeps what enters a layer, "products" its products
-            too, "none" everything.
-          segments: of packed rows, the sequence of each token; each has an Adjustment of its own. Not with a cache.
+          mask_bt, prompt_mask_bt: which tokens are not padding, and which belong to the prompt.
+          cache: an empty cache to fill with these tokens.
+          remat: what is saved for the backward pass, which recomputes the rest: "layers" saves the inputs of layers,
+            "products" also the outputs of matmuls, "none" everything.
+          segments: the sequences of packed rows, each with its own Adjustment. Not supported with a cache.
 
-        Returns the final hidden states after the norm, the Adjustments, and the cache.
+        Returns the hidden states after the final norm, the Adjustments, and the cache.
         """
         if segments is not None and cache is not None:
-            raise ParaJaxError("a cache holds one sequence a row; leave out segments, or the cache")
+            raise ParaJaxError("a cache holds one sequence per row; pass segments or a cache, not both")
         next_bt = jnp.pad(prompt_mask_bt[:, 1:], [(0, 0), (0, 1)])
         if segments is None:
             position_bt = jnp.maximum(jnp.cumsum(mask_bt, axis=1, dtype=jnp.int32) - 1, 0)
@@ -226,10 +228,10 @@ class Backbone(nnx.Module):
             prompt_masks, segment_bt = prompt_mask_bt, None
         else:
             position_bt, length_bt = segments.position_bt, segments.each(segments.length_bs)
-            prompt_masks, segment_bt = segments.of_each(prompt_mask_bt), segments.segment_bt
+            prompt_masks, segment_bt = segments.masks(prompt_mask_bt), segments.segment_bt
             next_bt = next_bt & (segment_bt == jnp.pad(segment_bt[:, 1:], [(0, 0), (0, 1)]))
         angles = self._angles(position_bt, length_bt)
-        # The prompt's last token is where the first new one is predicted from: it belongs to what comes.
+        # The last prompt token predicts the first response token, so it counts as response.
         in_prompt = prompt_mask_bt & next_bt
         column = None if cache is None else cache.column
         seen = Seen(mask_bt, jnp.arange(mask_bt.shape[1]), None, segment_bt)
@@ -238,7 +240,7 @@ class Backbone(nnx.Module):
             x, cache = carry
             adjustment = rows.prepare(adapters, layer, Prompt(x, block.attention_input(x), prompt_masks))
             adjustment = adjustment.astype(x.dtype)
-            new: list[Array] = []
+            new_kv: list[Array] = []
 
             def adjust(site: str, x: Array, y: Array) -> Array:
                 if segments is None:
@@ -247,16 +249,16 @@ class Backbone(nnx.Module):
 
             def attend(q: Array, k: Array, v: Array) -> Array:
                 k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-                new.extend((k, v))
+                new_kv.extend((k, v))
                 return self._attend(layer, self.attention, q, k, v, seen)
 
-            x = split_rows(block(x, adjust, self._of_kind(layer, angles), attend), self.mesh)
+            x = split_rows(block(x, adjust, self._for_kind(layer, angles), attend), self.mesh)
             if cache is not None:
-                cache = cache.write(layer, column, *new)
+                cache = cache.write(layer, column, *new_kv)
             return (x, cache), adjustment.for_decoding()
 
         carry = (self._embedded(tokens_bt), cache)
-        (x, cache), adjustments = self._over_layers(body, carry, self._layered(rows.per_layer()), remat)
+        (x, cache), adjustments = self._over_layers(body, carry, self._per_layer(rows.per_layer()), remat)
         if cache is not None:
             cache = cache.admit(mask_bt)
         return self._final_norm(x), adjustments, cache
@@ -264,10 +266,10 @@ class Backbone(nnx.Module):
     def prefill(
         self, tokens_bt: Int[Array, "b t"], mask_bt: Bool[Array, "b t"], rows: Rows, length: int
     ) -> tuple[Float[Array, "b v"], DecodeState]:
-        """Runs prompts that stand flush right and makes room for `length` columns in all.
+        """Runs left-padded prompts, with a cache of `length` columns.
 
-        Returns the float32 logits of the token after each prompt, and the state to decode from. More than
-        `length - t` steps of `decode` would overwrite the last column.
+        Returns the float32 logits of the token after each prompt, and the state for at most `length - t` steps of
+        `decode`. Further steps would overwrite the last column.
         """
         if length < tokens_bt.shape[1]:
             raise ParaJaxError(f"a cache of {length} columns cannot hold prompts of {tokens_bt.shape[1]}")
@@ -277,7 +279,7 @@ class Backbone(nnx.Module):
         return self.logits(hidden[:, -1:])[:, 0], DecodeState(filled, adjustments)
 
     def decode(self, token_b: Int[Array, " b"], state: DecodeState) -> tuple[Float[Array, "b v"], DecodeState]:
-        """One token for every row: float32 logits of the next, and the state after it."""
+        """Runs one token per row. Returns the float32 logits of the next token, and the new state."""
         column = state.cache.column
         position_bt = state.cache.position_b[:, None]
         angles = self._angles(position_bt, position_bt + 1)
@@ -286,35 +288,34 @@ class Backbone(nnx.Module):
 
         def body(carry: Any, layer: Any, block: Block, adjustment: Adjustment) -> tuple[Any, None]:
             x_btd, cache = carry
-            after = []
+            written = []
 
             def attend(q: Array, k: Array, v: Array) -> Array:
                 new = cache.write(layer, column, k.swapaxes(1, 2), v.swapaxes(1, 2))
-                after.append(new.settled(self.mesh) if self.stacked else new)
-                keys, values = after[0].read(layer)
+                written.append(new.with_row_major_layout(self.mesh) if self.stacked else new)
+                keys, values = written[0].read(layer)
                 return self._attend(layer, "plain", q, keys, values, seen)
 
-            x_btd = block(x_btd, adjustment.apply, self._of_kind(layer, angles), attend)
-            return (split_rows(x_btd, self.mesh), after[0]), None
+            x_btd = block(x_btd, adjustment.apply, self._for_kind(layer, angles), attend)
+            return (split_rows(x_btd, self.mesh), written[0]), None
 
         carry = (self._embedded(token_b[:, None]), cache)
         (x_btd, cache), _ = self._over_layers(body, carry, state.adjustments)
         return self.logits(self._final_norm(x_btd))[:, 0], DecodeState(cache, state.adjustments)
 
-    def whole_head(self) -> Float[Array, "v d"]:
-        """The head as products want it: on a mesh its features are gathered, once for all products that follow."""
+    def gathered_head(self) -> Float[Array, "v d"]:
+        """The head, with its features gathered on a mesh, once for all matmuls that use it."""
         head = (self.embed if self.config.tie_word_embeddings else self.head)[...]
         return head if self.mesh is None else gathered(head, VOCABULARY, self.mesh)
 
     def logits(
         self, hidden_btd: Float[Array, "b t d"], head: Float[Array, "v d"] | None = None
     ) -> Float[Array, "b t v"]:
-        """Float32 logits of hidden states, with `whole_head()` if that is at hand."""
-        head = self.whole_head() if head is None else head
-        logits, cap = product(hidden_btd, head, dtype=jnp.float32), self.config.final_logit_softcapping
-        logits = (
-            logits + self.head_bias[...][None, None].astype(jnp.float32) if "lm_head" in self.config.biases else logits
-        )
+        """Float32 logits of hidden states. `head` defaults to `gathered_head()`."""
+        head = self.gathered_head() if head is None else head
+        logits, cap = matmul(hidden_btd, head, dtype=jnp.float32), self.config.final_logit_softcapping
+        if "lm_head" in self.config.biases:
+            logits = logits + self.head_bias[...][None, None].astype(jnp.float32)
         logits = logits if self.config.logits_scale == 1 else logits * self.config.logits_scale
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
@@ -328,34 +329,34 @@ class Backbone(nnx.Module):
         return norm(self.config, x_btd, self.norm[...], bias).astype(self.dtype)
 
     def _attend(self, layer: int | Int[Array, ""], kernel: Kernel, q: Array, k: Array, v: Array, seen: Seen) -> Array:
-        """Attention as the layer's kind has it."""
+        """Attention with the window of the layer's kind."""
         c = self.config
         scale = c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale
 
-        def of_window(window: int | None) -> Callable[[Array, Array, Array], Array]:
-            own = seen._replace(window=window)
-            return lambda q, k, v: prompt_attention(kernel, q, k, v, own, scale, c.attn_logit_softcapping, self.mesh)
+        def with_window(window: int | None) -> Callable[[Array, Array, Array], Array]:
+            mask = seen._replace(window=window)
+            return lambda q, k, v: prompt_attention(kernel, q, k, v, mask, scale, c.attn_logit_softcapping, self.mesh)
 
-        # Kernels want to know the window when they are compiled: a branch for each, if layers are scanned.
+        # Kernels need a static window, so scanned layers get a branch per window.
         windows = [kind.window for kind in c.attention_kinds]
         different = list(dict.fromkeys(windows))
         if len(different) == 1:
-            return of_window(windows[0])(q, k, v)
+            return with_window(windows[0])(q, k, v)
         if isinstance(layer, int):
-            return of_window(windows[c.kind_of_layer[layer]])(q, k, v)
+            return with_window(windows[c.kind_of_layer[layer]])(q, k, v)
         branch = jnp.array([different.index(windows[kind]) for kind in c.kind_of_layer])[layer]
-        return jax.lax.switch(branch, [of_window(window) for window in different], q, k, v)
+        return jax.lax.switch(branch, [with_window(window) for window in different], q, k, v)
 
     def _angles(self, position_bt: Int[Array, "b t"], length_bt: Int[Array, "b t"]) -> list[rope.Angles]:
-        """Those of each kind of attention."""
+        """The RoPE angles of each kind of attention."""
         c = self.config
         return [
             rope.angles(kind.rope, c.head_dim, c.max_position_embeddings, position_bt, length_bt)
             for kind in c.attention_kinds
         ]
 
-    def _of_kind(self, layer: int | Int[Array, ""], kinds: Sequence[Any]) -> Any:
-        """What a layer takes of what there is for each kind of attention."""
+    def _for_kind(self, layer: int | Int[Array, ""], kinds: Sequence[Any]) -> Any:
+        """Selects the entry for the layer's kind of attention."""
         if len(kinds) == 1:
             return kinds[0]
         if isinstance(layer, int):
@@ -363,26 +364,25 @@ class Backbone(nnx.Module):
         kind = jnp.array(self.config.kind_of_layer)[layer]
         return jax.tree.map(lambda *x: jnp.stack(x)[kind], *kinds)
 
-    def _layered(self, stacked: Any) -> Any:
-        """Per-layer inputs in the form `_over_layers` takes: apart if the blocks are, stacked if they are."""
+    def _per_layer(self, stacked: Any) -> Any:
+        """Unstacks per-layer inputs for `_over_layers` if the blocks are unstacked."""
         if self.stacked:
             return stacked
         return tuple(jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(self.config.num_hidden_layers))
 
     def _over_layers(self, body: Callable[..., Any], carry: Any, inputs: Any, remat: Remat = "none") -> tuple[Any, Any]:
-        """`body(carry, index, block, input) -> carry, output` over the layers; outputs apart or stacked, as these."""
+        """Loops `body(carry, index, block, input) -> carry, output` over layers; outputs are stacked if layers are."""
         if remat not in get_args(Remat):
             raise unknown("remat", remat, get_args(Remat))
-        saved = KEEP_PRODUCTS if remat == "products" else None
-        again = partial(jax.checkpoint, policy=saved)
+        checkpointed = partial(jax.checkpoint, policy=SAVE_MATMULS if remat == "products" else None)
 
         def layer(carry: Any, index: Any, weights: Any, inputs: Any) -> tuple[Any, Any]:
             return body(carry, index, Block(self.config, weights, self.dtype, self.mesh), inputs)
 
         if self.stacked:
-            step = (lambda c, x: layer(c, *x)) if remat == "none" else again(lambda c, x: layer(c, *x))
+            step = (lambda c, x: layer(c, *x)) if remat == "none" else checkpointed(lambda c, x: layer(c, *x))
             return jax.lax.scan(step, carry, (jnp.arange(self.config.num_hidden_layers), self.blocks, inputs))
-        layer = layer if remat == "none" else again(layer, static_argnums=(1,))
+        layer = layer if remat == "none" else checkpointed(layer, static_argnums=(1,))
         outputs = []
         for index, weights in enumerate(self.blocks):
             carry, output = layer(carry, index, weights, inputs[index])

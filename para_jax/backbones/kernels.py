@@ -1,11 +1,11 @@
-"""Attention over whole prompts by kernels that others maintain; choice.py says which of them a backbone uses.
+"""Attention kernels for prompts and training. choice.py selects the kernel of a backbone.
 
-    plain   jnp and XLA (attention.py), everywhere
-    cudnn   cuDNN's flash attention, through jax.nn.dot_product_attention: NVIDIA GPUs from Ampere, bfloat16, heads of
-            up to 128 features (256 from Hopper), no soft-capping
-    splash  JAX's Pallas kernel for TPUs; on a CPU it is interpreted, which is slow and for tests
+    plain   XLA (attention.py), on all devices
+    cudnn   cuDNN flash attention via jax.nn.dot_product_attention: NVIDIA GPUs from Ampere on, bfloat16, heads of up to
+            128 features (256 from Hopper on), no soft-capping
+    splash  JAX's Pallas kernel for TPUs; interpreted on a CPU, which is slow and for tests
 
-Single steps of decoding are always plain: there is one query a row, and nothing to gain.
+Decode steps always use plain attention, because a kernel gains nothing for one query per row.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 
 Kernel = Literal["plain", "cudnn", "splash"]
-LANES = 128  # of a TPU's vectors: heads are padded to a multiple
-TILE = 512  # queries and keys of a step of the TPU kernel, or LANES for rows up to it
+LANES = 128  # in a TPU vector; splash pads heads to a multiple of it
+TILE = 512  # block size of splash for queries and keys; rows of up to TILE tokens use LANES
 
 
 def prompt_attention(
@@ -41,17 +41,17 @@ def prompt_attention(
     softcap: float | None = None,
     mesh: Mesh | None = None,
 ) -> Float[Array, "b t kghd"]:
-    """`attention` of rows that begin in the first column: their queries, keys and values.
+    """Attention where queries and keys have the same columns, beginning with the first.
 
-    With a mesh, rows and key/value heads are split over it as they are in the backbone. What padding gets differs
-    between kernels; nothing reads it.
+    Rows and key/value heads are sharded over `mesh` as in the backbone. The outputs of padding, which nothing reads,
+    differ between kernels.
     """
     if kernel == "cudnn":
         return fused(q_btkgh, k_bksh, v_bksh, seen, scale, "cudnn")
     if kernel == "splash":
         if mesh is None:
             return splash(q_btkgh, k_bksh, v_bksh, seen, scale, softcap)
-        # The compiler splits what is written in jnp and not what is a kernel.
+        # XLA shards jnp code, but not a Pallas kernel.
         rows = rows_axes(mesh, q_btkgh.shape[0])
         by_head = P(rows, "tensor")
         return jax.shard_map(
@@ -67,10 +67,10 @@ def prompt_attention(
 def fused(
     q_btkgh: Array, k_bksh: Array, v_bksh: Array, seen: Seen, scale: float, implementation: Literal["cudnn", "xla"]
 ) -> Array:
-    """Through jax.nn.dot_product_attention, which wants rows that begin at their first token, or a mask."""
+    """Attention via jax.nn.dot_product_attention, which needs right-padded rows or an explicit mask."""
     b, t, k, g, hd = q_btkgh.shape
     if seen.segment_bt is not None:
-        # Padding sees itself: a query without a key is undefined.
+        # Let padding see itself, because the result of a query without keys is undefined.
         mask_bts = seen.mask() | jnp.eye(t, dtype=bool)[None]
         mixed = jax.nn.dot_product_attention(
             q_btkgh.reshape(b, t, k * g, hd), k_bksh.swapaxes(1, 2), v_bksh.swapaxes(1, 2), mask=mask_bts[:, None],
@@ -80,25 +80,25 @@ def fused(
     first_b = jnp.argmax(seen.valid_bs, axis=1)
     length_b = jnp.sum(seen.valid_bs, axis=1, dtype=jnp.int32)
 
-    def moved(x_bt: Array, by_b: Array) -> Array:
-        source_bt = (jnp.arange(t)[None] + by_b[:, None]) % t
+    def roll(x_bt: Array, shift_b: Array) -> Array:
+        source_bt = (jnp.arange(t)[None] + shift_b[:, None]) % t
         return jnp.take_along_axis(x_bt, source_bt.reshape(b, t, *[1] * (x_bt.ndim - 2)), axis=1)
 
     q, k_, v = (
-        moved(x, first_b) for x in (q_btkgh.reshape(b, t, k * g, hd), k_bksh.swapaxes(1, 2), v_bksh.swapaxes(1, 2))
+        roll(x, first_b) for x in (q_btkgh.reshape(b, t, k * g, hd), k_bksh.swapaxes(1, 2), v_bksh.swapaxes(1, 2))
     )
     mixed = jax.nn.dot_product_attention(
         q, k_, v, scale=scale, is_causal=True, query_seq_lengths=length_b, key_value_seq_lengths=length_b,
         local_window_size=None if seen.window is None else (seen.window - 1, 0), implementation=implementation,
     )  # fmt: skip
-    return moved(mixed, -first_b).reshape(b, t, -1)
+    return roll(mixed, -first_b).reshape(b, t, -1)
 
 
 def splash(
     q_btkgh: Array, k_bksh: Array, v_bksh: Array, seen: Seen, scale: float, softcap: float | None = None
 ) -> Array:
-    """Through JAX's splash attention. Padding is a segment of its own, so that no token sees it."""
-    # Pallas takes a while to import, and is not there on every platform.
+    """Attention via JAX's splash attention. Padding is its own segment, so that no token sees it."""
+    # Imported here, because Pallas is slow to import and not available on every platform.
     from jax.experimental.pallas.ops.tpu import splash_attention as sa
 
     b, t, k, g, hd = q_btkgh.shape
@@ -109,8 +109,8 @@ def splash(
         return jnp.pad(x, [(0, 0), (0, 0), (0, size - t), (0, width - hd)])
 
     q = padded((q_btkgh * scale).astype(q_btkgh.dtype).reshape(b, t, k * g, hd).swapaxes(1, 2))
-    own = seen.valid_bs if seen.segment_bt is None else jnp.where(seen.valid_bs, 1 + seen.segment_bt, 0)
-    segment = jnp.pad(own.astype(jnp.int32), [(0, 0), (0, size - t)])
+    segment = seen.valid_bs if seen.segment_bt is None else jnp.where(seen.valid_bs, 1 + seen.segment_bt, 0)
+    segment = jnp.pad(segment.astype(jnp.int32), [(0, 0), (0, size - t)])
     shape = (size, size)
     mask = sa.CausalMask(shape) if seen.window is None else sa.LocalMask(shape, (seen.window - 1, 0), 0)
     tiles = sa.BlockSizes(tile, tile, tile, tile, tile, tile, tile, tile)

@@ -1,4 +1,4 @@
-"""The backbone's products and its norm, with the float32 sums spelled out, and weights in few bits."""
+"""The backbone's matmuls and norms, with float32 accumulation and quantized weights."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ if TYPE_CHECKING:
     from jax import Array
     from jaxtyping import Float, Int
 
-# As it is stored: the numbers, and their scales if they are in few bits.
+# A stored weight, and its scales if it is quantized.
 Weight = tuple["Array", "Array | None"]
 
-# Up to this many rows, as when decoding, a CPU reads float32 weights faster in a product with columns
-# (docs/backbone.md).
+# With at most this many rows, as in decoding, W x^T is faster than x W^T on a CPU (docs/backbone.md).
 FEW_ROWS = 32
 
-# A policy of `jax.checkpoint`: the backward pass finds what products gave, and makes the rest of a layer again.
-KEEP_PRODUCTS = jax.checkpoint_policies.save_only_these_names("product")
+# A policy of `jax.checkpoint`: save the outputs of matmuls and recompute everything else in the backward pass.
+SAVE_MATMULS = jax.checkpoint_policies.save_only_these_names("matmul")
 
 
 def rms_norm(
@@ -39,7 +38,7 @@ def rms_norm(
 def layer_norm(
     x: Float[Array, "*b d"], weight_d: Float[Array, "*o d"], bias_d: Float[Array, "*o d"] | None, eps: float
 ) -> Float[Array, "*b d"]:
-    """Layer norm (Ba et al., arXiv 1607.06450), in float32, with a bias or without.
+    """Layer norm (Ba et al., arXiv 1607.06450), in float32; the bias is optional.
 
     >>> layer_norm(jnp.array([[1.0, 3.0]]), jnp.array([2.0, 2.0]), jnp.array([1.0, 1.0]), 0.0).tolist()
     [[-1.0, 3.0]]
@@ -53,24 +52,24 @@ def layer_norm(
     return x32.astype(x.dtype)
 
 
-def product(
+def matmul(
     x: Float[Array, "b t i"],
     weight: Float[Array, "*o i"] | Int[Array, "*o i"],
     scale: Float[Array, "*o groups"] | None = None,
     dtype: Any = None,
     flat: bool = True,
 ) -> Float[Array, "b t *o"]:
-    """x W^T for a weight whose outputs may have several axes, as one wide product; in x's dtype unless one is given.
+    """x W^T as one matmul, for a weight with any number of output axes. `dtype` of the output defaults to x's.
 
-    A quantized weight comes with its `scale`. With `flat` a CPU lays the outputs' axes end to end, which makes it
-    faster. On a mesh it must not: the inner one may be split, as that of gate_up is, and would be gathered. A v6e chip
-    would copy each layer's weights out of a stack to do so.
+    `scale` is that of a quantized weight. `flat` flattens the output axes on a CPU, which is faster. It must be False
+    on a mesh: the inner axis may be sharded, as in gate_up, and would be gathered. Other devices never flatten, because
+    a v6e would copy each layer's weights out of the stack.
     """
-    return checkpoint_name(_dot(x, weight, scale, dtype or x.dtype, flat), "product")
+    return checkpoint_name(_dot(x, weight, scale, dtype or x.dtype, flat), "matmul")
 
 
 def dequantized(weight: Int[Array, "*o i"], scale: Float[Array, "*o groups"], dtype: Any) -> Float[Array, "*o i"]:
-    """The weight again, in `dtype`, for a matmul that reads it; rounded once."""
+    """The weight in `dtype`, rounded once."""
     *outputs, inputs = weight.shape
     exact = max(jnp.dtype(dtype), scale.dtype, key=lambda x: x.itemsize)
     grouped = weight.astype(exact).reshape(*outputs, scale.shape[-1], -1)
@@ -79,34 +78,34 @@ def dequantized(weight: Int[Array, "*o i"], scale: Float[Array, "*o groups"], dt
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _dot(x: Array, weight: Array, scale: Array | None, dtype: Any, flat: bool) -> Float[Array, "b t *o"]:
-    """Sums in float32 and says so, forward and backward.
+    """Accumulates in float32, forward and backward.
 
-    A bfloat16 product that asks for bfloat16 back is four times slower on CPU than one that is rounded afterwards,
-    and the derivative JAX would take of the latter multiplies in float32. It would also keep every layer's weight in
-    the form that the product reads, a second copy of the backbone; this keeps it as it is stored. Weights in few bits
-    are frozen: neither they nor their scales have a gradient.
+    On a CPU, a bfloat16 matmul with bfloat16 output is four times slower than one with float32 output that is rounded
+    afterwards. JAX's gradient of the latter would compute in float32. It would also save each layer's matmul operand, a
+    second copy of the backbone, where this saves the stored weight. Quantized weights and their scales are frozen and
+    have no gradient.
     """
     if scale is None:
-        return _matmul(x, weight, dtype, flat)
+        return _by_platform(x, weight, dtype, flat)
     if scale.shape[-1] == 1:
-        # On the output, so that the matmul itself reads the weight as it is stored, and none is written widened.
-        sums = _matmul(x, weight.astype(x.dtype), jnp.float32, flat)
-        return (sums * _of_outputs(scale)).astype(dtype)
+        # Scale the output, so that the matmul reads the stored weight and no dequantized weight is written.
+        sums = _by_platform(x, weight.astype(x.dtype), jnp.float32, flat)
+        return (sums * _output_scale(scale)).astype(dtype)
     if 2 * x.shape[0] * x.shape[1] <= weight.shape[-1] // scale.shape[-1]:
         return _by_groups(x, weight, scale).astype(dtype)
-    return _matmul(x, dequantized(weight, scale, x.dtype), dtype, flat)
+    return _by_platform(x, dequantized(weight, scale, x.dtype), dtype, flat)
 
 
 def _by_groups(x: Float[Array, "b t i"], weight: Int[Array, "*o i"], scale: Array) -> Float[Array, "b t *o"]:
-    """Each group's sums times its scale, float32.
+    """Scales the partial sum of each group, in float32.
 
-    It writes and reads a float32 number for each row, group and output, where a widened weight is written and read in
-    bfloat16: fewer bytes up to half as many rows as a group has inputs.
+    This writes and reads a float32 value per row, group and output instead of a dequantized bfloat16 weight. That is
+    fewer bytes if there are at most half as many rows as a group has inputs.
     """
     groups = scale.shape[-1]
     x = x.reshape(*x.shape[:2], groups, -1)
-    # A TPU's compiler would rather have the inputs of a group behind each other, and turn the weights of all layers
-    # before the token loop, a second copy of them. Held to the layout that they have, it turns a layer's on the chip.
+    # Keeps the stored layout, so that the TPU compiler transposes one layer at a time, on the chip. Otherwise it
+    # transposes the weights of all layers before the token loop, which is a second copy of them.
     weight = with_layout_constraint(jax.lax.optimization_barrier(weight), Layout(tuple(range(weight.ndim))))
     weight = weight.reshape(*weight.shape[:-1], groups, -1).astype(x.dtype)
     last = weight.ndim - 1
@@ -115,12 +114,14 @@ def _by_groups(x: Float[Array, "b t i"], weight: Int[Array, "*o i"], scale: Arra
     return jnp.sum(sums * scale, axis=0)
 
 
-def _of_outputs(scale: Float[Array, "*o 1"]) -> Float[Array, "1 1 *o"]:
+def _output_scale(scale: Float[Array, "*o 1"]) -> Float[Array, "1 1 *o"]:
     return jnp.expand_dims(scale[..., 0], (0, 1)).astype(jnp.float32)
 
 
-def _matmul(x: Float[Array, "b t i"], weight: Float[Array, "*o i"], dtype: Any, flat: bool) -> Float[Array, "b t *o"]:
-    """With a weight as it is, as the platform likes it that the program is for, which need not be the one here."""
+def _by_platform(
+    x: Float[Array, "b t i"], weight: Float[Array, "*o i"], dtype: Any, flat: bool
+) -> Float[Array, "b t *o"]:
+    """The fastest form of the matmul for the platform that the program is compiled for."""
     few = 1 < x.shape[0] * x.shape[1] <= FEW_ROWS
     if not few and not flat:
         return _rows(dtype, x, weight)
@@ -129,7 +130,7 @@ def _matmul(x: Float[Array, "b t i"], weight: Float[Array, "*o i"], dtype: Any, 
 
 
 def _rows(dtype: Any, x: Float[Array, "b t i"], weight: Float[Array, "*o i"]) -> Float[Array, "b t *o"]:
-    return _sums(x, weight, (2,), (weight.ndim - 1,)).astype(dtype)
+    return _contract(x, weight, (2,), (weight.ndim - 1,)).astype(dtype)
 
 
 def _flat_rows(dtype: Any, x: Float[Array, "b t i"], weight: Float[Array, "*o i"]) -> Float[Array, "b t *o"]:
@@ -138,10 +139,10 @@ def _flat_rows(dtype: Any, x: Float[Array, "b t i"], weight: Float[Array, "*o i"
 
 
 def _columns(dtype: Any, x: Float[Array, "b t i"], weight: Float[Array, "*o i"]) -> Float[Array, "b t *o"]:
-    """The weights times columns, for a CPU.
+    """W x^T, for a CPU.
 
-    XLA would turn it back into rows times weights: in float32 the barriers keep it from that, in bfloat16 a product of
-    two halves at once does, and does it faster.
+    XLA would rewrite it as x W^T. In float32, optimization barriers prevent that. In bfloat16, a batched matmul of the
+    weight's two halves prevents it and is faster.
     """
     b, t, _ = x.shape
     columns, flat = x.reshape(b * t, -1).T, weight.reshape(-1, weight.shape[-1])
@@ -158,39 +159,39 @@ def _columns(dtype: Any, x: Float[Array, "b t i"], weight: Float[Array, "*o i"])
     return out.reshape(-1, b * t).T.reshape(shape).astype(dtype)
 
 
-def _sums(x: Array, y: Array, over_x: Sequence[int], over_y: Sequence[int]) -> Array:
-    """The product of two arrays summed over these axes, float32."""
-    return jax.lax.dot_general(x, y, ((over_x, over_y), ((), ())), preferred_element_type=jnp.float32)
+def _contract(x: Array, y: Array, x_axes: Sequence[int], y_axes: Sequence[int]) -> Array:
+    """Contracts two arrays over these axes, in float32."""
+    return jax.lax.dot_general(x, y, ((x_axes, y_axes), ((), ())), preferred_element_type=jnp.float32)
 
 
-Kept = tuple["Array", "Array", "Array | None"]
+Saved = tuple["Array", "Array", "Array | None"]
 
 
-def _dot_forward(x: Array, weight: Array, scale: Array | None, dtype: Any, flat: bool) -> tuple[Array, Kept]:
+def _dot_forward(x: Array, weight: Array, scale: Array | None, dtype: Any, flat: bool) -> tuple[Array, Saved]:
     return _dot(x, weight, scale, dtype, flat), (x, weight, scale)
 
 
-def _dot_backward(dtype: Any, flat: bool, kept: Kept, out: Array) -> tuple[Array, Array | None, None]:
-    x, weight, scale = kept
+def _dot_backward(dtype: Any, flat: bool, saved: Saved, dy: Array) -> tuple[Array, Array | None, None]:
+    x, weight, scale = saved
     if scale is not None and scale.shape[-1] == 1:
-        out, ready = out.astype(jnp.float32) * _of_outputs(scale), weight.astype(x.dtype)
+        dy, operand = dy.astype(jnp.float32) * _output_scale(scale), weight.astype(x.dtype)
     else:
-        ready = weight if scale is None else dequantized(weight, scale, x.dtype)
-    out = out.astype(x.dtype)
-    dx = jax.lax.platform_dependent(out, ready, cpu=_flat_inputs, default=_inputs) if flat else _inputs(out, ready)
+        operand = weight if scale is None else dequantized(weight, scale, x.dtype)
+    dy = dy.astype(x.dtype)
+    dx = jax.lax.platform_dependent(dy, operand, cpu=_flat_dx, default=_dx) if flat else _dx(dy, operand)
     if scale is not None:
         return dx.astype(x.dtype), None, None
-    return dx.astype(x.dtype), _sums(out, x, (0, 1), (0, 1)).astype(weight.dtype), None
+    return dx.astype(x.dtype), _contract(dy, x, (0, 1), (0, 1)).astype(weight.dtype), None
 
 
-def _inputs(out: Float[Array, "b t *o"], weight: Float[Array, "*o i"]) -> Float[Array, "b t i"]:
-    """The derivative by the input, float32."""
+def _dx(dy: Float[Array, "b t *o"], weight: Float[Array, "*o i"]) -> Float[Array, "b t i"]:
+    """The gradient of the input, float32."""
     outputs = range(weight.ndim - 1)
-    return _sums(out, weight, [2 + i for i in outputs], list(outputs))
+    return _contract(dy, weight, [2 + i for i in outputs], list(outputs))
 
 
-def _flat_inputs(out: Float[Array, "b t *o"], weight: Float[Array, "*o i"]) -> Float[Array, "b t i"]:
-    return _inputs(out.reshape(*out.shape[:2], -1), weight.reshape(-1, weight.shape[-1]))
+def _flat_dx(dy: Float[Array, "b t *o"], weight: Float[Array, "*o i"]) -> Float[Array, "b t i"]:
+    return _dx(dy.reshape(*dy.shape[:2], -1), weight.reshape(-1, weight.shape[-1]))
 
 
 _dot.defvjp(_dot_forward, _dot_backward)

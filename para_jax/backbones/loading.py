@@ -1,4 +1,4 @@
-"""A backbone that is read in the background."""
+"""Reading a backbone in a background thread."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 
 class Loading:
-    """A backbone that is being read in a thread, so that data is read and programs are compiled meanwhile.
+    """A backbone that a thread reads while the caller reads data and compiles programs.
 
     Attributes:
-      shapes: the backbone with shapes in place of arrays.
+      shapes: the abstract backbone (`Backbone.abstract`).
 
     >>> from para_jax import tiny_backbone_path
     >>> loading = Loading(tiny_backbone_path(), stacked=True)
@@ -41,36 +41,36 @@ class Loading:
         attention: Attention = "auto",
         mesh: Mesh | None = None,
     ):
-        """Begins to read; the arguments are those of `Backbone.from_pretrained`, and so are the errors."""
+        """Starts reading. Arguments and errors are those of `Backbone.from_pretrained`."""
         folder, self.shapes = Backbone.opened(path_or_hub_id, dtype, stacked, quantize, attention, mesh)
         thread = ThreadPoolExecutor(1, "load")
-        self._made = thread.submit(load_weights, folder, self.shapes)
+        self._backbone = thread.submit(load_weights, folder, self.shapes)
         thread.shutdown(wait=False)
 
     @classmethod
     def of(cls, model: str | Path | Backbone | Loading) -> Loading:
-        """A folder or hub id, read for tuning on `default_mesh`; a backbone that is there, or being read, as it is."""
+        """Starts reading a folder or hub id for tuning on `default_mesh`; a Backbone or Loading is used as it is."""
         if isinstance(model, Loading):
             return model
         if not isinstance(model, Backbone):
             return cls(model, stacked=True, mesh=default_mesh(model))
-        there = cls.__new__(cls)
-        there.shapes, there._made = model, Future()
-        there._made.set_result(model)
-        return there
+        loaded = cls.__new__(cls)
+        loaded.shapes, loaded._backbone = model, Future()
+        loaded._backbone.set_result(model)
+        return loaded
 
     def backbone(self) -> Backbone:
-        """The backbone, as soon as it is read. Raises what reading raises."""
-        return self._made.result()
+        """Waits for the backbone. Raises the errors of reading it."""
+        return self._backbone.result()
 
 
 def default_mesh(path_or_hub_id: str | Path, tuning: bool = True) -> Mesh | None:
-    """A mesh over all accelerators that suits the model (`sharding.auto_mesh`); None for one device.
+    """A mesh over all devices that suits the model (`sharding.auto_mesh`), or None for one device.
 
-    A CPU's devices are simulated and take turns, so they get a mesh only where there are several processes.
+    The devices of a CPU are simulated and not parallel, so they get a mesh only if there are several processes.
     """
     if jax.device_count() == 1 or (jax.default_backend() == "cpu" and jax.process_count() == 1):
         return None
-    # Reading the backbone says which keys of config.json are ignored, so it is not said here.
+    # Not BackboneConfig, whose warning about ignored keys is logged when the backbone is read.
     fields = read_json(checkpoint_folder(path_or_hub_id, [CONFIG]) / CONFIG)
     return make_mesh(auto_mesh(architecture_from_hf(fields, str(path_or_hub_id)), jax.device_count(), tuning))

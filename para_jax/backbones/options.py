@@ -1,4 +1,4 @@
-"""What a backbone can be asked for besides its weights, and what it does if it is not asked."""
+"""The options of a backbone, and their defaults for this device."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ Remat = Literal["none", "layers", "products"]
 
 
 def compute_dtype(dtype: Dtype) -> jnp.dtype:
-    """The dtype of weights and of matmuls' inputs; "auto" is what this device multiplies fast.
+    """The dtype of weights and matmul inputs; "auto" is the one that this device multiplies fast.
 
-    That is float32 on a CPU, float16 on an NVIDIA GPU before Ampere, such as a T4, and bfloat16 on all others.
+    That is float32 on a CPU, float16 on an NVIDIA GPU before Ampere, such as a T4, and bfloat16 on all other devices.
     """
     if dtype == "auto":
-        dtype = _own_dtype()
+        dtype = _default_dtype()
     if dtype not in get_args(Dtype):
         raise unknown("dtype", dtype, get_args(Dtype))
     return jnp.dtype(dtype)
 
 
 def wide(dtype: jnp.dtype) -> jnp.dtype:
-    """float32 for float16, whose range ends at 65504; any other dtype as it is.
+    """float32 for float16, whose largest number is 65504; other dtypes are unchanged.
 
     >>> wide(jnp.dtype("float16")), wide(jnp.dtype("bfloat16"))
     (dtype('float32'), dtype(bfloat16))
@@ -35,7 +35,7 @@ def wide(dtype: jnp.dtype) -> jnp.dtype:
     return jnp.dtype("float32") if dtype == jnp.float16 else dtype
 
 
-def _own_dtype() -> Dtype:
+def _default_dtype() -> Dtype:
     if jax.default_backend() == "cpu":
         return "float32"
     capability = cuda_capability(jax.local_devices()[0])
@@ -44,7 +44,7 @@ def _own_dtype() -> Dtype:
 
 
 def cuda_capability(device: Any) -> tuple[int, ...] | None:
-    """The compute capability of an NVIDIA GPU, such as (7, 5) of a T4; None for any other device."""
+    """The compute capability of an NVIDIA GPU, such as (7, 5) for a T4; None for other devices."""
     try:
         return tuple(int(part) for part in device.compute_capability.split("."))
     except (AttributeError, ValueError):  # a TPU has none, an AMD GPU has a name
@@ -52,14 +52,14 @@ def cuda_capability(device: Any) -> tuple[int, ...] | None:
 
 
 def default_remat() -> Remat:
-    """Accelerators have less memory than time. A CPU computes most again as fast as it would write and read it."""
+    """Accelerators save memory. A CPU recomputes all but matmuls as fast as it would write and read the results."""
     return "products" if jax.default_backend() == "cpu" else "layers"
 
 
 def default_stacked() -> bool:
-    """As decoding likes it: stacked on a TPU, which reads the stack in place; apart on a CPU and a GPU.
+    """Whether stacked layers decode fastest: True on a TPU, which reads the stack in place.
 
-    These would copy every layer out of the stack in every step. Fine-tuning wants `stacked=True` everywhere: one layer
-    is compiled and not all of them.
+    A CPU or GPU would copy every layer out of the stack in every step. Fine-tuning uses `stacked=True` on all devices,
+    because only one layer is compiled.
     """
     return jax.default_backend() == "tpu"

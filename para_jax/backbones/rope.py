@@ -1,13 +1,13 @@
-"""Rotary position embeddings (Su et al., arXiv 2104.09864), with the ways transformers has to stretch them.
+"""Rotary position embedding (Su et al., arXiv 2104.09864), with transformers' types of scaling for long contexts.
 
-    linear    all frequencies divided by a factor
-    dynamic   a larger base for rows longer than the model was trained on (NTK)
-    llama3    long wavelengths divided by a factor, those between interpolated (Llama 3.1 to 3.3)
+    linear    divides all frequencies by a factor
+    dynamic   increases the base for rows that are longer than the model's context (NTK)
+    llama3    divides the frequencies of long wavelengths by a factor, and interpolates medium ones (Llama 3.1 to 3.3)
     yarn      the same with a ramp over features, and larger scores (Peng et al., arXiv 2309.00071)
     longrope  a factor for each feature, one set for short and one for long rows (Ding et al., arXiv 2402.13753)
 
-What dynamic and longrope do depends on a row's length so far. transformers takes the longest of the batch; here it is
-the row's own, so that a row's output does not depend on its neighbours.
+dynamic and longrope depend on the current length. transformers takes the longest row of the batch. Here each row takes
+its own length, so that its output does not depend on other rows.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 
 class Angles(NamedTuple):
-    """What positions do to queries and keys, float32.
+    """The rotation of queries and keys at each position, float32.
 
     Attributes:
-      cos, sin: of every position's angles, each pair's angle given to both halves.
-      query_scale: what queries are multiplied by; None if nothing.
+      cos, sin: cosines and sines of the angles, repeated for both halves of the rotated features.
+      query_scale: an optional factor of queries.
     """
 
     cos: Float[Array, "b t rotated"]
@@ -44,9 +44,9 @@ def angles(
     """The angles of every position.
 
     Args:
-      rope: None is no turning at all.
+      rope: None for no rotation.
       context: the model's `max_position_embeddings`.
-      length_bt: how many tokens the row has so far, for each of its tokens.
+      length_bt: the current length of each token's sequence.
     """
     if rope is None:
         ones = jnp.ones((*position_bt.shape, head_dim), jnp.float32)
@@ -64,8 +64,10 @@ def angles(
 def frequencies(
     rope: Rope, head_dim: int, context: int, length_bt: Int[Array, "b t"]
 ) -> tuple[Float[Array, "b t pairs"], float]:
-    """The angle per position of each pair of features, float32, with axes of size one where rows do not differ; and
-    the factor of cosines and sines."""
+    """The angle per position of each pair of features, float32, and the factor of cosines and sines.
+
+    Axes b and t have size one unless the angles depend on the length.
+    """
     dim, options = rope.dim(head_dim), dict(rope.options)
     exponent = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
     power = rope.theta**exponent
@@ -103,11 +105,11 @@ def _llama3(inverse: np.ndarray, options: dict[str, Any]) -> np.ndarray:
 
 
 def _yarn(power: np.ndarray, theta: float, dim: int, options: dict[str, Any]) -> np.ndarray:
-    """Features that turn often in the original context are kept, those that turn seldom are divided by the factor."""
+    """Keeps high frequencies (many rotations in the original context), and divides low ones by the factor."""
     original = options["original_max_position_embeddings"]
 
-    def feature(turns: float) -> float:
-        return dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+    def feature(rotations: float) -> float:
+        return dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
     low, high = feature(options.get("beta_fast") or 32), feature(options.get("beta_slow") or 1)
     if options.get("truncate", True):
@@ -121,11 +123,11 @@ def _yarn_factor(options: dict[str, Any]) -> float:
     if options.get("attention_factor") is not None:
         return options["attention_factor"]
 
-    def scale(by: float) -> float:
-        return 0.1 * by * math.log(options["factor"]) + 1.0 if options["factor"] > 1 else 1.0
+    def scale(mscale: float) -> float:
+        return 0.1 * mscale * math.log(options["factor"]) + 1.0 if options["factor"] > 1 else 1.0
 
-    above, below = options.get("mscale"), options.get("mscale_all_dim")
-    return scale(above) / scale(below) if above and below else scale(1.0)
+    mscale, all_dim = options.get("mscale"), options.get("mscale_all_dim")
+    return scale(mscale) / scale(all_dim) if mscale and all_dim else scale(1.0)
 
 
 def _longrope_factor(options: dict[str, Any], context: int) -> float:
@@ -142,19 +144,19 @@ def rotate(
     sin: Float[Array, "b t rotated"],
     pairs: str = "halves",
 ) -> Float[Array, "b t h hd"]:
-    """Rotates queries or keys by their positions' angles, in float32; features beyond the angles' stay as they are.
+    """Rotates pairs of features of queries or keys, in float32. Features beyond the size of `cos` are not rotated.
 
-    A pair is a feature and the one half of the rotated features behind it, or with "neighbours" the next one.
+    With `pairs="halves"`, feature i is paired with feature i + rotated / 2; with "neighbours", with the next one.
     """
     x = x_bthd.astype(jnp.float32)
-    rotated = cos.shape[-1]
-    x, rest = (x, None) if rotated == x.shape[-1] else jnp.split(x, [rotated], axis=-1)
+    dim = cos.shape[-1]
+    x, rest = (x, None) if dim == x.shape[-1] else jnp.split(x, [dim], axis=-1)
     if pairs == "halves":
         left, right = jnp.split(x, 2, axis=-1)
-        turned = x * cos[:, :, None] + jnp.concatenate([-right, left], axis=-1) * sin[:, :, None]
+        rotated = x * cos[:, :, None] + jnp.concatenate([-right, left], axis=-1) * sin[:, :, None]
     else:
-        cos, sin = (half[:, :, None, : rotated // 2, None] for half in (cos, sin))
+        cos, sin = (half[:, :, None, : dim // 2, None] for half in (cos, sin))
         two = x.reshape(*x.shape[:-1], -1, 2)
         left, right = jnp.split(two, 2, axis=-1)
-        turned = (two * cos + jnp.concatenate([-right, left], axis=-1) * sin).reshape(x.shape)
-    return (turned if rest is None else jnp.concatenate([turned, rest], axis=-1)).astype(x_bthd.dtype)
+        rotated = (two * cos + jnp.concatenate([-right, left], axis=-1) * sin).reshape(x.shape)
+    return (rotated if rest is None else jnp.concatenate([rotated, rest], axis=-1)).astype(x_bthd.dtype)

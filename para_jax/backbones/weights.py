@@ -1,4 +1,4 @@
-"""Random weights, by the table of parameters."""
+"""Random weights for the table of parameters."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ def random_weights(
     key: Array,
     quantize: Quantize | None = None,
 ) -> Any:
-    """Random values for some of the table's entries, by name; with `quantize`, integers and their scales."""
+    """Random values for these parameters, by name. With `quantize`, random integers with scales."""
     weights = Dict()
-    for parameter, own in zip(parameters, jax.random.split(key, len(parameters)), strict=True):
+    for parameter, subkey in zip(parameters, jax.random.split(key, len(parameters)), strict=True):
         name, shape = parameter.name, parameter.shape
         if parameter.quantizable and quantize is not None:
             bits = QUANTIZED[quantize]
-            integers = jax.random.randint(own, shape, -bits.most, bits.most + 1, jnp.int8).astype(bits.dtype)
+            integers = jax.random.randint(subkey, shape, -bits.most, bits.most + 1, jnp.int8).astype(bits.dtype)
             scale = jnp.full((*shape[:-1], bits.groups(shape[-1])), 0.035 / bits.most, bits.scale_dtype)
             weights[name], weights[parameter.scale] = nnx.Param(integers), nnx.Param(scale)
         elif parameter.init == "normal":
-            weights[name] = nnx.Param((0.02 * jax.random.normal(own, shape, jnp.float32)).astype(dtype))
+            weights[name] = nnx.Param((0.02 * jax.random.normal(subkey, shape, jnp.float32)).astype(dtype))
         else:
             value = 0.0 if parameter.init == "zeros" else 1.0 - config.norm_offset
             weights[name] = nnx.Param(jnp.full(shape, value, dtype))

@@ -53,7 +53,7 @@ def target_nll(backbone: Backbone, rows: Rows, batch: Batch, remat: Remat = "non
     by_group = hidden.reshape(g, b // g * t, -1)
     slot_gk = jnp.asarray(batch.targets.slot)
     hidden_gkd = by_group[0][slot_gk] if g == 1 else jax.vmap(lambda x, i: x[i])(by_group, slot_gk)
-    token_gk, head = jnp.asarray(batch.targets.token), backbone.whole_head()
+    token_gk, head = jnp.asarray(batch.targets.token), backbone.gathered_head()
 
     def nll(hidden_gkd: Array, token_gk: Array) -> Array:
         return optax.softmax_cross_entropy_with_integer_labels(backbone.logits(hidden_gkd, head), token_gk)

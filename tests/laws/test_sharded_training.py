@@ -220,7 +220,7 @@ def test_what_a_layer_moves(family: str, method: MethodConfig, tmp_path) -> None
         of: n for of, n in rest.items() if of[0].startswith("all-") and of[0] != "all-reduce" and of[1] >= least
     } == {
         ("all-to-all", hidden): 1,
-        ("all-gather", there.whole_head().size // 2): 1,
+        ("all-gather", there.gathered_head().size // 2): 1,
     }
 
 
