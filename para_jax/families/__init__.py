@@ -1,1 +1,1 @@
-"""The families of Hugging Face checkpoints: plain data, and what their config.json means here."""
+"""The families of Hugging Face checkpoints as plain data, and the conversion of their config.json."""

@@ -1,4 +1,4 @@
-"""What a decoder can be made of: the parts and sizes that families differ in, as plain data."""
+"""The architecture of a decoder as plain data: sizes, and the parts in which families differ."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any, Literal, NamedTuple
 
 ATTENTION_SITES = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_SITES = ("gate_proj", "up_proj", "down_proj")
-# The logical axes of an array; `para_jax/sharding.py` says which axis of a mesh each is split over, None over none.
+# Logical axes of arrays. `para_jax/sharding.py` maps them to mesh axes; None is not sharded.
 Axis = Literal["vocab", "model", "kv_heads", "heads", "inner"]
 Axes = tuple[Axis | None, ...]
-# Those of each site's inputs and outputs.
+# The logical axes of each site's inputs and outputs.
 SITE_AXES: dict[str, tuple[Axis, Axis]] = {
     "q_proj": ("model", "heads"),
     "k_proj": ("model", "kv_heads"),
@@ -22,12 +22,12 @@ SITE_AXES: dict[str, tuple[Axis, Axis]] = {
     "up_proj": ("model", "inner"),
     "down_proj": ("inner", "model"),
 }
-# The activations of feed-forwards, by their names in config.json; `backbones/block.py` has the functions.
+# Names of feed-forward activations in config.json; `backbones/block.py` has the functions.
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "gelu_new", "relu", "relu2", "swish")
 
 
 class RopeOptions(NamedTuple):
-    """The options that a type of RoPE has to have and may have, by transformers' names."""
+    """The required and the optional options of a RoPE type, with transformers' names."""
 
     needs: tuple[str, ...] = ()
     may_have: tuple[str, ...] = ()
@@ -54,10 +54,10 @@ class Rope:
 
     Attributes:
       theta: the base of the wavelengths.
-      rope_type: how frequencies are stretched for long contexts, a type of transformers' (`backbones/rope.py`).
-      partial_rotary_factor: the share of a head's features that is rotated.
-      options: what the type needs to know, by transformers' names.
-      query_scaling: (beta, n), where queries at position p are multiplied by 1 + beta log(1 + floor(p / n)).
+      rope_type: transformers' type of scaling for long contexts (`backbones/rope.py`).
+      partial_rotary_factor: the fraction of a head's features that is rotated.
+      options: the options of the type, with transformers' names.
+      query_scaling: (beta, n) multiplies queries at position p by 1 + beta log(1 + floor(p / n)).
     """
 
     theta: float = 10000.0
@@ -67,17 +67,17 @@ class Rope:
     query_scaling: tuple[float, int] | None = None
 
     def dim(self, head_dim: int) -> int:
-        """How many features of a head are turned."""
+        """The number of features of a head that are rotated."""
         return int(head_dim * self.partial_rotary_factor)
 
 
 @dataclass(frozen=True)
 class AttentionKind:
-    """What layers of one model may differ in: how far back a token sees, and how positions are told.
+    """The window and position embedding of attention, which may differ between layers.
 
     Attributes:
-      window: a token sees itself and `window - 1` tokens before it; all, if None.
-      rope: None where queries and keys have no positions (NoPE).
+      window: a token sees itself and the `window - 1` tokens before it; None for all.
+      rope: None for layers without position embedding (NoPE).
     """
 
     window: int | None = None
@@ -86,14 +86,13 @@ class AttentionKind:
 
 @dataclass(frozen=True)
 class Experts:
-    """A mixture of experts in place of the feed-forward block.
+    """A mixture of experts instead of the feed-forward.
 
     Attributes:
-      count, per_token: how many there are, and how many of them a token is sent to.
-      width: the inner features of one.
-      normalized: whether the weights of a token's experts are made to sum to one.
-      shared: the inner features of the expert that every token goes through, times the sigmoid of a gate; 0 if there
-        is none.
+      count, per_token: the number of experts, and the number that each token is routed to.
+      width: the inner features of each expert.
+      normalized: whether the router probabilities of a token's experts are normalized to sum to one.
+      shared: the inner features of the shared expert, which every token uses and a sigmoid gate scales; 0 for none.
     """
 
     count: int
@@ -104,9 +103,11 @@ class Experts:
 
 
 class Names(NamedTuple):
-    """What a family calls its tensors. `qkv` and `gate_up` are set where it keeps these in one; `expert` has the
-    gate, up and down projections of one expert; `modules` is where it has a site, or a norm of ours, if not where
-    Llama has it."""
+    """The names of a family's tensors.
+
+    `qkv` and `gate_up` are the fused modules, if any. `expert` has the gate, up and down projections of an expert.
+    `modules` has the modules of sites and norms whose names differ from Llama's.
+    """
 
     qkv: str = ""
     gate_up: str = ""
@@ -117,11 +118,10 @@ class Names(NamedTuple):
 
 
 class Site(NamedTuple):
-    """A projection `y = x W^T` with x (..., inputs) and y (..., outputs), and where it is in a layer.
+    """A projection `y = x W^T` with x (..., inputs) and y (..., outputs), and its path in a layer.
 
-    `linear` is False where one name stands for the projections of many experts, whose outputs may be scaled and
-    nothing else: a token goes through several of them. `fused` is the place of the module that transformers has in its
-    place, which may be one for several sites, whose outputs stand there in the order of `sites`; empty, if it is this.
+    `linear` is False if the site stands for the projections of many experts, whose outputs may only be scaled. `fused`
+    is the path of transformers' module if it differs; it may hold several sites, with their outputs in site order.
     """
 
     inputs: int
@@ -133,7 +133,7 @@ class Site(NamedTuple):
 
 @dataclass(frozen=True)
 class Architecture:
-    """All sizes and settings of a decoder: the fields of `BackboneConfig`, which documents them."""
+    """The sizes and settings of a decoder. `BackboneConfig` documents the fields."""
 
     vocab_size: int
     hidden_size: int

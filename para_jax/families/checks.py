@@ -1,4 +1,4 @@
-"""The values of config.json that transformers' classes do not check, or only when a model is made or run."""
+"""Checks of values in config.json that transformers does not check, or only when a model is created or run."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ ABOVE_ZERO = (
     "residual_multiplier", "attention_multiplier", "logits_scaling", "logit_scale",
 )  # fmt: skip
 EPS = ("rms_norm_eps", "layer_norm_eps", "norm_epsilon")
-# Those that torch knows and weights may have; what the weights are here is said by their files.
+# torch's dtypes for weights. The value is only checked, because the files of weights have their own dtype.
 DTYPES = (
     "float64", "double", "float32", "float", "float16", "half", "bfloat16", "float8_e4m3fn", "float8_e5m2",
 )  # fmt: skip
-# What a RoPE option has to be, where it is not a number above 0.
+# RoPE options that are not just a number above 0.
 LISTS = ("short_factor", "long_factor")
 FROM_ZERO = ("attention_factor", "mscale", "mscale_all_dim")
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value of JSON is a number that is neither NaN nor infinite.
+    """Whether a JSON value is a number, and neither NaN nor infinite.
 
     >>> is_number(2), is_number(2.5), is_number(True), is_number("2"), is_number(float("inf"))
     (True, True, False, False, False)
@@ -38,7 +38,7 @@ def is_number(value: Any) -> bool:
 
 
 def is_whole(value: Any, least: int = 1) -> bool:
-    """Whether a value of JSON is an integer from `least` that a size can be.
+    """Whether a JSON value is an integer of at least `least` that fits in int32.
 
     >>> is_whole(1), is_whole(0), is_whole(1.0), is_whole(True)
     (True, False, False, False)
@@ -47,23 +47,23 @@ def is_whole(value: Any, least: int = 1) -> bool:
 
 
 def check_values(fields: Mapping[str, Any]) -> None:
-    """Raises ParaJaxError for the first value that no model can have."""
+    """Raises ParaJaxError for the first invalid value."""
     missing = [key for key in SIZES if fields.get(key) is None]
     if missing:
         raise ParaJaxError(f"config.json lacks {', '.join(missing)}")
     for key in WHOLE:
         if fields.get(key) is not None and not is_whole(fields[key]):
-            raise ParaJaxError(f"config.json has {key}={fields[key]!r}, which is no whole number from 1")
+            raise ParaJaxError(f"config.json has {key}={fields[key]!r}, which is not a whole number from 1")
     for key in WHOLE_OR_ZERO:
         if fields.get(key) is not None and not is_whole(fields[key], least=0):
-            raise ParaJaxError(f"config.json has {key}={fields[key]!r}, which is no whole number from 0")
+            raise ParaJaxError(f"config.json has {key}={fields[key]!r}, which is not a whole number from 0")
     for key in ABOVE_ZERO:
         if fields.get(key) is not None and not (is_number(fields[key]) and fields[key] > 0):
-            raise ParaJaxError(f"config.json has {key}={fields[key]!r}, which is no number above 0")
+            raise ParaJaxError(f"config.json has {key}={fields[key]!r}, which is not a number above 0")
     for key in EPS:
         eps = fields.get(key)
         if isinstance(eps, float) and not (is_number(eps) and eps >= 0):
-            raise ParaJaxError(f"config.json has {key}={eps!r}, which is no number from 0")
+            raise ParaJaxError(f"config.json has {key}={eps!r}, which is not a number from 0")
     for key in ("dtype", "torch_dtype"):
         if fields.get(key) is not None and fields[key] not in DTYPES:
             raise unknown(f"{key} in config.json", fields[key], DTYPES)
@@ -75,10 +75,10 @@ def check_values(fields: Mapping[str, Any]) -> None:
 
 
 def check_rope(kind: str, options: Mapping[str, Any], dim: int) -> None:
-    """Raises ParaJaxError for an option of RoPE scaling that frequencies of `dim` features cannot be made with."""
+    """Raises ParaJaxError if a RoPE option is invalid, or the type cannot rotate `dim` features."""
 
-    def refuse(key: str, what: str) -> ParaJaxError:
-        return ParaJaxError(f"RoPE scaling of type {kind!r} in config.json has {key}={options[key]!r}, which is {what}")
+    def invalid(key: str, why: str) -> ParaJaxError:
+        return ParaJaxError(f"RoPE scaling of type {kind!r} in config.json has {key}={options[key]!r}, which is {why}")
 
     for key, value in options.items():
         if key in LISTS:
@@ -90,13 +90,16 @@ def check_rope(kind: str, options: Mapping[str, Any], dim: int) -> None:
                 )
         elif key == "truncate":
             if not isinstance(value, bool):
-                raise refuse(key, "neither true nor false")
+                raise invalid(key, "neither true nor false")
         elif key == "original_max_position_embeddings":
             if not is_whole(value):
-                raise refuse(key, "no whole number from 1")
+                raise invalid(key, "not a whole number from 1")
         elif not is_number(value) or value < 0 or (value == 0 and key not in FROM_ZERO):
-            raise refuse(key, "no number from 0" if key in FROM_ZERO else "no number above 0")
+            raise invalid(key, "not a number from 0" if key in FROM_ZERO else "not a number above 0")
     if kind == "llama3" and options["high_freq_factor"] <= options["low_freq_factor"]:
-        raise refuse("high_freq_factor", f"not above low_freq_factor={options['low_freq_factor']!r}")
+        raise invalid("high_freq_factor", f"not above low_freq_factor={options['low_freq_factor']!r}")
     if dim < 2 or dim % 2 or (kind == "dynamic" and dim == 2):
-        raise ParaJaxError(f"RoPE of type {kind!r} cannot rotate {dim} of a head's features; config.json has to fit")
+        least = 4 if kind == "dynamic" else 2
+        raise ParaJaxError(
+            f"config.json makes RoPE of type {kind!r} rotate {dim} features, not an even number from {least}"
+        )

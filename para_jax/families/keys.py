@@ -1,8 +1,8 @@
-"""The keys of a config.json: which are read, which are refused, and which are ignored with a line that says so.
+"""The keys of a config.json: which are used, refused, or ignored with a warning.
 
-What matters is decided by transformers. Its class of a family reads a key if the key is a field or another attribute
-of the class or of its bases, or a string in their code, such as "rope_theta" in `kwargs.pop("rope_theta")`. A few more
-keys are read by its models alone. Every other key cannot change what the model computes.
+transformers decides. Its config class reads a key that is a field or another attribute of the class or its bases, or a
+string in their code, such as "rope_theta" in `kwargs.pop("rope_theta")`. A few more keys are read by its models. Other
+keys cannot change what the model computes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from para_jax.errors import ParaJaxError
 
-# What `architecture_from_hf` reads, of one family or another.
+# The keys that `architecture_from_hf` reads, for some families or all.
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 READ = {
     *SIZES, "num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings", "max_position_embeddings",
@@ -25,9 +25,9 @@ READ = {
     "num_local_experts", "num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob",
     "partial_rotary_factor",
 }  # fmt: skip
-# What transformers' classes take, or its models read, without having it as a field.
+# Keys that transformers' classes accept, or its models read, although they are not fields.
 SPELLINGS = {"rope_theta", "rope_scaling", "head_dim", "partial_rotary_factor"}
-# Where a checkpoint comes from, how it was trained, its tokenizer, and what only transformers' own code looks at.
+# Origin, training and tokenizer of a checkpoint, and keys that only transformers' own code uses.
 NEUTRAL = {
     "model_type", "architectures", "transformers_version", "dtype", "torch_dtype", "initializer_range", "use_cache",
     "pad_token_id", "sep_token_id", "tokenizer_class", "attention_dropout", "pretraining_tp", "name_or_path",
@@ -39,26 +39,25 @@ NEUTRAL = {
     "label2id", "num_labels", "problem_type", "chunk_size_feed_forward", "return_dict", "use_return_dict",
     "output_hidden_states", "output_attentions", "distributed_config", "is_decoder", "_attn_was_changed",
 }  # fmt: skip
-# Read for every family, of which one setting is supported.
+# Keys of all families with one supported setting.
 ONLY = {"is_causal": True, "is_encoder_decoder": False}
-# Read by transformers' models, masks, caches and loaders, although its classes do not have them.
+# Keys that transformers' models, masks, caches and loaders read, but not its config classes.
 OF_MODELS = {
     "attention_chunk_size", "kv_sharing_modes", "num_kv_shared_layers", "fusion_config", "transformers_weights",
     "alibi", "use_alibi",
 }  # fmt: skip
-# What says nothing but together with an option of `READ`, which is refused where it is not implemented.
+# Keys that have an effect only with an option of `READ`. That option is refused if it is not implemented.
 ONLY_WITH_OTHERS = {"max_window_layers"}
-# transformers runs a checkpoint's own code only where it is asked to.
-CODE = "auto_map"
+CODE = "auto_map"  # names the checkpoint's own code, which transformers runs only with trust_remote_code
 
 
 class Keys(NamedTuple):
-    """A config.json by what becomes of its keys; those that change nothing are in none of the three.
+    """The sorted keys of a config.json, without neutral keys.
 
     Attributes:
-      used: what transformers' class is made from.
-      refused: what could change what the model computes, and is not implemented.
-      ignored: what cannot.
+      used: the arguments of transformers' class.
+      refused: keys that may change what the model computes, but are not implemented.
+      ignored: keys that cannot change it.
     """
 
     used: dict[str, Any]
@@ -67,26 +66,26 @@ class Keys(NamedTuple):
 
 
 def sort_keys(fields: Mapping[str, Any], made: Any, own: Collection[str], others: Collection[str]) -> Keys:
-    """What becomes of each key of a config.json.
+    """Sorts the keys of a config.json.
 
     Args:
-      made: transformers' class of the family.
-      own: the keys that are understood of this family and are not in `READ`.
-      others: the keys that are understood of other families.
+      made: transformers' config class of the family.
+      own: keys that are supported for this family and are not in `READ`.
+      others: keys that are supported for other families.
 
-    Raises ParaJaxError where two names of one option disagree.
+    Raises ParaJaxError if two names of the same option disagree.
     """
     from transformers import GenerationConfig
 
-    two = made.attribute_map  # two names of one option; transformers writes the second
-    for first, second in two.items():
+    aliases = made.attribute_map  # from another name of an option to the one that transformers writes
+    for first, second in aliases.items():
         if fields.get(first) is not None and fields.get(second) not in (None, fields[first]):
             raise ParaJaxError(
                 f"config.json has {first}={fields[first]!r} and {second}={fields[second]!r}, which are two names of "
                 "one option; take out the wrong one"
             )
-    understood = READ & {*defaults(made), *two, *two.values(), *SPELLINGS} | {*own, *ONLY}
-    # Old checkpoints say here how to generate.
+    understood = READ & {*defaults(made), *aliases, *aliases.values(), *SPELLINGS} | {*own, *ONLY}
+    # config.json of old checkpoints contains generation settings.
     known = understood | NEUTRAL | set(GenerationConfig().to_dict())
     matters = (READ | OF_MODELS | set(others)) - ONLY_WITH_OTHERS
     used, refused, ignored = {}, {}, []
@@ -94,15 +93,15 @@ def sort_keys(fields: Mapping[str, Any], made: Any, own: Collection[str], others
         if key in understood:
             used[key] = value
         elif key not in known and key != CODE and (key in matters or reads(made, key)):
-            if not _as_without(made, key, value):
+            if not _no_effect(made, key, value):
                 refused[key] = value
         elif key not in known and value is not None and value is not False and value not in ("", [], {}):
             ignored.append(key)
     return Keys(used, refused, tuple(ignored))
 
 
-def _as_without(made: Any, key: str, value: Any) -> bool:
-    """Whether a key has its class's default, or turns off (null, false, 0 or empty) what is off without it."""
+def _no_effect(made: Any, key: str, value: Any) -> bool:
+    """Whether a key has the default of its class, or disables (null, false, 0 or empty) what is disabled by default."""
     default = defaults(made).get(key)
     if key == "layer_types" and isinstance(value, list) and all(kind == "full_attention" for kind in value):
         return True
@@ -115,7 +114,7 @@ def reads(made: Any, key: str) -> bool:
 
 
 def rope_code_reads(key: str) -> bool:
-    """Whether transformers' code of RoPE reads a key of rope_parameters or rope_scaling, of whatever type."""
+    """Whether transformers' RoPE code reads a key of rope_parameters or rope_scaling, for any type."""
     return key in _rope_strings()
 
 
@@ -131,7 +130,7 @@ def _rope_strings() -> frozenset[str]:
 
 @cache
 def defaults(made: type) -> dict[str, Any]:
-    """The options of a class and of its bases, with their defaults."""
+    """The options of a class and its bases, with their defaults."""
     parameters: dict[str, Parameter] = {}
     for base in reversed(made.__mro__):
         if "__init__" in vars(base):
@@ -145,7 +144,7 @@ def defaults(made: type) -> dict[str, Any]:
 
 @cache
 def _strings(made: type) -> frozenset[str]:
-    """The strings in the code of a class and of its bases; the keys that the code looks up are among them."""
+    """The strings in the code of a class and its bases, which include the keys that it looks up."""
     members = [member for base in made.__mro__ for member in vars(base).values()]
     members += [accessor for x in members if isinstance(x, property) for accessor in (x.fget, x.fset)]
     functions = [unwrap(getattr(member, "__func__", member)) for member in members if member is not None]

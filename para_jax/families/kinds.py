@@ -1,4 +1,4 @@
-"""The kinds of attention that the layers of a config.json have: windows, and settings of RoPE."""
+"""The kinds of attention in a config.json: each layer's window and RoPE settings."""
 
 from __future__ import annotations
 
@@ -11,54 +11,54 @@ from para_jax.families.architecture import ROPE_TYPES, AttentionKind, Rope
 from para_jax.families.checks import check_rope, is_number, is_whole
 from para_jax.families.keys import rope_code_reads
 
-# Families whose code rotates a part of a head's features.
+# Families that support partial_rotary_factor.
 PARTIAL = ("phi3", "glm4", "stablelm", "phi")
 
 
 def attention_kinds(config: Any, model_type: str, head_dim: int) -> list[AttentionKind]:
-    """Each layer's. Windows are of the layers that `layer_types` names, or of all where there is no such option."""
+    """The kind of each layer. The window is for layers with "sliding_attention" in `layer_types`, by default all."""
     layers = config.num_hidden_layers
     window = config.sliding_window if hasattr(config, "sliding_window") else None
-    if window == 0 and not getattr(config, "use_sliding_window", True):  # as Qwen2-MoE's class has it
+    if window == 0 and not getattr(config, "use_sliding_window", True):  # in Qwen2-MoE's class
         window = None
     if window is not None and not is_whole(window):
-        raise ParaJaxError(f"config.json has sliding_window={window!r}, which is no whole number from 1")
+        raise ParaJaxError(f"config.json has sliding_window={window!r}, which is not a whole number from 1")
     types = getattr(config, "layer_types", None)
-    turned = getattr(config, "no_rope_layers", None) or [1] * layers
+    uses_rope = getattr(config, "no_rope_layers", None) or [1] * layers
     types = types or ["full_attention" if window is None else "sliding_attention"] * layers
     known = ("full_attention", "sliding_attention")
     for kind in types:
         if kind not in known:
             raise unknown("entry of layer_types in config.json", kind, known)
-    for rotates in turned:
-        if rotates not in (0, 1):
-            raise ParaJaxError(f"config.json has {rotates!r} in no_rope_layers, which is neither 0 nor 1")
+    for value in uses_rope:
+        if value not in (0, 1):
+            raise ParaJaxError(f"config.json has {value!r} in no_rope_layers, which is neither 0 nor 1")
     if window is None and "sliding_attention" in types[:layers]:
-        raise ParaJaxError("config.json has sliding_attention in layer_types and no sliding_window for it")
-    each = {
+        raise ParaJaxError("config.json has sliding_attention in layer_types, but no sliding_window")
+    ropes = {
         kind: _rope(_parameters(config, kind, known), config, model_type, head_dim)
         for kind in dict.fromkeys(types[:layers])
     }
-    # Layers that see all tokens have no positions in these, if there are others.
+    # In these families, layers without a window have no RoPE.
     if model_type == "cohere2" or (model_type == "exaone4" and window is not None):
-        turned = [types[i] == "sliding_attention" for i in range(layers)]
+        uses_rope = [types[i] == "sliding_attention" for i in range(layers)]
     return [
-        AttentionKind(window if types[i] == "sliding_attention" else None, each[types[i]] if turned[i] else None)
+        AttentionKind(window if types[i] == "sliding_attention" else None, ropes[types[i]] if uses_rope[i] else None)
         for i in range(layers)
     ]
 
 
 def _parameters(config: Any, layer_type: str, known: Sequence[str]) -> Mapping[str, Any]:
-    """The rope_parameters of layers of a type, which may be those of all layers."""
+    """The rope_parameters for a type of layer, or those for all layers."""
     ropes = {key: value for key, value in config.rope_parameters.items() if value is not None}
-    of_types = [key for key in ropes if key in known]
-    beside = [key for key, value in ropes.items() if key not in known and (key, value) != ADDED_ROPE]
-    if not of_types:
+    typed = [key for key in ropes if key in known]
+    untyped = [key for key, value in ropes.items() if key not in known and (key, value) != ADDED_ROPE]
+    if not typed:
         return ropes
-    if beside or not isinstance(ropes.get(layer_type), Mapping):
+    if untyped or not isinstance(ropes.get(layer_type), Mapping):
         raise ParaJaxError(
-            f"rope_parameters in config.json are for {', '.join(of_types)}{' beside ' if beside else ''}"
-            f"{', '.join(beside)}; give one set of them for all layers, or one for each type of layer there is"
+            f"rope_parameters in config.json has {', '.join(typed)}{' and ' if untyped else ''}{', '.join(untyped)}; "
+            "give one set of parameters for all layers, or one for each type of layer"
         )
     return ropes[layer_type]
 
@@ -66,16 +66,16 @@ def _parameters(config: Any, layer_type: str, known: Sequence[str]) -> Mapping[s
 def _rope(parameters: Mapping[str, Any], config: Any, model_type: str, head_dim: int) -> Rope:
     rope = {key: value for key, value in parameters.items() if value is not None and key != "type"}
     theta, kind, share = (rope.pop(key, None) for key in ("rope_theta", "rope_type", "partial_rotary_factor"))
-    # Gemma 3's class leaves it beside rope_parameters.
+    # Gemma 3's class leaves it outside of rope_parameters.
     share = share or getattr(config, "partial_rotary_factor", None) or 1.0
     if not is_number(theta) or theta <= 0:
-        raise ParaJaxError(f"config.json has rope_theta={theta!r}, which is no number above 0")
+        raise ParaJaxError(f"config.json has rope_theta={theta!r}, which is not a number above 0")
     if not isinstance(kind, str) or kind not in ROPE_TYPES:
         raise unknown("rope_type in config.json", kind, ROPE_TYPES)
     if not is_number(share) or not 0 < share <= 1:
-        raise ParaJaxError(f"config.json has partial_rotary_factor={share!r}, which is no number above 0 and up to 1")
+        raise ParaJaxError(f"config.json has partial_rotary_factor={share!r}, which is not a number above 0 up to 1")
     if share != 1 and model_type not in PARTIAL:
-        raise ParaJaxError(f"config.json has partial_rotary_factor={share}, which {model_type} has no code for")
+        raise ParaJaxError(f"config.json has partial_rotary_factor={share}, which {model_type} does not support")
     scaling = _query_scaling(rope) if model_type == "ministral3" else None
     if model_type == "hunyuan_v1_dense" and kind == "dynamic" and rope.get("alpha"):
         theta, kind, rope = _alpha(theta, rope["alpha"], head_dim), "default", {}
@@ -95,18 +95,18 @@ def _rope(parameters: Mapping[str, Any], config: Any, model_type: str, head_dim:
 
 
 def _query_scaling(rope: dict[str, Any]) -> tuple[float, int]:
-    """What queries are multiplied by as positions grow; its own options are taken out of those of RoPE."""
-    rope.pop("max_position_embeddings", None)  # which nothing reads here
+    """`Rope.query_scaling`. Removes its options from those of RoPE."""
+    rope.pop("max_position_embeddings", None)  # not used here
     beta, length = rope.pop("llama_4_scaling_beta", None), rope.get("original_max_position_embeddings", 0)
     if not is_number(beta) or beta < 0:
-        raise ParaJaxError(f"config.json has llama_4_scaling_beta={beta!r}, which is no number from 0")
+        raise ParaJaxError(f"config.json has llama_4_scaling_beta={beta!r}, which is not a number from 0")
     if not is_whole(length):
-        raise ParaJaxError("config.json has llama_4_scaling_beta and no original_max_position_embeddings for it")
+        raise ParaJaxError("config.json has llama_4_scaling_beta, but no original_max_position_embeddings")
     return float(beta), length
 
 
 def _alpha(theta: float, alpha: Any, head_dim: int) -> float:
-    """The base that a fixed `alpha` makes of RoPE's."""
+    """RoPE's base with a fixed NTK factor `alpha`."""
     if not is_number(alpha) or alpha <= 0 or head_dim < 4:
-        raise ParaJaxError(f"RoPE scaling in config.json has alpha={alpha!r}, which is no number above 0")
+        raise ParaJaxError(f"RoPE scaling in config.json has alpha={alpha!r}, which is not a number above 0")
     return theta * alpha ** (head_dim / (head_dim - 2))

@@ -1,6 +1,6 @@
-"""What the fields of a config.json mean here.
+"""Converts the fields of a config.json to an Architecture.
 
-transformers' own config class reads config.json, in the old or the new spelling, and fills in what it leaves out.
+transformers' config class reads config.json, in the old or the new spelling, and fills in defaults.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ CONFIG = "config.json"
 
 
 def architecture_from_hf(fields: Mapping[str, Any], name: str = "") -> Architecture:
-    """What config.json's fields mean here. Raises ParaJaxError for a family or an option that is not supported."""
+    """Converts config.json's fields. Raises ParaJaxError for a family or an option that is not supported."""
     text = text_of(fields, name)
     family = text.own
-    # What config.json does not say is no end token of the checkpoint, whatever the class has.
+    # From config.json alone: a default of the class is not an end token of the checkpoint.
     eos = as_token_ids(text.top["eos_token_id"], CONFIG)
     config = read_by_transformers(text)
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -52,9 +52,9 @@ def architecture_from_hf(fields: Mapping[str, Any], name: str = "") -> Architect
             "rms_norm_eps": getattr(config, family.eps),
             "attention_kinds": different,
             "kind_of_layer": () if len(different) == 1 else tuple(different.index(kind) for kind in kinds),
-            "tie_word_embeddings": _said(text, config, "tie_word_embeddings") or False,
+            "tie_word_embeddings": _from_top(text, config, "tie_word_embeddings") or False,
             "max_position_embeddings": config.max_position_embeddings,
-            "bos_token_id": _said(text, config, "bos_token_id"),
+            "bos_token_id": _from_top(text, config, "bos_token_id"),
             "eos_token_ids": eos,
             "name": name,
             "family": text.family,
@@ -69,15 +69,15 @@ def architecture_from_hf(fields: Mapping[str, Any], name: str = "") -> Architect
     )
 
 
-def _said(text: Text, config: Any, key: str) -> Any:
-    """What config.json says of an option of FROM_TOP, or else the class of the decoder."""
+def _from_top(text: Text, config: Any, key: str) -> Any:
+    """The value of an option of FROM_TOP in config.json, or the default of the decoder's class."""
     return getattr(config, key, None) if text.wrapper is None or text.top[key] is None else text.top[key]
 
 
 def read_by_transformers(text: Text) -> Any:
-    """transformers' config object: both spellings made one, and what is left out filled in.
+    """transformers' config object, with one spelling and with defaults.
 
-    Raises ParaJaxError for what config.json lacks, or has and is not understood; null and false turn an option off.
+    Raises ParaJaxError for a missing, invalid or unsupported option; null and false disable an option.
     """
     from transformers import CONFIG_MAPPING
 
@@ -99,12 +99,12 @@ def read_by_transformers(text: Text) -> Any:
         )
     try:
         return made(**copy.deepcopy({k: v for k, v in used.items() if not (k == "rope_theta" and v is None)}))
-    except Exception as error:  # its checks raise errors of many kinds
+    except Exception as error:  # transformers' checks raise many types of errors
         raise ParaJaxError(f"config.json is not understood by transformers: {one_line(error)}") from error
 
 
 def _keys(text: Text) -> Keys:
-    """What becomes of the keys of a decoder's options."""
+    """The sorted keys of a decoder's options."""
     from transformers import CONFIG_MAPPING
 
     family = text.own
@@ -114,7 +114,7 @@ def _keys(text: Text) -> Keys:
 
 
 def ignored_line(fields: Mapping[str, Any], name: str = "") -> str | None:
-    """What is said of the keys of a config.json that change nothing; None, if it has none.
+    """The warning that lists the ignored keys of a config.json; None if there are none.
 
     >>> ignored_line({"model_type": "qwen3", "use_mrope": False, "unk_token_id": 0})
     "config.json: keys that transformers' Qwen3ForCausalLM does not read are ignored: unk_token_id"
@@ -129,7 +129,7 @@ def ignored_line(fields: Mapping[str, Any], name: str = "") -> str | None:
 
 
 def _ignored_of_rope(text: Text) -> Iterator[str]:
-    """The keys within RoPE's settings, for all layers or for a type of them, that no code of RoPE reads."""
+    """The keys of RoPE settings, for all layers or for a type of layer, that no RoPE code reads."""
     own = text.own.rope
     for at in ("rope_scaling", "rope_parameters"):
         settings = text.fields.get(at)
@@ -141,12 +141,12 @@ def _ignored_of_rope(text: Text) -> Iterator[str]:
 
 
 def as_token_ids(value: Any, file: str) -> tuple[int, ...]:
-    """Token ids as config files have them: one, several, or none. Raises ParaJaxError, with the file, for others.
+    """Converts the token ids of a config file: one, a list, or null. Raises ParaJaxError with the file for others.
 
     >>> as_token_ids(2, "config.json"), as_token_ids([3, 4], "config.json"), as_token_ids(None, "config.json")
     ((2,), (3, 4), ())
     """
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
-        raise ParaJaxError(f"{file} has eos_token_id={value!r}, which is no token id and no list of token ids")
+        raise ParaJaxError(f"{file} has eos_token_id={value!r}, which is neither a token id nor a list of token ids")
     return tuple(dict.fromkeys(ids))

@@ -1,7 +1,7 @@
-"""One entry for each family of checkpoints. docs/families.md says how to add one.
+"""The table of families. docs/families.md says how to add one.
 
-Options of config.json are read by one function for all families (`families/reading.py`); a family states what its code
-does and no option says.
+One function reads the options of config.json for all families (`families/reading.py`). A family's entry has what no
+option says.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ class Family:
     """One `model_type` of config.json.
 
     Attributes:
-      models: what is published in it, for people.
-      architecture: the class of transformers that has its weights.
-      fields: those of `Architecture` that no option says: always the same, or made from transformers' config.
-      reads: the options that these are made from, beside those of every family.
-      only: options of which one setting is supported.
-      neutral: options that change nothing here, beside those of every family.
+      models: published models, for the docs.
+      architecture: transformers' model class.
+      fields: fields of `Architecture`, either constant or a function of transformers' config.
+      reads: the options that `fields` uses, in addition to those of all families.
+      only: options with one supported setting.
+      neutral: options that have no effect here, in addition to those of all families.
       activation: the option that names the feed-forward's activation.
-      activations: those that no other family has.
-      eps: the option that has the norms'.
-      names: what its tensors are called, where that differs from Llama's.
-      rope: what its own code reads of the settings of RoPE.
+      activations: activations that only this family has.
+      eps: the option for the epsilon of norms.
+      names: the tensor names that differ from Llama's.
+      rope: the RoPE settings that only this family reads.
     """
 
     models: str
@@ -48,17 +48,17 @@ class Family:
 
 
 def _biases(attention: Any, out: Any, mlp: Any = False) -> tuple[str, ...]:
-    """The projections with a bias: those of queries, keys and values, that of the attention's output, the others."""
+    """The projections with a bias: q, k and v if `attention`, o if `out`, and the feed-forward's if `mlp`."""
     return (*ATTENTION_SITES[: 3 * bool(attention)], *ATTENTION_SITES[3 : 3 + bool(out)], *(MLP_SITES if mlp else ()))
 
 
 def _gemma(config: Any, **more: Any) -> dict[str, Any]:
-    """Embeddings times sqrt(d), and norms whose weights are stored as their distance from one."""
+    """Embeddings are multiplied by sqrt(d), and norm weights are stored minus one."""
     return {"norm_offset": 1.0, "embedding_scale": config.hidden_size**0.5, **more}
 
 
 def _cohere(config: Any, **more: Any) -> dict[str, Any]:
-    """Layer norms, and a feed-forward that reads what the attention reads."""
+    """Layer norms, and parallel attention and feed-forward."""
     scale = 1.0 if config.logit_scale is None else config.logit_scale
     return {"norm": "layer", "parallel": True, "rope_pairs": "neighbours", "logits_scale": scale, **more}
 
@@ -87,7 +87,7 @@ FAMILIES: dict[str, Family] = {
     "gemma3_text": Family(
         "Gemma 3, text only",
         "Gemma3ForCausalLM",
-        # Its code does not look at the option.
+        # transformers' code ignores attn_logit_softcapping.
         lambda c: _gemma(c, post_norm=True, qk_norm="head", attn_logit_softcapping=None),
         only=BOTH_WAYS,
         neutral=("hidden_act", "sliding_window_pattern", "_sliding_window_pattern", "rope_local_base_freq"),
@@ -97,7 +97,7 @@ FAMILIES: dict[str, Family] = {
         "Phi-3 mini and medium, Phi-3.5 mini, Phi-4, Phi-4 mini",
         "Phi3ForCausalLM",
         only={"full_attn_mod": 1, "interpolate_factor": 1},
-        # transformers puts the last into rope_parameters.
+        # transformers copies original_max_position_embeddings into rope_parameters.
         neutral=("resid_pdrop", "embd_pdrop", "original_max_position_embeddings"),
         names=Names(qkv="self_attn.qkv_proj", gate_up="mlp.gate_up_proj"),
     ),

@@ -1,7 +1,7 @@
-"""Models that have a text decoder of a family among other parts. docs/families.md says how to add one.
+"""Multimodal models whose text decoder is of a supported family. docs/families.md says how to add one.
 
-Their config.json has the decoder's options in `text_config`, and the names of its tensors begin with a prefix. What a
-text goes through is read as a model of the decoder's family; the other parts are named and left where they are.
+Their config.json has the decoder's options in `text_config`, and its tensors' names begin with a prefix. The decoder is
+read as a model of its family; the other modules, such as a vision tower, are listed and not read.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from para_jax.families.keys import defaults
 from para_jax.families.table import FAMILIES, Family
 
 TEXT = "text_config"
-# What the top level of config.json says of the decoder; what it leaves out may be in text_config.
+# Options of the decoder at the top level of config.json, or else in text_config.
 FROM_TOP = ("tie_word_embeddings", "bos_token_id", "eos_token_id")
-QUANTIZED = ("quantization_config", "compression_config")  # of all parts
-# Of transformers' class for the whole, for its base model, and of the time before transformers 4.52.
+QUANTIZED = ("quantization_config", "compression_config")  # apply to all modules
+# In transformers' class with the head, in its base model, and before transformers 4.52.
 PREFIXES = ("model.language_model.", "language_model.", "language_model.model.")
 HEADS = ("lm_head.", "language_model.lm_head.")
 
@@ -30,15 +30,15 @@ class Wrapper:
     """One `model_type` of config.json.
 
     Attributes:
-      models: what is published in it, for people.
-      architecture: the class of transformers that has its weights.
-      texts: the family of the decoder by the `model_type` that text_config has. The first is meant if it has none.
-      others: the modules that a text does not go through.
-      prefixes: what stands before the names of the decoder's tensors, in place of "model.", in each spelling.
-      stem: where transformers 5 has the decoder.
-      flat: whether the decoder's options stand at the top level if there is no text_config.
-      only: options of text_config of which one setting is supported, beside those of the family.
-      neutral: options of text_config that change nothing here, beside those of the family.
+      models: published models, for the docs.
+      architecture: transformers' model class.
+      texts: the decoder's family for each `model_type` of text_config. The first is the default.
+      others: modules that are not used for text.
+      prefixes: the prefixes of the decoder's tensors instead of "model.", in all spellings.
+      stem: the path of the decoder in transformers 5.
+      flat: whether the decoder's options are at the top level if there is no text_config.
+      only: options of text_config with one supported setting, in addition to those of the family.
+      neutral: options of text_config that have no effect here, in addition to those of the family.
     """
 
     models: str
@@ -59,7 +59,7 @@ WRAPPERS: dict[str, Wrapper] = {
         "Gemma3ForConditionalGeneration",
         {"gemma3_text": "gemma3_text"},
         SIGHT,
-        only={"final_logit_softcapping": None},  # its class does not look at it
+        only={"final_logit_softcapping": None},  # which its class ignores
     ),
     "mistral3": Wrapper(
         "Mistral Small 3.1, 3.2; Ministral 3",
@@ -75,7 +75,7 @@ WRAPPERS: dict[str, Wrapper] = {
         prefixes=(*PREFIXES, "model."),
         flat=True,
         only={"head_dim": None},  # its class divides hidden_size by the heads
-        # A text's three positions are equal, and so which feature is rotated by which of them.
+        # Assigns features to three kinds of positions, which are equal for text.
         neutral=("mrope_section",),
     ),
     "qwen3_vl": Wrapper(
@@ -89,15 +89,15 @@ WRAPPERS: dict[str, Wrapper] = {
 
 
 class Text(NamedTuple):
-    """A decoder's part of a config.json: all of it, where there is nothing else.
+    """The decoder's options in a config.json. For a text model, these are all options.
 
     Attributes:
-      family: of the decoder.
-      made: the model_type of transformers' class that has its options.
-      fields: these options; of a wrapper without those of FROM_TOP.
-      top: those of FROM_TOP that are given.
-      wrapper: what the decoder is a part of.
-      sparse: whether the class's defaults stand for sizes that are not given.
+      family: the decoder's family.
+      made: the model_type of transformers' config class for the options.
+      fields: the options; for a wrapper without those of FROM_TOP.
+      top: the values of FROM_TOP.
+      wrapper: the multimodal model that contains the decoder; None for a text model.
+      sparse: whether missing sizes have the defaults of the class.
     """
 
     family: str
@@ -113,7 +113,6 @@ class Text(NamedTuple):
 
     @property
     def architecture(self) -> str:
-        """transformers' class."""
         return self.wrapper.architecture if self.wrapper else self.own.architecture
 
     @property
@@ -126,12 +125,12 @@ class Text(NamedTuple):
 
     @property
     def at(self) -> str:
-        """What stands before the name of an option."""
+        """The prefix of option names in messages."""
         return f"{TEXT}." if self.sparse else ""
 
 
 def text_of(fields: Mapping[str, Any], name: str = "") -> Text:
-    """The decoder's part of a config.json. Raises ParaJaxError for a model that is not supported, or has none."""
+    """The decoder's options in a config.json. Raises ParaJaxError if the model or its decoder is not supported."""
     model_type = fields.get("model_type")
     if isinstance(model_type, str) and model_type in FAMILIES:
         return Text(model_type, model_type, fields, {key: fields.get(key) for key in FROM_TOP})
@@ -163,7 +162,7 @@ def text_of(fields: Mapping[str, Any], name: str = "") -> Text:
 
 
 def _flat(fields: Mapping[str, Any], made: str) -> dict[str, Any]:
-    """The decoder's options among those of the whole, as transformers takes them out."""
+    """The decoder's options at the top level, selected as in transformers."""
     from transformers import CONFIG_MAPPING
 
     kind: Any = CONFIG_MAPPING[made]
@@ -172,7 +171,7 @@ def _flat(fields: Mapping[str, Any], made: str) -> dict[str, Any]:
 
 
 def wrapper_of(config: Any) -> Wrapper | None:
-    """What a backbone's decoder was read out of, by the config.json that it remembers; None for a text model.
+    """The multimodal model that a backbone's decoder was read from, by `config.hf`; None for a text model.
 
     >>> from para_jax import BackboneConfig
     >>> text = {"hidden_size": 8, "num_hidden_layers": 1, "intermediate_size": 8, "head_dim": 4}

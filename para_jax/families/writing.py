@@ -1,4 +1,4 @@
-"""The config.json of a backbone, as transformers opens it."""
+"""Writes a backbone's config.json for transformers."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from para_jax.families.wrappers import text_of, wrapper_of
 
 
 def hf_fields(config: Architecture, text_only: bool = False) -> dict[str, Any]:
-    """The fields of a config.json that transformers opens; inverse of `architecture_from_hf`.
+    """The fields of a config.json for transformers; inverse of `architecture_from_hf`.
 
-    What was read out of a wrapper comes out as it was, or with `text_only` as a model of the decoder's family.
+    For the decoder of a wrapper, these are the wrapper's, or with `text_only` those of a model of the decoder's family.
 
-    Raises ParaJaxError for a config that was changed after it was read: what it means in its family is not known.
+    Raises ParaJaxError for a config that was changed after it was read, because it may not be valid for its family.
     """
     wrapped = wrapper_of(config) is not None
     if wrapped and text_only:
@@ -29,16 +29,16 @@ def hf_fields(config: Architecture, text_only: bool = False) -> dict[str, Any]:
         fields = json.loads(config.hf)
     else:
         fields = _of_llama(config)
-    # Stop tokens may have come from generation_config.json.
+    # End tokens may come from generation_config.json.
     read = replace(architecture_from_hf(fields), name=config.name, eos_token_ids=config.eos_token_ids)
     if any(getattr(read, field.name) != getattr(config, field.name) for field in fields_of(read) if field.compare):
         raise ParaJaxError(
             "the config was changed after it was read; make the changes in config.json and read it"
             if config.hf
-            else "only a Llama can be written from a config made by hand; read another from config.json"
+            else "a config made by hand can only be saved if it is a Llama's; read other families from config.json"
         )
     eos = config.eos_token_ids
-    # A key that is not there stays away, and a wrapper's stays what it was: its generation_config.json goes with it.
+    # Do not add a missing key, and do not change a wrapper's, because its generation_config.json is copied.
     if (not eos and config.hf) or (wrapped and not text_only):
         return fields
     return {**fields, "eos_token_id": None if not eos else eos[0] if len(eos) == 1 else list(eos)}
@@ -61,13 +61,13 @@ def _of_llama(config: Architecture) -> dict[str, Any]:
 
 
 def _text_alone(config: Architecture) -> dict[str, Any]:
-    """The options of a wrapper's decoder as those of a model of its family, with none left to a class's defaults."""
+    """The options of a wrapper's decoder as a model of its family, with all defaults written out."""
     from transformers import CONFIG_MAPPING, PretrainedConfig
 
     text = text_of(json.loads(config.hf))
     made: Any = CONFIG_MAPPING[text.family]
     base: Any = PretrainedConfig
-    options = {*defaults(made)} - {*defaults(base), "eos_token_id"}  # which the caller puts there
+    options = {*defaults(made)} - {*defaults(base), "eos_token_id"}  # the caller adds eos_token_id
     given = {key: value for key, value in read_by_transformers(text).to_dict().items() if key in options}
     rope = {k: v for k, v in given["rope_parameters"].items() if k not in ("type", *text.neutral)}
     return {
@@ -80,7 +80,7 @@ def _text_alone(config: Architecture) -> dict[str, Any]:
 
 
 def with_dtype(fields: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """A config.json that says this dtype, of its parts too where they say any.
+    """Sets the dtype in a config.json, and in its nested configs that have one.
 
     >>> with_dtype({"torch_dtype": "float32", "vision_config": {"dtype": "float32"}}, "float16")
     {'vision_config': {'dtype': 'float16'}, 'dtype': 'float16'}

@@ -17,10 +17,10 @@ from para_jax.families.table import FAMILIES
 from para_jax.families.wrappers import WRAPPERS
 from tests.helpers import family_fields
 
-WHOLE = "which is no whole number from 1"
-NO_TOKEN = "which is no token id and no list of token ids"
+WHOLE = "which is not a whole number from 1"
+NO_TOKEN = "which is neither a token id nor a list of token ids"
 DTYPES = "bfloat16, double, float, float16, float32, float64, float8_e4m3fn, float8_e5m2, half"
-ABOVE = "which is no number above 0"
+ABOVE = "which is not a number above 0"
 # Changed fields of a small Llama's config.json, and what is said; a missing value is a key taken out.
 MISSING = object()
 CONFIGS: list[tuple[dict[str, Any], str]] = [
@@ -28,8 +28,8 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"eos_token_id": [0, "1"]}, f"config.json has eos_token_id=[0, '1'], {NO_TOKEN}"),
     ({"eos_token_id": True}, f"config.json has eos_token_id=True, {NO_TOKEN}"),
     ({"eos_token_id": 1.0}, f"config.json has eos_token_id=1.0, {NO_TOKEN}"),
-    ({"rms_norm_eps": -1e-5}, "config.json has rms_norm_eps=-1e-05, which is no number from 0"),
-    ({"rms_norm_eps": float("nan")}, "config.json has rms_norm_eps=nan, which is no number from 0"),
+    ({"rms_norm_eps": -1e-5}, "config.json has rms_norm_eps=-1e-05, which is not a number from 0"),
+    ({"rms_norm_eps": float("nan")}, "config.json has rms_norm_eps=nan, which is not a number from 0"),
     ({"hidden_size": 0}, f"config.json has hidden_size=0, {WHOLE}"),
     ({"vocab_size": -1}, f"config.json has vocab_size=-1, {WHOLE}"),
     ({"num_hidden_layers": 2.0}, f"config.json has num_hidden_layers=2.0, {WHOLE}"),
@@ -58,7 +58,7 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
                        "original_max_position_embeddings": 64}},
      "RoPE scaling of type 'longrope' in config.json has short_factor of a list of 1; it takes 4 numbers above 0, one "
      "for each pair of features"),
-    ({"head_dim": 3}, "RoPE of type 'default' cannot rotate 3 of a head's features; config.json has to fit"),
+    ({"head_dim": 3}, "config.json makes RoPE of type 'default' rotate 3 features, not an even number from 2"),
     ({"model_type": ["llama"]}, "{folder} is of architecture ['llama'], which is not supported. Supported: "
      f"{', '.join([*FAMILIES, *WRAPPERS])}"),
 ]  # fmt: skip

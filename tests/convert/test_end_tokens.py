@@ -91,7 +91,7 @@ def test_what_is_no_token_id(tmp_path: Path) -> None:
     with pytest.raises(ParaJaxError) as error:
         BackboneConfig.from_pretrained(folder)
     assert str(error.value) == (
-        "generation_config.json has eos_token_id='0', which is no token id and no list of token ids"
+        "generation_config.json has eos_token_id='0', which is neither a token id nor a list of token ids"
     )
 
 

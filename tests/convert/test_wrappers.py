@@ -159,7 +159,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"text_config": {"num_experts": 4}}, "config.json has text_config.num_experts=4, which is not implemented for "
      "Gemma3ForConditionalGeneration and may change what it computes. If it does not, take it out of config.json"),
     ({"text_config": {"vocab_size": None}}, "config.json lacks vocab_size"),
-    ({"text_config": {"hidden_size": 0}}, "config.json has hidden_size=0, which is no whole number from 1"),
+    ({"text_config": {"hidden_size": 0}}, "config.json has hidden_size=0, which is not a whole number from 1"),
     ({"tie_word_embeddings": "yes"}, "config.json has tie_word_embeddings='yes', which is neither true nor false"),
     ({"quantization_config": {"bits": 4}}, "config.json has a quantization_config; only float32, float16 and bfloat16 "
      "are read"),

@@ -259,7 +259,7 @@ CONFIGS: list[tuple[dict, tuple[str, ...]]] = [
     ),
     (
         {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 0.5}},
-        ("partial_rotary_factor=0.5", "llama has no code for"),
+        ("partial_rotary_factor=0.5", "llama does not support"),
     ),
     # An option of another family, and one of transformers' caches.
     ({"sliding_window": 8}, ("sliding_window=8", "not implemented for LlamaForCausalLM", "take it out of config.json")),
@@ -270,18 +270,18 @@ CONFIGS: list[tuple[dict, tuple[str, ...]]] = [
     ({"model_type": "smollm3", "no_rope_layers": [1]}, ("1 no_rope_layers for 2 layers",)),
     (
         {"model_type": "qwen3", "layer_types": ["full_attention", "sliding_attention"]},
-        ("sliding_attention in layer_types and no sliding_window",),
+        ("sliding_attention in layer_types, but no sliding_window",),
     ),
-    ({"hidden_size": "wide"}, ("hidden_size='wide', which is no whole number from 1",)),
+    ({"hidden_size": "wide"}, ("hidden_size='wide', which is not a whole number from 1",)),
     ({"num_key_value_heads": 0}, ("num_key_value_heads=0",)),
     ({"num_hidden_layers": 2.0}, ("num_hidden_layers=2.0",)),
     ({"model_type": "smollm3", "no_rope_layers": 3}, ("3 no_rope_layers for 2 layers",)),
-    ({"rope_parameters": {"rope_theta": "large"}}, ("rope_theta='large', which is no number above 0",)),
-    ({"rope_parameters": {"rope_theta": 0}}, ("rope_theta=0, which is no number above 0",)),
+    ({"rope_parameters": {"rope_theta": "large"}}, ("rope_theta='large', which is not a number above 0",)),
+    ({"rope_parameters": {"rope_theta": 0}}, ("rope_theta=0, which is not a number above 0",)),
     ({"rms_norm_eps": "small"}, ("not understood by transformers", "rms_norm_eps")),
     ({"model_type": "phi3", "full_attn_mod": 2}, ("full_attn_mod=2", "only 1")),
     ({"model_type": "qwen3_moe", "use_qk_norm": False}, ("use_qk_norm=False", "only True")),
-    ({"partial_rotary_factor": 0.5}, ("partial_rotary_factor=0.5, which llama has no code for",)),
+    ({"partial_rotary_factor": 0.5}, ("partial_rotary_factor=0.5, which llama does not support",)),
 ]
 
 
