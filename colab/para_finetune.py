@@ -53,9 +53,9 @@ from pathlib import Path
 
 
 def accelerator() -> str:
-    """The accelerator that a machine has, or that its notebook was opened with: "tpu", "gpu" or none, "".
+    """The machine's accelerator: "tpu", "gpu" or "" for none.
 
-    Colab says which of its runtimes this is, even where the device itself cannot be seen.
+    Colab's environment variables name the runtime even if the device is not visible.
 
     >>> accelerator() in ("tpu", "gpu", "")
     True
@@ -68,7 +68,7 @@ def accelerator() -> str:
 
 
 def cuda_extra(driver: str) -> str:
-    """The extra of para-jax with the CUDA libraries that a driver can run: those of CUDA 13 need driver 580.
+    """The extra of para-jax with CUDA libraries that the driver supports. CUDA 13 needs driver 580.
 
     >>> cuda_extra("550.54.15"), cuda_extra("580.65.06")
     ('cuda12', 'cuda13')
@@ -77,7 +77,7 @@ def cuda_extra(driver: str) -> str:
 
 
 def installed(name: str) -> str:
-    """The version of a package; none, "", if it is not installed."""
+    """The version of a package, or "" if it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -85,7 +85,7 @@ def installed(name: str) -> str:
 
 
 def nvidia_driver() -> str:
-    """The version of NVIDIA's driver; none, "", where there is no such GPU."""
+    """The version of NVIDIA's driver, or "" if there is no NVIDIA GPU."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
@@ -95,25 +95,25 @@ def nvidia_driver() -> str:
 
 
 def unseen(kind: str) -> str:
-    """Why JAX does not see an accelerator of this kind; nothing, "", if it does, or if none is there.
+    """Why JAX does not see an accelerator of this kind; "" if it does, or if `kind` is "".
 
-    JAX starts here, and takes its devices.
+    This starts JAX, which takes the devices.
     """
     import jax
 
-    said: list[logging.LogRecord] = []
-    listening = logging.Handler()
-    listening.emit = said.append  # type: ignore[method-assign, assignment]
-    logging.getLogger("jax").addHandler(listening)
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append  # type: ignore[method-assign, assignment]
+    logging.getLogger("jax").addHandler(handler)
     try:
         if kind in ("", jax.default_backend()):
             return ""
-    except RuntimeError as error:  # JAX_PLATFORMS names what does not start
+    except RuntimeError as error:  # JAX_PLATFORMS names a platform that does not start
         return str(error).partition("\n")[0]
     finally:
-        logging.getLogger("jax").removeHandler(listening)
-    if asked := jax.config.values["jax_platforms"]:
-        return f"JAX_PLATFORMS={asked} leaves it out"
+        logging.getLogger("jax").removeHandler(handler)
+    if platforms := jax.config.values["jax_platforms"]:
+        return f"JAX_PLATFORMS={platforms} leaves it out"
     try:
         jax.devices({"gpu": "cuda"}.get(kind, kind))
     except RuntimeError as error:
@@ -124,11 +124,11 @@ def unseen(kind: str) -> str:
         return f"{' or '.join(plugins)} is not installed"
     driver = nvidia_driver()
     if kind == "gpu" and installed("jax-cuda13-plugin") and cuda_extra(driver) == "cuda12":
-        return f"jax-cuda13-plugin needs NVIDIA's driver 580 or later, and there is {driver or 'none'}"
-    for record in said:
+        return f"jax-cuda13-plugin needs NVIDIA's driver 580 or later, but the driver is {driver or 'missing'}"
+    for record in records:
         if record.levelno >= logging.WARNING:
             return str(record.exc_info[1] if record.exc_info else record.getMessage()).partition("\n")[0]
-    return "its plugin did not start; what JAX said when it started tells why"
+    return "its plugin did not start; see JAX's log for the reason"
 
 
 UPGRADE = ("jax==0.10.2", "jaxlib==0.10.2", "libtpu==0.0.42.1", "flax==0.12.8")

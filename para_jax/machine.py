@@ -1,7 +1,7 @@
 """Queries the machine without JAX, because JAX would take the accelerator.
 
-The notebooks' first cell has a copy of some of these functions (colab/pair.py), because it runs before this package is
-installed.
+The first cell of the notebooks has copies of some of these functions (colab/pair.py), because it runs before this
+package is installed.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from importlib.metadata import PackageNotFoundError, version
 
 
 def accelerator() -> str:
-    """The accelerator that a machine has, or that its notebook was opened with: "tpu", "gpu" or none, "".
+    """The machine's accelerator: "tpu", "gpu" or "" for none.
 
-    Colab says which of its runtimes this is, even where the device itself cannot be seen.
+    Colab's environment variables name the runtime even if the device is not visible.
 
     >>> accelerator() in ("tpu", "gpu", "")
     True
@@ -29,7 +29,7 @@ def accelerator() -> str:
 
 
 def nvidia_driver() -> str:
-    """The version of NVIDIA's driver; none, "", where there is no such GPU."""
+    """The version of NVIDIA's driver, or "" if there is no NVIDIA GPU."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
@@ -39,7 +39,7 @@ def nvidia_driver() -> str:
 
 
 def cuda_extra(driver: str) -> str:
-    """The extra of para-jax with the CUDA libraries that a driver can run: those of CUDA 13 need driver 580.
+    """The extra of para-jax with CUDA libraries that the driver supports. CUDA 13 needs driver 580.
 
     >>> cuda_extra("550.54.15"), cuda_extra("580.65.06")
     ('cuda12', 'cuda13')
@@ -48,7 +48,7 @@ def cuda_extra(driver: str) -> str:
 
 
 def host_memory() -> dict[str, int | None]:
-    """Total and available bytes of the host's memory; None if unknown.
+    """Total and available bytes of host memory; None if unknown.
 
     >>> sorted(host_memory())
     ['memory', 'memory_available']
@@ -66,7 +66,7 @@ def host_memory() -> dict[str, int | None]:
 
 
 def installed(name: str) -> str:
-    """The version of a package; none, "", if it is not installed."""
+    """The version of a package, or "" if it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -74,25 +74,25 @@ def installed(name: str) -> str:
 
 
 def unseen(kind: str) -> str:
-    """Why JAX does not see an accelerator of this kind; nothing, "", if it does, or if none is there.
+    """Why JAX does not see an accelerator of this kind; "" if it does, or if `kind` is "".
 
-    JAX starts here, and takes its devices.
+    This starts JAX, which takes the devices.
     """
     import jax
 
-    said: list[logging.LogRecord] = []
-    listening = logging.Handler()
-    listening.emit = said.append  # type: ignore[method-assign, assignment]
-    logging.getLogger("jax").addHandler(listening)
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append  # type: ignore[method-assign, assignment]
+    logging.getLogger("jax").addHandler(handler)
     try:
         if kind in ("", jax.default_backend()):
             return ""
-    except RuntimeError as error:  # JAX_PLATFORMS names what does not start
+    except RuntimeError as error:  # JAX_PLATFORMS names a platform that does not start
         return str(error).partition("\n")[0]
     finally:
-        logging.getLogger("jax").removeHandler(listening)
-    if asked := jax.config.values["jax_platforms"]:
-        return f"JAX_PLATFORMS={asked} leaves it out"
+        logging.getLogger("jax").removeHandler(handler)
+    if platforms := jax.config.values["jax_platforms"]:
+        return f"JAX_PLATFORMS={platforms} leaves it out"
     try:
         jax.devices({"gpu": "cuda"}.get(kind, kind))
     except RuntimeError as error:
@@ -103,8 +103,8 @@ def unseen(kind: str) -> str:
         return f"{' or '.join(plugins)} is not installed"
     driver = nvidia_driver()
     if kind == "gpu" and installed("jax-cuda13-plugin") and cuda_extra(driver) == "cuda12":
-        return f"jax-cuda13-plugin needs NVIDIA's driver 580 or later, and there is {driver or 'none'}"
-    for record in said:
+        return f"jax-cuda13-plugin needs NVIDIA's driver 580 or later, but the driver is {driver or 'missing'}"
+    for record in records:
         if record.levelno >= logging.WARNING:
             return str(record.exc_info[1] if record.exc_info else record.getMessage()).partition("\n")[0]
-    return "its plugin did not start; what JAX said when it started tells why"
+    return "its plugin did not start; see JAX's log for the reason"
