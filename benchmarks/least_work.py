@@ -9,7 +9,7 @@ import common
 import jax
 import jax.numpy as jnp
 
-from para_jax.backbones.linear import product
+from para_jax.backbones.linear import matmul
 
 
 def products_program(backbone: Any, rows: int) -> Callable[[], float]:
@@ -17,7 +17,7 @@ def products_program(backbone: Any, rows: int) -> Callable[[], float]:
     c, steps = backbone.config, 8
 
     def multiply(x: Any, weight: Any) -> Any:
-        return product(x[:, None], weight).reshape(rows, -1)
+        return matmul(x[:, None], weight).reshape(rows, -1)
 
     def layer(x: Any, block: Any) -> tuple[Any, None]:
         x = multiply(x, block["qkv"][...])[:, : c.num_attention_heads * c.head_dim]
@@ -57,7 +57,7 @@ def wide_program(backbone: Any, rows: int) -> Callable[[], float]:
 
     @jax.jit
     def read(x: Any, weights: Any) -> Any:
-        return [jnp.max(product(x[:, None], w)) for w in weights]
+        return [jnp.max(matmul(x[:, None], w)) for w in weights]
 
     def rate() -> float:
         seconds = min(common.timed(lambda: jax.block_until_ready(read(x, weights)))[0] for _ in range(3))

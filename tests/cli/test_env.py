@@ -42,10 +42,10 @@ def test_all_is_well(tmp_path: Path) -> None:
     found = json.loads(out.read_text())
     assert found["versions"]["jax"] == version("jax") and found["versions"]["numpy"] == version("numpy")
     assert found["devices"] == [{"platform": "cpu", "kind": "cpu", "bytes": None}] and found["problem"] is None
-    assert found["kernels"] == {"attention": {"kernel": "plain", "why": "a CPU has no other"}}
+    assert found["kernels"] == {"attention": {"kernel": "plain", "why": "no other kernel for a CPU"}}
     assert found["cache"] == {"folder": str(cache), "files": 1, "bytes": 1500}
     assert all(free > 0 for free in found["disk_free"].values()) and len(found["disk_free"]) == 2
-    for words in (f"jax {version('jax')}, ", "devices: 1 x cpu (cpu)", "attention: plain (a CPU has no other)"):
+    for words in (f"jax {version('jax')}, ", "devices: 1 x cpu (cpu)", "attention: plain (no other kernel for a CPU)"):
         assert words in printed
     assert f"compiled programs: 1 files, 1.50 kB, in {cache}" in printed and "problem" not in printed
 
