@@ -14,8 +14,9 @@ def lines() -> Iterator[str]:
     yield "| `model_type` | checkpoints | supported with one setting only |"
     yield "|---|---|---|"
     for name, family in FAMILIES.items():
-        only = ", ".join(f"`{key}` = {value!r}" for key, value in family.only.items())
-        yield f"| `{name}` | {family.models} | {only} |"
+        only = [f"`{key}` = {value!r}" for key, value in family.only.items()]
+        only += [f"`{key}` = `{other}`" for key, other in family.same.items()]
+        yield f"| `{name}` | {family.models} | {', '.join(only)} |"
     yield ""
     yield "| `model_type` | checkpoints | `text_config` of | left out |"
     yield "|---|---|---|---|"

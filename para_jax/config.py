@@ -32,14 +32,19 @@ class BackboneConfig(Architecture):
       eos_token_ids: the end tokens in config.json or generation_config.json, in order. If there are none, the
         tokenizer's is used (`convert.tokenizer.end_tokens`).
       norm: RMS norm, or layer norm.
+      norm_weights: whether norms have weights.
+      embedding_norm: whether the embeddings go through a norm.
       qk_norm: the norm of queries and keys: per head, with shared ("head") or separate ("each") weights, or over all
         heads.
       qk_norm_last: whether this norm comes after the rotary embedding.
       pre_norm, post_norm: whether attention and feed-forward have a norm before and after them.
       norm_offset: added to the weights of norms; 1 if checkpoints store them minus one.
       parallel: whether attention and feed-forward have the same input, and both outputs are added at once.
+      parallel_norms: whether each of them then has a norm of its own.
       gated: whether the feed-forward is down(act(gate(x)) * up(x)), or down(act(up(x))).
       rope_pairs: the features that are rotated together: those half a head apart, or neighbours.
+      position_offset: the row of the first position in the table of learned positions, which has a row for each of
+        `max_position_embeddings` and is added to the embeddings; None if there is no such table.
       attention_scale: the scale of attention scores; None for head_dim ** -0.5.
       attn_logit_softcapping, final_logit_softcapping: c, if scores or logits x become c tanh(x / c).
       embedding_scale, residual_scale, logits_scale: factors of embeddings, of the outputs of attention and
@@ -63,6 +68,17 @@ class BackboneConfig(Architecture):
     def linear_sites(self) -> Mapping[str, Site]:
         """The sites that can have a low-rank pair."""
         return {name: site for name, site in self.sites.items() if site.linear}
+
+    @property
+    def layers_path(self) -> str:
+        """The path of the list of layers, for names of modules; as in Llama, for every family."""
+        return "model.layers"
+
+    @property
+    def hf_layers(self) -> str:
+        """Where transformers has the layers: "model.layers", or "transformer.h" in GPT-2."""
+        names = parameters.names_of(self)
+        return f"{names.stem}.{names.layers}"
 
     @property
     def size(self) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Literal
 
 import numpy as np
@@ -28,6 +28,8 @@ class Part:
       view: the shape it is concatenated in.
       rows: for a fused tensor, the start and stop row of this part and the tensor's number of rows.
       site: the projection that the part belongs to.
+      heads: the number of equal blocks of a fused tensor, for which `rows` is given.
+      transposed: whether the tensor is the transposed weight.
     """
 
     name: str
@@ -35,15 +37,30 @@ class Part:
     view: tuple[int, ...]
     rows: tuple[int, int, int] | None = None
     site: str = ""
+    heads: int = 1
+    transposed: bool = False
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:
         """The shape of the whole tensor."""
-        return self.shape if self.rows is None else (self.rows[2], *self.shape[1:])
+        shape = self.shape if self.rows is None else (self.heads * self.rows[2], *self.shape[1:])
+        return shape[::-1] if self.transposed else shape
 
     def of(self, tensor: np.ndarray) -> np.ndarray:
         """Slices the part out of its tensor."""
-        return tensor if self.rows is None else tensor[self.rows[0] : self.rows[1]]
+        x = tensor.T if self.transposed else tensor
+        if self.rows is None:
+            return x
+        start, stop, total = self.rows
+        return x.reshape(self.heads, total, *x.shape[1:])[:, start:stop].reshape(self.shape)
+
+    def whole(self, parts: list[np.ndarray]) -> np.ndarray:
+        """The tensor that has these parts, in order; inverse of `of`."""
+        x = parts[0]
+        if len(parts) > 1:
+            x = np.concatenate([part.reshape(self.heads, -1, *x.shape[1:]) for part in parts], 1)
+            x = x.reshape(-1, *x.shape[2:])
+        return x.T if self.transposed else x
 
 
 @dataclass(frozen=True)
@@ -124,7 +141,8 @@ class Parameter:
         found: dict[str, list[np.ndarray]] = {}
         for part, x in zip(self.parts, self.split(weight), strict=True):
             found.setdefault(part.name, []).append(x)
-        return {name: xs[0] if len(xs) == 1 else np.concatenate(xs) for name, xs in found.items()}
+        whole = {part.name: part.whole for part in self.parts}
+        return {name: whole[name](xs) for name, xs in found.items()}
 
 
 SCALE = "_scale"
@@ -140,14 +158,19 @@ def table(config: Architecture, layer: int | None = None) -> tuple[Parameter, ..
     >>> [part.name for part in table(small, 1)[2].parts][0]
     'model.layers.1.self_attn.q_proj.weight'
     """
+    d, v, names = config.hidden_size, config.vocab_size, names_of(config)
     if layer is not None:
-        return tuple(_layer(config, f"model.layers.{layer}"))
-    d, v = config.hidden_size, config.vocab_size
-    embed = _single("embed", "model.embed_tokens", (v, d), VOCABULARY)
-    head = _single("head", "lm_head", (v, d), VOCABULARY)
-    norm = _norms(config, "norm", f"model.{names_of(config).modules.get('norm', 'norm')}", d)
-    bias = (_bias("head_bias", "lm_head", v),) if "lm_head" in config.biases else ()
-    return (embed, *norm, *(() if config.tie_word_embeddings else (head,)), *bias)
+        return tuple(_layer(config, f"{names.stem}.{names.layers}.{layer}"))
+    found = [_single("embed", f"{names.stem}.{names.embed}", (v, d), VOCABULARY)]
+    if config.position_offset is not None:
+        rows = config.max_position_embeddings + config.position_offset
+        found.append(_single("positions", f"{names.stem}.{names.positions}", (rows, d), VOCABULARY))
+    found += _norms(config, "norm", f"{names.stem}.{names.modules.get('norm', 'norm')}", d)
+    if not config.tie_word_embeddings:
+        found.append(_single("head", names.head, (v, d), VOCABULARY))
+    if "lm_head" in config.biases:
+        found.append(_bias("head_bias", names.head, v))
+    return tuple(found)
 
 
 @lru_cache(maxsize=64)
@@ -173,13 +196,16 @@ def sites(config: Architecture) -> Mapping[str, Site]:
     d, f, names = config.hidden_size, config.intermediate_size, names_of(config)
     q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
 
-    def site(name: str, inputs: int, outputs: int, at: str) -> Site:
-        return Site(inputs, outputs, f"{at}.{name}", fused=names.modules.get(name, ""))
+    heads = config.num_key_value_heads if names.by_head else 1
+
+    def site(name: str, inputs: int, outputs: int, at: str, fused: str = "", heads: int = 1) -> Site:
+        place = fused or names.modules.get(name, "")
+        return Site(inputs, outputs, f"{at}.{name}", fused=place, heads=heads, transposed=names.transposed)
 
     attention = {
-        "q_proj": Site(d, q, "self_attn.q_proj", fused=names.qkv),
-        "k_proj": Site(d, kv, "self_attn.k_proj", fused=names.qkv),
-        "v_proj": Site(d, kv, "self_attn.v_proj", fused=names.qkv),
+        "q_proj": site("q_proj", d, q, "self_attn", names.qkv, heads),
+        "k_proj": site("k_proj", d, kv, "self_attn", names.qkv, heads),
+        "v_proj": site("v_proj", d, kv, "self_attn", names.qkv, heads),
         "o_proj": site("o_proj", q, d, "self_attn"),
     }
     mlp = "mlp"
@@ -192,8 +218,8 @@ def sites(config: Architecture) -> Mapping[str, Site]:
         return {**attention, "up_proj": site("up_proj", d, f, mlp), "down_proj": site("down_proj", f, d, mlp)}
     return {
         **attention,
-        "gate_proj": Site(d, f, f"{mlp}.gate_proj", fused=names.gate_up),
-        "up_proj": Site(d, f, f"{mlp}.up_proj", fused=names.gate_up),
+        "gate_proj": site("gate_proj", d, f, mlp, names.gate_up),
+        "up_proj": site("up_proj", d, f, mlp, names.gate_up),
         "down_proj": site("down_proj", f, d, mlp),
     }
 
@@ -204,10 +230,11 @@ def names_of(config: Architecture) -> Names:
 
 
 def _single(
-    name: str, module: str, shape: tuple[int, ...], axes: Axes, site: str = "", quantizable: bool = False
+    name: str, module: str, shape: tuple[int, ...], axes: Axes, site: str = "", transposed: bool = False
 ) -> Parameter:
-    """The weight of one Hugging Face module."""
-    return Parameter(name, (Part(f"{module}.weight", shape, shape, site=site),), axes, quantizable=quantizable)
+    """The weight of one Hugging Face module, which is a projection if there is a `site`."""
+    part = Part(f"{module}.weight", shape, shape, site=site, transposed=transposed)
+    return Parameter(name, (part,), axes, quantizable=bool(site))
 
 
 def _norm(name: str, module: str, *shape: int) -> Parameter:
@@ -221,8 +248,9 @@ def _norm(name: str, module: str, *shape: int) -> Parameter:
 
 
 def _norms(config: Architecture, name: str, module: str, size: int) -> Iterator[Parameter]:
-    """A norm over all features, with its bias if the family has one."""
-    yield _norm(name, module, size)
+    """A norm over all features, with its weight and its bias if the family has them."""
+    if config.norm_weights:
+        yield _norm(name, module, size)
     if "norm" in config.biases:
         yield _bias(f"{name}_bias", module, size)
 
@@ -238,11 +266,12 @@ def _layer(config: Architecture, at: str) -> Iterator[Parameter]:
         "mlp_post_norm": "post_feedforward_layernorm",
     }
     present = ["attention_norm"] if config.pre_norm else []
-    present += ["mlp_norm"] if config.pre_norm and not config.parallel else []
+    present += ["mlp_norm"] if config.pre_norm and (config.parallel_norms or not config.parallel) else []
     present += ["attention_post_norm", "mlp_post_norm"] if config.post_norm else []
     for name in present:
         yield from _norms(config, name, f"{at}.{names.modules.get(name, usual[name])}", d)
-    for x, heads in zip("qk", (k * g, k), strict=True) if config.qk_norm != "none" else ():
+    normed = config.qk_norm != "none" and config.norm_weights
+    for x, heads in zip("qk", (k * g, k), strict=True) if normed else ():
         shape = {"head": (hd,), "all": (heads * hd,), "each": (heads, hd)}[config.qk_norm]
         yield _norm(f"{x}_norm", f"{at}.{names.modules.get(f'{x}_norm', f'self_attn.{x}_norm')}", *shape)
         if "qk_norm" in config.biases:
@@ -250,11 +279,12 @@ def _layer(config: Architecture, at: str) -> Iterator[Parameter]:
 
     paths = {name: f"{at}.{site.fused or site.path}" for name, site in sites(config).items()}
     views = {"q_proj": (k, g, hd), "k_proj": (k, 1, hd), "v_proj": (k, 1, hd)}
-    fused = f"{at}.{names.qkv}" if names.qkv else ""
-    yield _fused("qkv", fused, paths, views, ("kv_heads", None, None, "model"), joined_along=1, inputs=d)
-    yield _single("out", paths["o_proj"], (d, k * g * hd), ("model", "heads"), "o_proj", quantizable=True)
+    qkv = partial(_fused, fused=f"{at}.{names.qkv}" if names.qkv else "", paths=paths, views=views, joined_along=1,
+                  heads=k if names.by_head else 1, transposed=names.transposed)  # fmt: skip
+    yield qkv("qkv", axes=("kv_heads", None, None, "model"), inputs=d)
+    yield _single("out", paths["o_proj"], (d, k * g * hd), ("model", "heads"), "o_proj", names.transposed)
     if "q_proj" in config.biases:
-        yield _fused("qkv_bias", "", paths, views, ("kv_heads", None, None), joined_along=1)
+        yield qkv("qkv_bias", axes=("kv_heads", None, None))
     if "o_proj" in config.biases:
         yield _bias("out_bias", paths["o_proj"], d, "o_proj")
     if config.experts is None:
@@ -267,19 +297,19 @@ def _layer(config: Architecture, at: str) -> Iterator[Parameter]:
 
 
 def _dense(config: Architecture, at: str, paths: Mapping[str, str], f: int, prefix: str = "") -> Iterator[Parameter]:
-    d, gate_up = config.hidden_size, names_of(config).gate_up
+    d, gate_up, transposed = config.hidden_size, names_of(config).gate_up, names_of(config).transposed
     if config.gated:
         views = {site: (1, f) for site in MLP_SITES[:2]}
         fused = f"{at}.{gate_up}" if gate_up else ""
         yield _fused(f"{prefix}gate_up", fused, paths, views, (None, "inner", "model"), inputs=d)
     else:
-        yield _single("up", paths["up_proj"], (f, d), ("inner", "model"), "up_proj", quantizable=True)
+        yield _single("up", paths["up_proj"], (f, d), ("inner", "model"), "up_proj", transposed)
         if config.hidden_act == "xielu":
             numbers = [f"{at}.mlp.act_fn.{name}" for name in ("alpha_p", "alpha_n", "beta", "eps")]
             shapes: list[tuple[int, ...]] = [(1,), (1,), (), ()]
             parts = tuple(Part(name, shape, (1,)) for name, shape in zip(numbers, shapes, strict=True))
             yield Parameter("act", parts, (None,), "zeros")
-    yield _single(f"{prefix}down", paths["down_proj"], (d, f), ("model", "inner"), "down_proj", quantizable=True)
+    yield _single(f"{prefix}down", paths["down_proj"], (d, f), ("model", "inner"), "down_proj", transposed)
     if "up_proj" in config.biases:
         if config.gated:
             yield _fused(f"{prefix}gate_up_bias", "", paths, views, (None, "inner"))
@@ -319,17 +349,21 @@ def _fused(
     axes: Axes,
     joined_along: int = 0,
     inputs: int | None = None,
+    heads: int = 1,
+    transposed: bool = False,
 ) -> Parameter:
     """Several projections in one weight, or their biases if `inputs` is None.
 
-    Each comes from its own Hugging Face tensor, or from rows of the module `fused` if that is not empty.
+    Each comes from its own Hugging Face tensor, or from rows of the module `fused` if that is not empty. With `heads`,
+    every head has its rows of all projections.
     """
     kind, last = ("bias", ()) if inputs is None else ("weight", (inputs,))
-    total, start, parts = sum(math.prod(view) for view in views.values()), 0, []
+    total, start, parts = sum(math.prod(view) for view in views.values()) // heads, 0, []
     for site, view in views.items():
         size = math.prod(view)
-        rows = (start, start + size, total) if fused else None
-        parts.append(Part(f"{fused or paths[site]}.{kind}", (size, *last), (*view, *last), rows, site))
-        start += size
+        rows = (start, start + size // heads, total) if fused else None
+        tensor, shapes = f"{fused or paths[site]}.{kind}", ((size, *last), (*view, *last))
+        parts.append(Part(tensor, *shapes, rows, site, heads, transposed and inputs is not None))
+        start += size // heads
     init: Literal["normal", "zeros"] = "zeros" if inputs is None else "normal"
     return Parameter(name, tuple(parts), axes, init, inputs is not None, joined_along)

@@ -31,8 +31,9 @@ def _torch() -> Any:
     return torch
 
 
-def read_torch(path: Path, dtypes: tuple[str, ...]) -> dict[str, Any]:
-    """The torch tensors of a file by name, memory-mapped if possible.
+def read_torch(path: Path, dtypes: tuple[str, ...], spare: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The torch tensors of a file by name, memory-mapped if possible. Those of other dtypes whose names end with one of
+    `spare` are left out.
 
     Raises ParaJaxError if torch is not installed, if the file is damaged or has other objects than tensors, or if a
     tensor has another dtype than `dtypes`.
@@ -51,11 +52,14 @@ def read_torch(path: Path, dtypes: tuple[str, ...]) -> dict[str, Any]:
         raise ParaJaxError(f"{path} is damaged or holds more than tensors: {reason}") from error
     if not isinstance(tensors, dict):
         raise ParaJaxError(f"{path} is damaged or holds more than tensors: it is a {type(tensors).__name__}")
+    found = {}
     for key, x in tensors.items():
         kind = str(x.dtype) if isinstance(x, torch.Tensor) else type(x).__name__
-        if kind.removeprefix("torch.") not in dtypes:
+        if kind.removeprefix("torch.") in dtypes:
+            found[key] = x
+        elif not key.endswith(spare):
             raise ParaJaxError(f"{path}: {key} is {kind}; supported: {', '.join(sorted(dtypes))}")
-    return tensors
+    return found
 
 
 def as_numpy(x: Any) -> np.ndarray:

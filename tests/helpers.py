@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from transformers import CONFIG_MAPPING
 
 from para_jax import BiasConfig, IA3Config, LoraConfig, ParaConfig
 from para_jax.adapters.adapter import Adapter, abstract_layers, named_leaves
@@ -19,6 +20,7 @@ from para_jax.backbones.decoder import Backbone
 from para_jax.config import BackboneConfig
 from para_jax.data.examples import Example
 from para_jax.data.packing import Shape
+from para_jax.families.table import FAMILIES
 from para_jax.training.places import TenantLayout, values_by_tenant
 from para_jax.training.state import Sums, TrainState
 from para_jax.training.step import accumulate, update
@@ -60,10 +62,10 @@ METHODS: dict[str, MethodConfig] = {
 @cache
 def random_backbone(seed: int = 0, stacked: bool = False, **overrides) -> Backbone:
     """A small backbone whose weights are large enough for its logits to differ a lot from token to token."""
-    return _drawn(dataclasses.replace(SMALL, **overrides), seed, stacked, spread=0.0)
+    return drawn(dataclasses.replace(SMALL, **overrides), seed, stacked, spread=0.0)
 
 
-def _drawn(config: BackboneConfig, seed: int, stacked: bool, spread: float) -> Backbone:
+def drawn(config: BackboneConfig, seed: int, stacked: bool, spread: float) -> Backbone:
     """Weights from N(0, 0.2), norms and biases `spread` around their fresh values; the same with layers stacked."""
     shapes = jax.eval_shape(lambda: Backbone(config, jax.random.key(0), "float32", stacked))
 
@@ -117,8 +119,16 @@ FAMILY_OPTIONS: dict[str, dict[str, Any]] = {
     "apertus": {},
     "starcoder2": {"sliding_window": 4, "tie_word_embeddings": False},
     "phi": {"partial_rotary_factor": 0.5, "qk_layernorm": True},
+    "gpt_neox": {"rotary_pct": 0.5},
+    "gpt2": {},
+    "opt": {},
+    "nanochat": {"final_logit_softcapping": 4.0},
 }  # fmt: skip
-NO_HEAD_DIM = ("phi3", "olmo3", "granite", "qwen2_moe", "exaone4", "cohere", "stablelm", "apertus", "starcoder2", "phi")
+NO_HEAD_DIM = (
+    "phi3", "olmo3", "granite", "qwen2_moe", "exaone4", "cohere", "stablelm", "apertus", "starcoder2", "phi",
+    "gpt_neox", "gpt2", "opt", "nanochat",
+)  # fmt: skip
+NO_GROUPS = ("gpt_neox", "gpt2", "opt")  # of queries that share keys and values
 # Methods that every family takes: experts have no low-rank pairs and no biases, and no input of their last projection
 # to scale.
 FAMILY_METHODS: dict[str, MethodConfig] = {
@@ -138,13 +148,17 @@ def family_fields(family: str) -> dict[str, Any]:
     }  # fmt: skip
     if family in NO_HEAD_DIM:
         del sizes["head_dim"]
-    return {"model_type": family, **sizes, "rope_theta": 10000.0, **FAMILY_OPTIONS[family]}
+    if family in NO_GROUPS:
+        del sizes["num_key_value_heads"]
+    names, options = FAMILIES[family].options, FAMILY_OPTIONS[family]
+    theta = {"rope_theta": 10000.0} if hasattr(CONFIG_MAPPING[family], "rope_parameters") else {}
+    return {"model_type": family, **{names.get(key, key): x for key, x in sizes.items()}, **theta, **options}
 
 
 @cache
 def family_backbone(family: str, seed: int = 0, stacked: bool = False) -> Backbone:
     """A small backbone of this family, with all weights random and large enough for logits to differ."""
-    return _drawn(BackboneConfig.from_hf(family_fields(family)), seed, stacked, spread=0.2)
+    return drawn(BackboneConfig.from_hf(family_fields(family)), seed, stacked, spread=0.2)
 
 
 @cache

@@ -13,7 +13,7 @@ from para_jax.errors import ParaJaxError
 
 MERGE = "merge the adapter in peft and load the merged model as the backbone"
 _OUTSIDE = re.compile(rf"(?:.*\.)?({'|'.join(OUTSIDE)})\..*")
-_PARTS = re.compile(r".*\blayers\.\d+\.(?P<path>.+?)\.(?:lora_A\.weight|lora_B\.weight|ia3_l)")
+_PARTS = re.compile(r".*\b(?:layers|h)\.\d+\.(?P<path>.+?)\.(?:lora_A\.weight|lora_B\.weight|ia3_l)")
 
 
 class Case(NamedTuple):
@@ -193,5 +193,5 @@ def _paths(names: Iterable[str]) -> set[str]:
 
 def _layers(names: Iterable[str]) -> int:
     """The minimum number of layers of a backbone with modules of these names."""
-    numbers = (re.search(r"\.layers\.(\d+)\.", name) for name in names)
+    numbers = (re.search(r"\.(?:layers|h)\.(\d+)\.", name) for name in names)
     return max((int(number[1]) + 1 for number in numbers if number), default=0)

@@ -45,12 +45,20 @@ class Fused:
     def num_hidden_layers(self) -> int:
         return self.unfused.num_hidden_layers
 
+    @property
+    def layers_path(self) -> str:
+        return getattr(self.unfused, "hf_layers", self.unfused.layers_path)
+
     @cached_property
     def parts(self) -> Mapping[str, tuple[str, ...]]:
-        """The sites of each module, in the order of its outputs."""
+        """The sites of each module, in the order of its outputs. A module's name is the end of its path, or all of it
+        where a layer has two modules of one name."""
+        paths = {name: site.fused or site.path for name, site in self.unfused.sites.items()}
+        ends = [path.rpartition(".")[2] for path in {*paths.values()}]
         found: dict[str, tuple[str, ...]] = {}
-        for name, site in self.unfused.sites.items():
-            module = site.fused.rpartition(".")[2] or name
+        for name, path in paths.items():
+            end = path.rpartition(".")[2]
+            module = end if ends.count(end) == 1 else path
             found[module] = (*found.get(module, ()), name)
         return found
 
@@ -60,17 +68,21 @@ class Fused:
         for module, parts in self.parts.items():
             sites = [self.unfused.sites[part] for part in parts]
             outputs = sum(site.outputs for site in sites)
-            found[module] = sites[0]._replace(outputs=outputs, path=sites[0].fused or sites[0].path, fused="")
+            path = sites[0].fused or sites[0].path
+            found[module] = sites[0]._replace(outputs=outputs, path=path, fused="", heads=1)
         return found
 
     @property
     def linear_sites(self) -> Mapping[str, Site]:
         return {name: site for name, site in self.sites.items() if site.linear}
 
-    def rows(self, module: str) -> dict[str, slice]:
-        """Each site's part of the module's outputs."""
-        ends = np.cumsum([0, *(self.unfused.sites[part].outputs for part in self.parts[module])]).tolist()
-        return {part: slice(*ends[i : i + 2]) for i, part in enumerate(self.parts[module])}
+    def rows(self, module: str) -> dict[str, np.ndarray]:
+        """The numbers of each site's outputs among those of the module."""
+        sites = [self.unfused.sites[part] for part in self.parts[module]]
+        by_head = np.arange(sum(site.outputs for site in sites)).reshape(sites[0].heads, -1)
+        ends = np.cumsum([site.outputs // site.heads for site in sites])[:-1]
+        pieces = np.split(by_head, ends, axis=1)
+        return {part: x.reshape(-1) for part, x in zip(self.parts[module], pieces, strict=True)}
 
 
 def as_transformers(shape: BackboneShape) -> Fused | None:

@@ -21,16 +21,22 @@ if TYPE_CHECKING:
 
 
 # The modules of a causal language model outside its layers.
-OUTSIDE = ("embed_tokens", "lm_head")
+OUTSIDE = ("embed_tokens", "lm_head", "wte", "wpe", "embed_in", "embed_out", "embed_positions")
 
 
 class BackboneShape(Protocol):
-    """The sizes of a backbone that adapters depend on. `BackboneConfig` implements it."""
+    """The sizes of a backbone that adapters depend on. `BackboneConfig` implements it.
+
+    Attributes:
+      layers_path: the path of the list of layers, with which the names of modules begin.
+    """
 
     @property
     def hidden_size(self) -> int: ...
     @property
     def num_hidden_layers(self) -> int: ...
+    @property
+    def layers_path(self) -> str: ...
     @property
     def sites(self) -> Mapping[str, Site]: ...
     @property
@@ -127,14 +133,14 @@ class Joint(NamedTuple):
 
     Attributes:
       sites: the adapted sites with their settings, as `PeftMethod.modules` returns them.
-      rows: each site's part of the module's outputs.
+      rows: the numbers of each site's outputs among those of the module.
       outputs: the number of outputs of the module.
     """
 
     layer: int
     module: str
     sites: Mapping[str, Any]
-    rows: Mapping[str, slice]
+    rows: Mapping[str, np.ndarray]
     outputs: int
 
 
@@ -211,8 +217,8 @@ def targeted_arrays(
 
 
 def site_path(layer: int, site: str, shape: BackboneShape) -> str:
-    """The path of a site, starting at `layers`."""
-    return f"layers.{layer}.{shape.sites[site].path}"
+    """The path of a site, starting at the list of layers."""
+    return f"{shape.layers_path.rpartition('.')[2]}.{layer}.{shape.sites[site].path}"
 
 
 M = TypeVar("M", bound=MethodConfig)

@@ -19,18 +19,18 @@ import numpy as np
 from para_jax.adapters.method import BackboneShape
 from para_jax.errors import ParaJaxError
 from para_jax.families.architecture import Site
+from para_jax.families.table import FAMILIES
 from para_jax.families.wrappers import WRAPPERS
 
 PREFIX = "base_model.model."
 TRAINING_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 # The names of a model's text decoder, and of parts that are not for text. The latter include parts of models that this
 # library does not load.
-TEXT = {"model", "language_model", "text_model"}
+TEXT = {"language_model", "text_model", *(part for f in FAMILIES.values() for part in f.names.stem.split("."))}
 NOT_TEXT = {
     "vision_model", "vision_encoder", "image_encoder", "audio_tower", "speech_encoder", "embed_vision", "embed_audio",
     *(part for wrapper in WRAPPERS.values() for part in wrapper.others),
 }  # fmt: skip
-_LAYER = re.compile(r"(?:(?P<stem>.*)\.)?(?P<module>layers\.\d+\..*)")
 _NAMED = re.compile(
     r"(?P<part>.*\.(?:lora_A|lora_B|lora_embedding_A|lora_embedding_B|ia3_l))\.(?P<name>[^.]+)(?P<end>\.weight)?"
 )
@@ -41,7 +41,7 @@ class Names(NamedTuple):
 
     Attributes:
       in_file: the name of each tensor in the file.
-      stem: the path of the tuned model's layers: usually "model".
+      stem: the path of the tuned model's decoder: usually "model".
       not_text: the paths of adapted modules that are not for text.
     """
 
@@ -51,11 +51,13 @@ class Names(NamedTuple):
     not_text: tuple[str, ...] = ()
 
 
-def as_peft(path: Path, tensors: Mapping[str, np.ndarray]) -> Names:
-    """The tensors of a file by PEFT's names, without those for images and audio.
+def as_peft(path: Path, tensors: Mapping[str, np.ndarray], shape: BackboneShape) -> Names:
+    """The tensors of a file by PEFT's names in a model of this shape, without those for images and audio.
 
     Raises ParaJaxError if the file has several adapters, two tensors with one name, or no tensor for text.
     """
+    usual, _, layers = shape.layers_path.rpartition(".")
+    in_layer = re.compile(rf"(?:(?P<stem>.*)\.)?(?P<module>{layers}\.\d+\..*)")
     kept: dict[str, np.ndarray] = {}
     in_file: dict[str, str] = {}
     adapters: dict[str, str] = {}
@@ -71,10 +73,10 @@ def as_peft(path: Path, tensors: Mapping[str, np.ndarray]) -> Names:
         if NOT_TEXT & set(bare.split(".")):
             not_text[key] = re.sub(r"\.(lora_\w+|ia3_l)(\.weight)?$", "", bare)
             continue
-        layer = _LAYER.fullmatch(bare)
-        if layer and set((layer["stem"] or "model").split(".")) <= TEXT:
+        layer = in_layer.fullmatch(bare)
+        if layer and set((layer["stem"] or usual).split(".")) <= TEXT:
             stems.setdefault(layer["stem"] or "", key)
-            name = f"{PREFIX}model.{layer['module']}"
+            name = f"{PREFIX}{usual}.{layer['module']}"
         if name in kept:
             raise ParaJaxError(f"{path} has {in_file[name]} and {key}, which are one tensor; take one of them out")
         kept[name], in_file[name] = x, key
@@ -89,7 +91,7 @@ def as_peft(path: Path, tensors: Mapping[str, np.ndarray]) -> Names:
         logging.getLogger(__name__).warning(
             "%s: %d tensors of parts that are not for text are ignored, such as %s", path, len(not_text), first
         )
-    return Names(kept, in_file, next(iter(stems), "model"), tuple(dict.fromkeys(not_text.values())))
+    return Names(kept, in_file, next(iter(stems), usual), tuple(dict.fromkeys(not_text.values())))
 
 
 def _check_one(path: Path, found: Mapping[str, str], what: str, fix: str) -> None:
@@ -99,7 +101,7 @@ def _check_one(path: Path, found: Mapping[str, str], what: str, fix: str) -> Non
 
 @dataclass(frozen=True)
 class At:
-    """A backbone's shape, in a model whose layers are at the path `stem`."""
+    """A backbone's shape, in a model whose decoder is at the path `stem`."""
 
     shape: BackboneShape
     stem: str
@@ -111,6 +113,11 @@ class At:
     @property
     def num_hidden_layers(self) -> int:
         return self.shape.num_hidden_layers
+
+    @property
+    def layers_path(self) -> str:
+        layers = self.shape.layers_path.rpartition(".")[2]
+        return f"{self.stem}.{layers}" if self.stem else layers
 
     @property
     def sites(self) -> Mapping[str, Site]:

@@ -33,10 +33,11 @@ from para_jax.families.wrappers import Wrapper
 # PEFT does not read it.
 METADATA = "para_jax"
 
-# Keys that may have any value: a folder's origin, initialisation, and details of options that are refused.
+# Keys that may have any value: a folder's origin, initialisation, details of options that are refused, and whether
+# weights are transposed, which PEFT sees for itself.
 NEUTRAL = {
     "peft_type", "peft_version", "base_model_name_or_path", "revision", "auto_mapping", "inference_mode",
-    "init_ia3_weights", "megatron_core", "qalora_group_size",
+    "init_ia3_weights", "megatron_core", "qalora_group_size", "fan_in_fan_out",
 }  # fmt: skip
 # PEFT's other methods whose adapters it can merge into the weights.
 MERGEABLE = {
@@ -125,7 +126,7 @@ def peft_config(config: PeftMethod, shape: BackboneShape) -> dict[str, Any]:
         "inference_mode": True,
         **options,
         "exclude_modules": options["exclude_modules"] or None,
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": any(site.transposed for site in shape.sites.values()),
         "modules_to_save": None,
     }
 
@@ -139,7 +140,7 @@ def from_peft(folder: Path, config_fields: Mapping[str, Any], weights: Weights, 
     made_for = config_fields.get("base_model_name_or_path") or "a base model it does not name"
     view = as_transformers(shape)
     peft_shape = view or shape
-    names = as_peft(weights.path, weights.tensors)
+    names = as_peft(weights.path, weights.tensors, peft_shape)
     try:
         config = _config_at(decoder_entries(config_fields, peft_shape, names), peft_shape, names.stem)
         table = places(config, peft_shape)
@@ -168,9 +169,9 @@ def from_peft(folder: Path, config_fields: Mapping[str, Any], weights: Weights, 
 
 def _config_at(config_fields: Mapping[str, Any], shape: BackboneShape, stem: str) -> PeftMethod:
     """The config for this shape, from patterns that were written for a model with its layers at `stem`."""
-    if stem != "model":
+    if stem != shape.layers_path.rpartition(".")[0]:
         at = At(shape, stem)
-        with suppress(ParaJaxError):  # if only tensor names lack the prefix, patterns are for "model"
+        with suppress(ParaJaxError):  # if only tensor names lack the prefix, patterns are for the usual one
             config = config_from_peft(config_fields, at)
             return config.of_modules(config.modules(at), at)
     return config_from_peft(config_fields, shape)
@@ -199,7 +200,11 @@ def config_from_peft(config_fields: Mapping[str, Any], shape: BackboneShape) -> 
     """
     kind = PEFT[config_fields["peft_type"].upper()]
     known = {f.name for f in fields(kind)} - {*kind.peft_lacks}
-    problems = [_refusal(key, value) for key, value in config_fields.items() if _refused(key, value, known, kind)]
+    problems = [
+        _refusal(key, value)
+        for key, value in config_fields.items()
+        if _refused(key, value, known, kind, shape.layers_path)
+    ]
     for key in kind.peft_requires:
         if config_fields.get(key) is None:
             problems.append(f"{key} is missing, so that PEFT chooses by the base's architecture; write a list of names")
@@ -242,16 +247,16 @@ def _ordered(entries: Any, paths: list[str]) -> Any:
     return tuple(sorted(entries, key=place))
 
 
-def _refused(key: str, value: Any, known: set[str], kind: type[PeftMethod]) -> bool:
+def _refused(key: str, value: Any, known: set[str], kind: type[PeftMethod], layers_path: str) -> bool:
     """Whether a key of PEFT's config changes the model in a way that is not implemented."""
     if key in NEUTRAL or value is None or value is False or value in ("", [], {}):
         return False
     if key in kind.peft_choices:
         return value not in kind.peft_choices[key]
     if key == "layers_pattern":
-        # The name of the list of layers: "layers" is the only one here.
+        # The name of the list of layers.
         patterns = value if isinstance(value, list) else [value]
-        return not any(re.match(rf"(?:^|.*?\.){pattern}\.\d+\.", "model.layers.0.mlp") for pattern in patterns)
+        return not any(re.match(rf"(?:^|.*?\.){pattern}\.\d+\.", f"{layers_path}.0.mlp") for pattern in patterns)
     return key not in known and value != {"bias": "none", "task_type": "CAUSAL_LM"}.get(key)
 
 

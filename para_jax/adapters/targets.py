@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from typing import TypeVar
 
-from para_jax.adapters.method import BackboneShape, as_targets, no_site, site_path
+from para_jax.adapters.method import BackboneShape, as_targets, no_site
 from para_jax.errors import ParaJaxError
 
 ALL_LINEAR = "all-linear"
@@ -15,9 +15,8 @@ T = TypeVar("T")
 
 
 def module_path(layer: int, site: str, shape: BackboneShape) -> str:
-    """transformers' name of a projection: `model.layers.3.self_attn.q_proj`."""
-    stem = getattr(shape, "stem", "model")
-    return f"{stem}{'.' if stem else ''}{site_path(layer, site, shape)}"
+    """The full name of a projection: `model.layers.3.self_attn.q_proj`."""
+    return f"{shape.layers_path}.{layer}.{shape.sites[site].path}"
 
 
 def peft_path(layer: int, site: str, shape: BackboneShape) -> str:

@@ -29,6 +29,7 @@ FUNCTIONS: dict[str, Callable[[Any], Any]] = {
     "gelu": partial(jax.nn.gelu, approximate=False),
     "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
     "gelu_new": partial(jax.nn.gelu, approximate=True),
+    "gelu_fast": partial(jax.nn.gelu, approximate=True),
     "relu": jax.nn.relu,
     "relu2": lambda x: jnp.square(jax.nn.relu(x)),
     "swish": jax.nn.silu,
@@ -85,6 +86,7 @@ class Block:
         mixed = attend(q.reshape(b, t, k, g, hd), self._rotate("k_norm", k_, angles), v)
         out = adjust("o_proj", mixed, self._project("out", mixed, x_btd.dtype))
         if c.parallel:
+            normed = self._norm("mlp_norm", x_btd).astype(self.dtype) if c.parallel_norms else normed
             return x_btd + self._residual("attention_post_norm", out + self._feed_forward(normed, adjust, x_btd.dtype))
         x_btd = x_btd + self._residual("attention_post_norm", out)
         normed = (self._norm("mlp_norm", x_btd) if c.pre_norm else x_btd).astype(self.dtype)
@@ -96,8 +98,8 @@ class Block:
         return normed.astype(self.dtype)
 
     def _norm(self, name: str, x: Array) -> Array:
-        bias = self.weights.get(f"{name}_bias")
-        return norm(self.config, x, self.weights[name][...], None if bias is None else bias[...])
+        weight, bias = (self.weights.get(key) for key in (name, f"{name}_bias"))
+        return norm(self.config, x, None if weight is None else weight[...], None if bias is None else bias[...])
 
     def _residual(self, name: str, out: Array) -> Array:
         """The output of attention or feed-forward as it is added to the residual stream: normed and scaled."""
@@ -123,8 +125,9 @@ class Block:
 
     def _rotate(self, name: str, x: Float[Array, "b t heads hd"], angles: rope.Angles) -> Float[Array, "b t heads hd"]:
         """Applies RoPE to queries or keys, and their norm if it comes after RoPE."""
-        x = rope.rotate(x, angles.cos, angles.sin, self.config.rope_pairs)
-        return self._norm(name, x) if self.config.qk_norm_last else x
+        c = self.config
+        x = rope.rotate(x, angles.cos, angles.sin, c.rope_pairs) if any(kind.rope for kind in c.attention_kinds) else x
+        return self._norm(name, x) if c.qk_norm_last else x
 
     def _feed_forward(self, normed: Array, adjust: Adjust, dtype: Any) -> Array:
         c = self.config
@@ -170,7 +173,7 @@ def xielu(parameters: Float[Array, "4"], x: Float[Array, "*b f"]) -> Float[Array
     return jnp.where(x > 0, jax.nn.softplus(alpha_p) * x * x, negative) + beta * x
 
 
-def norm(config: BackboneConfig, x: Array, weight: Array, bias: Array | None = None) -> Array:
+def norm(config: BackboneConfig, x: Array, weight: Array | None, bias: Array | None = None) -> Array:
     if config.norm == "layer":
         return layer_norm(x, weight, bias, config.rms_norm_eps)
     return rms_norm(x, weight, config.rms_norm_eps, config.norm_offset)

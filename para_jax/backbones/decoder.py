@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.core import Tracer
 from jax.sharding import NamedSharding
 
 from para_jax.adapters.adapter import named_leaves
@@ -50,7 +52,7 @@ class Backbone(nnx.Module):
     """A frozen language model of any family, as a pytree that is passed to programs as an argument.
 
     Its weights are embed (v, d), blocks, norm (d,), and head (v, d) unless it is tied to embed; some families also have
-    norm_bias (d,) and head_bias (v,).
+    positions (p, d), norm_bias (d,) and head_bias (v,), or no norm.
 
     >>> from para_jax import Backbone, tiny_backbone_path
     >>> backbone = Backbone.from_pretrained(tiny_backbone_path())
@@ -59,6 +61,7 @@ class Backbone(nnx.Module):
     """
 
     embed: nnx.Param
+    positions: nnx.Param
     norm: nnx.Param
     norm_bias: nnx.Param
     head: nnx.Param
@@ -84,14 +87,8 @@ class Backbone(nnx.Module):
         self.attention = choose(attention, config, compute).kernel
         self.stacked = default_stacked() if stacked is None else stacked
         top, *layers = jax.random.split(key, 1 + config.num_hidden_layers)
-        outside = random_weights(table(config), config, compute, top)
-        self.embed, self.norm = outside["embed"], outside["norm"]
-        if "norm_bias" in outside:
-            self.norm_bias = outside["norm_bias"]
-        if "head" in outside:
-            self.head = outside["head"]
-        if "head_bias" in outside:
-            self.head_bias = outside["head_bias"]
+        for name, weight in random_weights(table(config), config, compute, top).items():
+            setattr(self, name, weight)
         make = partial(random_weights, table(config, 0), config, compute, quantize=quantize)
         self.blocks: Any = jax.vmap(make)(jnp.stack(layers)) if self.stacked else List([make(key) for key in layers])
 
@@ -191,9 +188,11 @@ class Backbone(nnx.Module):
           prompt_mask: the tokens that adapters are prepared from; by default all.
           bank, tenants: the adapters, and the tenant of each row: a name, None, or names with adapter weights.
 
-        Raises ParaJaxError for an unknown tenant, or if the tenants do not match the rows.
+        Raises ParaJaxError for an unknown tenant, if the tenants do not match the rows, or if a row has more tokens
+        than there are learned positions.
         """
         mask = jnp.ones(tokens_bt.shape, bool) if mask is None else jnp.asarray(mask, bool)
+        self._check_positions(mask)
         prompt_mask = mask if prompt_mask is None else jnp.asarray(prompt_mask, bool) & mask
         return _logits(self, tokens_bt, mask, prompt_mask, batch_rows(bank, tenants, tokens_bt.shape[0], self.mesh))
 
@@ -257,7 +256,7 @@ class Backbone(nnx.Module):
                 cache = cache.write(layer, column, *new_kv)
             return (x, cache), adjustment.for_decoding()
 
-        carry = (self._embedded(tokens_bt), cache)
+        carry = (self._embedded(tokens_bt, position_bt), cache)
         (x, cache), adjustments = self._over_layers(body, carry, self._per_layer(rows.per_layer()), remat)
         if cache is not None:
             cache = cache.admit(mask_bt)
@@ -299,7 +298,7 @@ class Backbone(nnx.Module):
             x_btd = block(x_btd, adjustment.apply, self._for_kind(layer, angles), attend)
             return (split_rows(x_btd, self.mesh), written[0]), None
 
-        carry = (self._embedded(token_b[:, None]), cache)
+        carry = (self._embedded(token_b[:, None], position_bt), cache)
         (x_btd, cache), _ = self._over_layers(body, carry, state.adjustments)
         return self.logits(self._final_norm(x_btd))[:, 0], DecodeState(cache, state.adjustments)
 
@@ -319,14 +318,33 @@ class Backbone(nnx.Module):
         logits = logits if self.config.logits_scale == 1 else logits * self.config.logits_scale
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
-    def _embedded(self, tokens_bt: Int[Array, "b t"]) -> Float[Array, "b t d"]:
-        x, scale = embedded(self.embed[...], tokens_bt, self.mesh), self.config.embedding_scale
-        x = x.astype(self.residual_dtype)
-        return x if scale == 1 else x * jnp.asarray(scale, x.dtype)
+    def _embedded(self, tokens_bt: Int[Array, "b t"], position_bt: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+        """The input of the first layer; NaN for a position without a learned vector."""
+        c = self.config
+        x = embedded(self.embed[...], tokens_bt, self.mesh).astype(self.residual_dtype)
+        x = x if c.embedding_scale == 1 else x * jnp.asarray(c.embedding_scale, x.dtype)
+        if c.position_offset is not None:
+            learned = embedded(self.positions[...], position_bt + c.position_offset, self.mesh)
+            x = jnp.where(position_bt[..., None] < c.max_position_embeddings, x + learned.astype(x.dtype), jnp.nan)
+        return norm(c, x, None) if c.embedding_norm else x
+
+    def _check_positions(self, mask_bt: Bool[Array, "b t"]) -> None:
+        """Raises ParaJaxError for a row with more tokens than there are learned positions, where the mask is known."""
+        c = self.config
+        if c.position_offset is None or mask_bt.shape[1] <= c.max_position_embeddings or isinstance(mask_bt, Tracer):
+            return
+        length_b = np.asarray(mask_bt).sum(axis=1)
+        row = int(length_b.argmax())
+        if length_b[row] > c.max_position_embeddings:
+            raise ParaJaxError(
+                f"row {row} has {length_b[row]} tokens, and the backbone has learned {c.max_position_embeddings} "
+                "positions; shorten the row"
+            )
 
     def _final_norm(self, x_btd: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-        bias = self.norm_bias[...] if "norm" in self.config.biases else None
-        return norm(self.config, x_btd, self.norm[...], bias).astype(self.dtype)
+        c = self.config
+        weight, bias = (self.norm[...] if c.norm_weights else None, self.norm_bias[...] if "norm" in c.biases else None)
+        return norm(c, x_btd, weight, bias).astype(self.dtype)
 
     def _attend(self, layer: int | Int[Array, ""], kernel: Kernel, q: Array, k: Array, v: Array, seen: Seen) -> Array:
         """Attention with the window of the layer's kind."""

@@ -26,19 +26,21 @@ SAVE_MATMULS = jax.checkpoint_policies.save_only_these_names("matmul")
 
 
 def rms_norm(
-    x: Float[Array, "*b d"], weight_d: Float[Array, " d"], eps: float, offset: float = 0.0
+    x: Float[Array, "*b d"], weight_d: Float[Array, " d"] | None, eps: float, offset: float = 0.0
 ) -> Float[Array, "*b d"]:
     """Root-mean-square norm (Zhang and Sennrich, arXiv 1910.07467), in float32; `offset` is added to the weight."""
     x32 = x.astype(jnp.float32)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    if weight_d is None:
+        return x32.astype(x.dtype)
     weight = weight_d.astype(jnp.float32) + offset if offset else weight_d.astype(jnp.float32)
     return (jnp.expand_dims(weight, range(x.ndim - 1)) * x32).astype(x.dtype)
 
 
 def layer_norm(
-    x: Float[Array, "*b d"], weight_d: Float[Array, "*o d"], bias_d: Float[Array, "*o d"] | None, eps: float
+    x: Float[Array, "*b d"], weight_d: Float[Array, "*o d"] | None, bias_d: Float[Array, "*o d"] | None, eps: float
 ) -> Float[Array, "*b d"]:
-    """Layer norm (Ba et al., arXiv 1607.06450), in float32; the bias is optional.
+    """Layer norm (Ba et al., arXiv 1607.06450), in float32; the weight and the bias are optional.
 
     >>> layer_norm(jnp.array([[1.0, 3.0]]), jnp.array([2.0, 2.0]), jnp.array([1.0, 1.0]), 0.0).tolist()
     [[-1.0, 3.0]]
@@ -46,7 +48,8 @@ def layer_norm(
     x32 = x.astype(jnp.float32)
     x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    x32 = x32 * jnp.expand_dims(weight_d.astype(jnp.float32), range(x.ndim - weight_d.ndim))
+    if weight_d is not None:
+        x32 = x32 * jnp.expand_dims(weight_d.astype(jnp.float32), range(x.ndim - weight_d.ndim))
     if bias_d is not None:
         x32 = x32 + jnp.expand_dims(bias_d.astype(jnp.float32), range(x.ndim - bias_d.ndim))
     return x32.astype(x.dtype)

@@ -53,7 +53,7 @@ def angles(
         return Angles(ones, jnp.zeros_like(ones))
     inverse, factor = frequencies(rope, head_dim, context, length_bt)
     angle = position_bt[..., None].astype(jnp.float32) * inverse
-    cos, sin = jnp.cos(angle) * factor, jnp.sin(angle) * factor
+    cos, sin = jnp.cos(angle) * factor, jnp.sin(-angle if rope.backwards else angle) * factor
     both = jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([sin, sin], axis=-1)
     if rope.query_scaling is None:
         return Angles(*both)

@@ -24,7 +24,7 @@ from para_jax.errors import ParaJaxError, unknown
 from para_jax.families.wrappers import Wrapper, wrapper_of
 from para_jax.families.writing import hf_fields, with_dtype
 from para_jax.files import as_json, copy, new_folder, safetensors, write_file
-from para_jax.parameters import Parameter, table
+from para_jax.parameters import Parameter, names_of, table
 from para_jax.quantization import QUANTIZED, Quantize, quantized
 
 FILES = ["*.json", "model*.safetensors", "tokenizer*", "*.jinja"]
@@ -69,7 +69,7 @@ def load_weights(folder: Path, shapes: W, check_finite: bool = False) -> W:
     layers = range(config.num_hidden_layers)
     outside, inside = table(config), [table(config, layer) for layer in layers]
     names = _shapes(config)
-    files = as_named(folder, open_tensors(folder), config, names)
+    files = as_named(folder, open_tensors(folder, names_of(config).spare), config, names)
     check_tensors(folder, files, config, names)
     abstract = named_leaves(shapes)
     shardings: dict[str, Any] = {name: x.sharding for name, x in abstract.items()}
@@ -223,7 +223,7 @@ def _original(like: str | Path | None, config: BackboneConfig, wrapper: Wrapper)
             "from, to write it back into the whole model, or text_only=True to write it as a separate model"
         )
     shapes = _shapes(config)
-    original = as_named(Path(like), open_tensors(Path(like)), config, shapes)
+    original = as_named(Path(like), open_tensors(Path(like), names_of(config).spare), config, shapes)
     for name, shape in shapes.items():
         if original.shape.get(name) != shape:
             raise ParaJaxError(

@@ -1,6 +1,7 @@
 """Maps the tensor names that transformers accepts to the names of a family's table.
 
-base models      layers.0. ... instead of model.layers.0. ..., as `LlamaModel.save_pretrained` writes them
+base models      layers.0. ... instead of model.layers.0. ..., as `LlamaModel.save_pretrained` writes them; in GPT-2
+                 h.0. ... instead of transformer.h.0. ...
 tied embeddings  only lm_head.weight for both
 experts          all experts of a layer in one gate_up_proj and one down_proj, as in transformers 5; Mixtral's under mlp
                  instead of block_sparse_moe
@@ -20,13 +21,12 @@ from para_jax.config import BackboneConfig
 from para_jax.convert.tensors import TensorFiles
 from para_jax.convert.wrapped import Parts, Unread, left_out, parts_of
 from para_jax.errors import ParaJaxError
+from para_jax.families.architecture import Names
 from para_jax.families.wrappers import wrapper_of
 from para_jax.parameters import names_of
 
-# The tensors of a decoder. One that the family's table lacks is an error, because it would change the result.
-DECODER = re.compile(r"(model\.)?(layers|embed_tokens|norm|lm_head)\.")
 MAX_LISTED = 20
-EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+HEAD = "lm_head."
 # The part of a stored tensor; () for all of it.
 Index = tuple[int | slice, ...]
 
@@ -81,17 +81,17 @@ def as_named(folder: Path, files: TensorFiles, config: BackboneConfig, expected:
     Tensors with an expected name, or a name that transformers does not accept, keep it. For a checkpoint with other
     parts, only the decoder's tensors are included.
     """
-    known, wrapper = {*expected, HEAD}, wrapper_of(config)
+    known, wrapper, (embed, head) = {*expected, _ends(config)[1]}, wrapper_of(config), _ends(config)
     parts = parts_of(folder, files.shape, wrapper)
     places: dict[str, tuple[str, Index]] = {}
     for stored, named in sorted(parts.names.items(), key=lambda pair: pair[1] not in known):
-        name = named if wrapper else _base_model_name(named, known)
+        name = named if wrapper else _base_model_name(named, known, names_of(config))
         found = dict(_expert_parts(name, files.shape[stored], config)) or {name: ()}
         # Of two tensors for one name, the one with the expected name is used, and the other keeps its name.
         found = {stored: ()} if found.keys() & places.keys() else found
         places |= {part: (stored, index) for part, index in found.items()}
-    if config.tie_word_embeddings and EMBED not in places and HEAD in places:
-        places[EMBED] = places.pop(HEAD)
+    if config.tie_word_embeddings and embed not in places and head in places:
+        places[embed] = places.pop(head)
     return Renamed(files, places, parts)
 
 
@@ -101,28 +101,34 @@ def check_tensors(folder: Path, files: Renamed, config: BackboneConfig, shapes: 
     Tensors that are not a decoder's, such as a value head's, are ignored with a warning, as in transformers. For a
     checkpoint with other parts, a message lists what is left out, and a tensor of an unknown part is an error.
     """
-    wrapper, spelled = wrapper_of(config), files.in_files
-    # Old checkpoints have the rotary frequencies. Tied checkpoints may have the embedding twice.
-    spare = {name for name in files.shape if name.endswith("rotary_emb.inv_freq")}
+    wrapper, spelled, names, (embed, head) = wrapper_of(config), files.in_files, names_of(config), _ends(config)
+    # Tied checkpoints may have the embedding twice.
+    spare = {name for name in files.shape if name.endswith(names.spare)}
     if config.tie_word_embeddings:
-        spare.add(HEAD)
+        spare.add(head)
+    # The tensors of a decoder. One that the family's table lacks is an error, because it would change the result.
+    decoder = {name.removeprefix(f"{names.stem}.").partition(".")[0] for name in (*shapes, HEAD, head)}
     missing = [name for name in shapes if name not in files.shape]
     problems = [f"{spelled(name)} {list(shapes[name])} is missing" for name in missing]
     others = [name for name in files.shape if name not in shapes and name not in spare]
-    problems += [f"{spelled(name)} is not expected" for name in others if problems or wrapper or DECODER.match(name)]
+    problems += [
+        f"{spelled(name)} is not expected"
+        for name in others
+        if problems or wrapper or name.removeprefix(f"{names.stem}.").partition(".")[0] in decoder
+    ]
     problems += [f"{name} is not expected" for name in files.parts.unknown]
     problems += [
         f"{spelled(name)} is {list(files.shape[name])} and should be {list(shape)}"
         for name, shape in shapes.items()
         if name in files.shape and files.shape[name] != shape
     ]
-    twice = not problems and config.tie_word_embeddings and HEAD in files.shape
-    if twice and not np.array_equal(files.read(HEAD), files.read(EMBED)):
+    twice = not problems and config.tie_word_embeddings and head in files.shape
+    if twice and not np.array_equal(files.read(head), files.read(embed)):
         problems = [
-            f"{spelled(HEAD)} differs from the embedding: set tie_word_embeddings to false in config.json to use it, "
+            f"{spelled(head)} differs from the embedding: set tie_word_embeddings to false in config.json to use it, "
             "as in transformers 5. If it should not be used, as in transformers 4, take it out of the file"
         ]
-    if problems == [f"{HEAD} {list(shapes.get(HEAD, ()))} is missing"]:
+    if problems == [f"{head} {list(shapes.get(head, ()))} is missing"]:
         problems[0] += "; if the head is the embedding, set tie_word_embeddings to true in config.json"
     if problems:
         more = len(problems) - MAX_LISTED
@@ -136,14 +142,25 @@ def check_tensors(folder: Path, files: Renamed, config: BackboneConfig, shapes: 
         log("%s", left_out(folder, files.parts, files.files.shape, wrapper))
 
 
-def _base_model_name(name: str, known: Collection[str]) -> str:
-    """The name with the prefix `model.` added or removed, if that makes it a known name."""
+def _ends(config: BackboneConfig) -> tuple[str, str]:
+    """The names of the weights of the embeddings and of the output layer."""
+    names = names_of(config)
+    return f"{names.stem}.{names.embed}.weight", f"{names.head}.weight"
+
+
+def _base_model_name(name: str, known: Collection[str], names: Names) -> str:
+    """The name with the model's prefix added or removed, or with the family's name of the output layer, if that makes
+    it a known name."""
     if name in known:
         return name
-    short, long = name.removeprefix("model."), f"model.{name}"
+    prefix = f"{names.stem.partition('.')[0]}."
+    short, long = name.removeprefix(prefix), f"{prefix}{name}"
+    if name.startswith(HEAD) and (head := f"{names.head}.{name.removeprefix(HEAD)}") in known:
+        return head
     if short in known:
         return short
-    return long if long in known or re.match(r"layers\.\d+\.", name) else name
+    path = f"{names.stem}.{names.layers}".removeprefix(prefix)
+    return long if long in known or re.match(rf"{re.escape(path)}\.\d+\.", name) else name
 
 
 def _expert_parts(name: str, shape: tuple[int, ...], config: BackboneConfig) -> Iterator[tuple[str, Index]]:

@@ -28,8 +28,10 @@ class TensorFiles(Protocol):
         ...
 
 
-def open_tensors(folder: Path) -> TensorFiles:
+def open_tensors(folder: Path, spare: tuple[str, ...] = ()) -> TensorFiles:
     """Opens the safetensors files of a folder, or else PyTorch's .bin files.
+
+    Tensors whose names end with one of `spare` may have any dtype; they are left out if it is not supported.
 
     Raises ParaJaxError if there are no such files, or one is missing, damaged or has an unsupported dtype.
     """
@@ -47,7 +49,7 @@ def open_tensors(folder: Path) -> TensorFiles:
                 ) from error
         missing = [name for name in files if not (folder / name).is_file()]
         if not missing:
-            return kind(folder, files)
+            return kind(folder, files, spare)
         if files != [single]:
             raise ParaJaxError(f"{folder} lacks {', '.join(missing)}, which {index} names; download it again")
     raise ParaJaxError(f"{folder} has no weights: neither model.safetensors nor pytorch_model.bin, nor their index")
@@ -56,7 +58,7 @@ def open_tensors(folder: Path) -> TensorFiles:
 class SafetensorsFiles:
     """The tensors of safetensors files, mapped into memory."""
 
-    def __init__(self, folder: Path, files: list[str]):
+    def __init__(self, folder: Path, files: list[str], spare: tuple[str, ...]):
         from safetensors import SafetensorError, safe_open
 
         self.file: dict[str, Path] = {}
@@ -68,6 +70,8 @@ class SafetensorsFiles:
                     for key in f.keys():  # noqa: SIM118  (not a mapping)
                         piece = f.get_slice(key)
                         if piece.get_dtype() not in DTYPES:
+                            if key.endswith(spare):
+                                continue
                             raise ParaJaxError(
                                 f"{folder / name}: {key} is {piece.get_dtype()}; supported: {', '.join(sorted(DTYPES))}"
                             )
@@ -88,24 +92,25 @@ class SafetensorsFiles:
 
 
 def _places(path: Path) -> dict[str, tuple[str, int]]:
-    """The dtype and offset of each tensor in a valid safetensors file: eight bytes, a JSON header and the contents."""
+    """The dtype and offset of each tensor of a supported dtype in a valid safetensors file: eight bytes, a JSON header
+    and the contents."""
     with path.open("rb") as f:
         size = int.from_bytes(f.read(8), "little")
         header = json.loads(f.read(size))
     return {
         key: (DTYPES[entry["dtype"]], 8 + size + entry["data_offsets"][0])
         for key, entry in header.items()
-        if key != "__metadata__"
+        if key != "__metadata__" and entry["dtype"] in DTYPES
     }
 
 
 class TorchFiles:
     """The tensors of PyTorch's .bin files."""
 
-    def __init__(self, folder: Path, files: list[str]):
+    def __init__(self, folder: Path, files: list[str], spare: tuple[str, ...]):
         self._tensors: dict[str, Any] = {}
         for name in files:
-            self._tensors |= read_torch(folder / name, tuple(DTYPES.values()))
+            self._tensors |= read_torch(folder / name, tuple(DTYPES.values()), spare)
         self.shape = {key: tuple(x.shape) for key, x in self._tensors.items()}
         self.dtype = {key: str(x.dtype).removeprefix("torch.") for key, x in self._tensors.items()}
 

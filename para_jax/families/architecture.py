@@ -23,7 +23,7 @@ SITE_AXES: dict[str, tuple[Axis, Axis]] = {
     "down_proj": ("inner", "model"),
 }
 # Names of feed-forward activations in config.json; `backbones/block.py` has the functions.
-ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "gelu_new", "relu", "relu2", "swish")
+ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "gelu_new", "gelu_fast", "relu", "relu2", "swish")
 
 
 class RopeOptions(NamedTuple):
@@ -58,6 +58,7 @@ class Rope:
       partial_rotary_factor: the fraction of a head's features that is rotated.
       options: the options of the type, with transformers' names.
       query_scaling: (beta, n) multiplies queries at position p by 1 + beta log(1 + floor(p / n)).
+      backwards: whether features are rotated by the negative angles.
     """
 
     theta: float = 10000.0
@@ -65,6 +66,7 @@ class Rope:
     partial_rotary_factor: float = 1.0
     options: tuple[tuple[str, Any], ...] = ()
     query_scaling: tuple[float, int] | None = None
+    backwards: bool = False
 
     def dim(self, head_dim: int) -> int:
         """The number of features of a head that are rotated."""
@@ -105,8 +107,16 @@ class Experts:
 class Names(NamedTuple):
     """The names of a family's tensors.
 
-    `qkv` and `gate_up` are the fused modules, if any. `expert` has the gate, up and down projections of an expert.
-    `modules` has the modules of sites and norms whose names differ from Llama's.
+    Attributes:
+      qkv, gate_up: the fused modules, if any.
+      by_head: whether the outputs of `qkv` are ordered by head: query, key and value of the first head, and so on.
+      expert: the gate, up and down projections of an expert.
+      modules: the modules of sites and norms whose names differ from Llama's; "norm" is the final norm.
+      stem, layers: the path of the decoder, and the name of its list of layers.
+      embed, positions: the embeddings of tokens, and of positions if they are learned.
+      head: the output layer, which is outside the decoder.
+      transposed: whether the weights of projections are (inputs, outputs).
+      spare: endings of the names of tensors in old checkpoints that no code reads, such as masks.
     """
 
     qkv: str = ""
@@ -115,13 +125,22 @@ class Names(NamedTuple):
     experts: str = ""
     expert: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     modules: Mapping[str, str] = MappingProxyType({})
+    by_head: bool = False
+    stem: str = "model"
+    layers: str = "layers"
+    embed: str = "embed_tokens"
+    positions: str = ""
+    head: str = "lm_head"
+    transposed: bool = False
+    spare: tuple[str, ...] = ("rotary_emb.inv_freq",)
 
 
 class Site(NamedTuple):
     """A projection `y = x W^T` with x (..., inputs) and y (..., outputs), and its path in a layer.
 
     `linear` is False if the site stands for the projections of many experts, whose outputs may only be scaled. `fused`
-    is the path of transformers' module if it differs; it may hold several sites, with their outputs in site order.
+    is the path of transformers' module if it differs; it may hold several sites, with their outputs in site order. With
+    `heads` above 1, every head has its outputs in this order. `transposed` is whether transformers stores W^T.
     """
 
     inputs: int
@@ -129,6 +148,8 @@ class Site(NamedTuple):
     path: str
     linear: bool = True
     fused: str = ""
+    heads: int = 1
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -154,14 +175,18 @@ class Architecture:
     hidden_act: str = "silu"
     biases: tuple[str, ...] = ()
     norm: Literal["rms", "layer"] = "rms"
+    norm_weights: bool = True
+    embedding_norm: bool = False
     qk_norm: Literal["none", "head", "all", "each"] = "none"
     qk_norm_last: bool = False
     pre_norm: bool = True
     post_norm: bool = False
     norm_offset: float = 0.0
     parallel: bool = False
+    parallel_norms: bool = False
     gated: bool = True
     rope_pairs: Literal["halves", "neighbours"] = "halves"
+    position_offset: int | None = None
     attention_scale: float | None = None
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None

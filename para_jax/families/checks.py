@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from para_jax.errors import ParaJaxError, unknown
@@ -18,7 +18,7 @@ ABOVE_ZERO = (
     "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping", "embedding_multiplier",
     "residual_multiplier", "attention_multiplier", "logits_scaling", "logit_scale",
 )  # fmt: skip
-EPS = ("rms_norm_eps", "layer_norm_eps", "norm_epsilon")
+EPS = ("rms_norm_eps", "layer_norm_eps", "norm_epsilon", "layer_norm_epsilon")
 # torch's dtypes for weights. The value is only checked, because the files of weights have their own dtype.
 DTYPES = (
     "float64", "double", "float32", "float", "float16", "half", "bfloat16", "float8_e4m3fn", "float8_e5m2",
@@ -46,12 +46,17 @@ def is_whole(value: Any, least: int = 1) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**31
 
 
-def check_values(fields: Mapping[str, Any]) -> None:
-    """Raises ParaJaxError for the first invalid value."""
-    missing = [key for key in SIZES if fields.get(key) is None]
+def check_values(fields: Mapping[str, Any], names: Mapping[str, str], optional: Collection[str] = ()) -> None:
+    """Raises ParaJaxError for the first invalid value.
+
+    Args:
+      names: the family's names of options that have another name in most families.
+      optional: the family's sizes that may be missing or null.
+    """
+    missing = [own for key in SIZES if fields.get(own := names.get(key, key)) is None and own not in optional]
     if missing:
         raise ParaJaxError(f"config.json lacks {', '.join(missing)}")
-    for key in WHOLE:
+    for key in (names.get(key, key) for key in WHOLE):
         if fields.get(key) is not None and not is_whole(fields[key]):
             raise ParaJaxError(f"config.json has {key}={fields[key]!r}, which is not a whole number from 1")
     for key in WHOLE_OR_ZERO:
@@ -69,9 +74,10 @@ def check_values(fields: Mapping[str, Any]) -> None:
             raise unknown(f"{key} in config.json", fields[key], DTYPES)
     for key in ("layer_types", "no_rope_layers"):
         each = fields.get(key)
-        if each is not None and (not isinstance(each, list) or len(each) < fields["num_hidden_layers"]):
+        layers = fields.get(names.get("num_hidden_layers", "num_hidden_layers"))
+        if each is not None and (not isinstance(each, list) or len(each) < layers):
             count = len(each) if isinstance(each, list) else repr(each)
-            raise ParaJaxError(f"config.json has {count} {key} for {fields['num_hidden_layers']} layers")
+            raise ParaJaxError(f"config.json has {count} {key} for {layers} layers")
 
 
 def check_rope(kind: str, options: Mapping[str, Any], dim: int) -> None:

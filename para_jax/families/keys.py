@@ -38,6 +38,7 @@ NEUTRAL = {
     "initializer_factor", "init_std", "unsloth_fixed", "unsloth_version", "transformers.js_config", "id2label",
     "label2id", "num_labels", "problem_type", "chunk_size_feed_forward", "return_dict", "use_return_dict",
     "output_hidden_states", "output_attentions", "distributed_config", "is_decoder", "_attn_was_changed",
+    "prefix", "task_specific_params",
 }  # fmt: skip
 # Keys of all families with one supported setting.
 ONLY = {"is_causal": True, "is_encoder_decoder": False}

@@ -12,12 +12,14 @@ from para_jax.families.checks import check_rope, is_number, is_whole
 from para_jax.families.keys import rope_code_reads
 
 # Families that support partial_rotary_factor.
-PARTIAL = ("phi3", "glm4", "stablelm", "phi")
+PARTIAL = ("phi3", "glm4", "stablelm", "phi", "gpt_neox")
 
 
 def attention_kinds(config: Any, model_type: str, head_dim: int) -> list[AttentionKind]:
     """The kind of each layer. The window is for layers with "sliding_attention" in `layer_types`, by default all."""
     layers = config.num_hidden_layers
+    if not hasattr(config, "rope_parameters"):
+        return [AttentionKind(None, None)] * layers
     window = config.sliding_window if hasattr(config, "sliding_window") else None
     if window == 0 and not getattr(config, "use_sliding_window", True):  # in Qwen2-MoE's class
         window = None
@@ -91,7 +93,7 @@ def _rope(parameters: Mapping[str, Any], config: Any, model_type: str, head_dim:
     options = {key: rope[key] for key in sorted(rope) if key in known}
     check_rope(kind, options, Rope(partial_rotary_factor=share).dim(head_dim))
     frozen = tuple((key, tuple(value) if isinstance(value, list) else value) for key, value in options.items())
-    return Rope(float(theta), kind, float(share), frozen, scaling)
+    return Rope(float(theta), kind, float(share), frozen, scaling, backwards=model_type == "nanochat")
 
 
 def _query_scaling(rope: dict[str, Any]) -> tuple[float, int]:

@@ -28,7 +28,8 @@ def architecture_from_hf(fields: Mapping[str, Any], name: str = "") -> Architect
     # From config.json alone: a default of the class is not an end token of the checkpoint.
     eos = as_token_ids(text.top["eos_token_id"], CONFIG)
     config = read_by_transformers(text)
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", heads)
     if heads % kv_heads:
         raise ParaJaxError(f"config.json has {heads} attention heads that {kv_heads} key/value heads do not divide")
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -46,10 +47,10 @@ def architecture_from_hf(fields: Mapping[str, Any], name: str = "") -> Architect
         raise ParaJaxError(f"config.json sends a token to {experts.per_token} of {experts.count} experts")
     return Architecture(
         **{
-            **{size: getattr(config, size) for size in SIZES},
+            **{size: getattr(config, family.options.get(size, size)) for size in SIZES},
             "num_key_value_heads": kv_heads,
             "head_dim": head_dim,
-            "rms_norm_eps": getattr(config, family.eps),
+            "rms_norm_eps": getattr(config, family.eps, None),
             "attention_kinds": different,
             "kind_of_layer": () if len(different) == 1 else tuple(different.index(kind) for kind in kinds),
             "tie_word_embeddings": _from_top(text, config, "tie_word_embeddings") or False,
@@ -83,11 +84,13 @@ def read_by_transformers(text: Text) -> Any:
 
     made: Any = CONFIG_MAPPING[text.made]
     fields = text.fields
-    check_values({**({size: defaults(made)[size] for size in SIZES} if text.sparse else {}), **fields})
+    sizes = {size: defaults(made)[size] for size in SIZES} if text.sparse else {}
+    check_values({**sizes, **fields}, text.own.options, text.own.optional)
     for key in QUANTIZED:
         if fields.get(key):
             raise ParaJaxError(f"config.json has a {key}; only float32, float16 and bfloat16 are read")
-    for key, value in {**ONLY, **text.only}.items():
+    same = {key: fields.get(other) for key, other in text.own.same.items()}
+    for key, value in {**ONLY, **text.only, **same}.items():
         if fields.get(key) is not None and fields[key] != value:
             raise ParaJaxError(f"config.json has {text.at}{key}={fields[key]!r}; only {value!r} is supported")
     used, refused, _ = _keys(text)
@@ -109,7 +112,8 @@ def _keys(text: Text) -> Keys:
 
     family = text.own
     others = {key for other in FAMILIES.values() for key in (*other.only, *other.reads)}
-    own = {*text.neutral, *text.only, *family.reads, family.eps}
+    own = {*text.neutral, *text.only, *family.same, *family.reads, *family.options.values()}
+    own |= {family.activation, family.eps}
     return sort_keys(text.fields, CONFIG_MAPPING[text.made], own, others)
 
 

@@ -26,10 +26,13 @@ class Family:
       fields: fields of `Architecture`, either constant or a function of transformers' config.
       reads: the options that `fields` uses, in addition to those of all families.
       only: options with one supported setting.
+      same: options that must equal another option.
       neutral: options that have no effect here, in addition to those of all families.
       activation: the option that names the feed-forward's activation.
       activations: activations that only this family has.
       eps: the option for the epsilon of norms.
+      options: the family's names of options that have another name in most families.
+      optional: those of `options` that may be null.
       names: the tensor names that differ from Llama's.
       rope: the RoPE settings that only this family reads.
     """
@@ -39,10 +42,13 @@ class Family:
     fields: Mapping[str, Any] | Callable[[Any], Mapping[str, Any]] = field(default_factory=dict)
     reads: tuple[str, ...] = ()
     only: Mapping[str, Any] = field(default_factory=dict)
+    same: Mapping[str, str] = field(default_factory=dict)
     neutral: tuple[str, ...] = ()
     activation: str = "hidden_act"
     activations: tuple[str, ...] = ()
     eps: str = "rms_norm_eps"
+    options: Mapping[str, str] = field(default_factory=dict)
+    optional: tuple[str, ...] = ()
     names: Names = LLAMA_NAMES
     rope: tuple[str, ...] = ()
 
@@ -276,5 +282,124 @@ FAMILIES: dict[str, Family] = {
                 "norm": "final_layernorm",
             }
         ),
+    ),
+    "gpt_neox": Family(
+        "Pythia, GPT-NeoX 20B, Dolly 2",
+        "GPTNeoXForCausalLM",
+        lambda c: {
+            "norm": "layer",
+            "gated": False,
+            "parallel": c.use_parallel_residual,
+            "parallel_norms": True,
+            "biases": ("norm", *_biases(c.attention_bias, c.attention_bias, True)),
+        },
+        reads=("use_parallel_residual",),
+        # transformers puts the last two into rope_parameters.
+        neutral=(
+            "hidden_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout", "rotary_pct",
+            "rotary_emb_base",
+        ),
+        eps="layer_norm_eps",
+        names=Names(
+            qkv="attention.query_key_value",
+            by_head=True,
+            modules={
+                "o_proj": "attention.dense",
+                "up_proj": "mlp.dense_h_to_4h",
+                "down_proj": "mlp.dense_4h_to_h",
+                "norm": "final_layer_norm",
+            },
+            stem="gpt_neox",
+            embed="embed_in",
+            head="embed_out",
+            spare=("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias"),
+        ),
+    ),
+    "gpt2": Family(
+        "GPT-2, DistilGPT-2, DialoGPT, Cerebras-GPT",
+        "GPT2LMHeadModel",
+        lambda c: {
+            "norm": "layer",
+            "gated": False,
+            "biases": ("norm", *_biases(True, True, True)),
+            "intermediate_size": 4 * c.n_embd if c.n_inner is None else c.n_inner,
+            "position_offset": 0,
+            "attention_scale": None if c.scale_attn_weights else 1.0,
+        },
+        reads=("scale_attn_weights",),
+        only={"scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
+        # How attention is rounded, and what other classes put on top of it.
+        neutral=(
+            "reorder_and_upcast_attn", "resid_pdrop", "embd_pdrop", "attn_pdrop", "n_ctx", "summary_type",
+            "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout",
+            "summary_last_dropout", "classifier_dropout", "hidden_dropout",
+        ),
+        activation="activation_function",
+        eps="layer_norm_epsilon",
+        options={
+            "hidden_size": "n_embd",
+            "intermediate_size": "n_inner",
+            "num_hidden_layers": "n_layer",
+            "num_attention_heads": "n_head",
+            "max_position_embeddings": "n_positions",
+        },
+        optional=("n_inner",),
+        names=Names(
+            qkv="attn.c_attn",
+            modules={
+                "o_proj": "attn.c_proj",
+                "up_proj": "mlp.c_fc",
+                "down_proj": "mlp.c_proj",
+                "attention_norm": "ln_1",
+                "mlp_norm": "ln_2",
+                "norm": "ln_f",
+            },
+            stem="transformer",
+            layers="h",
+            embed="wte",
+            positions="wpe",
+            transposed=True,
+            spare=("attn.bias", "attn.masked_bias"),
+        ),
+    ),
+    "opt": Family(
+        "OPT 125M to 66B, without 350M",
+        "OPTForCausalLM",
+        lambda c: {
+            "norm": "layer",
+            "norm_weights": c.layer_norm_elementwise_affine,
+            "rms_norm_eps": 1e-5,
+            "gated": False,
+            "biases": (
+                *(("norm",) if c.layer_norm_elementwise_affine else ()),
+                *_biases(c.enable_bias, c.enable_bias, c.enable_bias),
+            ),
+            "position_offset": 2,
+        },
+        reads=("enable_bias", "layer_norm_elementwise_affine"),
+        only={"do_layer_norm_before": True, "_remove_final_layer_norm": False},
+        same={"word_embed_proj_dim": "hidden_size"},
+        neutral=("dropout", "activation_dropout", "layerdrop"),
+        activation="activation_function",
+        eps="",
+        options={"intermediate_size": "ffn_dim"},
+        names=Names(
+            modules={
+                "o_proj": "self_attn.out_proj",
+                "up_proj": "fc1",
+                "down_proj": "fc2",
+                "attention_norm": "self_attn_layer_norm",
+                "mlp_norm": "final_layer_norm",
+                "norm": "final_layer_norm",
+            },
+            stem="model.decoder",
+            positions="embed_positions",
+        ),
+    ),
+    "nanochat": Family(
+        "nanochat d20 to d34",
+        "NanoChatForCausalLM",
+        {"norm_weights": False, "embedding_norm": True, "qk_norm": "head", "qk_norm_last": True, "gated": False},
+        names=Names(modules={"up_proj": "mlp.fc1", "down_proj": "mlp.fc2"}),
     ),
 }  # fmt: skip

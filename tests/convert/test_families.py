@@ -248,6 +248,29 @@ PUBLISHED: dict[str, tuple[int, dict[str, Any]]] = {
         "layer_norm_eps": 1e-5, "partial_rotary_factor": 0.4, "qk_layernorm": False, "resid_pdrop": 0.1,
         "rope_scaling": None, "rope_theta": 10000.0, "tie_word_embeddings": False,
     }),
+    "Pythia 160M": (162_322_944, {
+        "model_type": "gpt_neox", "vocab_size": 50304, "hidden_size": 768, "intermediate_size": 3072,
+        "num_hidden_layers": 12, "num_attention_heads": 12, "max_position_embeddings": 2048, "hidden_act": "gelu",
+        "layer_norm_eps": 1e-5, "rotary_emb_base": 10000, "rotary_pct": 0.25, "tie_word_embeddings": False,
+        "use_parallel_residual": True,
+    }),
+    "GPT-2": (124_439_808, {
+        "model_type": "gpt2", "vocab_size": 50257, "activation_function": "gelu_new", "attn_pdrop": 0.1,
+        "embd_pdrop": 0.1, "layer_norm_epsilon": 1e-5, "n_ctx": 1024, "n_embd": 768, "n_head": 12, "n_layer": 12,
+        "n_positions": 1024, "resid_pdrop": 0.1, "summary_activation": None, "summary_first_dropout": 0.1,
+        "summary_proj_to_labels": True, "summary_type": "cls_index", "summary_use_proj": True,
+    }),
+    "OPT 125M": (125_239_296, {
+        "model_type": "opt", "vocab_size": 50272, "_remove_final_layer_norm": False, "activation_function": "relu",
+        "do_layer_norm_before": True, "dropout": 0.1, "ffn_dim": 3072, "hidden_size": 768, "init_std": 0.02,
+        "layerdrop": 0.0, "max_position_embeddings": 2048, "num_attention_heads": 12, "num_hidden_layers": 12,
+        "pad_token_id": 1, "prefix": "</s>", "word_embed_proj_dim": 768,
+    }),
+    "nanochat d20": (560_988_160, {
+        "model_type": "nanochat", **sizes(65536, 1280, 5120, 20, 10, 10, 2048), "attention_bias": False,
+        "final_logit_softcapping": 15.0, "hidden_act": "relu2", "pad_token_id": 1, "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}, "tie_word_embeddings": False,
+    }),
 }  # fmt: skip
 
 
@@ -300,6 +323,9 @@ BESIDES: list[tuple[str, dict[str, Any], list[str]]] = [
     ("Command R7B", {"position_embedding_type": "rope_gptj", "use_qk_norm": False, "rotary_pct": 1.0},
      ["position_embedding_type", "rotary_pct"]),
     ("Qwen3 30B-A3B", {"use_qk_norm": True, "qkv_bias": False, "shared_expert_intermediate_size": 0}, []),
+    ("GPT-2", {"task_specific_params": {"text-generation": {"do_sample": True}}, "n_inner": None}, []),
+    ("Pythia 160M", {"attention_bias": True, "attention_probs_dropout_prob": 0.1, "rope_ratio": 2}, ["rope_ratio"]),
+    ("OPT 125M", {"activation_dropout": 0.1, "enable_bias": True}, []),
 ]  # fmt: skip
 
 
@@ -337,6 +363,14 @@ MATTERS: list[tuple[str, dict[str, Any], str]] = [
     ("Llama 3.1 8B", {"residual_multiplier": 0.22}, "residual_multiplier=0.22, which is not implemented"),
     ("Qwen1.5 MoE A2.7B", {"decoder_sparse_step": 2}, "decoder_sparse_step=2; only 1"),
     ("Hunyuan 1.8B", {"use_qk_norm": False}, "use_qk_norm=False; only True"),
+    ("OPT 125M", {"do_layer_norm_before": False}, "do_layer_norm_before=False; only True"),
+    ("OPT 125M", {"word_embed_proj_dim": 512}, "word_embed_proj_dim=512; only 768"),
+    ("OPT 125M", {"ffn_dim": None}, "config.json lacks ffn_dim"),
+    ("GPT-2", {"n_embd": 768.0}, "n_embd=768.0, which is not a whole number"),
+    ("GPT-2", {"n_positions": 0}, "n_positions=0, which is not a whole number"),
+    ("GPT-2", {"n_layer": None}, "config.json lacks n_layer"),
+    ("GPT-2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True; only False"),
+    ("GPT-2", {"add_cross_attention": True}, "add_cross_attention=True; only False"),
     ("Ministral 3 3B", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "llama_4_scaling_beta=None"),
     # transformers' base class reads these.
     ("Qwen3 8B", {"per_layer_config": {"3": {"sliding_window": 8}}}, "per_layer_config="),
@@ -438,6 +472,12 @@ def test_what_the_options_mean() -> None:
     hunyuan, ministral = (of(name).attention_kinds[0].rope for name in ("Hunyuan 1.8B", "Ministral 3 3B"))
     assert hunyuan == Rope(10000.0 * 1000.0 ** (128 / 126))
     assert ministral is not None and ministral.query_scaling == (0.1, 16384)
+    pythia, gpt2, opt, nanochat = (of(name) for name in ("Pythia 160M", "GPT-2", "OPT 125M", "nanochat d20"))
+    assert pythia.attention_kinds[0].rope == Rope(10000.0, partial_rotary_factor=0.25)
+    assert (gpt2.intermediate_size, gpt2.max_position_embeddings, gpt2.position_offset) == (3072, 1024, 0)
+    assert gpt2.tie_word_embeddings and gpt2.attention_kinds == (AttentionKind(None, None),)
+    assert (opt.position_offset, opt.rms_norm_eps, opt.hidden_act) == (2, 1e-5, "relu")
+    assert nanochat.attention_kinds[0].rope == Rope(10000.0, backwards=True)
     assert of("Qwen3 30B-A3B").experts is not None and of("Qwen3 30B-A3B").experts.normalized
 
 

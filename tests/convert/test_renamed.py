@@ -60,8 +60,49 @@ def tied(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_names_without_the_base_models_prefix(family: str, tmp_path: Path) -> None:
     save_backbone(family_backbone(family), tmp_path / "a")
+    prefix = f"{FAMILIES[family].names.stem.partition('.')[0]}."
+
+    def renamed(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name.removeprefix(prefix): x for name, x in tensors.items()}
+
     # Some classes have a padding token by default, which is beyond this vocabulary.
-    is_theirs(edited(tmp_path / "a", without_prefix, pad_token_id=0))
+    is_theirs(edited(tmp_path / "a", renamed, pad_token_id=0))
+
+
+# The masks and frequencies that checkpoints of the hub have in each layer.
+BUFFERS = {
+    "gpt2": {"attn.bias": torch.ones(1, 1, 128, 128), "attn.masked_bias": torch.tensor(-1e4)},
+    "gpt_neox": {"attention.bias": torch.ones(1, 1, 128, 128, dtype=torch.uint8),
+                 "attention.masked_bias": torch.tensor(-1e9), "attention.rotary_emb.inv_freq": torch.ones(2)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("torch_file", [False, True])
+@pytest.mark.parametrize("family", BUFFERS)
+def test_buffers_that_no_code_reads(
+    family: str, torch_file: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_backbone(family_backbone(family), tmp_path / "a")
+    names = FAMILIES[family].names
+    more = {f"{names.stem}.{names.layers}.{i}.{name}": x for i in (0, 1) for name, x in BUFFERS[family].items()}
+    folder = edited(tmp_path / "a", lambda tensors: {**tensors, **more}, pad_token_id=0)
+    if torch_file:
+        torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+    is_theirs(folder)
+    assert not [record for record in caplog.records if record.name.startswith("para_jax")]
+
+
+def test_another_tensor_of_a_layer_is_refused(tmp_path: Path) -> None:
+    save_backbone(family_backbone("gpt2"), tmp_path / "a")
+    folder = edited(tmp_path / "a", lambda x: {**x, "h.0.crossattention.bias": torch.ones(1)})
+    with pytest.raises(ParaJaxError, match=r" h\.0\.crossattention\.bias is not expected"):
+        Backbone.from_pretrained(folder)
+
+
+def test_the_head_of_gpt_neox_by_its_new_name(tmp_path: Path) -> None:
+    save_backbone(family_backbone("gpt_neox"), tmp_path / "a")
+    is_theirs(edited(tmp_path / "a", lambda x: {name.replace("embed_out", "lm_head"): t for name, t in x.items()}))
 
 
 def test_names_with_the_prefix_twice(untied: Path) -> None:

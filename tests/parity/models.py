@@ -21,6 +21,7 @@ from para_jax.adapters.rows import Rows
 from para_jax.convert.checkpoint import save_backbone
 from para_jax.families.kinds import PARTIAL
 from para_jax.families.table import FAMILIES
+from tests.helpers import NO_GROUPS
 
 TOLERANCE = 1e-4  # of the largest logit
 ROWS, TIME, STEPS = 3, 12, 3
@@ -28,12 +29,15 @@ Worst = dict[str, float]
 # Options that are true or false, of the families that have them.
 FLAGS = (
     "attention_bias", "mlp_bias", "attention_out_bias", "qkv_bias", "use_bias", "use_qk_norm", "use_qkv_bias",
-    "use_parallel_residual", "qk_layernorm",
+    "use_parallel_residual", "qk_layernorm", "scale_attn_weights", "enable_bias", "layer_norm_elementwise_affine",
 )  # fmt: skip
 # Families that have no head_dim of their own, and those in which the heads make up hidden_size.
 NO_HEAD_DIM = (
     "phi3", "olmo3", "granite", "qwen2_moe", "exaone4", "cohere", "cohere2", "stablelm", "apertus", "starcoder2", "phi",
+    "gpt_neox", "gpt2", "opt", "nanochat",
 )  # fmt: skip
+# What transformers 4 calls options of RoPE in GPT-NeoX.
+OLD_NAMES = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
 WHOLE_HEADS = (*NO_HEAD_DIM, "helium")
 
 
@@ -52,7 +56,7 @@ class Case:
 
     @property
     def ropes(self) -> list[dict[str, Any]]:
-        rope = self.fields["rope_parameters"]
+        rope = self.fields.get("rope_parameters", {"rope_type": ""})
         return [rope] if "rope_type" in rope else list(rope.values())
 
     @property
@@ -98,7 +102,8 @@ def cases(draw: st.DrawFn, family: str) -> Case:
     def pick(*values: Any) -> Any:
         return draw(st.sampled_from(values))
 
-    kv, group, head_dim = pick(2, 3, 1), pick(2, 3, 1), pick(8, 16, 8 if family in PARTIAL else 4)
+    kv, group = pick(2, 3, 1), 1 if family in NO_GROUPS else pick(2, 3, 1)
+    head_dim = pick(8, 16, 8 if family in PARTIAL else 4)
     layers = pick(3, 2, 4)
     fields: dict[str, Any] = {
         "vocab_size": pick(31, 64),
@@ -172,7 +177,9 @@ def cases(draw: st.DrawFn, family: str) -> Case:
             "attn_logit_softcapping": pick(1.5, None) if family == "gemma2" else None,
         }
     else:
-        fields["hidden_act"] = pick(*FAMILIES[family].activations, "silu", "gelu", "gelu_pytorch_tanh", "relu2")
+        fields[FAMILIES[family].activation] = pick(
+            *FAMILIES[family].activations, "silu", "gelu", "gelu_pytorch_tanh", "relu2"
+        )
     if family == "gemma3_text":
         local = draw(ropes(head_dim, ("default", "linear"), THETAS))
         full = draw(ropes(head_dim, ("linear", "default", "yarn"), THETAS))
@@ -190,6 +197,13 @@ def cases(draw: st.DrawFn, family: str) -> Case:
         fields["moe_intermediate_size"] = pick(9, 16)
     if family == "qwen2_moe":
         fields["shared_expert_intermediate_size"] = pick(11, 9)
+    if family == "nanochat":
+        fields["final_logit_softcapping"] = pick(3.0, None)
+    fields = {FAMILIES[family].options.get(key, key): value for key, value in fields.items() if key}
+    if family in NO_GROUPS:
+        del fields["num_key_value_heads"]
+    if not hasattr(made, "rope_parameters"):
+        return Case(fields, draw(st.integers(0, 2**16)), None, pick(False, True), pick(False, True))
     fields["rope_parameters"] = rope
     if rope.get("rope_type") == "dynamic" and "alpha" not in rope:
         fields["max_position_embeddings"] = pick(8, 13, 512)
@@ -213,7 +227,7 @@ def make_model(case: Case, family: str) -> Any:
     saved = model.state_dict()
     with torch.no_grad():
         for name, x in saved.items():
-            if "norm" in name:
+            if "norm" in name or ".ln_" in name:
                 x.add_(torch.empty_like(x).uniform_(-0.5, 0.5))
             elif name.endswith("bias") or "act_fn" in name or "gate.weight" in name or "experts" in name:
                 x.normal_(0, 0.3)
@@ -228,9 +242,10 @@ def write(case: Case, model: Any, folder: Path) -> None:
         config = json.loads((folder / "config.json").read_text())
         rope = config.pop("rope_parameters")
         config["torch_dtype"] = config.pop("dtype")
-        config["rope_theta"] = rope.pop("rope_theta")
-        if "partial_rotary_factor" in rope:
-            config["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
+        old = OLD_NAMES if config["model_type"] == "gpt_neox" else {}
+        for key in ("rope_theta", "partial_rotary_factor"):
+            if key in rope:
+                config[old.get(key, key)] = rope.pop(key)
         kind = rope.pop("rope_type")
         config["rope_scaling"] = None if kind == "default" else {case.old_spelling: kind, **rope}
         (folder / "config.json").write_text(json.dumps(config))

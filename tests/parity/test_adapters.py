@@ -41,15 +41,23 @@ OWN = {
                    "ia3": (["k_proj", "v_proj", "c_fc", "c_proj"], ["c_proj"])},
     "phi": {"lora": ["q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"],
             "ia3": (["k_proj", "v_proj", "dense", "fc2"], ["fc2"])},
+    "gpt_neox": {"lora": ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"],
+                 "ia3": (["query_key_value", "dense_4h_to_h"], ["dense_4h_to_h"])},
+    "gpt2": {"lora": ["c_attn", "c_proj", "c_fc"], "ia3": (["c_attn", "mlp.c_proj"], ["mlp.c_proj"])},
+    "opt": {"lora": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
+            "ia3": (["k_proj", "v_proj", "fc2"], ["fc2"])},
+    "nanochat": {"lora": ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"],
+                 "ia3": (["k_proj", "v_proj", "fc2"], ["fc2"])},
 }  # fmt: skip
 
 
 def peft_config(family: str, method: str) -> Any:
     targets: dict[str, Any] = OWN.get(family, USUAL)
+    usual: dict[str, Any] = {"task_type": "CAUSAL_LM", "fan_in_fan_out": FAMILIES[family].names.transposed}
     if method == "lora":
-        return peft.LoraConfig(task_type="CAUSAL_LM", r=3, lora_alpha=5, target_modules=targets["lora"])
+        return peft.LoraConfig(**usual, r=3, lora_alpha=5, target_modules=targets["lora"])
     modules, feedforward = targets["ia3"]
-    return peft.IA3Config(task_type="CAUSAL_LM", target_modules=modules, feedforward_modules=feedforward)
+    return peft.IA3Config(**usual, target_modules=modules, feedforward_modules=feedforward)
 
 
 def joined(gradient: dict[str, np.ndarray], shape: BackboneConfig) -> dict[str, np.ndarray]:
@@ -62,10 +70,12 @@ def joined(gradient: dict[str, np.ndarray], shape: BackboneConfig) -> dict[str, 
             for kind in ("lora_A.weight", "lora_B.weight", "ia3_l"):
                 names = [f"{peft_path(layer, part, shape)}.{kind}" for part in parts]
                 if names[0] in gradient:
-                    own = [gradient[name] for name in names]
-                    found[f"{peft_path(layer, module, view)}.{kind}"] = (
-                        np.sum(own, axis=0) if kind == "lora_A.weight" else np.concatenate(own)
-                    )
+                    own, at = [gradient[name] for name in names], f"{peft_path(layer, module, view)}.{kind}"
+                    if kind == "lora_A.weight" or len(own) == 1:
+                        found[at] = np.sum(own, axis=0)
+                    else:
+                        order = np.argsort(np.concatenate([*view.rows(module).values()]))
+                        found[at] = np.concatenate(own)[order]
     return found
 
 

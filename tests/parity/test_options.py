@@ -38,7 +38,9 @@ OTHER: dict[str, Any] = {
     "embedding_multiplier": 0.4, "attention_multiplier": 0.9, "residual_multiplier": 0.3, "logits_scaling": 3.0,
     "logit_scale": 0.3, "original_max_position_embeddings": 4, "initializer_range": 0.5, "pad_token_id": 3,
     "bos_token_id": 3, "eos_token_id": 3, "eod_token_id": 3, "pretraining_tp": 2, "router_aux_loss_coef": 0.5,
-    "router_jitter_noise": 0.5,
+    "router_jitter_noise": 0.5, "n_embd": 64, "n_inner": 40, "n_layer": 3, "n_head": 8, "n_positions": 64,
+    "ffn_dim": 40, "word_embed_proj_dim": 16, "activation_function": "gelu", "layer_norm_epsilon": 0.3, "init_std": 0.5,
+    "summary_type": "last", "summary_activation": "tanh",
 }  # fmt: skip
 # What a family takes in place of these.
 OF_FAMILY: dict[str, dict[str, Any]] = {
@@ -47,6 +49,8 @@ OF_FAMILY: dict[str, dict[str, Any]] = {
                                         (("full_attention", 50.0), ("sliding_attention", 20.0))}},
     "olmo3": {"rope_parameters": {kind: {"rope_type": "linear", "factor": 2.0, "rope_theta": theta} for kind, theta in
                                   (("full_attention", 50.0), ("sliding_attention", 20.0))}},
+    "gpt_neox": {"hidden_act": "silu", "rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 50.0,
+                                     "partial_rotary_factor": 0.5}},  # its own activation is "gelu"
     "phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0, "partial_rotary_factor": 0.5}},
     "ministral3": {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 3,
                                        "llama_4_scaling_beta": 1.3, "rope_theta": 50.0}},
@@ -119,7 +123,7 @@ def with_other(family: str, key: str, fields: dict[str, Any], value: Any) -> dic
         if key == "num_hidden_layers" and each in fields:
             changed[each] = [*fields[each], more]
     if key == "rope_parameters":
-        del changed["rope_theta"]
+        changed = {key: value for key, value in changed.items() if key not in ("rope_theta", "rotary_pct")}
     if family == "helium":  # whose heads make up hidden_size
         heads = changed["num_attention_heads"]
         if key == "head_dim":
@@ -149,4 +153,6 @@ def test_every_option(family: str, tmp_path: Path) -> None:
         else:
             assert close(ours(model, changed, tmp_path / key), logits(model)), key
             followed.add(key)
-    assert {"vocab_size", "num_hidden_layers", "rope_parameters", FAMILIES[family].activation} <= followed
+    layers = FAMILIES[family].options.get("num_hidden_layers", "num_hidden_layers")
+    positions = {"rope_parameters"} & {*options(family)}
+    assert {"vocab_size", layers, *positions, FAMILIES[family].activation} <= followed

@@ -324,7 +324,6 @@ def changed(folder: Path, place: Path, **options: Any) -> Path:
         ("lora_bias", True),
         ("modules_to_save", ["lm_head"]),
         ("use_dora", True),
-        ("fan_in_fan_out", True),
         ("task_type", "SEQ_CLS"),
         ("layer_replication", [[0, 2]]),
         ("target_parameters", ["mlp.experts.gate_up_proj"]),
