@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from para_jax.annotations import Array, Float, Int
 from para_jax.training.settings import Optimizer
-
-if TYPE_CHECKING:
-    from jax import Array
-    from jaxtyping import Float, Int
 
 
 def learning_rate(settings: Optimizer, step: Int[Array, ""]) -> Float[Array, ""]:
@@ -39,7 +36,6 @@ def _transform(settings: Optimizer, rate: Float[Array, ""] | float) -> optax.Gra
 
 
 def init(layers: Any) -> Any:
-    """One tenant's initial moments."""
     return _transform(Optimizer(), 0.0).init(layers)
 
 
