@@ -24,7 +24,7 @@ from para_jax.errors import ParaJaxError
 from para_jax.training.checkpoints import Checkpoints, restore_files, steps_in
 from para_jax.training.claim import Claim
 from para_jax.training.folder import BEST, CHECKPOINTS, METRICS, PLOT, describe
-from para_jax.training.metrics import MetricsFile, Progress, can_draw, plot_losses, read_metrics
+from para_jax.training.metrics import MetricsFile, Progress, can_draw, loss_figure, read_metrics, save_figure
 from para_jax.training.places import Schedule, StepTenants, values_by_tenant
 from para_jax.training.programs import Parts, Programs, explain_out_of_memory
 from para_jax.training.report import write_report
@@ -248,8 +248,8 @@ class Run:
 
     def write_reports(self) -> None:
         out, lines = self.tuning.out, read_metrics(self.tuning.out / METRICS)
-        if can_draw(self.tuning.show):
-            plot_losses(lines, out / PLOT)
+        if can_draw(self.tuning.show) and lines:
+            save_figure(loss_figure(lines), out / PLOT)
         bank, status = self.state.bank, self.watch.status
         write_report(
             out, lines, self.backbone, bank, self.tuning.settings, status, self.steps_taken, self.failed, self.progress

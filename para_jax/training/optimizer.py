@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -56,9 +57,6 @@ def update(
     new_layers = optax.apply_updates(layers, change)
     norm = optax.tree.norm(gradient)
     active = (step < settings.steps) & jnp.isfinite(norm)
-
-    def keep(new: Array, old: Array) -> Array:
-        return jnp.where(active, new, old)
-
+    keep = partial(jnp.where, active)
     report = {"grad_norm": norm, "lr": jnp.where(active, rate, 0.0)}
     return jax.tree.map(keep, new_layers, layers), jax.tree.map(keep, new_moments, moments), report

@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import jax
@@ -147,11 +148,10 @@ class Sums:
 
     @classmethod
     def shapes(cls, bank: AdapterBank, groups: int, places: int) -> Sums:
-        def abstract(stack: Any) -> Any:
-            return jax.tree.map(lambda x: jax.ShapeDtypeStruct((groups * places, *x.shape[1:]), jnp.float32), stack)
-
-        loss: Any = jax.ShapeDtypeStruct((groups, places), jnp.float32)
-        return cls(tuple(abstract(group.stack) for group in bank.groups), loss)
+        shape: Any = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+        stacks = tuple(group.stack for group in bank.groups)
+        gradient = jax.tree.map(lambda x: shape((groups * places, *x.shape[1:])), stacks)
+        return cls(gradient, shape((groups, places)))
 
     @classmethod
     def create(cls, bank: AdapterBank, groups: int, places: int, mesh: Mesh | None = None) -> Sums:
