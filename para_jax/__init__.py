@@ -12,56 +12,26 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-# Names and where they live. They are imported on first use, so that `import para_jax` and `para-jax --help` are quick.
-_PUBLIC = {
-    "Adapter": "para_jax.adapters.adapter",
-    "AdapterBank": "para_jax.adapters.bank",
-    "Backbone": "para_jax.backbones.decoder",
-    "BackboneConfig": "para_jax.config",
-    "BiasConfig": "para_jax.adapters.bias",
-    "Completion": "para_jax.decoding.generate",
-    "Example": "para_jax.data.buffers",
-    "FanLoraConfig": "para_jax.adapters.fanlora",
-    "IA3Config": "para_jax.adapters.ia3",
-    "Interrupted": "para_jax.training.signals",
-    "Loggers": "para_jax.training.loggers",
-    "LoraConfig": "para_jax.adapters.lora",
-    "MethodConfig": "para_jax.adapters.method",
-    "ParaConfig": "para_jax.adapters.para",
-    "ParaJaxError": "para_jax.errors",
-    "Reader": "para_jax.data.reading",
-    "Settings": "para_jax.training.settings",
-    "adapter_cost": "para_jax.backbones.cost",
-    "auto_mesh": "para_jax.sharding",
-    "complete": "para_jax.decoding.generate",
-    "compute_dtype": "para_jax.backbones.options",
-    "default_stacked": "para_jax.backbones.options",
-    "encode_rows": "para_jax.data.examples",
-    "end_tokens": "para_jax.convert.tokenizer",
-    "evaluate": "para_jax.evaluation.evaluate",
-    "finetune": "para_jax.training.finetune",
-    "generate": "para_jax.decoding.generate",
-    "host_memory": "para_jax.machine",
-    "importance_scores": "para_jax.importance.scores",
-    "is_main_process": "para_jax.distributed",
-    "join_processes": "para_jax.distributed",
-    "keep_compiled": "para_jax.compile_cache",
-    "keep_freed_memory": "para_jax.memory",
-    "keep_number": "para_jax.importance.select",
-    "keep_within": "para_jax.importance.select",
-    "load_adapter": "para_jax.adapters.files",
-    "load_tokenizer": "para_jax.convert.tokenizer",
-    "make_mesh": "para_jax.sharding",
-    "merge_adapter": "para_jax.convert.merging",
-    "plot_importance": "para_jax.importance.select",
-    "quickstart_rows": "para_jax.data.quickstart",
-    "read_examples": "para_jax.data.examples",
-    "read_rows": "para_jax.data.sources",
-    "save_adapter": "para_jax.adapters.files",
-    "save_backbone": "para_jax.convert.checkpoint",
-}
+# The public names of each module, imported on first use, so that `import para_jax` and `para-jax --help` are quick.
+_MODULES = {
+    "adapters.adapter": "Adapter", "adapters.bank": "AdapterBank", "adapters.bias": "BiasConfig",
+    "adapters.fanlora": "FanLoraConfig", "adapters.files": "load_adapter save_adapter", "adapters.ia3": "IA3Config",
+    "adapters.lora": "LoraConfig", "adapters.method": "MethodConfig", "adapters.para": "ParaConfig",
+    "backbones.cost": "adapter_cost", "backbones.decoder": "Backbone",
+    "backbones.options": "compute_dtype default_stacked", "compile_cache": "keep_compiled",
+    "config": "BackboneConfig", "convert.checkpoint": "save_backbone", "convert.merging": "merge_adapter",
+    "convert.tokenizer": "end_tokens load_tokenizer", "data.buffers": "Example",
+    "data.examples": "encode_rows read_examples", "data.quickstart": "quickstart_rows", "data.reading": "Reader",
+    "data.sources": "read_rows", "decoding.generate": "Completion complete generate",
+    "distributed": "is_main_process join_processes", "errors": "ParaJaxError", "evaluation.evaluate": "evaluate",
+    "importance.scores": "importance_scores", "importance.select": "keep_number keep_within plot_importance",
+    "machine": "host_memory", "memory": "keep_freed_memory", "sharding": "auto_mesh make_mesh",
+    "training.finetune": "finetune", "training.loggers": "Loggers", "training.settings": "Settings",
+    "training.signals": "Interrupted",
+}  # fmt: skip
+_PUBLIC = {name: f"para_jax.{module}" for module, names in _MODULES.items() for name in names.split()}
 
-__all__ = [*_PUBLIC, "tiny_backbone_path"]
+__all__ = [*sorted(_PUBLIC), "tiny_backbone_path"]
 
 if TYPE_CHECKING:
     from para_jax.adapters.adapter import Adapter as Adapter

@@ -9,14 +9,12 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-if TYPE_CHECKING:
-    from jax import Array
-    from jaxtyping import Bool, Float, Key
+from para_jax.annotations import Array, Bool, Float, Key
 
 
 @jax.tree_util.register_dataclass
@@ -115,7 +113,6 @@ class Adjustment:
     def scaled(
         self, site: str, y: Float[Array, "b t features"], prompt_bt: Bool[Array, "b t"] | None
     ) -> Float[Array, "b t features"]:
-        """The output of one site times its scale."""
         scale = 1.0 + _per_token(self.offsets[site], y) if site in self.offsets else None
         if site in self.later:
             later = _per_token(self.later[site], y)
@@ -155,12 +152,10 @@ class Adjustment:
         return replace(self, offsets=offsets, later=later, shifts=shifts)
 
     def at(self, site: str) -> Adjustment:
-        """Only the changes of one site."""
         offsets, later, pairs, shifts = ({s: x for s, x in part.items() if s == site} for part in self._parts)
         return Adjustment(offsets, later, pairs, shifts, self.dropout)
 
     def gated(self, gates: Mapping[str, Float[Array, ""]]) -> Adjustment:
-        """Each site's change times its gate."""
         offsets, later, shifts = (
             {s: x * gates[s] for s, x in part.items()} for part in (self.offsets, self.later, self.shifts)
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Self
 
 from jax.stages import Traced
 
@@ -37,14 +38,10 @@ class Compiling:
             self._started[name].result()
 
     def wait_for_all(self) -> None:
-        """Waits until all programs are compiled."""
         for name in self._started:
             self.wait(name)
 
-    def __len__(self) -> int:
-        return len(self._started)
-
-    def __enter__(self) -> Compiling:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from jax.sharding import Sharding
 
 T = TypeVar("T")
-PIECES = (2**26, 2**22, 2**16, 2**12)  # bytes of the messages between processes
+MOST = 2**26  # bytes of a message between processes
 
 
 def join_processes(address: str | None = None, processes: int | None = None, process: int | None = None) -> None:
@@ -128,26 +128,9 @@ def _broadcast(text: bytes, source: int) -> bytes:
         return np.asarray(multihost_utils.broadcast_one_to_all(buffer, is_source=is_source)).tobytes()
 
     total = int.from_bytes(send(len(text).to_bytes(8, "little"), 8), "little")
-    parts, at = [], 0
-    for size, count in _pieces(total):
-        for _ in range(count):
-            parts.append(send(text[at : at + size], size)[: total - at])
-            at += size
-    return b"".join(parts)
-
-
-def _pieces(size: int) -> list[tuple[int, int]]:
-    """Splits `size` bytes into messages of a few sizes, because each size is a compiled program: (size, count) pairs.
-
-    >>> _pieces(5), _pieces(70_000)
-    ([(4096, 1)], [(65536, 1), (4096, 2)])
-    """
-    found = []
-    for piece in PIECES[:-1]:
-        if size >= piece:
-            found.append((piece, size // piece))
-            size %= piece
-    return [*found, (PIECES[-1], -(-size // PIECES[-1]))] if size else found
+    # Messages have a few sizes, because each size is a compiled program.
+    size = min(MOST, max(2**12, 16 ** ((total.bit_length() - 1) // 4)))
+    return b"".join(send(text[at : at + size], size)[: total - at] for at in range(0, total, size))
 
 
 def shard(x: np.ndarray, sharding: Sharding | None) -> Any:

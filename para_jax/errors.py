@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 
 class ParaJaxError(ValueError):
@@ -24,6 +24,13 @@ def unknown(what: str, name: object, known: Iterable[str]) -> ParaJaxError:
     hint = f"; did you mean {near[0]!r}?" if near else "."
     shown = ", ".join(names[:20]) + (f", ... ({len(names)} in total)" if len(names) > 20 else "")
     return ParaJaxError(f"unknown {what} {name!r}{hint} Known: {shown or 'none'}")
+
+
+def check_known(what: str, names: Iterable[object], known: Collection[str]) -> None:
+    """Raises `unknown` for the first of these names that is not a known one."""
+    for name in names:
+        if name not in known:
+            raise unknown(what, name, known)
 
 
 def one_line(error: BaseException, most: int = 300) -> str:

@@ -37,8 +37,6 @@ DTYPES = {
 
 
 class Written(NamedTuple):
-    """The size and hash of a file."""
-
     size: int
     sha256: str
 
@@ -130,7 +128,6 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Writes a value as JSON, atomically."""
     write_text(path, as_json(value))
 
 
@@ -264,24 +261,18 @@ def new_folder(folder: str | Path, marker: str, *, overwrite: bool = False) -> I
         try:
             partial.mkdir(parents=True)
             yield partial
-            for path in partial.rglob("*"):
-                if path.is_file():
-                    _finish(path, partial.stat().st_mode & 0o666)
+            for path in filter(Path.is_file, partial.rglob("*")):
+                with path.open("rb+") as file:
+                    sync(file)
+                try:
+                    path.chmod(partial.stat().st_mode & 0o666)  # some libraries write files only for the owner
+                except OSError as error:
+                    if error.errno not in MISSING:
+                        raise
         except BaseException:
             remove(partial)
             raise
         _take_place(partial, folder)
-
-
-def _finish(path: Path, mode: int) -> None:
-    """Flushes a file to the disk before its folder is renamed, and sets its permissions."""
-    with path.open("rb+") as file:
-        sync(file)
-    try:
-        path.chmod(mode)  # some libraries write files that only the owner can read
-    except OSError as error:
-        if error.errno not in MISSING:
-            raise
 
 
 def _take_place(new: Path, folder: Path) -> None:

@@ -109,7 +109,6 @@ class Lock:
             self._file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
 
     def release(self) -> None:
-        """Releases the lock and removes its file."""
         with suppress(OSError):
             self._path.unlink()
         with suppress(OSError):

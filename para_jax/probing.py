@@ -44,7 +44,6 @@ def refusal(kernel: str, about: Mapping[str, Any], trace: Callable[[], Traced], 
     """Why a kernel does not compile for a device, with the upgrade that fixes it; "" if it compiles.
 
     Args:
-      kernel: the name of the kernel.
       about: everything that the program depends on, as JSON: sizes, dtypes, blocks.
       trace: traces a program for shapes on `device`, with each form of the kernel that will run, forward and backward.
       device: a device of this process, or of a topology.
@@ -60,7 +59,19 @@ def refusal(kernel: str, about: Mapping[str, Any], trace: Callable[[], Traced], 
         **versions(),
         **{name: os.environ[name] for name in FLAGS if name in os.environ},
     }
-    return _answer(json.dumps(described, sort_keys=True), trace)
+    key = json.dumps(described, sort_keys=True)
+    if key not in _answers:
+        folder = compile_cache.folder()
+        name = f"kernel-{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+        path = None if folder is None else folder / name
+        answer = None if path is None else _kept(path, key)
+        if answer is None:
+            answer = _tried(trace)
+            if path is not None:
+                with suppress(ParaJaxError):  # without the file, the kernel is tried again
+                    write_json(path, {"of": json.loads(key), "refusal": answer})
+        _answers[key] = answer
+    return _answers[key]
 
 
 def versions() -> dict[str, str]:
@@ -77,25 +88,6 @@ def versions() -> dict[str, str]:
 
 
 _answers: dict[str, str] = {}
-
-
-def _answer(described: str, trace: Callable[[], Traced]) -> str:
-    if described not in _answers:
-        path = _file(described)
-        answer = None if path is None else _kept(path, described)
-        if answer is None:
-            answer = _tried(trace)
-            if path is not None:
-                with suppress(ParaJaxError):  # without the file, the kernel is tried again
-                    write_json(path, {"of": json.loads(described), "refusal": answer})
-        _answers[described] = answer
-    return _answers[described]
-
-
-def _file(described: str) -> Path | None:
-    folder = compile_cache.folder()
-    name = f"kernel-{hashlib.sha256(described.encode()).hexdigest()[:32]}.json"
-    return None if folder is None else folder / name
 
 
 def _kept(path: Path, described: str) -> str | None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-if TYPE_CHECKING:
-    from jaxtyping import Float
+from para_jax.annotations import Float
 
 Quantize = Literal["int8", "int4"]
 

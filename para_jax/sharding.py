@@ -15,20 +15,17 @@ All other shardings follow from these.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from para_jax.errors import ParaJaxError, unknown
+from para_jax.annotations import Array, Float, Int
+from para_jax.errors import ParaJaxError, check_known
 from para_jax.families.architecture import Architecture, Axes
 from para_jax.parameters import VOCABULARY
-
-if TYPE_CHECKING:
-    from jax import Array
-    from jaxtyping import Float, Int
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -47,8 +44,7 @@ def parse_mesh(text: str) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for part in text.split(","):
         name, equals, size = part.strip().partition("=")
-        if name not in AXES:
-            raise unknown("mesh axis", name, AXES)
+        check_known("mesh axis", [name], AXES)
         if not equals or not size.isdigit() or int(size) < 1 or name in sizes:
             raise ParaJaxError(f"--mesh takes each axis once, with a size, as in fsdp=8,tensor=2; not {text!r}")
         sizes[name] = int(size)
@@ -61,9 +57,7 @@ def make_mesh(sizes: Mapping[str, int] | str, devices: Any = None) -> Mesh:
     Raises ParaJaxError unless the product of the sizes is the number of devices.
     """
     sizes = parse_mesh(sizes) if isinstance(sizes, str) else sizes
-    for name in sizes:
-        if name not in AXES:
-            raise unknown("mesh axis", name, AXES)
+    check_known("mesh axis", sizes, AXES)
     devices = jax.devices() if devices is None else list(devices)
     shape = tuple(sizes.get(axis, 1) for axis in AXES)
     if int(np.prod(shape)) != len(devices):
@@ -85,8 +79,7 @@ def auto_mesh(config: Architecture, devices: int, tuning: bool = True) -> dict[s
     ({'data': 1, 'fsdp': 8}, {'data': 2, 'tensor': 32})
     """
     inner = config.intermediate_size if config.experts is None else config.experts.width
-    sizes = {"fsdp": [config.hidden_size]} if tuning else {"tensor": [config.num_key_value_heads, inner]}
-    ((axis, dims),) = sizes.items()
+    axis, dims = ("fsdp", [config.hidden_size]) if tuning else ("tensor", [config.num_key_value_heads, inner])
     largest = max(n for n in range(1, devices + 1) if not any(dim % n for dim in (devices, *dims)))
     return {"data": devices // largest, axis: largest}
 
@@ -98,9 +91,7 @@ def own_mesh(mesh: Mesh) -> Mesh:
     are Explicit. A mesh that is set with `jax.set_mesh` must have Auto axes too. Raises ParaJaxError for an unknown
     axis.
     """
-    for name in mesh.axis_names:
-        if name not in AXES:
-            raise unknown("mesh axis", str(name), AXES)
+    check_known("mesh axis", map(str, mesh.axis_names), AXES)
     order = [mesh.axis_names.index(axis) for axis in AXES if axis in mesh.axis_names]
     devices = mesh.devices.transpose(order).reshape([mesh.shape.get(axis, 1) for axis in AXES])
     return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))

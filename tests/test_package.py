@@ -26,10 +26,10 @@ CORE_REQUIREMENTS = (
 
 # Each may import those before it and itself.
 LAYERS = (
-    "errors", "compat", "hub", "checks", "mounts", "files", "locks", "machine", "progress", "torch_files",
-    "compile_cache", "probing", "compiling", "memory", "quantization", "families", "parameters", "config", "sharding",
-    "distributed", "adjustment", "adapters", "convert", "backbones", "data", "training", "importance", "decoding",
-    "evaluation", "serving", "planning", "cli", "__main__",
+    "annotations", "errors", "compat", "hub", "checks", "mounts", "files", "locks", "machine", "progress",
+    "torch_files", "compile_cache", "probing", "compiling", "memory", "quantization", "families", "parameters",
+    "config", "sharding", "distributed", "adjustment", "adapters", "convert", "backbones", "data", "training",
+    "importance", "decoding", "evaluation", "serving", "planning", "cli", "__main__",
 )  # fmt: skip
 
 

@@ -65,7 +65,6 @@ def _fresh(config: MethodConfig, shape: BackboneShape, key: Array) -> Any:
 
 @lru_cache(maxsize=64)
 def abstract_layers(config: MethodConfig, shape: BackboneShape) -> Any:
-    """The shapes and dtypes of an adapter's layers."""
     return jax.eval_shape(partial(_fresh, config, shape), jax.random.key(0))
 
 

@@ -17,13 +17,12 @@ from para_jax.adapters.adapter import Adapter
 from para_jax.adapters.files import load_adapter
 from para_jax.adapters.method import BackboneShape, MethodConfig
 from para_jax.adapters.rows import Rows, Tenant, adapter_weights
+from para_jax.annotations import Array, Int
 from para_jax.errors import ParaJaxError, unknown
 from para_jax.sharding import row_sharding
 
 if TYPE_CHECKING:
-    from jax import Array
     from jax.sharding import Mesh
-    from jaxtyping import Int
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["stack"], meta_fields=["config", "names"])
@@ -93,12 +92,7 @@ class AdapterBank:
 
     @classmethod
     def load(
-        cls,
-        folders: Mapping[str, str | Path],
-        shape: BackboneShape,
-        capacity: int = 0,
-        *,
-        check_finite: bool = True,
+        cls, folders: Mapping[str, str | Path], shape: BackboneShape, capacity: int = 0, *, check_finite: bool = True
     ) -> AdapterBank:
         """Loads each tenant's folder with `load_adapter`, which explains `check_finite` and the errors."""
         adapters = {name: load_adapter(path, shape, check_finite=check_finite) for name, path in folders.items()}
@@ -108,27 +102,24 @@ class AdapterBank:
     def names(self) -> tuple[str, ...]:
         return tuple(name for group in self.groups for name in group.names if name is not None)
 
-    def _find(self, name: str) -> tuple[int, int]:
-        for g, group in enumerate(self.groups):
-            if name in group.names:
-                return g, group.names.index(name)
-        raise unknown("tenant", name, self.names)
-
     def find(self, name: str) -> tuple[Group, int]:
         """A tenant's group and slot. Raises ParaJaxError with the nearest name for an unknown tenant."""
-        g, slot = self._find(name)
-        return self.groups[g], slot
+        for group in self.groups:
+            if name in group.names:
+                return group, group.names.index(name)
+        raise unknown("tenant", name, self.names)
 
     def __contains__(self, name: object) -> bool:
         return name in self.names
 
     def __getitem__(self, name: str) -> Adapter:
         """One tenant's adapter. Raises ParaJaxError with the nearest name for an unknown tenant."""
-        g, slot = self._find(name)
-        return Adapter(self.groups[g].config, jax.tree.map(lambda x: x[slot], self.groups[g].stack))
+        group, slot = self.find(name)
+        return Adapter(group.config, jax.tree.map(lambda x: x[slot], group.stack))
 
-    def _with(self, g: int, group: Group) -> AdapterBank:
-        return replace(self, groups=(*self.groups[:g], group, *self.groups[g + 1 :]))
+    def _with(self, group: Group) -> AdapterBank:
+        """The bank with this group instead of its own of the same configuration."""
+        return replace(self, groups=tuple(group if old.config == group.config else old for old in self.groups))
 
     def add(self, name: str, adapter: Adapter) -> AdapterBank:
         """Adds a tenant in a free slot of its configuration; if there is none, that configuration's slots double.
@@ -138,31 +129,28 @@ class AdapterBank:
         if name in self:
             raise ParaJaxError(f"tenant {name!r} is in the bank already; use replace() to change its adapter")
         adapter.check(self.shape)
-        for g, group in enumerate(self.groups):
+        for group in self.groups:
             if group.config == adapter.config:
                 if None not in group.names:
                     group = group.grown(2 * len(group.names))
-                return self._with(g, group.put(group.names.index(None), name, adapter.layers))
+                return self._with(group.put(group.names.index(None), name, adapter.layers))
         return replace(self, groups=(*self.groups, *AdapterBank.stack({name: adapter}, self.shape).groups))
 
     def remove(self, name: str) -> AdapterBank:
         """Frees the tenant's slot and sets its weights to zero. A configuration is removed with its last tenant."""
-        g, slot = self._find(name)
-        group = self.groups[g]
-        group = group.put(slot, None, jax.tree.map(lambda x: jnp.zeros_like(x[0]), group.stack))
-        if any(n is not None for n in group.names):
-            return self._with(g, group)
-        return replace(self, groups=self.groups[:g] + self.groups[g + 1 :])
+        group, slot = self.find(name)
+        bank = self._with(group.put(slot, None, jax.tree.map(lambda x: jnp.zeros_like(x[0]), group.stack)))
+        return replace(bank, groups=tuple(g for g in bank.groups if any(n is not None for n in g.names)))
 
     def replace(self, name: str, adapter: Adapter) -> AdapterBank:
         """Replaces the tenant's adapter. Running batches keep the old one.
 
         Raises ParaJaxError for an unknown tenant, or an adapter that does not fit the backbone.
         """
-        g, slot = self._find(name)
+        group, slot = self.find(name)
         adapter.check(self.shape)
-        if self.groups[g].config == adapter.config:
-            return self._with(g, self.groups[g].put(slot, name, adapter.layers))
+        if group.config == adapter.config:
+            return self._with(group.put(slot, name, adapter.layers))
         return self.remove(name).add(name, adapter)
 
     def rows(self, tenants: Sequence[Tenant], repeats: int = 1, mesh: Mesh | None = None) -> Rows:
@@ -173,12 +161,12 @@ class AdapterBank:
         entry is None, the result is the identity and runs the program without adapters. On a mesh, each device gets
         the adapters of its own rows.
         """
-        found = [{self._find(name): weight for name, weight in adapter_weights(row).items()} for row in tenants]
+        found = [[(*self.find(name), weight) for name, weight in adapter_weights(row).items()] for row in tenants]
         # Weight 0 is no adapter, but its name must be known.
-        places = [{place: weight for place, weight in row.items() if weight} for row in found]
+        places = [[(group, slot, weight) for group, slot, weight in row if weight] for row in found]
         weights, layers, rates = [], [], []
-        for g, group in enumerate(self.groups):
-            in_group = [[(slot, weight) for (at, slot), weight in row.items() if at == g] for row in places]
+        for group in self.groups:
+            in_group = [[(slot, weight) for of, slot, weight in row if of is group] for row in places]
             # A row may take several adapters of a configuration: entry i has adapter i of every row.
             for i in range(max(map(len, in_group), default=0)):
                 no_adapter = (len(group.names), 0.0)
@@ -199,7 +187,6 @@ def _gather(stack: Any, slots: Int[Array, " rows"]) -> Any:
 
 
 def _gather_on(mesh: Mesh, stack: Any, slots: Int[np.ndarray, " rows"]) -> Any:
-    """`_gather`, with the rows sharded over a mesh."""
     sharding = row_sharding(mesh, len(slots))
 
     def rows(x: Array) -> Array:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
@@ -19,12 +19,9 @@ from flax import nnx
 from para_jax.adapters.method import BackboneShape, Prompt, targeted_arrays
 from para_jax.adapters.targets import ALL_LINEAR, as_patterns, resolve
 from para_jax.adjustment import Adjustment
+from para_jax.annotations import Array, Int
 from para_jax.compat import Dict
 from para_jax.families.architecture import SITE_AXES, Axes
-
-if TYPE_CHECKING:
-    from jax import Array
-    from jaxtyping import Int
 
 
 @dataclass(frozen=True)
@@ -56,16 +53,13 @@ class BiasConfig:
             object.__setattr__(self, name, as_patterns(getattr(self, name), name))
 
     def modules(self, shape: BackboneShape) -> tuple[Mapping[str, None], ...]:
-        """The targeted sites of each layer. Raises ParaJaxError for a target that matches nothing."""
         layers = resolve(self.target_modules, shape, exclude=self.exclude_modules, linear=True)
         return tuple(dict.fromkeys(sites) for sites in layers)
 
     def layer(self, shape: BackboneShape, rngs: nnx.Rngs, layer: Int[Array, ""] | int = 0) -> BiasLayer:
-        """Fresh vectors of one layer."""
         return BiasLayer(self, shape)
 
     def size(self, shape: BackboneShape) -> int:
-        """The number of parameters."""
         return sum(shape.sites[site].outputs for layer in self.modules(shape) for site in layer)
 
     @classmethod

@@ -7,7 +7,6 @@ LoRA, and PEFT opens it as LoRA.
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,8 @@ from typing import Any, ClassVar
 
 from para_jax.adapters.lora import LoraConfig, Module
 from para_jax.adapters.method import BackboneShape, from_fields, site_path
-from para_jax.errors import ParaJaxError, unknown
+from para_jax.config import read_json
+from para_jax.errors import ParaJaxError, check_known, unknown
 from para_jax.files import write_json
 
 _PATH = re.compile(r"(?:.*\.)?(layers\.\d+(?:\.\w+)+)")
@@ -68,9 +68,7 @@ class FanLoraConfig(LoraConfig):
         """
         if len(kept) != shape.num_hidden_layers:
             raise ParaJaxError(f"kept has entries for {len(kept)} layers; the backbone has {shape.num_hidden_layers}")
-        for site in (site for layer in kept for site in layer):
-            if site not in shape.linear_sites:
-                raise unknown("module", site, shape.linear_sites)
+        check_known("module", (site for layer in kept for site in layer), shape.linear_sites)
         return cls(
             target_modules=tuple(site_path(i, s, shape) for i, layer in enumerate(kept) for s in layer), **options
         )
@@ -80,7 +78,6 @@ class FanLoraConfig(LoraConfig):
         return tuple(tuple(layer) for layer in self.modules(shape))
 
     def modules(self, shape: BackboneShape) -> tuple[Mapping[str, Module], ...]:
-        """The targeted sites of each layer. Raises ParaJaxError for a target that the backbone does not have."""
         layers = shape.num_hidden_layers
         paths = {site_path(i, site, shape) for i in range(layers) for site in shape.linear_sites}
         for target in self.target_modules:
@@ -115,17 +112,13 @@ class FanLoraConfig(LoraConfig):
     @classmethod
     def load(cls, path: str | Path) -> FanLoraConfig:
         """Reads a file of `save`. Raises ParaJaxError for another kind of file, or an unknown option."""
-        path = Path(path)
         try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
+            fields = read_json(Path(path))
         except OSError as error:
             raise ParaJaxError(
                 f"{path} could not be read: {error}; give the fanlora.json of para-jax fanlora"
             ) from error
-        except ValueError as error:  # neither JSON nor text
-            raise ParaJaxError(f"{path} is not JSON: {error}") from error
-        method = fields.pop("method", None) if isinstance(fields, dict) else None
-        if method != cls.method:
+        if fields.pop("method", None) != cls.method:
             raise ParaJaxError(f'{path} is not a FanLoRA setting: it has no "method": "{cls.method}"')
         try:
             return from_fields(cls, fields)

@@ -136,7 +136,6 @@ def load_adapter(folder: str | Path, shape: BackboneShape, *, check_finite: bool
 def _from_our_format(
     folder: Path, method: str, fields: dict[str, Any], weights: Weights, shape: BackboneShape
 ) -> Adapter:
-    """An adapter of a method that PEFT does not have."""
     made_for = fields.get("base_model")
     try:
         config = config_from_dict(method, {k: v for k, v in fields.items() if k not in OURS})
@@ -159,7 +158,6 @@ def _from_our_format(
 
 
 def _sites(config: MethodConfig, shape: BackboneShape) -> list[str]:
-    """The sites that an adapter adapts in any layer."""
     return list(dict.fromkeys(site for layer in config.modules(shape) for site in layer))
 
 

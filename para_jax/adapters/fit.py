@@ -17,7 +17,7 @@ _PARTS = re.compile(r".*\b(?:layers|h)\.\d+\.(?P<path>.+?)\.(?:lora_A\.weight|lo
 
 
 class Case(NamedTuple):
-    """The tensors of a file, the expected shapes, and the backbone."""
+    """The tensors of a file, the expected shapes by PEFT's names, and the backbone."""
 
     names: Names
     shapes: Mapping[str, tuple[int, ...]]
@@ -35,44 +35,30 @@ class Case(NamedTuple):
 
     @property
     def misshapen(self) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
-        """The actual and the expected shape of each tensor whose shape is wrong."""
         there = {name: x.shape for name, x in self.names.tensors.items()}
         return {k: (there[k], here) for k, here in self.shapes.items() if k in there and there[k] != here}
 
 
-def check_fits(
-    path: Path,
-    names: Names,
-    shapes: Mapping[str, tuple[int, ...]],
-    made_for: str,
-    backbone: BackboneShape,
-    vocab_size: int | None,
-) -> None:
-    """Raises ParaJaxError, listing all problems and the likely cause, unless every tensor is as expected.
-
-    `shapes` are the expected shapes, by PEFT's names.
-    """
-    case = Case(names, shapes, made_for, backbone, vocab_size)
-    problems = [f"{name} {list(shapes[name])} is missing" for name in case.missing]
-    problems += [f"{names.in_file[name]} is not expected" for name in case.extra]
-    problems += [
-        f"{names.in_file[name]} is {list(there)} and should be {list(here)}"
-        for name, (there, here) in case.misshapen.items()
-    ]
+def check_fits(path: Path, case: Case) -> None:
+    """Raises ParaJaxError, listing all problems and the likely cause, unless every tensor is as expected."""
+    in_file = case.names.in_file
+    problems = [f"{name} {list(case.shapes[name])} is missing" for name in case.missing]
+    problems += [f"{in_file[name]} is not expected" for name in case.extra]
+    misshapen = case.misshapen.items()
+    problems += [f"{in_file[name]} is {list(there)} and should be {list(here)}" for name, (there, here) in misshapen]
     if problems:
         why = next(filter(None, (cause(case) for cause in CAUSES)))
-        listed = "\n  ".join(problems)
-        raise ParaJaxError(f"{path}: {why}\n  {listed}")
+        raise ParaJaxError("\n  ".join([f"{path}: {why}", *problems]))
 
 
 def _not_gathered(case: Case) -> str | None:
     flat = [k for k, x in case.names.tensors.items() if not x.size or (re.search(r"\.lora_[AB]\.", k) and x.ndim < 2)]
+    if not flat:
+        return None
     return (
         f"{len(flat)} of its tensors are empty or flat, as DeepSpeed ZeRO-3 and FSDP leave them in each process; "
         "gather the weights before they are saved (deepspeed.zero.GatheredParameters), or run zero_to_fp32.py on the "
         "checkpoint"
-        if flat
-        else None
     )
 
 
@@ -104,14 +90,13 @@ def _is_dora(case: Case) -> str | None:
 
 
 def _is_model(case: Case) -> str | None:
-    found = [
-        k for k in case.extra if k.endswith((".weight", ".bias")) and not re.search(r"\.(lora_\w+|ia3_l)(\.|$)", k)
-    ]
+    of_peft = re.compile(r".*\.(lora_\w+|ia3_l)(\..*)?")
+    found = [k for k in case.extra if k.endswith((".weight", ".bias")) and not of_peft.fullmatch(k)]
+    if not found:
+        return None
     return (
         f"{len(found)} of its tensors are weights of the model itself, such as {case.names.in_file[found[0]]}: it is "
         "not an adapter but a state dict of the whole model. Save only the adapter: model.save_pretrained(folder)"
-        if found
-        else None
     )
 
 
@@ -125,18 +110,16 @@ def _other_method(case: Case) -> str | None:
 
 
 def _other_backbone(case: Case) -> str | None:
-    other = _layers(case.shapes) != _layers(case.names.tensors)
-    for name, (there, here) in case.misshapen.items():
+    def differs(name: str, there: tuple[int, ...], here: tuple[int, ...]) -> bool:
+        if len(there) != 2:
+            return True
         rank = _rank_axis(name)
-        if rank is None:
-            other |= len(there) != 2 or (there[0] == 1) == (here[0] == 1)
-        else:
-            other |= len(there) != 2 or there[1 - rank] != here[1 - rank]
-    return (
-        f"it was made for another backbone ({case.made_for}); load the backbone it was tuned on, or tune it again"
-        if other
-        else None
-    )
+        return (there[0] == 1) == (here[0] == 1) if rank is None else there[1 - rank] != here[1 - rank]
+
+    misshapen = any(differs(name, *shapes) for name, shapes in case.misshapen.items())
+    if not misshapen and _layers(case.shapes) == _layers(case.names.tensors):
+        return None
+    return f"it was made for another backbone ({case.made_for}); load the backbone it was tuned on, or tune it again"
 
 
 def _other_size(case: Case) -> str | None:

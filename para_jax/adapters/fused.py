@@ -20,14 +20,14 @@ from typing import Any
 
 import numpy as np
 
-from para_jax.adapters.method import BackboneShape, Joint, PeftMethod, Tensors
+from para_jax.adapters.method import BackboneShape, Joint, PeftMethod, ShapeView, Tensors
 from para_jax.adapters.targets import peft_path
 from para_jax.families.architecture import Site
 
 
 @dataclass(frozen=True)
-class Fused:
-    """The shape of a backbone with transformers' fused projections. `unfused` is the shape with separate sites.
+class Fused(ShapeView):
+    """The shape of a backbone with transformers' fused projections. `shape` is the one with separate sites.
 
     >>> from para_jax import BackboneConfig
     >>> fused = Fused(BackboneConfig(32, 8, 16, 1, 2, 1, 4, family="phi3"))
@@ -35,25 +35,15 @@ class Fused:
     (('q_proj', 'k_proj', 'v_proj'), 16)
     """
 
-    unfused: BackboneShape
-
-    @property
-    def hidden_size(self) -> int:
-        return self.unfused.hidden_size
-
-    @property
-    def num_hidden_layers(self) -> int:
-        return self.unfused.num_hidden_layers
-
     @property
     def layers_path(self) -> str:
-        return getattr(self.unfused, "hf_layers", self.unfused.layers_path)
+        return getattr(self.shape, "hf_layers", self.shape.layers_path)
 
     @cached_property
     def parts(self) -> Mapping[str, tuple[str, ...]]:
         """The sites of each module, in the order of its outputs. A module's name is the end of its path, or all of it
         where a layer has two modules of one name."""
-        paths = {name: site.fused or site.path for name, site in self.unfused.sites.items()}
+        paths = {name: site.fused or site.path for name, site in self.shape.sites.items()}
         ends = [path.rpartition(".")[2] for path in {*paths.values()}]
         found: dict[str, tuple[str, ...]] = {}
         for name, path in paths.items():
@@ -66,19 +56,15 @@ class Fused:
     def sites(self) -> Mapping[str, Site]:
         found = {}
         for module, parts in self.parts.items():
-            sites = [self.unfused.sites[part] for part in parts]
+            sites = [self.shape.sites[part] for part in parts]
             outputs = sum(site.outputs for site in sites)
             path = sites[0].fused or sites[0].path
             found[module] = sites[0]._replace(outputs=outputs, path=path, fused="", heads=1)
         return found
 
-    @property
-    def linear_sites(self) -> Mapping[str, Site]:
-        return {name: site for name, site in self.sites.items() if site.linear}
-
     def rows(self, module: str) -> dict[str, np.ndarray]:
         """The numbers of each site's outputs among those of the module."""
-        sites = [self.unfused.sites[part] for part in self.parts[module]]
+        sites = [self.shape.sites[part] for part in self.parts[module]]
         by_head = np.arange(sum(site.outputs for site in sites)).reshape(sites[0].heads, -1)
         ends = np.cumsum([site.outputs // site.heads for site in sites])[:-1]
         pieces = np.split(by_head, ends, axis=1)
@@ -95,7 +81,7 @@ def join(config: PeftMethod, tensors: Tensors, view: Fused) -> tuple[PeftMethod,
     joined: dict[str, np.ndarray] = {}
     modules: list[dict[str, Any]] = [{} for _ in range(view.num_hidden_layers)]
     for joint in _joints(config, view):
-        parts = {site: _module_tensors(tensors, config, joint.layer, site, view.unfused) for site in joint.sites}
+        parts = {site: _module_tensors(tensors, config, joint.layer, site, view.shape) for site in joint.sites}
         if joint.module in joint.sites:  # not fused
             module, module_tensors = joint.sites[joint.module], parts[joint.module]
         else:
@@ -125,7 +111,7 @@ def split(
         {site: settings for module, settings in layer.items() for site in view.parts[module]}
         for layer in config.modules(view)
     ]
-    config = config.of_modules(modules, view.unfused)
+    config = config.of_modules(modules, view.shape)
     parts = _cut(config, tensors, view)
     assert parts is not None
     return config, parts
@@ -137,20 +123,20 @@ def _cut(config: PeftMethod, tensors: Tensors, view: Fused) -> dict[str, np.ndar
     for joint in _joints(config, view):
         module = {
             name: tensors[key]
-            for name in config.places(joint.layer, next(iter(joint.sites)), view.unfused)
+            for name in config.places(joint.layer, next(iter(joint.sites)), view.shape)
             if (key := f"{peft_path(joint.layer, joint.module, view)}.{name}") in tensors
         }
         parts = {joint.module: module} if module and joint.module in joint.sites else config.cut(joint, module)
         if parts is None:
             return None
         for site, part in parts.items():
-            found |= {f"{peft_path(joint.layer, site, view.unfused)}.{name}": x for name, x in part.items()}
+            found |= {f"{peft_path(joint.layer, site, view.shape)}.{name}": x for name, x in part.items()}
     return found
 
 
 def _joints(config: PeftMethod, view: Fused) -> Iterator[Joint]:
     """The modules of `view` that a config of sites adapts, with their adapted sites."""
-    for layer, settings in enumerate(config.modules(view.unfused)):
+    for layer, settings in enumerate(config.modules(view.shape)):
         for module, parts in view.parts.items():
             if sites := {site: settings[site] for site in parts if site in settings}:
                 yield Joint(layer, module, sites, view.rows(module), view.sites[module].outputs)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +21,10 @@ from flax import nnx
 from para_jax.adapters.method import BackboneShape, Joint, Place, Prompt, Tensors, sites_by_name, targeted_arrays
 from para_jax.adapters.targets import as_patterns, matched, module_path, resolve
 from para_jax.adjustment import Adjustment
+from para_jax.annotations import Array, Float, Int
 from para_jax.compat import Dict
 from para_jax.errors import ParaJaxError
 from para_jax.families.architecture import SITE_AXES, Axes
-
-if TYPE_CHECKING:
-    from jax import Array
-    from jaxtyping import Float, Int
 
 FEEDFORWARD = "down_proj"
 FEEDS, UNGATED_FEEDS = "up_proj", "down_proj.input"
@@ -87,15 +84,12 @@ class IA3Config:
         return 0.0 if self.projection else 1.0
 
     def modules(self, shape: BackboneShape) -> tuple[Mapping[str, None], ...]:
-        """The targeted sites of each layer. Raises ParaJaxError for a target that matches nothing."""
         return _modules(self, shape)
 
     def layer(self, shape: BackboneShape, rngs: nnx.Rngs, layer: Int[Array, ""] | int = 0) -> IA3Layer:
-        """Fresh vectors of one layer."""
         return IA3Layer(self, shape, rngs)
 
     def size(self, shape: BackboneShape) -> int:
-        """The number of parameters."""
         widths = [sum(_width(site, self, shape) for site in layer) for layer in self.modules(shape)]
         if not self.projection:
             return sum(widths)
@@ -106,11 +100,8 @@ class IA3Config:
     @classmethod
     def usual(cls, shape: BackboneShape) -> Mapping[str, IA3Config]:
         """PEFT's targets, except for experts, whose inputs cannot be scaled; and those of PARA's authors."""
-        peft_default = {"ia3 k, v, down (PEFT's)": cls()} if FEEDFORWARD in shape.linear_sites else {}
-        return {
-            **peft_default,
-            "ia3 q, k, up": cls(target_modules=("q_proj", "k_proj", "up_proj"), feedforward_modules=()),
-        }
+        found = {"ia3 k, v, down (PEFT's)": cls()} if FEEDFORWARD in shape.linear_sites else {}
+        return found | {"ia3 q, k, up": cls(("q_proj", "k_proj", "up_proj"), feedforward_modules=())}
 
     def axes(self, name: str) -> Axes:
         """The axes of `vectors.SITE` (outputs,). down_proj's may scale inputs and is never sharded."""
@@ -136,7 +127,6 @@ class IA3Config:
         return {key: value for key, value in asdict(self).items() if key not in self.peft_lacks}
 
     def of_modules(self, modules: Sequence[Mapping[str, None]], shape: BackboneShape) -> IA3Config:
-        """This config with other target modules."""
         targets, last = sites_by_name(modules, shape), _last(shape)
         forward = any(last in layer for layer in modules) and bool(self.feedforward_modules)
         scaled_inputs = tuple(target for target in targets if forward and last in target)
@@ -152,7 +142,6 @@ class IA3Config:
         return None, {VECTOR: vector}
 
     def cut(self, joint: Joint, tensors: Tensors) -> dict[str, Tensors] | None:
-        """The vector of each site."""
         if VECTOR not in tensors:
             return None
         if len(joint.rows) == 1:

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,13 +24,10 @@ from flax import nnx
 from para_jax.adapters.method import BackboneShape, Joint, Place, Prompt, Tensors, site_path, sites_by_name
 from para_jax.adapters.targets import as_patterns, first_match, fits_none, module_path, resolve
 from para_jax.adjustment import Adjustment, LowRank
+from para_jax.annotations import Array, Float, Int
 from para_jax.compat import Dict
 from para_jax.errors import ParaJaxError, unknown
 from para_jax.families.architecture import SITE_AXES, Axes
-
-if TYPE_CHECKING:
-    from jax import Array
-    from jaxtyping import Float, Int
 
 # PEFT's other initialisations start from the backbone's weights or from data, and most change the backbone.
 INITIALISATIONS = (True, False, "gaussian", "orthogonal")
@@ -93,19 +90,17 @@ class LoraConfig:
     layers_to_transform: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        def put(name: str, value: Any) -> None:
-            object.__setattr__(self, name, value)
-
-        put("target_modules", as_patterns(self.target_modules))
-        put("exclude_modules", as_patterns(self.exclude_modules, "exclude_modules"))
-        for name in ("rank_pattern", "alpha_pattern"):
-            put(name, _as_pairs(name, getattr(self, name)))
+        for name, convert in (
+            ("target_modules", as_patterns), ("exclude_modules", as_patterns),
+            ("rank_pattern", _as_pairs), ("alpha_pattern", _as_pairs),
+        ):  # fmt: skip
+            object.__setattr__(self, name, convert(getattr(self, name), name))
         if self.layers_to_transform is not None:
             one = isinstance(self.layers_to_transform, int)
             layers = (self.layers_to_transform,) if one else self.layers_to_transform
             if not isinstance(layers, Iterable) or not all(_is_int(layer) for layer in layers):
                 raise ParaJaxError(f"layers_to_transform must be numbers of layers, not {self.layers_to_transform!r}")
-            put("layers_to_transform", tuple(layers))
+            object.__setattr__(self, "layers_to_transform", tuple(layers))
             if isinstance(self.target_modules, str):
                 raise ParaJaxError("layers_to_transform needs target_modules as a list; put the layers in the pattern")
         for rank in (self.r, *(rank for _, rank in self.rank_pattern)):
@@ -126,19 +121,15 @@ class LoraConfig:
 
     @property
     def dropout(self) -> float:
-        """The dropout rate of the pairs' inputs in training."""
         return self.lora_dropout
 
     def modules(self, shape: BackboneShape) -> tuple[Mapping[str, Module], ...]:
-        """The targeted sites of each layer. Raises ParaJaxError for a target or pattern that matches nothing."""
         return _modules(self, shape)
 
     def layer(self, shape: BackboneShape, rngs: nnx.Rngs, layer: Int[Array, ""] | int = 0) -> LoraLayer:
-        """Fresh pairs of one layer."""
         return LoraLayer(self, shape, rngs, layer)
 
     def size(self, shape: BackboneShape) -> int:
-        """The number of parameters."""
         return sum(
             module.rank * (shape.sites[site].inputs + shape.sites[site].outputs)
             for modules in self.modules(shape)
@@ -210,7 +201,12 @@ class LoraConfig:
         up = np.zeros((joint.outputs, len(down)), np.float32)
         for site, columns in (_columns(joint, len(down)) or {}).items():
             up[joint.rows[site], columns] = parts[site][B] * _ratio(joint, site)
-        return _with_rank(len(down), _largest_scale(joint), self.use_rslora), {A: down, B: up}
+        pair = _largest_scale(joint)
+        if len(down) != pair.rank:  # another rank, and the same scale
+            rank, rs = len(down), self.use_rslora
+            alpha = pair.alpha * math.sqrt(rank / pair.rank) if rs else pair.alpha * rank / pair.rank
+            pair = Module(rank, int(alpha) if alpha == int(alpha) else alpha, pair.scale)
+        return pair, {A: down, B: up}
 
     def cut(self, joint: Joint, tensors: Tensors) -> dict[str, Tensors] | None:
         """Each site's pair; None if `joined` cannot make the module's rank."""
@@ -253,14 +249,6 @@ def _ratio(joint: Joint, site: str) -> np.float32:
     return np.float32(joint.sites[site].scale / scale if scale else 1)
 
 
-def _with_rank(rank: int, pair: Module, rank_stabilised: bool) -> Module:
-    """The settings with another rank and the same scale."""
-    if rank == pair.rank:
-        return pair
-    alpha = pair.alpha * math.sqrt(rank / pair.rank) if rank_stabilised else pair.alpha * rank / pair.rank
-    return Module(rank, int(alpha) if alpha == int(alpha) else alpha, pair.scale)
-
-
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -269,7 +257,7 @@ def _is_finite(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _as_pairs(name: str, patterns: Any) -> tuple[tuple[str, Any], ...]:
+def _as_pairs(patterns: Any, name: str) -> tuple[tuple[str, Any], ...]:
     """A pattern option, a dict or pairs, as pairs. Raises ParaJaxError for anything else."""
     pairs = tuple(patterns.items()) if isinstance(patterns, Mapping) else patterns
     if not isinstance(pairs, list | tuple) or not all(
@@ -357,10 +345,8 @@ def _fresh(
         normal = jax.random.normal(a, (padded_rank, padded_rank), jnp.float32)
         basis, _ = jnp.linalg.qr(jnp.where(inside[:, None] & inside[None], normal, jnp.eye(padded_rank)))
         halves = [jnp.where((index % 2 == half)[:, None], basis, 0) for half in (0, 1)]
-        return (
-            halves[0].T @ jax.random.normal(b, down, jnp.float32) / 10,
-            jax.random.normal(c, up, jnp.float32) @ halves[1] / 10,
-        )
+        down_random, up_random = jax.random.normal(b, down, jnp.float32), jax.random.normal(c, up, jnp.float32)
+        return halves[0].T @ down_random / 10, up_random @ halves[1] / 10
     if config.init_lora_weights == "gaussian":
         return jax.random.normal(a, down, jnp.float32) / rank.astype(jnp.float32), jnp.zeros(up, jnp.float32)
     bound = site.inputs**-0.5

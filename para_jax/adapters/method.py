@@ -11,14 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from para_jax.adjustment import Adjustment
-from para_jax.errors import ParaJaxError, unknown
+from para_jax.annotations import Array, Bool, Float, Int
+from para_jax.errors import ParaJaxError, check_known, unknown
 from para_jax.families.architecture import Axes, Site
 
 if TYPE_CHECKING:
     from flax import nnx
-    from jax import Array
-    from jaxtyping import Bool, Float, Int
-
 
 # The modules of a causal language model outside its layers.
 OUTSIDE = ("embed_tokens", "lm_head", "wte", "wpe", "embed_in", "embed_out", "embed_positions")
@@ -44,6 +42,33 @@ class BackboneShape(Protocol):
     def __hash__(self) -> int: ...
 
 
+@dataclasses.dataclass(frozen=True)
+class ShapeView:
+    """A backbone's shape with something else about it; subclasses say what."""
+
+    shape: BackboneShape
+
+    @property
+    def hidden_size(self) -> int:
+        return self.shape.hidden_size
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return self.shape.num_hidden_layers
+
+    @property
+    def layers_path(self) -> str:
+        return self.shape.layers_path
+
+    @property
+    def sites(self) -> Mapping[str, Site]:
+        return self.shape.sites
+
+    @property
+    def linear_sites(self) -> Mapping[str, Site]:
+        return {name: site for name, site in self.sites.items() if site.linear}
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Prompt:
@@ -65,7 +90,6 @@ class AdapterLayer(Protocol):
 
     def prepare(self, prompt: Prompt, layer: int | Int[Array, ""]) -> Adjustment:
         """Reads the prompt at layer number `layer`, a Python int if layers are unrolled."""
-        ...
 
 
 class MethodConfig(Protocol):
@@ -95,27 +119,22 @@ class MethodConfig(Protocol):
 
         Raises ParaJaxError for a target that matches nothing.
         """
-        ...
 
     def layer(self, shape: BackboneShape, rngs: nnx.Rngs, layer: Int[Array, ""]) -> AdapterLayer:
         """Fresh weights of layer number `layer`. Array shapes do not depend on `layer`."""
-        ...
 
     def size(self, shape: BackboneShape) -> int:
         """The number of parameters of an adapter."""
-        ...
 
     @classmethod
     def usual(cls, shape: BackboneShape) -> Mapping[str, MethodConfig]:
         """Common settings, by a readable name. `para-jax methods` prints their costs."""
-        ...
 
     def axes(self, name: str) -> Axes:
         """The logical axes of one of a layer's arrays, by its name; () if none is sharded.
 
         The array may have further leading axes.
         """
-        ...
 
     def __hash__(self) -> int: ...
 
@@ -163,31 +182,24 @@ class PeftMethod(MethodConfig, Protocol):
 
     def places(self, layer: int, site: str, shape: BackboneShape) -> dict[str, Place]:
         """PEFT's tensors of one module, by the part of their names after the module's path."""
-        ...
 
     def in_peft(self, layers: Any, leaves: Tensors) -> tuple[PeftMethod, Tensors]:
         """The config of an adapter in PEFT's form, and its weights by name."""
-        ...
 
     def peft_options(self) -> dict[str, Any]:
         """The method's options in adapter_config.json: PEFT's keys only."""
-        ...
 
     def of_modules(self, modules: Sequence[Mapping[str, Any]], shape: BackboneShape) -> Any:
         """A config like this one that targets these modules of each layer: by name, or by path if layers differ."""
-        ...
 
     def joined(self, joint: Joint, parts: Mapping[str, Tensors]) -> tuple[Any, Tensors]:
         """The settings and the tensors of a fused module, from the tensors of its sites."""
-        ...
 
     def cut(self, joint: Joint, tensors: Tensors) -> dict[str, Tensors] | None:
         """Each site's tensors, from those of its fused module; None if they cannot be split into these sites."""
-        ...
 
     def merged(self, weight: np.ndarray, tensors: Tensors, module: Any) -> np.ndarray:
         """A projection's float32 weight (outputs, inputs) or bias (outputs,), with the adapter merged into it."""
-        ...
 
 
 def sites_by_name(modules: Sequence[Mapping[str, Any]], shape: BackboneShape) -> tuple[str, ...]:
@@ -272,9 +284,7 @@ def from_fields(config: type[M], fields: Mapping[str, Any]) -> M:
     (('q_proj', 2),)
     """
     known = [f.name for f in dataclasses.fields(config)]
-    for name in fields:
-        if name not in known:
-            raise unknown(f"option of method {config.method!r}", name, known)
+    check_known(f"option of method {config.method!r}", fields, known)
     return config(**{name: _hashable(value) for name, value in fields.items()})
 
 

@@ -16,9 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from para_jax.adapters.method import BackboneShape
+from para_jax.adapters.method import BackboneShape, ShapeView
 from para_jax.errors import ParaJaxError
-from para_jax.families.architecture import Site
 from para_jax.families.table import FAMILIES
 from para_jax.families.wrappers import WRAPPERS
 
@@ -100,29 +99,12 @@ def _check_one(path: Path, found: Mapping[str, str], what: str, fix: str) -> Non
 
 
 @dataclass(frozen=True)
-class At:
+class At(ShapeView):
     """A backbone's shape, in a model whose decoder is at the path `stem`."""
 
-    shape: BackboneShape
     stem: str
-
-    @property
-    def hidden_size(self) -> int:
-        return self.shape.hidden_size
-
-    @property
-    def num_hidden_layers(self) -> int:
-        return self.shape.num_hidden_layers
 
     @property
     def layers_path(self) -> str:
         layers = self.shape.layers_path.rpartition(".")[2]
         return f"{self.stem}.{layers}" if self.stem else layers
-
-    @property
-    def sites(self) -> Mapping[str, Site]:
-        return self.shape.sites
-
-    @property
-    def linear_sites(self) -> Mapping[str, Site]:
-        return self.shape.linear_sites

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +21,9 @@ from flax import nnx
 
 from para_jax.adapters.method import BackboneShape, Prompt, as_targets, check_targets
 from para_jax.adjustment import Adjustment
-from para_jax.errors import ParaJaxError, unknown
+from para_jax.annotations import Array, Bool, Float, Int
+from para_jax.errors import ParaJaxError, check_known
 from para_jax.families.architecture import Axes
-
-if TYPE_CHECKING:
-    from jax import Array
-    from jaxtyping import Bool, Float, Int
 
 Pooling = Literal["last", "mean", "max", "attention"]
 Activation = Literal["gelu", "relu", "silu", "rational"]
@@ -83,8 +80,7 @@ class ParaConfig:
             raise ParaJaxError(f"r must be a whole number from 1, not {self.r!r}")
         choices = {"pooling": Pooling, "activation": Activation, "read": Reading, "scale": Scaled}
         for name, choice in choices.items():
-            if getattr(self, name) not in get_args(choice):
-                raise unknown(name, getattr(self, name), get_args(choice))
+            check_known(name, [getattr(self, name)], get_args(choice))
         for name in ("normalize", "bias"):
             if not isinstance(getattr(self, name), bool):
                 raise ParaJaxError(f"{name} must be true or false, not {getattr(self, name)!r}")
@@ -99,7 +95,6 @@ class ParaConfig:
         return (dict.fromkeys(self.target_modules),) * shape.num_hidden_layers
 
     def layer(self, shape: BackboneShape, rngs: nnx.Rngs, layer: Int[Array, ""] | int = 0) -> ParaLayer:
-        """A fresh generator for one layer of a backbone."""
         check_targets(self.target_modules, shape)
         return ParaLayer(self, shape, rngs)
 

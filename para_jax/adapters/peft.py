@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from para_jax.adapters.adapter import Adapter, abstract_layers, named_leaves
-from para_jax.adapters.fit import MERGE, check_fits
+from para_jax.adapters.fit import MERGE, Case, check_fits
 from para_jax.adapters.fused import as_transformers, join, split
 from para_jax.adapters.method import OUTSIDE, BackboneShape, PeftMethod, Place
 from para_jax.adapters.names import At, as_peft
@@ -67,17 +67,12 @@ def places(config: PeftMethod, shape: BackboneShape) -> dict[str, Place]:
     }
 
 
-def peft_tensors(adapter: Adapter, shape: BackboneShape) -> dict[str, np.ndarray]:
-    """The weights of a LoRA or (IA)3 adapter by PEFT's names, in float32 and PEFT's shapes, without padded ranks.
+def in_peft(adapter: Adapter, shape: BackboneShape) -> tuple[PeftMethod, dict[str, np.ndarray]]:
+    """The config of a LoRA or (IA)3 adapter in PEFT's form, and its weights by PEFT's names, without padded ranks.
 
-    Fused projections are split. (IA)3 with a projection becomes the vectors that it makes. Raises ParaJaxError for
-    methods that PEFT does not have.
+    Weights are float32 and have PEFT's shapes; fused projections are split. (IA)3 with a projection becomes the vectors
+    that it makes. Raises ParaJaxError for methods that PEFT does not have.
     """
-    return _in_peft(adapter, shape)[1]
-
-
-def _in_peft(adapter: Adapter, shape: BackboneShape) -> tuple[PeftMethod, dict[str, np.ndarray]]:
-    """The config of an adapter in PEFT's form, and its tensors by PEFT's names."""
     if not adapter.config.peft_type:
         method = adapter.config.method
         raise ParaJaxError(f"PEFT does not have method {method!r}; it has {', '.join(PEFT).lower()}")
@@ -106,7 +101,7 @@ def to_peft(
     With `wrapper`, paths are those of the wrapper's decoder. Raises ParaJaxError for methods that PEFT does not have.
     """
     metadata = {"format": "pt"}
-    config, tensors = _in_peft(adapter, shape)
+    config, tensors = in_peft(adapter, shape)
     if (view := as_transformers(shape)) is not None:
         metadata[METADATA] = json.dumps(asdict(config))
         config, tensors = join(config, tensors, view)
@@ -149,7 +144,7 @@ def from_peft(folder: Path, config_fields: Mapping[str, Any], weights: Weights, 
     except re.error as error:
         raise ParaJaxError(f"{folder}: a pattern in its config is not a regular expression: {error}") from error
     shapes = {name: place.shape for name, place in table.items()}
-    check_fits(weights.path, names, shapes, made_for, peft_shape, getattr(shape, "vocab_size", None))
+    check_fits(weights.path, Case(names, shapes, made_for, peft_shape, getattr(shape, "vocab_size", None)))
     tensors: Mapping[str, np.ndarray] = names.tensors
     if view is not None:
         config, tensors = split(config, tensors, view, _kept(weights.metadata, config, shape))
@@ -200,11 +195,11 @@ def config_from_peft(config_fields: Mapping[str, Any], shape: BackboneShape) -> 
     """
     kind = PEFT[config_fields["peft_type"].upper()]
     known = {f.name for f in fields(kind)} - {*kind.peft_lacks}
-    problems = [
-        _refusal(key, value)
-        for key, value in config_fields.items()
-        if _refused(key, value, known, kind, shape.layers_path)
-    ]
+    problems = []
+    for key, value in config_fields.items():
+        if _refused(key, value, known, kind, shape.layers_path):
+            out = "" if key in AT_RUN_TIME else f"{MERGE}, or "
+            problems.append(f"{key}={value!r} is not implemented here; {out}tune again without {key}")
     for key in kind.peft_requires:
         if config_fields.get(key) is None:
             problems.append(f"{key} is missing, so that PEFT chooses by the base's architecture; write a list of names")
@@ -240,11 +235,8 @@ def _ordered(entries: Any, paths: list[str]) -> Any:
     """Entries in the backbone's order. PEFT writes sets in random order; equal configs share a group of the bank."""
     if not isinstance(entries, list):
         return entries
-
-    def place(entry: str) -> int:
-        return next((i for i, path in enumerate(paths) if names_module(entry, path)), len(paths))
-
-    return tuple(sorted(entries, key=place))
+    places = {e: next((i for i, path in enumerate(paths) if names_module(e, path)), len(paths)) for e in entries}
+    return tuple(sorted(entries, key=lambda entry: places[entry]))
 
 
 def _refused(key: str, value: Any, known: set[str], kind: type[PeftMethod], layers_path: str) -> bool:
@@ -258,8 +250,3 @@ def _refused(key: str, value: Any, known: set[str], kind: type[PeftMethod], laye
         patterns = value if isinstance(value, list) else [value]
         return not any(re.match(rf"(?:^|.*?\.){pattern}\.\d+\.", f"{layers_path}.0.mlp") for pattern in patterns)
     return key not in known and value != {"bias": "none", "task_type": "CAUSAL_LM"}.get(key)
-
-
-def _refusal(key: str, value: Any) -> str:
-    out = "" if key in AT_RUN_TIME else f"{MERGE}, or "
-    return f"{key}={value!r} is not implemented here; {out}tune again without {key}"

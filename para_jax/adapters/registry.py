@@ -13,18 +13,11 @@ from para_jax.adapters.lora import LoraConfig
 from para_jax.adapters.method import MethodConfig, from_fields
 from para_jax.adapters.para import ParaConfig
 from para_jax.config import read_json
-from para_jax.errors import ParaJaxError, unknown
+from para_jax.errors import ParaJaxError, check_known
 
 # Every method, by its name in adapter_config.json and on the command line.
 METHODS: dict[str, type[Any]] = {
-    config.method: config
-    for config in (
-        ParaConfig,
-        IA3Config,
-        BiasConfig,
-        FanLoraConfig,
-        LoraConfig,
-    )
+    config.method: config for config in (ParaConfig, IA3Config, BiasConfig, FanLoraConfig, LoraConfig)
 }
 # The methods that PEFT has, by PEFT's names. FanLoRA is LoRA in PEFT: LoraConfig is last above and wins.
 PEFT: dict[str, type[Any]] = {config.peft_type: config for config in METHODS.values() if config.peft_type}
@@ -36,8 +29,7 @@ def config_from_dict(method: str, fields: Mapping[str, Any]) -> Any:
     >>> config_from_dict("para", {"r": 4, "target_modules": ["q_proj"]}).target_modules
     ('q_proj',)
     """
-    if method not in METHODS:
-        raise unknown("method", method, METHODS)
+    check_known("method", [method], METHODS)
     return from_fields(METHODS[method], fields)
 
 

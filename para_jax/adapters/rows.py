@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +14,8 @@ import numpy as np
 
 from para_jax.adapters.method import Prompt
 from para_jax.adjustment import PER_ROW, Adjustment, Dropout, total
+from para_jax.annotations import Array, Float, Int, Key
 from para_jax.errors import ParaJaxError
-
-if TYPE_CHECKING:
-    from jax import Array
-    from jaxtyping import Float, Int, Key
 
 # The tenant of a row: one name, None, or several names with adapter weights.
 Tenant = str | None | Mapping[str, float]

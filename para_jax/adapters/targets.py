@@ -51,7 +51,6 @@ def resolve(
     *,
     exclude: str | tuple[str, ...] = (),
     layers: tuple[int, ...] | None = None,
-    option: str = "target_modules",
     linear: bool = False,
 ) -> tuple[tuple[str, ...], ...]:
     """The targeted sites of each layer.
@@ -66,7 +65,7 @@ def resolve(
     Raises ParaJaxError with the nearest name for an entry that matches nothing.
     """
     if not target_modules:
-        raise ParaJaxError(f"{option} is empty; choose among {', '.join(shape.sites)}")
+        raise ParaJaxError(f"target_modules is empty; choose among {', '.join(shape.sites)}")
     total = shape.num_hidden_layers
     for layer in layers or ():
         if not 0 <= layer < total:
@@ -76,11 +75,11 @@ def resolve(
         for entry in target_modules:
             if any(names_module(entry, site.path) for name, site in shape.sites.items() if name not in sites):
                 raise ParaJaxError(
-                    f"{option} has {entry}, which is the projections of many experts here; their outputs can be scaled "
-                    f"(para, ia3) but not added to. Choose among {', '.join(sites)}"
+                    f"target_modules has {entry}, which is the projections of many experts here; their outputs can be "
+                    f"scaled (para, ia3) but not added to. Choose among {', '.join(sites)}"
                 )
     paths = {(i, site): module_path(i, site, shape) for i in range(total) for site in sites}
-    for name, pattern in ((option, target_modules), ("exclude_modules", exclude)):
+    for name, pattern in (("target_modules", target_modules), ("exclude_modules", exclude)):
         _check(name, pattern, list(paths.values()), shape)
     pattern = ".*" if target_modules == ALL_LINEAR else target_modules
     chosen = [
@@ -92,7 +91,9 @@ def resolve(
         and not (exclude and matched(exclude, path))
     ]
     if not chosen:
-        raise ParaJaxError(f"{option} with layers_to_transform and exclude_modules leaves no module; choose others")
+        raise ParaJaxError(
+            "target_modules with layers_to_transform and exclude_modules leaves no module; choose others"
+        )
     return tuple(tuple(site for i, site in chosen if i == layer) for layer in range(total))
 
 

@@ -50,7 +50,11 @@ def read_weights(folder: Path) -> Weights:
     """
     path = folder / (WEIGHTS if (folder / WEIGHTS).is_file() else TORCH_WEIGHTS)
     _check_file(path)
-    weights = _safetensors(path) if path.name == WEIGHTS else _torch(path)
+    if path.name == WEIGHTS:
+        weights = _safetensors(path)
+    else:
+        tensors = read_torch(path, tuple(DTYPES.values()))
+        weights = Weights(path, {str(key): as_numpy(x.detach()) for key, x in tensors.items()}, {})
     if not weights.tensors:
         raise ParaJaxError(
             f"{path} is empty: it has no tensors. The adapter's weights were not there when it was saved (with "
@@ -98,32 +102,21 @@ def _safetensors(path: Path) -> Weights:
     tensors = {}
     try:
         with safe_open(path, framework="numpy") as f:
-            names = f.keys()  # `f` is not a mapping
-            for key in names:
+            for key in f.keys():  # noqa: SIM118  (not a mapping)
                 dtype = f.get_slice(key).get_dtype()
                 if dtype not in DTYPES:
-                    raise _unsupported_dtype(path, key, dtype)
+                    own = "it is a weight of the model itself. Save only the adapter: model.save_pretrained(folder)"
+                    fix = own if ".base_layer." in key else "save it in one of these"
+                    raise ParaJaxError(
+                        f"{path}: {key} is {dtype}; adapters are read in float32, float16 and bfloat16; {fix}"
+                    )
                 tensors[key] = f.get_tensor(key)
             return Weights(path, tensors, f.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise ParaJaxError(f"{path} is damaged: {error}") from error
 
 
-def _unsupported_dtype(path: Path, key: str, dtype: str) -> ParaJaxError:
-    fix = "save it in one of these"
-    if ".base_layer." in key:
-        fix = "it is a weight of the model itself. Save only the adapter: model.save_pretrained(folder)"
-    return ParaJaxError(f"{path}: {key} is {dtype}; adapters are read in float32, float16 and bfloat16; {fix}")
-
-
-def _torch(path: Path) -> Weights:
-    tensors = read_torch(path, tuple(DTYPES.values()))
-    # Tensors that are not contiguous, such as a transposed matrix, are views of torch's memory too.
-    return Weights(path, {str(key): as_numpy(x.detach()) for key, x in tensors.items()}, {})
-
-
 def adapters_below(folder: Path) -> list[str]:
-    """The names of the subfolders that are adapters."""
     return [path.parent.name for path in sorted(folder.glob(f"[!.]*/{CONFIG}"))]
 
 

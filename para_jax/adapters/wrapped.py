@@ -14,7 +14,7 @@ from typing import Any
 from para_jax.adapters.method import BackboneShape, PeftMethod, Tensors
 from para_jax.adapters.names import PREFIX, At, Names
 from para_jax.adapters.targets import first_match, module_path, names_module
-from para_jax.errors import unknown
+from para_jax.errors import check_known
 from para_jax.families.wrappers import WRAPPERS, Wrapper, wrapper_of
 
 LISTS = ("target_modules", "feedforward_modules")
@@ -30,8 +30,7 @@ def written_for(base: BackboneShape, model_type: str | None) -> Wrapper | None:
         return wrapper_of(base)
     family = getattr(base, "family", "")
     fits = {name: wrapper for name, wrapper in WRAPPERS.items() if family in wrapper.texts.values()}
-    if model_type not in (family, *fits):
-        raise unknown(f"model_type with a {family} in it", model_type, (family, *fits))
+    check_known(f"model_type with a {family} in it", [model_type], (family, *fits))
     return fits.get(model_type)
 
 

@@ -39,7 +39,6 @@ VERBS = {
 
 
 def parser() -> Parser:
-    """The parser of every verb and option."""
     top = Parser(
         prog="para-jax",
         description="Prompt-Aware Representation Adjustment (PARA): tune one frozen language model for many tenants "
@@ -151,7 +150,6 @@ def _flushed(verb: str, code: int) -> int:
 
 
 def _report_thread_error(given: threading.ExceptHookArgs) -> None:
-    """Prints an uncaught error of a thread in one line."""
     error = given.exc_value
     if error is not None:
         _print_error("thread", in_one_line(error) if isinstance(error, OSError) else faults.describe("thread", error))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from para_jax.errors import ParaJaxError, unknown
+from para_jax.errors import ParaJaxError, check_known
 
 if TYPE_CHECKING:
     from para_jax.adapters.bank import AdapterBank
@@ -25,9 +25,7 @@ def adapter_folders(folder: str | Path, names: Sequence[str] | None = None) -> d
     found = {name: folder / name for name in adapters_below(folder)}
     if not found:
         raise ParaJaxError(_no_adapters(folder, CONFIG))
-    for name in names or ():
-        if name not in found:
-            raise unknown(f"tenant in {folder}", name, found)
+    check_known(f"tenant in {folder}", names or (), found)
     return found if names is None else {name: found[name] for name in names}
 
 

@@ -65,7 +65,10 @@ class Answers:
                 raise
 
     def _check_inputs(self, inputs: dict[str, Any]) -> int:
-        """The bytes of the complete windows. Raises ParaJaxError unless they are answers to these inputs."""
+        """Sets `done` to the number of rows in complete windows, and returns their bytes.
+
+        Raises ParaJaxError unless they are answers to these inputs.
+        """
         if not self.inputs.exists():
             if self.partial.stat().st_size:
                 raise ParaJaxError(
@@ -79,10 +82,6 @@ class Answers:
                 f"{self.partial} holds answers to other inputs: {'; '.join(changed[:5])}; give the same rows and "
                 "options, or start again with --overwrite"
             )
-        return self._count_rows()
-
-    def _count_rows(self) -> int:
-        """The bytes of the complete windows. Sets `done` to their number of rows."""
         ends = [0]
         for line in self.partial.read_bytes().splitlines(keepends=True):
             if line.endswith(b"\n"):

@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from para_jax.checks import COUNT, Whole
-from para_jax.cli.options import within
+from para_jax.cli.options import flag, number, repeated
 from para_jax.compile_cache import set_up
 from para_jax.data.sources import FORMS, read_rows
-from para_jax.errors import ParaJaxError, unknown
+from para_jax.errors import ParaJaxError, check_known
 from para_jax.memory import keep_freed_memory
 
 if TYPE_CHECKING:
-    from para_jax.backbones.decoder import Backbone
     from para_jax.backbones.loading import Loading
     from para_jax.config import BackboneConfig
 
@@ -28,16 +27,17 @@ Source = str | list[tuple[str, dict[str, Any]]]  # a source of `read_rows`, or i
 
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
-    """--model."""
-    parser.add_argument(
-        "--model",
-        metavar="DIR",
-        help="Hugging Face checkpoint: a folder or a hub id (default: the tiny model that ships)",
-    )
+    text = "Hugging Face checkpoint: a folder or a hub id (default: the tiny model that ships)"
+    parser.add_argument("--model", metavar="DIR", help=text)
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """--model, for `load_config`."""
+    text = "a folder or hub id with config.json, or that file (default: the tiny backbone)"
+    parser.add_argument("--model", metavar="DIR", help=text)
 
 
 def add_compile_cache(parser: argparse.ArgumentParser) -> None:
-    """--compile-cache."""
     parser.add_argument(
         "--compile-cache",
         metavar="DIR|off",
@@ -66,53 +66,29 @@ def add_model(parser: argparse.ArgumentParser, processes: bool = True) -> None:
     )
     parser.set_defaults(coordinator=None, processes=None, process=None)
     if processes:
-        _add_processes(parser)
-    parser.add_argument(
-        "--quantize", choices=("int8", "int4"), help="quantize the layers' weights, for small accelerators"
-    )
-
-
-def _add_processes(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--coordinator",
-        metavar="HOST:PORT",
-        help="join a multi-process run: the address of process 0, or auto on Cloud TPU, SLURM and Kubernetes",
-    )
-    parser.add_argument("--processes", type=within(COUNT), metavar="N", help="with --coordinator: their number")
-    parser.add_argument(
-        "--process", type=within(Whole(0)), metavar="I", help="with --coordinator: the index of this process, from 0"
-    )
+        text = "join a multi-process run: the address of process 0, or auto on Cloud TPU, SLURM and Kubernetes"
+        parser.add_argument("--coordinator", metavar="HOST:PORT", help=text)
+        number(parser, "--processes", COUNT, "with --coordinator: their number")
+        text = "with --coordinator: the index of this process, from 0"
+        number(parser, "--process", Whole(0), text, metavar="I")
+    text = "quantize the layers' weights, for small accelerators"
+    parser.add_argument("--quantize", choices=("int8", "int4"), help=text)
 
 
 def add_adapters(parser: argparse.ArgumentParser) -> None:
-    """--adapters and --allow-nan."""
     parser.add_argument("--adapters", metavar="DIR", help="folder with NAME/ for each tenant (finetune's --out)")
-    parser.add_argument(
-        "--allow-nan", action="store_true", help="load adapters that have NaN or infinite values, to inspect them"
-    )
+    flag(parser, "--allow-nan", "load adapters that have NaN or infinite values, to inspect them")
 
 
 def add_tenants(parser: argparse.ArgumentParser, more: str = "") -> None:
     """--tenant, with a source of rows for each, and the options of sources."""
-    parser.add_argument(
-        "--tenant",
-        metavar="NAME=SOURCE",
-        action="append",
-        default=[],
-        help=f"a tenant and its rows: {FORMS}{more}; repeat",
-    )
-    parser.add_argument(
-        "--tenant-from",
-        metavar="SOURCE",
-        action="append",
-        default=[],
-        help='rows of several tenants, each with its tenant\'s name under "tenant"; repeat',
-    )
+    repeated(parser, "--tenant", "NAME=SOURCE", f"a tenant and its rows: {FORMS}{more}; repeat")
+    text = 'rows of several tenants, each with its tenant\'s name under "tenant"; repeat'
+    repeated(parser, "--tenant-from", "SOURCE", text)
     add_sources(parser, "[NAME=]", "; repeat", action="append", default=[])
 
 
 def add_sources(parser: argparse.ArgumentParser, whose: str = "", more: str = "", **options: Any) -> None:
-    """--template and --data-dir."""
     parser.add_argument(
         "--template",
         metavar=f"{whose}FILE.json",
@@ -120,9 +96,13 @@ def add_sources(parser: argparse.ArgumentParser, whose: str = "", more: str = ""
         f"a file, or the name of one that ships, such as glue/sst2{more}",
         **options,
     )
-    parser.add_argument(
-        "--data-dir", metavar="DIR", help="where tfds: keeps its data (default: TFDS_DATA_DIR, or TFDS's own default)"
-    )
+    text = "where tfds: keeps its data (default: TFDS_DATA_DIR, or TFDS's own default)"
+    parser.add_argument("--data-dir", metavar="DIR", help=text)
+
+
+def add_length(parser: Any) -> None:
+    number(parser, "--max-length", Whole(2), "most tokens of a row (default: the backbone's context)")
+    flag(parser, "--truncate", "cut prompts that are too long at their beginning")
 
 
 def begin_model(args: argparse.Namespace, stacked: bool | None = None) -> tuple[Loading, Any]:
@@ -146,12 +126,6 @@ def begin_model(args: argparse.Namespace, stacked: bool | None = None) -> tuple[
     tokenizer = load_tokenizer(path)
     check_vocabulary(tokenizer, loading.shapes.config.vocab_size)
     return loading, tokenizer
-
-
-def load_model(args: argparse.Namespace, stacked: bool | None = None) -> tuple[Backbone, Any]:
-    """Like `begin_model`, but waits for the backbone."""
-    loading, tokenizer = begin_model(args, stacked)
-    return loading.backbone(), tokenizer
 
 
 def start_processes(args: argparse.Namespace) -> None:
@@ -238,14 +212,11 @@ def per_tenant(values: Sequence[str], option: str, names: Sequence[str], kind: C
     particular: dict[str, T] = {}
     for value in values:
         name, equals, rest = value.rpartition("=")
-        if equals and name not in names:
-            raise unknown(f"tenant in {option}", name, names)
+        check_known(f"tenant in {option}", [name] if equals else [], names)
         try:
             (particular if equals else general).update(dict.fromkeys([name] if equals else names, kind(rest)))
-        except ParaJaxError:
-            raise
         except ValueError as error:
-            raise ParaJaxError(f"{option} {error}") from None
+            raise error if isinstance(error, ParaJaxError) else ParaJaxError(f"{option} {error}") from None
     merged = general | particular
     return {name: merged[name] for name in names if name in merged}
 
@@ -260,10 +231,5 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """
     cells = [[str(cell) for cell in row] for row in (header, *rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    lines = []
-    for row in cells:
-        first, *others = (
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        lines.append("  ".join([first, *others]).rstrip())
-    return "\n".join(lines)
+    lines = ([first.ljust(widths[0]), *map(str.rjust, others, widths[1:])] for first, *others in cells)
+    return "\n".join("  ".join(line).rstrip() for line in lines)

@@ -17,7 +17,7 @@ import re
 from pathlib import Path
 
 from para_jax.cli import common
-from para_jax.cli.options import refuse
+from para_jax.cli.options import flag, refuse
 from para_jax.cli.outputs import check_folder
 from para_jax.compile_cache import set_up
 from para_jax.errors import ParaJaxError
@@ -28,19 +28,14 @@ UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_checkpoint(parser)
     common.add_compile_cache(parser)
-    parser.add_argument(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        help="dtype to write (default: the checkpoint's)",
-    )
+    dtypes = ("auto", "float32", "bfloat16", "float16")
+    parser.add_argument("--dtype", choices=dtypes, help="dtype to write (default: the checkpoint's)")
     parser.add_argument("--out", metavar="DIR", help="folder to write")
     parser.add_argument("--adapter", metavar="DIR", help="an adapter's folder, to merge into the weights")
-    parser.add_argument(
-        "--text-only", action="store_true", help="write the text part of a larger model as a model of its own"
-    )
+    flag(parser, "--text-only", "write the text part of a larger model as a model of its own")
     parser.add_argument("--shard-size", metavar="SIZE", help="maximum size of a file (default: 5GB)")
-    parser.add_argument("--check", action="store_true", help="refuse NaN and infinite weights")
-    parser.add_argument("--overwrite", action="store_true", help="replace --out if it is a checkpoint")
+    flag(parser, "--check", "refuse NaN and infinite weights")
+    flag(parser, "--overwrite", "replace --out if it is a checkpoint")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -22,6 +22,7 @@ from typing import Any
 from para_jax import machine
 from para_jax.cli import common
 from para_jax.cli.methods import human
+from para_jax.cli.options import add_output
 from para_jax.cli.outputs import check_files
 from para_jax.compile_cache import folder
 from para_jax.errors import one_line
@@ -36,13 +37,9 @@ WAIT = 180  # seconds for JAX to start, and to compile a kernel for the first ti
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model",
-        metavar="DIR",
-        help="model to choose kernels for: a folder or hub id with config.json (default: the shapes of Llama 3 8B)",
-    )
-    parser.add_argument("--json", metavar="OUT.json", help="write everything as JSON")
-    parser.add_argument("--overwrite", action="store_true", help="replace --json if it exists")
+    text = "model to choose kernels for: a folder or hub id with config.json (default: the shapes of Llama 3 8B)"
+    parser.add_argument("--model", metavar="DIR", help=text)
+    add_output(parser, "--json", "OUT.json", "write everything as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -64,6 +61,10 @@ def environment(model: str | None = None) -> dict[str, Any]:
     True
     """
     from_jax = jax_environment(model) if "jax" in sys.modules else _ask_subprocess(model)
+    cache = None
+    if from_jax["cache"] is not None:
+        sizes = [path.stat().st_size for path in Path(from_jax["cache"]).glob("*") if path.is_file()]
+        cache = {"folder": from_jax["cache"], "files": len(sizes), "bytes": sum(sizes)}
     return {
         "python": platform.python_version(),
         "system": platform.platform(),
@@ -71,7 +72,7 @@ def environment(model: str | None = None) -> dict[str, Any]:
         "accelerator": machine.accelerator() or None,
         "nvidia_driver": machine.nvidia_driver() or None,
         **from_jax,
-        "cache": _folder_size(from_jax["cache"]),
+        "cache": cache,
         "disk_free": {path: _free(path) for path in (os.path.abspath(""), from_jax["cache"]) if path},
         "host": {"cores": os.cpu_count(), **machine.host_memory()},
     }
@@ -124,13 +125,6 @@ def _ask_subprocess(model: str | None) -> dict[str, Any]:
     return {"problem": problem, "devices": [], "kernels": {}, "cache": None}
 
 
-def _folder_size(folder: str | None) -> dict[str, Any] | None:
-    if folder is None:
-        return None
-    sizes = [path.stat().st_size for path in Path(folder).glob("*") if path.is_file()]
-    return {"folder": folder, "files": len(sizes), "bytes": sum(sizes)}
-
-
 def _free(path: str) -> int | None:
     """Free bytes of the disk of a folder, which may not exist yet."""
     try:
@@ -141,8 +135,6 @@ def _free(path: str) -> int | None:
 
 
 def lines(found: dict[str, Any]) -> list[str]:
-    """The environment as lines of text."""
-
     def size_text(size: int | None) -> str:
         return "unknown" if size is None else human(size)
 

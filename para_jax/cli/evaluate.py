@@ -15,10 +15,10 @@ from pathlib import Path
 from para_jax.checks import COUNT
 from para_jax.cli import common
 from para_jax.cli.adapters import RowTokenizers, adapter_folders, load_bank
-from para_jax.cli.options import refuse, within
+from para_jax.cli.options import flag, number, refuse, repeated
 from para_jax.cli.outputs import check_data_dir, check_files
 from para_jax.data.sources import Rows, read_rows
-from para_jax.errors import ParaJaxError, unknown
+from para_jax.errors import ParaJaxError, check_known
 from para_jax.files import json_line, write_json, write_text
 from para_jax.progress import Pace, to_stderr
 
@@ -29,23 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_tenants(parser)
     parser.add_argument("--json", metavar="OUT.json", help="write the scores")
     parser.add_argument("--predictions", metavar="OUT.jsonl", help="write every row with its answer")
-    parser.add_argument("--overwrite", action="store_true", help="replace these files if they exist")
-    parser.add_argument(
-        "--max-new-tokens",
-        action="append",
-        default=[],
-        metavar="[NAME=]N",
-        help="maximum length of an answer (default: 64); repeat",
-    )
-    parser.add_argument("--batch-size", type=within(COUNT), default=32, help="rows that run together (default: 32)")
-    parser.add_argument("--limit", type=within(COUNT), metavar="N", help="only the first N rows of each tenant")
-    parser.add_argument(
-        "--choose",
-        metavar="NAME",
-        action="append",
-        default=[],
-        help="use all distinct responses of a tenant's rows as the choices of each row; repeat",
-    )
+    flag(parser, "--overwrite", "replace these files if they exist")
+    repeated(parser, "--max-new-tokens", "[NAME=]N", "maximum length of an answer (default: 64); repeat")
+    number(parser, "--batch-size", COUNT, "rows that run together (default: 32)", 32, None)
+    number(parser, "--limit", COUNT, "only the first N rows of each tenant")
+    text = "use all distinct responses of a tenant's rows as the choices of each row; repeat"
+    repeated(parser, "--choose", "NAME", text)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -54,9 +43,7 @@ def run(args: argparse.Namespace) -> int:
     if args.adapters is None:
         refuse(args, ("allow_nan",), "without --adapters")
     sources = common.tenant_sources(args)
-    for name in args.choose:
-        if name not in sources:
-            raise unknown("tenant in --choose", name, sources)
+    check_known("tenant in --choose", args.choose, sources)
     templates = common.per_tenant(args.template, "--template", list(sources), str)
     limits = common.per_tenant(["64", *args.max_new_tokens], "--max-new-tokens", list(sources), COUNT.parse)
 
@@ -78,17 +65,9 @@ def run(args: argparse.Namespace) -> int:
             rows = with_choices(f"tenant {name!r}", rows)
         tenants[name], tokenizers[name] = rows[: args.limit], row_tokenizers.get([name])
 
-    scores = evaluate(
-        loading,
-        tokenizer,
-        tenants,
-        bank,
-        tokenizers=tokenizers,
-        max_new_tokens=limits,
-        batch_size=args.batch_size,
-        progress=Pace("rows and choices" if args.choose else "rows"),
-        show=to_stderr if is_main_process() else None,
-    )
+    pace, show = Pace("rows and choices" if args.choose else "rows"), to_stderr if is_main_process() else None
+    options = {"max_new_tokens": limits, "batch_size": args.batch_size, "progress": pace, "show": show}
+    scores = evaluate(loading, tokenizer, tenants, bank, tokenizers=tokenizers, **options)
     print(score_table(scores))
     answered = {name: s.pop("predictions") for name, s in scores.items()}
     if not is_main_process():
@@ -128,7 +107,6 @@ def with_choices(whose: str, rows: Rows) -> Rows:
 
 
 def score_table(scores: dict[str, dict[str, float]]) -> str:
-    """A table of the scores, with a row for each tenant."""
     columns = [(key, title) for key, title in COLUMNS if any(key in s for s in scores.values())]
 
     def cell(key: str, s: dict[str, float]) -> str:

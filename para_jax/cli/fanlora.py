@@ -13,15 +13,16 @@ from __future__ import annotations
 
 import argparse
 import random
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from para_jax.checks import COUNT, POSITIVE, SEED, Whole
+from para_jax.checks import COUNT, POSITIVE, SEED
 from para_jax.cli import common
-from para_jax.cli.options import ROWS, refuse, within
+from para_jax.cli.options import ROWS, flag, number, refuse, repeated
 from para_jax.cli.outputs import check_data_dir, check_folder
 from para_jax.data.sources import FORMS, read_rows
-from para_jax.errors import ParaJaxError, unknown
+from para_jax.errors import ParaJaxError, check_known
 from para_jax.files import new_folder, write_json
 
 if TYPE_CHECKING:
@@ -35,44 +36,25 @@ OF_ROWS = ("data", "rows", "template", "data_dir", "max_length", "truncate", "ba
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_model(parser, processes=False)
     parser.add_argument("--adapter", metavar="DIR", required=True, help="a tuned LoRA adapter on all linear modules")
-    parser.add_argument(
-        "--data",
-        metavar="SOURCE",
-        action="append",
-        default=[],
-        help=f"held-out rows to score on: {FORMS}; repeat",
-    )
+    repeated(parser, "--data", "SOURCE", f"held-out rows to score on: {FORMS}; repeat")
     common.add_sources(parser)
-    parser.add_argument("--rows", type=within(ROWS), metavar="N", help="rows drawn from each source (default: 64)")
-    parser.add_argument("--seed", type=within(SEED), help="seed of the sample of rows, and of the random score")
+    number(parser, "--rows", ROWS, "rows drawn from each source (default: 64)")
+    number(parser, "--seed", SEED, "seed of the sample of rows, and of the random score", metavar=None)
     parser.add_argument("--out", metavar="DIR", required=True, help="folder to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
+    flag(parser, "--overwrite", "replace --out if it exists")
 
     scoring = parser.add_argument_group("scoring")
     scoring.add_argument("--score", default="ablation", help="ablation (default), gradient, norm or random")
-    scoring.add_argument("--batch-size", type=within(COUNT), metavar="N", help="rows in a forward pass (default: 8)")
-    scoring.add_argument(
-        "--variants",
-        type=within(COUNT),
-        metavar="N",
-        help="ablations in one pass; fewer need less memory (default: 16)",
-    )
-    scoring.add_argument(
-        "--max-length",
-        type=within(Whole(2)),
-        metavar="N",
-        help="most tokens of a row (default: the backbone's context)",
-    )
-    scoring.add_argument("--truncate", action="store_true", help="cut prompts that are too long at their beginning")
+    number(scoring, "--batch-size", COUNT, "rows in a forward pass (default: 8)")
+    number(scoring, "--variants", COUNT, "ablations in one pass; fewer need less memory (default: 16)")
+    common.add_length(scoring)
 
     setting = parser.add_argument_group("setting")
     size = setting.add_mutually_exclusive_group(required=True)
-    size.add_argument("--keep", type=within(COUNT), metavar="N", help="number of modules to keep in each layer")
-    size.add_argument(
-        "--budget", type=within(COUNT), metavar="N", help="total number of parameters, spread evenly over the layers"
-    )
-    setting.add_argument("--r", type=within(COUNT), help="rank (default: the adapter's)")
-    setting.add_argument("--lora-alpha", type=within(POSITIVE), help="numerator of the scale (default: the adapter's)")
+    number(size, "--keep", COUNT, "number of modules to keep in each layer")
+    number(size, "--budget", COUNT, "total number of parameters, spread evenly over the layers")
+    number(setting, "--r", COUNT, "rank (default: the adapter's)", metavar=None)
+    number(setting, "--lora-alpha", POSITIVE, "numerator of the scale (default: the adapter's)", metavar=None)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -87,7 +69,8 @@ def run(args: argparse.Namespace) -> int:
 
     _check_score(args)
     check_data_dir(args)
-    backbone, tokenizer = common.load_model(args, stacked=True)
+    loading, tokenizer = common.begin_model(args, stacked=True)
+    backbone = loading.backbone()
     shape = backbone.config
     adapter = load_adapter(args.adapter, shape)
     check(adapter, backbone)
@@ -95,16 +78,8 @@ def run(args: argparse.Namespace) -> int:
     if args.keep is not None and not 1 <= args.keep <= len(sites):  # before the scoring, which is slow
         raise ParaJaxError(f"--keep must be from 1 to {len(sites)}, the modules of a layer, not {args.keep}")
     examples = held_out(args, adapter_tokenizer(tokenizer, args.adapter, shape.vocab_size), shape)
-    scores = importance_scores(
-        args.score,
-        backbone,
-        adapter,
-        examples,
-        batch_size=args.batch_size or 8,
-        variants=args.variants or 16,
-        seed=args.seed or 0,
-        show=lambda line: print(line, flush=True),
-    )
+    numbers = {"batch_size": args.batch_size or 8, "variants": args.variants or 16, "seed": args.seed or 0}
+    scores = importance_scores(args.score, backbone, adapter, examples, show=partial(print, flush=True), **numbers)
 
     lora: Any = adapter.config
     same = {name: getattr(lora, name) for name in ("use_rslora", "lora_dropout", "init_lora_weights")}
@@ -112,8 +87,8 @@ def run(args: argparse.Namespace) -> int:
     alpha = lora.lora_alpha if args.lora_alpha is None else args.lora_alpha
     kept = keep_within(scores, shape, args.budget, r) if args.keep is None else keep_number(scores, shape, args.keep)
     config = FanLoraConfig.of(kept, shape, r=r, lora_alpha=alpha, **same)
-    with new_folder(out, SETTING, overwrite=args.overwrite) as partial:
-        config.save(partial / SETTING)
+    with new_folder(out, SETTING, overwrite=args.overwrite) as folder:
+        config.save(folder / SETTING)
         record = {
             "score": args.score,
             "model": Path(shape.name).name,
@@ -124,14 +99,10 @@ def run(args: argparse.Namespace) -> int:
             "kept": kept,
             "parameters": config.size(shape),
         }
-        write_json(partial / SCORES_FILE, record)
-        plot_importance(scores, kept, shape, partial / PICTURE, f"{args.score} score of each module; framed: kept")
-    print(
-        common.table(
-            ["layer", "kept, by importance"],
-            [[i, ", ".join(by_importance(scores[i], kept[i], sites))] for i in range(len(kept))],
-        )
-    )
+        write_json(folder / SCORES_FILE, record)
+        plot_importance(scores, kept, shape, folder / PICTURE, f"{args.score} score of each module; framed: kept")
+    by_layer = [[i, ", ".join(sorted(kept[i], key=lambda s: -scores[i][sites.index(s)]))] for i in range(len(kept))]
+    print(common.table(["layer", "kept, by importance"], by_layer))
     print(
         f"{sum(map(len, kept))} of {scores.size} modules, {config.size(shape):,} parameters at r={r} "
         f"(all modules of the adapter: {lora.size(shape):,})"
@@ -141,11 +112,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_score(args: argparse.Namespace) -> None:
-    """Raises ParaJaxError for an unknown score, and for options that have no effect on it."""
     from para_jax.importance.scores import NEED_ROWS, SCORES
 
-    if args.score not in SCORES:
-        raise unknown("score", args.score, SCORES)
+    check_known("score", [args.score], SCORES)
     if args.score in NEED_ROWS and not args.data:
         raise ParaJaxError(f"the {args.score} score is computed on held-out rows; give --data SOURCE")
     if args.score not in NEED_ROWS:
@@ -156,13 +125,7 @@ def _check_score(args: argparse.Namespace) -> None:
         refuse(args, ("seed",), "with --score norm, which is not random")
 
 
-def by_importance(scores_s: Any, kept: tuple[str, ...], sites: list[str]) -> list[str]:
-    """The kept sites of a layer, sorted by importance."""
-    return sorted(kept, key=lambda site: -scores_s[sites.index(site)])
-
-
 def held_out(args: argparse.Namespace, tokenizer: Any, shape: Any) -> list[Example]:
-    """The rows to score on, sampled from each source."""
     from para_jax.convert.tokenizer import end_tokens
     from para_jax.data.examples import encode_rows
     from para_jax.data.lengths import row_length

@@ -23,14 +23,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from para_jax.checks import COUNT, KEEP, SEED, Whole
+from para_jax.checks import COUNT, KEEP, SEED
 from para_jax.cli import common
-from para_jax.cli.options import ROWS, within
+from para_jax.cli.options import ROWS, flag, number, repeated
 from para_jax.cli.outputs import check_data_dir, check_folder
 from para_jax.cli.settings import add_settings, tenant_settings
-from para_jax.errors import ParaJaxError, unknown
+from para_jax.errors import ParaJaxError, check_known
 
-# Options with lists of modules, separated by commas on the command line.
+# Options with the names of `finetune`'s.
+SAME = (
+    "max_length", "truncate", "allow_special_tokens", "data_dir", "rows", "micro_batch_tokens", "tenants_per_step",
+    "remat", "seed", "checkpoint_every", "resume", "overwrite",
+)  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,8 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_tenants(parser, more=", or several with weights, 0.7*SOURCE+0.3*SOURCE")
     parser.add_argument("--out", metavar="DIR", required=True, help="folder for adapters, checkpoints and metrics")
     existing = parser.add_mutually_exclusive_group()
-    existing.add_argument("--resume", action="store_true", help="continue the run in --out, if there is one")
-    existing.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
+    flag(existing, "--resume", "continue the run in --out, if there is one")
+    flag(existing, "--overwrite", "replace --out if it exists")
     _add_method(parser.add_argument_group("method"))
     add_settings(parser.add_argument_group("tuning", "VALUE is for every tenant, NAME=VALUE for one; options repeat"))
     _add_rows(parser.add_argument_group("rows"))
@@ -48,101 +52,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_method(group: Any) -> None:
-    group.add_argument(
-        "--method",
-        metavar="[NAME=]METHOD",
-        action="append",
-        default=[],
-        help='para (default), lora, ia3, ...; or a JSON file {"method": ..., and its options}; repeat',
-    )
-    group.add_argument(
-        "--option",
-        metavar="[METHOD.]KEY=VALUE",
-        action="append",
-        default=[],
-        help="an option for all methods of --method, or for METHOD only: pooling=mean, lora.lora_alpha=16, "
-        "target_modules=q_proj,v_proj; repeat",
-    )
-    group.add_argument("--r", type=within(COUNT), help="short for --option r=... (default: the method's)")
-    group.add_argument(
-        "--target-modules",
-        nargs="+",
-        metavar="SITE",
-        help="as --option target_modules=... (default: the method's)",
-    )
+    text = 'para (default), lora, ia3, ...; or a JSON file {"method": ..., and its options}; repeat'
+    repeated(group, "--method", "[NAME=]METHOD", text)
+    text = "an option for all methods of --method, or for METHOD only: pooling=mean, lora.lora_alpha=16, "
+    repeated(group, "--option", "[METHOD.]KEY=VALUE", text + "target_modules=q_proj,v_proj; repeat")
+    number(group, "--r", COUNT, "short for --option r=... (default: the method's)", metavar=None)
+    text = "as --option target_modules=... (default: the method's)"
+    group.add_argument("--target-modules", nargs="+", metavar="SITE", help=text)
 
 
 def _add_rows(group: Any) -> None:
-    group.add_argument("--rows", type=within(ROWS), default=16, help="rows of each tenant in a step (default: 16)")
-    group.add_argument(
-        "--max-length",
-        type=within(Whole(2)),
-        metavar="N",
-        help="most tokens of a row (default: the backbone's context)",
-    )
-    group.add_argument("--truncate", action="store_true", help="cut prompts that are too long at their beginning")
-    group.add_argument(
-        "--chat-template",
-        metavar="[NAME=]FILE.jinja",
-        action="append",
-        default=[],
-        help="chat template for messages, instead of the tokenizer's; saved with the adapter; repeat",
-    )
-    group.add_argument(
-        "--allow-special-tokens",
-        action="store_true",
-        help="allow responses that contain an end-of-text token",
-    )
-    group.add_argument("--seed", type=within(SEED), default=0, help="seed of the initial weights and the order of rows")
+    number(group, "--rows", ROWS, "rows of each tenant in a step (default: 16)", 16, None)
+    common.add_length(group)
+    text = "chat template for messages, instead of the tokenizer's; saved with the adapter; repeat"
+    repeated(group, "--chat-template", "[NAME=]FILE.jinja", text)
+    flag(group, "--allow-special-tokens", "allow responses that contain an end-of-text token")
+    number(group, "--seed", SEED, "seed of the initial weights and the order of rows", 0, None)
 
 
 def _add_steps(group: Any) -> None:
-    group.add_argument(
-        "--tenants-per-step",
-        type=within(COUNT),
-        metavar="N",
-        help="maximum number of tenants in a step (default: all)",
-    )
-    group.add_argument(
-        "--spread-tenants",
-        action=argparse.BooleanOptionalAction,
-        help="on a mesh: shard tenants over devices, or replicate them and shard their rows (default: by their number)",
-    )
-    group.add_argument(
-        "--micro-batch-tokens",
-        type=within(COUNT),
-        metavar="N",
-        help="maximum tokens in a micro-batch of a device, to save memory (default: 1024 on a CPU, else 8192)",
-    )
+    number(group, "--tenants-per-step", COUNT, "maximum number of tenants in a step (default: all)")
+    text = "on a mesh: shard tenants over devices, or replicate them and shard their rows (default: by their number)"
+    group.add_argument("--spread-tenants", action=argparse.BooleanOptionalAction, help=text)
+    text = "maximum tokens in a micro-batch of a device, to save memory (default: 1024 on a CPU, else 8192)"
+    number(group, "--micro-batch-tokens", COUNT, text)
     group.add_argument(
         "--remat",
         choices=("none", "layers", "products"),
         help="what the backward pass recomputes to save memory: nothing, layers, or layers without their matmuls "
         "(default: layers on accelerators, products on a CPU)",
     )
-    group.add_argument("--checkpoint-every", type=within(COUNT), default=500, metavar="N", help="steps (default: 500)")
-    group.add_argument(
-        "--keep-checkpoints", type=within(KEEP), default=2, metavar="N", help="how many, two or more (default: 2)"
-    )
+    number(group, "--checkpoint-every", COUNT, "steps (default: 500)", 500)
+    number(group, "--keep-checkpoints", KEEP, "how many, two or more (default: 2)", 2)
 
 
 def _add_watching(group: Any) -> None:
-    group.add_argument(
-        "--log",
-        choices=("tensorboard", "wandb"),
-        action="append",
-        default=[],
-        help="write every step's losses to OUT/tensorboard, or to Weights & Biases; repeat for both",
-    )
-    group.add_argument(
-        "--profile",
-        type=within(COUNT),
-        nargs="?",
-        const=5,
-        default=0,
-        metavar="N",
-        help="write a trace of N steps (default: 5) without compilation to OUT/profile, for xprof",
-    )
+    text = "write every step's losses to OUT/tensorboard, or to Weights & Biases; repeat for both"
+    group.add_argument("--log", choices=("tensorboard", "wandb"), action="append", default=[], help=text)
+    text = "write a trace of N steps (default: 5) without compilation to OUT/profile, for xprof"
+    number(group, "--profile", COUNT, text, 0, nargs="?", const=5)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -174,32 +122,11 @@ def run(args: argparse.Namespace) -> int:
     loading, tokenizer = common.begin_model(args, stacked=True)
     with loggers:
         finetune(
-            loading,
-            tenants,
-            args.out,
-            methods=methods,
-            settings=settings,
-            dev=dev,
-            tokenizer=tokenizer,
-            max_length=args.max_length,
-            truncate=args.truncate,
-            allow_special_tokens=args.allow_special_tokens,
+            loading, tenants, args.out, methods=methods, settings=settings, dev=dev, tokenizer=tokenizer,
             templates={name: templates[name] for name in in_files if name in templates},
-            chat_templates=chat_templates,
-            data_dir=args.data_dir,
-            rows=args.rows,
-            micro_batch_tokens=args.micro_batch_tokens,
-            tenants_per_step=args.tenants_per_step,
-            spread=args.spread_tenants,
-            remat=args.remat,
-            seed=args.seed,
-            checkpoint_every=args.checkpoint_every,
-            keep=args.keep_checkpoints,
-            resume=args.resume,
-            overwrite=args.overwrite,
-            show=show,
-            loggers=loggers,
-        )
+            chat_templates=chat_templates, spread=args.spread_tenants, keep=args.keep_checkpoints,
+            show=show, loggers=loggers, **{name: getattr(args, name) for name in SAME},
+        )  # fmt: skip
     some = ", ".join(names) if len(names) <= 10 else f"{len(names)} adapters"
     show(f"saved {some} and report.html in {args.out}")
     return 0
@@ -246,8 +173,7 @@ def _options(given: Sequence[str], methods: Collection[str]) -> tuple[dict[str, 
         if not equals or not key or not text:
             raise ParaJaxError(f"--option takes KEY=VALUE or METHOD.KEY=VALUE, not {argument!r}")
         method, dot, key = key.rpartition(".")
-        if dot and method not in methods:
-            raise unknown("method in --option", method, methods)
+        check_known("method in --option", [method] if dot else [], methods)
         if not methods:
             raise ParaJaxError(f"--option {argument} applies to no tenant: a JSON file of --method has its own options")
         options = particular[method] if dot else general

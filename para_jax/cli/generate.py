@@ -24,7 +24,7 @@ from para_jax.checks import COUNT, POSITIVE, SEED, UINT32, Number, Whole
 from para_jax.cli import common
 from para_jax.cli.adapters import RowTokenizers, adapter_folders, load_bank
 from para_jax.cli.answers import ANSWER, Answers, digest, stamps
-from para_jax.cli.options import refuse, within
+from para_jax.cli.options import add_output, flag, number, refuse, repeated
 from para_jax.cli.outputs import check_files
 from para_jax.data.sources import KEYS, read_jsonl
 from para_jax.errors import ParaJaxError
@@ -41,26 +41,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_model(parser)
     common.add_adapters(parser)
     parser.add_argument("--input", metavar="ROWS.jsonl", help="rows to answer")
-    parser.add_argument("--output", metavar="OUT.jsonl", help="where the answered rows go")
-    parser.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
-    parser.add_argument("--resume", action="store_true", help="continue with the answers in OUT.jsonl.partial, if any")
+    add_output(parser, "--output", "OUT.jsonl", "where the answered rows go")
+    flag(parser, "--resume", "continue with the answers in OUT.jsonl.partial, if any")
     parser.add_argument("--tenant", metavar="NAME", help="with --prompt: whose adapter (default: none)")
     parser.add_argument("--prompt", metavar="TEXT", help="one prompt; the answer is printed")
-    parser.add_argument("--max-new-tokens", type=within(COUNT), default=64, metavar="N", help="default: 64")
-    parser.add_argument("--temperature", type=within(Number(0)), default=0.0, help="0, the default, is greedy")
-    share = within(Number(0, 1))
-    parser.add_argument(
-        "--top-k", type=within(Whole(0)), metavar="K", help="sample from the k likeliest tokens (default: all)"
-    )
-    parser.add_argument("--top-p", type=share, metavar="P", help="sample from the likeliest tokens that sum to p")
-    parser.add_argument(
-        "--min-p", type=share, metavar="P", help="sample from tokens p times as likely as the likeliest"
-    )
-    parser.add_argument("--repetition-penalty", type=within(POSITIVE), default=1.0, help="above 1: less repetition")
-    parser.add_argument("--num-beams", type=within(COUNT), default=1, help="beam search if above 1")
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end a text before this; repeat")
-    parser.add_argument("--seed", type=within(SEED), help="seed of the first row (default: 0); row i has seed + i")
-    parser.add_argument("--batch-size", type=within(COUNT), help="rows decoded together (default: 32)")
+    number(parser, "--max-new-tokens", COUNT, "default: 64", 64)
+    number(parser, "--temperature", Number(0), "0, the default, is greedy", 0.0, None)
+    number(parser, "--top-k", Whole(0), "sample from the k likeliest tokens (default: all)", metavar="K")
+    number(parser, "--top-p", Number(0, 1), "sample from the likeliest tokens that sum to p", metavar="P")
+    number(parser, "--min-p", Number(0, 1), "sample from tokens p times as likely as the likeliest", metavar="P")
+    number(parser, "--repetition-penalty", POSITIVE, "above 1: less repetition", 1.0, None)
+    number(parser, "--num-beams", COUNT, "beam search if above 1", 1, None)
+    repeated(parser, "--stop", "TEXT", "end a text before this; repeat")
+    number(parser, "--seed", SEED, "seed of the first row (default: 0); row i has seed + i", metavar=None)
+    number(parser, "--batch-size", COUNT, "rows decoded together (default: 32)", metavar=None)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -158,7 +152,6 @@ def other_keys(placed: Sequence[tuple[str, dict[str, Any]]], source: str) -> lis
 
     Raises ParaJaxError for a key that is similar to a known one.
     """
-
     others: set[str] = set()
     for place, row in placed:
         for key in sorted(row.keys() - {*KEYS, *ANSWER, *others}):
@@ -190,7 +183,6 @@ def tokenizers_of(placed: Sequence[tuple[str, dict[str, Any]]], row_tokenizers: 
 
 
 def prompts_of(placed: Sequence[tuple[str, dict[str, Any]]], tokenizers: Sequence[Any]) -> list[list[int]]:
-    """Each row's prompt as token ids, by its tokenizer and chat template."""
     from para_jax.data.examples import encode_rows
 
     prompts: list[list[int]] = [[] for _ in placed]
@@ -204,7 +196,6 @@ def prompts_of(placed: Sequence[tuple[str, dict[str, Any]]], tokenizers: Sequenc
 
 
 def decoding(args: argparse.Namespace, rows: int) -> dict[str, Any]:
-    """The options of `complete` that come from the command line."""
     given = {name: getattr(args, name) for name in ("top_k", "top_p", "min_p")}
     return {
         **{name: value for name, value in given.items() if value is not None},

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from para_jax.checks import COUNT
 from para_jax.cli import common
-from para_jax.cli.options import within
+from para_jax.cli.options import add_output, number
 from para_jax.cli.outputs import check_files
 from para_jax.files import write_json
 
@@ -28,15 +28,10 @@ COMPUTE = ("bfloat16", "float16", "float32")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model", metavar="DIR", help="a folder or hub id with config.json, or that file (default: the tiny backbone)"
-    )
-    parser.add_argument(
-        "--rows", type=within(COUNT), default=8, metavar="N", help="rows in a decoding batch (default: 8)"
-    )
+    common.add_config(parser)
+    number(parser, "--rows", COUNT, "rows in a decoding batch (default: 8)", 8)
     parser.add_argument("--dtype", choices=COMPUTE, default="bfloat16", help="dtype of computation (default: bfloat16)")
-    parser.add_argument("--json", metavar="OUT.json", help="write the figures")
-    parser.add_argument("--overwrite", action="store_true", help="replace --json if it exists")
+    add_output(parser, "--json", "OUT.json", "write the figures")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -79,7 +74,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def usual(shape: BackboneShape) -> Mapping[str, MethodConfig]:
-    """Every method with its usual settings."""
     from para_jax.adapters.registry import METHODS
 
     return {name: config for method in METHODS.values() for name, config in method.usual(shape).items()}

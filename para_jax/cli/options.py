@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn, TypeVar
 
 from para_jax.checks import Number, Whole, check_text
@@ -19,7 +19,6 @@ class Parser(argparse.ArgumentParser):
     """Raises ParaJaxError, prefixed with the name of the command, instead of exiting."""
 
     def error(self, message: str) -> NoReturn:
-        """Raises ParaJaxError."""
         message = message.removeprefix("argument ")
         name, colon, rest = message.partition(": ")
         if colon and rest.startswith("must be"):
@@ -41,16 +40,34 @@ class Parser(argparse.ArgumentParser):
         raise ParaJaxError(f"{verb.prog}: {unknown('option', name, verb._option_string_actions)}")
 
 
-def within(kind: Whole | Number) -> Callable[[str], Any]:
-    """The `type` of an option whose value is a number in a range."""
+def number(
+    parser: Any, name: str, kind: Whole | Number, text: str | None, default: Any = None, metavar: str | None = "N",
+    **options: Any,
+) -> None:  # fmt: skip
+    """Adds an option whose value is a number in a range."""
 
-    def parsed(text: str) -> int | float:
+    def parsed(value: str) -> int | float:
         try:
-            return kind.parse(text)
+            return kind.parse(value)
         except ValueError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
 
-    return parsed
+    parser.add_argument(name, type=parsed, default=default, metavar=metavar, help=text, **options)
+
+
+def repeated(parser: Any, name: str, metavar: str, text: str) -> None:
+    """Adds an option that may be given several times."""
+    parser.add_argument(name, metavar=metavar, action="append", default=[], help=text)
+
+
+def flag(parser: Any, name: str, text: str) -> None:
+    parser.add_argument(name, action="store_true", help=text)
+
+
+def add_output(parser: Any, name: str, metavar: str, text: str) -> None:
+    """Adds an option with a file to write, and --overwrite."""
+    parser.add_argument(name, metavar=metavar, help=text)
+    flag(parser, "--overwrite", f"replace {name} if it exists")
 
 
 def check_texts(args: argparse.Namespace) -> None:

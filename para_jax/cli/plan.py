@@ -22,7 +22,7 @@ from para_jax.checks import COUNT
 from para_jax.cli import common
 from para_jax.cli.finetune import method_configs
 from para_jax.cli.methods import human
-from para_jax.cli.options import within
+from para_jax.cli.options import add_output, name_of, number, repeated
 from para_jax.cli.outputs import check_files
 from para_jax.errors import ParaJaxError
 from para_jax.files import write_json
@@ -37,63 +37,28 @@ ONLY = {"train": ("micro_batch_tokens", "remat"), "decode": ("new_tokens",)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model", metavar="DIR", help="a folder or hub id with config.json, or that file (default: the tiny backbone)"
-    )
-    parser.add_argument(
-        "--topology", metavar="CHIP:SHAPE", required=True, help="v4:2x2x1, v5e:4x4, v5p:4x4x4, v6e:8x8, ...; gpu:h100x8"
-    )
+    common.add_config(parser)
+    text = "v4:2x2x1, v5e:4x4, v5p:4x4x4, v6e:8x8, ...; gpu:h100x8"
+    parser.add_argument("--topology", metavar="CHIP:SHAPE", required=True, help=text)
     parser.add_argument("--mode", choices=("train", "decode"), default="train", help="what to plan (default: train)")
     parser.add_argument("--mesh", metavar="AXIS=N,...", help="such as fsdp=8,tensor=2 (default: search for the best)")
-    parser.add_argument(
-        "--method", default="para", help='method of the tenants: para, lora, ...; or a JSON file {"method": ...}'
-    )
-    parser.add_argument(
-        "--option", metavar="KEY=VALUE", action="append", default=[], help="an option of the method; repeat"
-    )
-    parser.add_argument(
-        "--tenants", type=within(COUNT), default=1, metavar="N", help="tenants that are tuned or served (default: 1)"
-    )
-    parser.add_argument(
-        "--rows",
-        metavar="N[,N...]",
-        help="rows of each tenant in a tuning step (default: 16) or of all in decoding (default: 8); several to try",
-    )
-    parser.add_argument(
-        "--length",
-        type=within(COUNT),
-        metavar="T",
-        help="tokens of a tuning row (default: 2048) or of a prompt (default: 1024)",
-    )
-    parser.add_argument(
-        "--new-tokens", type=within(COUNT), metavar="T", help="maximum new tokens of a decoded row (default: 256)"
-    )
-    parser.add_argument(
-        "--micro-batch-tokens",
-        type=within(COUNT),
-        metavar="N",
-        help="maximum tokens in a micro-batch of a device (default: as finetune)",
-    )
-    parser.add_argument(
-        "--remat",
-        choices=("none", "layers", "products"),
-        help="what the backward pass recomputes, as in finetune (default: layers)",
-    )
+    text = 'method of the tenants: para, lora, ...; or a JSON file {"method": ...}'
+    parser.add_argument("--method", default="para", help=text)
+    repeated(parser, "--option", "KEY=VALUE", "an option of the method; repeat")
+    number(parser, "--tenants", COUNT, "tenants that are tuned or served (default: 1)", 1)
+    text = "rows of each tenant in a tuning step (default: 16) or of all in decoding (default: 8); several to try"
+    parser.add_argument("--rows", metavar="N[,N...]", help=text)
+    text = "tokens of a tuning row (default: 2048) or of a prompt (default: 1024)"
+    number(parser, "--length", COUNT, text, metavar="T")
+    number(parser, "--new-tokens", COUNT, "maximum new tokens of a decoded row (default: 256)", metavar="T")
+    number(parser, "--micro-batch-tokens", COUNT, "maximum tokens in a micro-batch of a device (default: as finetune)")
+    text = "what the backward pass recomputes, as in finetune (default: layers)"
+    parser.add_argument("--remat", choices=("none", "layers", "products"), help=text)
     parser.add_argument("--quantize", choices=("int8", "int4"), help="quantize the layers' weights")
-    parser.add_argument(
-        "--dtype",
-        choices=("bfloat16", "float16", "float32"),
-        help="dtype of computation (default: bfloat16; on a t4 float16)",
-    )
-    parser.add_argument(
-        "--tries",
-        type=within(COUNT),
-        default=3,
-        metavar="N",
-        help="fitting meshes, or remedies, to compile (default: 3)",
-    )
-    parser.add_argument("--json", metavar="OUT.json", help="write the plan")
-    parser.add_argument("--overwrite", action="store_true", help="replace --json if it exists")
+    text = "dtype of computation (default: bfloat16; on a t4 float16)"
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help=text)
+    number(parser, "--tries", COUNT, "fitting meshes, or remedies, to compile (default: 3)", 3)
+    add_output(parser, "--json", "OUT.json", "write the plan")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -123,12 +88,9 @@ def jobs_of(args: argparse.Namespace, dtype: Literal["bfloat16", "float16"]) -> 
     """A job for each value of `--rows`, with `dtype` unless `--dtype` is given."""
     from para_jax.planning.job import Job
 
-    for mode, options in ONLY.items():
-        for option in options:
-            if mode != args.mode and getattr(args, option) is not None:
-                raise ParaJaxError(
-                    f"--{option.replace('_', '-')} is for --mode {mode}, and has no effect in --mode {args.mode}"
-                )
+    for mode, option in ((mode, option) for mode, options in ONLY.items() for option in options):
+        if mode != args.mode and getattr(args, option) is not None:
+            raise ParaJaxError(f"{name_of(option)} is for --mode {mode}, and has no effect in --mode {args.mode}")
     config = common.load_config(args.model)
     method = method_configs(["tenant"], [args.method], args.option)["tenant"]
     method.size(config)  # raises for an unknown target
@@ -140,27 +102,12 @@ def jobs_of(args: argparse.Namespace, dtype: Literal["bfloat16", "float16"]) -> 
         every = [COUNT.parse(part) for part in text.split(",")]
     except ValueError as error:
         raise ParaJaxError(f"--rows {error}; separate several values with commas") from None
-    return [
-        Job(
-            config,
-            method,
-            mode=args.mode,
-            tenants=args.tenants,
-            rows=rows,
-            length=length,
-            new_tokens=new_tokens,
-            micro_batch_tokens=args.micro_batch_tokens,
-            remat=args.remat or "layers",
-            quantize=args.quantize,
-            dtype=args.dtype or dtype,
-        )
-        for rows in every
-    ]
+    same = {name: getattr(args, name) for name in ("mode", "tenants", "micro_batch_tokens", "quantize")}
+    same |= {"length": length, "new_tokens": new_tokens, "remat": args.remat or "layers", "dtype": args.dtype or dtype}
+    return [Job(config, method, rows=rows, **same) for rows in every]
 
 
 def report(made: dict[str, Any]) -> list[str]:
-    """A plan as lines of text."""
-
     best, hbm = made["plan"], made["hbm"]
     verdict = "fits" if made["fits"] else "does not fit"
     lines = [
@@ -172,7 +119,9 @@ def report(made: dict[str, Any]) -> list[str]:
     if made["attention"]["refused"]:
         lines.append(f"{made['attention']['refused']}; planned with attention={made['attention']['kernel']!r} instead.")
     if best["programs"]:
-        lines += ["", common.table(*memory_table(best["programs"]))]
+        columns = ("arguments", "outputs", "temporaries", "peak", "held")
+        rows = [[program["name"], *(human(program[c]) for c in columns)] for program in best["programs"]]
+        lines += ["", common.table(["bytes a device", *columns], rows)]
         timed = [program for program in best["programs"] if program["time"]]
         lines += ["", common.table(*time_table(timed))] if timed else []
         if best["step"] and best["tokens_per_second"]:
@@ -192,10 +141,8 @@ def report(made: dict[str, Any]) -> list[str]:
         rows = [[one["mesh"], one["rows"], human(one["peak"]), fast(one)] for one in others]
         lines += ["", common.table(["mesh", "rows", "peak", "tokens/s"], rows)]
     if not made["fits"]:
-        lines += [
-            "",
-            "What would make it fit:" if made["remedies"] else "No single change that was tried makes it fit.",
-        ]
+        found = "What would make it fit:" if made["remedies"] else "No single change that was tried makes it fit."
+        lines += ["", found]
         lines += [f"  {way['change']}: {human(way['peak'])}, {fast(way)} tokens/s" for way in made["remedies"]]
     return [*lines, "", *assumption_lines(made["assumptions"])]
 
@@ -216,30 +163,17 @@ def fast(one: dict[str, Any]) -> str:
     return f"{rate:,.0f}" if rate else "does not fit"
 
 
-def memory_table(programs: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-
-    columns = ("arguments", "outputs", "temporaries", "peak", "held")
-    return ["bytes a device", *columns], [[p["name"], *(human(p[c]) for c in columns)] for p in programs]
-
-
 def time_table(programs: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     columns = ("compute", "memory", "collectives", "seconds")
     rows = []
     for program in programs:
         time, rate = program["time"], program["time"]["tokens_per_second"]
-        rows.append(
-            [
-                program["name"],
-                *(f"{time[c]:.3g}" for c in columns),
-                "" if rate is None else f"{rate:,.0f}",
-                time["bound"],
-            ]
-        )
+        seconds = (f"{time[c]:.3g}" for c in columns)
+        rows.append([program["name"], *seconds, "" if rate is None else f"{rate:,.0f}", time["bound"]])
     return ["estimated seconds", *columns[:3], "in all", "tokens/s", "bound by"], rows
 
 
 def assumption_lines(found: dict[str, Any]) -> list[str]:
-    """The assumptions as lines of text."""
     share = found["efficiency"]
     return [
         f"Estimates assume {found['peak_flops'] / 1e12:.0f} TFLOP/s x {share['flops']}, HBM of "

@@ -15,30 +15,25 @@ from typing import Any
 
 from para_jax.checks import COUNT, POSITIVE, SEED
 from para_jax.cli import common
-from para_jax.cli.options import within
+from para_jax.cli.options import flag, number
 from para_jax.cli.outputs import check_folder
-from para_jax.cli.quickstart_plot import plot
 from para_jax.data.quickstart import Rows, quickstart_rows
 from para_jax.files import write_json
 from para_jax.progress import duration
-from para_jax.training.metrics import can_draw, read_metrics
+from para_jax.training.metrics import can_draw, read_metrics, save_figure
+
+DEFAULT = ("model", "quantize", "coordinator", "processes", "process")  # not options here
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--out",
-        metavar="DIR",
-        default="para-jax-quickstart",
-        help="folder to write (default: ./para-jax-quickstart)",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
-    parser.add_argument("--steps", type=within(COUNT), default=250, help="default: 250")
-    parser.add_argument("--lr", type=within(POSITIVE), default=5e-3, help="peak learning rate (default: 5e-3)")
-    parser.add_argument("--seed", type=within(SEED), default=0)
+    text = "folder to write (default: ./para-jax-quickstart)"
+    parser.add_argument("--out", metavar="DIR", default="para-jax-quickstart", help=text)
+    flag(parser, "--overwrite", "replace --out if it exists")
+    number(parser, "--steps", COUNT, "default: 250", 250, None)
+    number(parser, "--lr", POSITIVE, "peak learning rate (default: 5e-3)", 5e-3, None)
+    number(parser, "--seed", SEED, None, 0, None)
     common.add_compile_cache(parser)
-    parser.set_defaults(
-        model=None, dtype="auto", quantize=None, mesh="auto", coordinator=None, processes=None, process=None
-    )
+    parser.set_defaults(dtype="auto", mesh="auto", **dict.fromkeys(DEFAULT))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -62,20 +57,13 @@ def run(args: argparse.Namespace) -> int:
 
     config, started = ParaConfig(), time.monotonic()
     bank = finetune(
-        loading,
-        train,
-        args.out,
-        methods=config,
-        settings=Settings(steps=args.steps, lr=args.lr),
-        tokenizer=tokenizer,
-        seed=args.seed,
-        overwrite=args.overwrite,
-        show=partial(print, flush=True),
-    )
+        loading, train, args.out, methods=config, settings=Settings(steps=args.steps, lr=args.lr), tokenizer=tokenizer,
+        seed=args.seed, overwrite=args.overwrite, show=partial(print, flush=True),
+    )  # fmt: skip
     seconds = time.monotonic() - started
     lines = read_metrics(Path(args.out, METRICS))
     # Read again with unstacked layers, which decode faster.
-    backbone, _ = common.load_model(args)
+    backbone = common.begin_model(args)[0].backbone()
     bytes_of_adapter = sum(path.stat().st_size for path in Path(args.out, next(iter(train))).iterdir())
     report: dict[str, Any] = {
         "seconds": 0.0,
@@ -137,3 +125,28 @@ def answers(backbone: Any, tokenizer: Any, bank: Any, prompts: Sequence[str]) ->
         "decoding": {"rows": len(batch), "tokens_per_second": round(generated / seconds)},
         "answers": [{"prompt": p, "tenant": t, "text": x.text} for (p, t), x in zip(batch, completions, strict=True)],
     }
+
+
+def plot(lines: list[dict[str, Any]], report: dict[str, Any], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    names = list(report["exact_match"])
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name in names:
+        left.plot([line["step"] for line in lines], [line["loss"][name] for line in lines], label=name)
+    left.set(
+        xlabel="step", ylabel="loss (nats a response token)", title="three tenants tuned in one step", ylim=(0, None)
+    )
+    left.legend(frameon=False)
+    for i, when in enumerate(("before", "after")):
+        at = [j + (i - 0.5) * 0.35 for j in range(len(names))]
+        values = [report["exact_match"][name][when] for name in names]
+        bars = right.bar(at, values, width=0.33, color=("0.75", "C0")[i], label=when)
+        right.bar_label(bars, [f"{v:.2f}" for v in values])
+    right.set_xticks(range(len(names)), names)
+    right.set(ylabel="exact match on held-out prompts", title="the same backbone, before and after", ylim=(0, 1.25))
+    right.legend(frameon=False, loc="upper left", ncols=2)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    save_figure(figure, path)

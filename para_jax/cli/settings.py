@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from para_jax.checks import POSITIVE
 from para_jax.cli import common
-from para_jax.cli.options import name_of
-from para_jax.errors import ParaJaxError, unknown
+from para_jax.cli.options import name_of, repeated
+from para_jax.errors import ParaJaxError, check_known
 
 if TYPE_CHECKING:
     from para_jax.training.settings import Settings
@@ -30,7 +30,7 @@ def add_settings(group: Any) -> None:
         ("--eval-every", "[NAME=]N", "a tenant's steps between evaluations on dev rows (default: at its end)"),
         ("--patience", "[NAME=]N", "evaluations without a lower dev loss before a tenant stops (default: never)"),
     ):
-        group.add_argument(name, metavar=metavar, action="append", default=[], help=text)
+        repeated(group, name, metavar, text)
 
 
 def tenant_settings(args: argparse.Namespace, names: Sequence[str], dev: Collection[str]) -> dict[str, Settings]:
@@ -46,9 +46,7 @@ def tenant_settings(args: argparse.Namespace, names: Sequence[str], dev: Collect
     }
     for name in [n for n in values["epochs"] if n in values["steps"]]:
         raise ParaJaxError(f"{name} has both --steps and --epochs; give one of them")
-    for name in dev:
-        if name not in names:
-            raise unknown("tenant in --dev", name, names)
+    check_known("tenant in --dev", dev, names)
     for option in ("eval_every", "patience"):
         for name in [text.rpartition("=")[0] for text in getattr(args, option)]:
             if name and name not in dev:

@@ -44,7 +44,6 @@ def adapter_tokenizer(tokenizer: Any, folder: str | Path, vocab_size: int) -> An
 
 
 def has_tokenizer(folder: str | Path) -> bool:
-    """Whether an adapter's folder has a tokenizer."""
     return any((Path(folder) / name).is_file() for name in VOCABULARIES)
 
 

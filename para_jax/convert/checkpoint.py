@@ -20,7 +20,7 @@ from para_jax.config import CONFIG, GENERATION, BackboneConfig, checkpoint_folde
 from para_jax.convert.renamed import Renamed, as_named, check_tensors
 from para_jax.convert.tensors import INDEX, open_tensors
 from para_jax.convert.wrapped import Unread, cast
-from para_jax.errors import ParaJaxError, unknown
+from para_jax.errors import ParaJaxError, check_known
 from para_jax.families.wrappers import Wrapper, wrapper_of
 from para_jax.families.writing import hf_fields, with_dtype
 from para_jax.files import as_json, copy, new_folder, safetensors, write_file
@@ -186,14 +186,16 @@ def save_backbone(
         raise ParaJaxError(
             "a quantized backbone does not have its original weights; load it without quantize to save it"
         )
-    if dtype not in (None, *WRITTEN):
-        raise unknown("dtype", dtype, WRITTEN)
+    check_known("dtype", [] if dtype is None else [dtype], WRITTEN)
     written = np.dtype(dtype or str(backbone.dtype))
     wrapper = wrapper_of(config)
     original = None if wrapper is None or text_only else _original(like, config, wrapper)
 
     def tensors(layer: int | None, entry: Parameter) -> Tensors:
-        leaf = leaves[entry.name] if layer is None else _layer_leaf(backbone, leaves, layer, entry.name)
+        if layer is None:
+            leaf = leaves[entry.name]
+        else:
+            leaf = leaves[f"blocks.{entry.name}"][layer] if backbone.stacked else leaves[f"blocks.{layer}.{entry.name}"]
         ours = entry.tensors(cast(entry.parts[0].name, leaf, written))
         return ours if original is None else original.to_stored(ours)
 
@@ -247,8 +249,12 @@ class Piece(NamedTuple):
 
 
 def _write(folder: Path, pieces: list[Piece], shard_size: int) -> None:
-    """Writes the weight files of a checkpoint, and an index if there are several."""
-    files = _files(pieces, shard_size)
+    """Writes the weight files of a checkpoint, of at most `shard_size` bytes or one piece, and an index if several."""
+    files: list[list[Piece]] = []
+    for piece in pieces:
+        if not files or sum(other.size for other in files[-1]) + piece.size > shard_size:
+            files.append([])
+        files[-1].append(piece)
     weight_map: dict[str, str] = {}
     for number, file_pieces in enumerate(files, 1):
         name = f"model-{number:05}-of-{len(files):05}.safetensors" if len(files) > 1 else "model.safetensors"
@@ -264,7 +270,6 @@ def _write(folder: Path, pieces: list[Piece], shard_size: int) -> None:
 def _copy_other_files(
     folder: Path, like: str | Path | None, tokenizer: Any, chat_template: str | None, processor: bool
 ) -> None:
-    """Copies a checkpoint's other files from `like`, and writes the given tokenizer and chat template."""
     patterns = (*OTHER_FILES, *(TOKENIZER if tokenizer is None else ()), *(PROCESSOR if processor else ()))
     for pattern in patterns if like is not None else ():
         for path in Path(like or "").glob(pattern):
@@ -273,20 +278,3 @@ def _copy_other_files(
         tokenizer.save_pretrained(folder)
     if chat_template is not None:
         write_file(folder / TEMPLATE, [chat_template.encode()])
-
-
-def _layer_leaf(backbone: Weights, leaves: dict[str, Any], layer: int, name: str) -> Any:
-    return leaves[f"blocks.{name}"][layer] if backbone.stacked else leaves[f"blocks.{layer}.{name}"]
-
-
-def _files(pieces: list[Piece], shard_size: int) -> list[list[Piece]]:
-    """Splits pieces into files of at most `shard_size` bytes. A larger piece gets a separate file."""
-    files: list[list[Piece]] = []
-    left = 0
-    for piece in pieces:
-        if piece.size > left or not files:
-            files.append([])
-            left = shard_size
-        files[-1].append(piece)
-        left -= piece.size
-    return files

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
 
 from para_jax.adapters.adapter import Adapter, named_leaves
-from para_jax.adapters.peft import peft_tensors
+from para_jax.adapters.peft import in_peft
 from para_jax.adapters.targets import peft_path
 from para_jax.convert.checkpoint import W
 from para_jax.errors import ParaJaxError
 from para_jax.parameters import table
-
-if TYPE_CHECKING:
-    from jax import Array
 
 
 def merge_adapter(backbone: W, adapter: Adapter) -> W:
@@ -54,7 +51,7 @@ def merge_adapter(backbone: W, adapter: Adapter) -> W:
     adapter.check(shape)
     if backbone.quantize is not None:
         raise ParaJaxError("an adapter cannot be merged into a quantized backbone; load it without quantize")
-    tensors = peft_tensors(adapter, shape)
+    _, tensors = in_peft(adapter, shape)
     leaves: dict[str, Any] = dict(named_leaves(backbone))
     method: Any = config
     for layer, modules in enumerate(method.modules(shape)):
@@ -74,7 +71,8 @@ def merge_adapter(backbone: W, adapter: Adapter) -> W:
                         x = _check_finite(at, x, method.merged(x, site_tensors, modules[part.site]))
                 merged.append(x)
             ours[...] = entry.join(merged)
-    new = [_to_devices(x, old) for x, old in zip(leaves.values(), jax.tree.leaves(backbone), strict=True)]
+    pairs = zip(leaves.values(), jax.tree.leaves(backbone), strict=True)
+    new = [jax.device_put(x, old.sharding) if isinstance(x, np.ndarray) else x for x, old in pairs]
     return jax.tree.unflatten(jax.tree.structure(backbone), new)
 
 
@@ -87,7 +85,3 @@ def _check_finite(at: str, old: np.ndarray, new: np.ndarray) -> np.ndarray:
             "rate"
         )
     return new
-
-
-def _to_devices(x: np.ndarray | Array, old: Array) -> Array:
-    return jax.device_put(x, old.sharding) if isinstance(x, np.ndarray) else x

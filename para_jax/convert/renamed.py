@@ -35,7 +35,6 @@ class Renamed:
     """The tensors of files under other names. Each is a stored tensor or a part of one.
 
     Attributes:
-      files: the files.
       places: the stored tensor of each name, and the part of it.
       parts: the parts of the model that the stored tensors belong to.
     """
@@ -43,10 +42,11 @@ class Renamed:
     def __init__(self, files: TensorFiles, places: dict[str, tuple[str, Index]], parts: Parts):
         self.files, self.places, self.parts = files, places, parts
         self.dtype = {name: files.dtype[stored] for name, (stored, _) in places.items()}
-        self.shape = {name: _part(files.shape[stored], index) for name, (stored, index) in places.items()}
+        # Indexing a broadcast scalar gives the shape of a part without memory.
+        full = {name: np.broadcast_to(np.False_, files.shape[stored]) for name, (stored, _) in places.items()}
+        self.shape = {name: full[name][index].shape for name, (_, index) in places.items()}
 
     def read(self, key: str) -> np.ndarray:
-        """As `TensorFiles.read`."""
         stored, index = self.places[key]
         return self.files.read(stored)[index]
 
@@ -181,8 +181,3 @@ def _expert_parts(name: str, shape: tuple[int, ...], config: BackboneConfig) -> 
         yield from ((f"{at}.{e}.{down}.weight", (e,)) for e in range(count))
     else:
         yield f"{at}.{rest}", ()
-
-
-def _part(shape: tuple[int, ...], index: Index) -> tuple[int, ...]:
-    """The shape of a part, from indexing a broadcast scalar, which allocates no memory."""
-    return np.broadcast_to(np.False_, shape)[index].shape if index else shape

@@ -25,7 +25,6 @@ class TensorFiles(Protocol):
 
     def read(self, key: str) -> np.ndarray:
         """One tensor. The caller copies it and keeps no reference."""
-        ...
 
 
 def open_tensors(folder: Path, spare: tuple[str, ...] = ()) -> TensorFiles:
@@ -61,25 +60,25 @@ class SafetensorsFiles:
     def __init__(self, folder: Path, files: list[str], spare: tuple[str, ...]):
         from safetensors import SafetensorError, safe_open
 
-        self.file: dict[str, Path] = {}
         self.shape: dict[str, tuple[int, ...]] = {}
-        self._place: dict[str, tuple[str, int]] = {}  # NumPy's name of the dtype, first byte in the file
-        for name in files:
+        self.dtype: dict[str, str] = {}
+        self._place: dict[str, tuple[Path, int]] = {}  # the file, and the first byte in it
+        for path in (folder / name for name in files):
             try:
-                with safe_open(folder / name, framework="numpy") as f:
-                    for key in f.keys():  # noqa: SIM118  (not a mapping)
-                        piece = f.get_slice(key)
-                        if piece.get_dtype() not in DTYPES:
-                            if key.endswith(spare):
-                                continue
-                            raise ParaJaxError(
-                                f"{folder / name}: {key} is {piece.get_dtype()}; supported: {', '.join(sorted(DTYPES))}"
-                            )
-                        self.file[key], self.shape[key] = folder / name, tuple(piece.get_shape())
-                self._place |= _places(folder / name)
-                self.dtype = {key: kind for key, (kind, _) in self._place.items()}
+                with safe_open(path, framework="numpy"), path.open("rb") as f:  # raises for a damaged file
+                    # A file is eight bytes, a JSON header and the contents.
+                    start = 8 + int.from_bytes(f.read(8), "little")
+                    header = json.loads(f.read(start - 8))
             except SafetensorError as error:
-                raise ParaJaxError(f"{folder / name} is damaged: {error}") from error
+                raise ParaJaxError(f"{path} is damaged: {error}") from error
+            header.pop("__metadata__", None)
+            for key, entry in sorted(header.items()):
+                if entry["dtype"] not in DTYPES:
+                    if key.endswith(spare):
+                        continue
+                    raise ParaJaxError(f"{path}: {key} is {entry['dtype']}; supported: {', '.join(sorted(DTYPES))}")
+                self.shape[key], self.dtype[key] = tuple(entry["shape"]), DTYPES[entry["dtype"]]
+                self._place[key] = path, start + entry["data_offsets"][0]
 
     def read(self, key: str) -> np.ndarray:
         """One tensor, as a view of the file.
@@ -87,26 +86,11 @@ class SafetensorsFiles:
         The safetensors reader would make two copies. The file is mapped again for every tensor, so that pages already
         read do not accumulate in memory.
         """
-        dtype, offset = self._place[key]
-        return np.memmap(self.file[key], np.dtype(dtype), "r", offset, self.shape[key])
-
-
-def _places(path: Path) -> dict[str, tuple[str, int]]:
-    """The dtype and offset of each tensor of a supported dtype in a valid safetensors file: eight bytes, a JSON header
-    and the contents."""
-    with path.open("rb") as f:
-        size = int.from_bytes(f.read(8), "little")
-        header = json.loads(f.read(size))
-    return {
-        key: (DTYPES[entry["dtype"]], 8 + size + entry["data_offsets"][0])
-        for key, entry in header.items()
-        if key != "__metadata__" and entry["dtype"] in DTYPES
-    }
+        path, offset = self._place[key]
+        return np.memmap(path, np.dtype(self.dtype[key]), "r", offset, self.shape[key])
 
 
 class TorchFiles:
-    """The tensors of PyTorch's .bin files."""
-
     def __init__(self, folder: Path, files: list[str], spare: tuple[str, ...]):
         self._tensors: dict[str, Any] = {}
         for name in files:

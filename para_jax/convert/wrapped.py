@@ -102,7 +102,6 @@ class Unread:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        """Raises ParaJaxError for a value beyond the dtype's range."""
         x = self.files.read(self.name)
         return x if x.dtype == self.dtype else cast(self.name, x, self.dtype)
 

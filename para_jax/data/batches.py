@@ -18,17 +18,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
+from para_jax.annotations import Int
 from para_jax.data.examples import Example
 from para_jax.data.packing import Row, Shape
-
-if TYPE_CHECKING:
-    from jaxtyping import Int
 
 
 class Targets(NamedTuple):
@@ -45,11 +42,7 @@ class Targets(NamedTuple):
     place: Int[np.ndarray, "g k"]
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["tokens", "length", "prompt_length", "item", "place", "targets", "count"],
-    meta_fields=[],
-)
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Batch:
     """One micro-batch, in g groups of rows, one for each device with rows.

@@ -1,24 +1,22 @@
 """`Example` and `Examples`: tokenized rows, stored compactly.
 
 An `Example` has the input tokens of a row and the token to predict at each position. `Examples` stores all rows of a
-source in two buffers, ids and targets, and its Examples are views. This takes eight bytes per token, in memory and as a
-pickle; lists of Python ints take thirty.
+source in two buffers, ids and targets, and its items are views. This takes eight bytes per token; lists of Python ints
+take thirty.
 """
 
 from __future__ import annotations
 
-import re
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, overload
+from functools import cached_property
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 
+from para_jax.annotations import Int
 from para_jax.errors import ParaJaxError
-
-if TYPE_CHECKING:
-    from jaxtyping import Int
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +68,6 @@ class Example:
 
     @property
     def prompt_ids(self) -> Int[np.ndarray, " p"]:
-        """The tokens of the prompt."""
         return self.ids[: self.prompt_length]
 
     @property
@@ -94,51 +91,11 @@ class Texts(NamedTuple):
 
 
 NO_TEXTS = Texts()
-# A place, split before the number at its end, which fits into 64 bits.
-_NUMBERED = re.compile(r"(?s)(.*?)(0|[1-9]\d{0,17})")
-
-
-class Places(Sequence[str]):
-    """Where rows come from, such as "mail.jsonl:7", stored in twelve bytes each: a source and a number.
-
-    >>> places = Places.of(["a.jsonl:1", "a.jsonl:20", "b row 007", ""])
-    >>> list(places), places.sources
-    (['a.jsonl:1', 'a.jsonl:20', 'b row 007', ''], ('a.jsonl:', 'b row 00', ''))
-    """
-
-    def __init__(
-        self, sources: tuple[str, ...], source: Int[np.ndarray, " rows"], number: Int[np.ndarray, " rows"]
-    ) -> None:
-        self.sources, self.source, self.number = sources, source, number
-
-    @classmethod
-    def of(cls, places: Iterable[str]) -> Places:
-        """Packs a list of places."""
-        known: dict[str, int] = {}
-        source, number = array("i"), array("q")
-        for place in places:
-            found = _NUMBERED.fullmatch(place)
-            source.append(known.setdefault(found[1] if found else place, len(known)))
-            number.append(int(found[2]) if found else -1)
-        return cls(tuple(known), np.array(source, np.int32), np.array(number, np.int64))
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice | np.ndarray) -> Places: ...
-    def __getitem__(self, index: int | slice | np.ndarray) -> str | Places:
-        if isinstance(index, slice | np.ndarray):
-            return Places(self.sources, self.source[index], self.number[index])
-        number = int(self.number[index])
-        return self.sources[self.source[index]] + (str(number) if number >= 0 else "")
 
 
 @dataclass(frozen=True, eq=False)
 class Examples(Sequence[Example]):
-    """Many examples in a few arrays. Items and slices are views, created on access.
+    """Many examples in a few arrays. Items are views, created on access.
 
     >>> examples = Examples.of([Example.of([5, 6], [7, 0], place="a:1"), Example.of([8], [9, 0], place="a:2")])
     >>> examples.lengths.tolist(), examples.target_counts.tolist()
@@ -148,7 +105,6 @@ class Examples(Sequence[Example]):
 
     Attributes:
       ids, targets: of all rows, concatenated.
-      starts: the offset of each row.
       lengths: the length of each row, `Example.ids.size`.
       prompt_lengths, target_counts: the number of prompt tokens and of targets of each row.
       places: where each row comes from.
@@ -157,11 +113,10 @@ class Examples(Sequence[Example]):
 
     ids: Int[np.ndarray, " tokens"]
     targets: Int[np.ndarray, " tokens"]
-    starts: Int[np.ndarray, " rows"]
     lengths: Int[np.ndarray, " rows"]
     prompt_lengths: Int[np.ndarray, " rows"]
     target_counts: Int[np.ndarray, " rows"]
-    places: Places
+    places: tuple[str, ...]
     texts: tuple[Texts, ...] | None = None
 
     @classmethod
@@ -169,28 +124,26 @@ class Examples(Sequence[Example]):
         """Packs rows, which may be an iterator. Examples are returned unchanged."""
         if isinstance(rows, Examples):
             return rows
-        ids, targets, lengths, prompt_lengths, target_counts = (array("i") for _ in range(5))
+        arrays = ids, targets, lengths, prompt_lengths, target_counts = [array("i") for _ in range(5)]
+        places: list[str] = []
         texts: list[Texts] = []
-
-        def places() -> Iterator[str]:
-            for e in rows:
-                ids.frombytes(e.ids.astype(np.int32, copy=False).tobytes())
-                targets.frombytes(e.targets.astype(np.int32, copy=False).tobytes())
-                lengths.append(e.ids.size)
-                prompt_lengths.append(e.prompt_length)
-                target_counts.append(int(np.count_nonzero(e.targets >= 0)))
-                row_texts = Texts(e.prompt, e.response, e.references, e.choices, e.choice_ids)
-                texts.append(NO_TEXTS if row_texts == NO_TEXTS else row_texts)
-                yield e.place
-
-        packed_places = Places.of(places())
-        arrays = (np.frombuffer(x, np.int32) for x in (ids, targets, lengths, prompt_lengths, target_counts))
+        for e in rows:
+            ids.frombytes(e.ids.astype(np.int32, copy=False).tobytes())
+            targets.frombytes(e.targets.astype(np.int32, copy=False).tobytes())
+            lengths.append(e.ids.size)
+            prompt_lengths.append(e.prompt_length)
+            target_counts.append(int(np.count_nonzero(e.targets >= 0)))
+            row_texts = Texts(e.prompt, e.response, e.references, e.choices, e.choice_ids)
+            texts.append(NO_TEXTS if row_texts == NO_TEXTS else row_texts)
+            places.append(e.place)
         any_texts = any(row_texts is not NO_TEXTS for row_texts in texts)
-        return cls._contiguous(*arrays, packed_places, tuple(texts) if any_texts else None)
+        packed: Any = [np.frombuffer(x, np.int32) for x in arrays]
+        packed += [tuple(places), tuple(texts) if any_texts else None]
+        return cls(*packed)
 
-    @classmethod
-    def _contiguous(cls, ids: Any, targets: Any, lengths: Any, *rest: Any) -> Examples:
-        return cls(ids, targets, np.cumsum(lengths, dtype=np.int64) - lengths, lengths, *rest)
+    @cached_property
+    def _ends(self) -> Int[np.ndarray, " rows"]:
+        return np.cumsum(self.lengths, dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -201,47 +154,11 @@ class Examples(Sequence[Example]):
     def __getitem__(self, index: slice) -> Examples: ...
     def __getitem__(self, index: int | slice) -> Example | Examples:
         if isinstance(index, slice):
-            return Examples(
-                self.ids,
-                self.targets,
-                self.starts[index],
-                self.lengths[index],
-                self.prompt_lengths[index],
-                self.target_counts[index],
-                self.places[index],
-                None if self.texts is None else self.texts[index],
-            )
-        here = slice(start := int(self.starts[index]), start + int(self.lengths[index]))
+            return Examples.of(self[i] for i in range(len(self))[index])
+        end = int(self._ends[index])
+        here = slice(end - int(self.lengths[index]), end)
         texts = NO_TEXTS if self.texts is None else self.texts[index]
-        place = self.places[index]
-        return Example(self.ids[here], self.targets[here], int(self.prompt_lengths[index]), *texts, place)
+        return Example(self.ids[here], self.targets[here], int(self.prompt_lengths[index]), *texts, self.places[index])
 
     def __iter__(self) -> Iterator[Example]:
         return map(self.__getitem__, range(len(self)))
-
-    @property
-    def highest_token(self) -> int:
-        """The highest token id in ids and targets."""
-        rows = self.compact()
-        return max(int(rows.ids.max(initial=-1)), int(rows.targets.max(initial=-1)))
-
-    def compact(self) -> Examples:
-        """The same rows with contiguous buffers that hold nothing else; returns itself if that is the case already."""
-        ends = np.cumsum(self.lengths, dtype=np.int64)
-        total = int(ends[-1]) if len(self) else 0
-        if total == self.ids.size and np.array_equal(self.starts, ends - self.lengths):
-            return self
-        # The index of each token in the current buffers.
-        index = np.arange(total) + np.repeat(self.starts - (ends - self.lengths), self.lengths)
-        rest = (self.lengths, self.prompt_lengths, self.target_counts, self.places, self.texts)
-        return self._contiguous(self.ids[index], self.targets[index], *rest)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        rows = self.compact()
-        # As bytes, which every pickle protocol stores without overhead.
-        arrays = (rows.ids, rows.targets, rows.lengths, rows.prompt_lengths, rows.target_counts)
-        return _unpickle, (tuple(x.astype("<i4", copy=False).tobytes() for x in arrays), rows.places, rows.texts)
-
-
-def _unpickle(arrays: tuple[bytes, ...], *rest: Any) -> Examples:
-    return Examples._contiguous(*(np.frombuffer(x, "<i4").astype(np.int32, copy=False) for x in arrays), *rest)

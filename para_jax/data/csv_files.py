@@ -32,7 +32,11 @@ def table(path: str | Path, content: bytes) -> Table:
             if not any(values):
                 continue
             if columns is None:
-                columns = _columns(values, place)
+                columns = [value.strip() for value in values]
+                for name in columns:
+                    if not name or columns.count(name) > 1:
+                        what = f"names the column {name!r} twice" if name else "has a column without a name"
+                        raise ParaJaxError(f"{place} {what}; the first line of a CSV file names its columns")
             elif len(values) != len(columns):
                 problems.append(f"{place} has {len(values)} values for {len(columns)} columns; quote texts with commas")
             else:
@@ -43,12 +47,3 @@ def table(path: str | Path, content: bytes) -> Table:
     if columns is None or not rows:
         raise ParaJaxError(f"{path} has no rows")
     return Table(tuple(columns), rows)
-
-
-def _columns(values: list[str], place: str) -> list[str]:
-    names = [value.strip() for value in values]
-    for name in names:
-        if not name or names.count(name) > 1:
-            what = f"names the column {name!r} twice" if name else "has a column without a name"
-            raise ParaJaxError(f"{place} {what}; the first line of a CSV file names its columns")
-    return names

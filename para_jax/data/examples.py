@@ -15,7 +15,7 @@ from typing import Any
 
 from para_jax.data.buffers import Example, Examples
 from para_jax.data.chats import in_one_pass
-from para_jax.data.lengths import CharacterLimit, Truncation, check_sizes
+from para_jax.data.lengths import Truncation, check_characters, check_sizes
 from para_jax.data.rows import Turn, check_tenant, turns
 from para_jax.data.sources import Rows, read_rows
 from para_jax.data.table import raise_problems
@@ -98,8 +98,7 @@ def encode_rows(
         )
     eos = tuple(eos_token_ids)
     truncation = Truncation(max_length, tokenizer.bos_token_id) if truncate and max_length is not None else None
-    # A text with more characters is too long whatever its tokens are, so it need not be tokenized.
-    limit = None if max_length is None or truncate else CharacterLimit(tokenizer, max_length)
+    limit = None if truncate else max_length
 
     def encoded() -> Iterator[Example]:
         for chunk in _chunks(rows, tokenizer, need_response, keep_texts, limit, total, show):
@@ -123,8 +122,9 @@ def encode_rows(
 
 def check_ids(examples: Iterable[Example], vocab_size: int) -> None:
     """Raises ParaJaxError for the first row with a token outside the backbone's vocabulary."""
-    if isinstance(examples, Examples) and examples.texts is None and examples.highest_token < vocab_size:
-        return
+    if isinstance(examples, Examples) and examples.texts is None:
+        highest = max(examples.ids.max(initial=-1), examples.targets.max(initial=-1))
+        examples = () if highest < vocab_size else examples
     for e in examples:
         highest = max(e.ids.max(initial=-1), e.targets.max(initial=-1))
         highest = max((int(highest), *(x for ids in e.choice_ids for x in ids)))
@@ -147,7 +147,7 @@ def _chunks(
     tokenizer: Any,
     need_response: bool,
     choices: bool,
-    limit: CharacterLimit | None,
+    limit: int | None,
     total: int | None,
     show: Callable[[str], None] | None,
 ) -> Iterator[list[list[Turn]]]:
@@ -159,13 +159,13 @@ def _chunks(
     for done, (place, row) in enumerate(rows):
         try:
             found = [t if choices else t._replace(choices=()) for t in turns(place, row, tokenizer, need_response)]
-            if limit is not None:
-                limit.check(found)
+            # The turns of a chat share their beginning, and only the longest is tokenized in full.
+            longest = max((len(turn.prompt) + len(turn.answer) for turn in found), default=0)
+            if limit is not None:  # a text with too many characters need not be tokenized
+                check_characters(longest, tokenizer, limit)
         except ParaJaxError as error:
             problems.append(f"{place}: {error}")
-            found = []
-        # The turns of a chat share their beginning, and only the longest is tokenized in full.
-        longest = max((len(turn.prompt) + len(turn.answer) for turn in found), default=0)
+            found, longest = [], 0
         if show is not None:
             pace(done, total)
             if longest > 2 * CHUNK:
@@ -198,7 +198,6 @@ def _examples(
 
 
 def _texts(turn: Turn, response_ids: list[int], choice_ids: list[list[int]], tokenizer: Any) -> dict[str, Any]:
-    """The fields of `Texts` of an example."""
     # Predictions do not contain the special tokens that a template adds.
     response = tokenizer.decode(response_ids, skip_special_tokens=True) if turn.chat else turn.answer
     return {

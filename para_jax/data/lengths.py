@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from para_jax.data.buffers import Example, Examples
-from para_jax.data.rows import Turn
 from para_jax.errors import ParaJaxError
 
 SHORTEN = "remove them, or pass truncate (--truncate) to cut their prompts at the beginning"
@@ -24,21 +23,15 @@ def row_length(requested: int | None, context: int) -> int:
     return requested or context
 
 
-class CharacterLimit:
-    """An upper bound on the characters of a text of `max_length` tokens."""
+def check_characters(characters: int, tokenizer: Any, max_length: int) -> None:
+    """Raises ParaJaxError if a text has more characters than `max_length` tokens can have."""
+    if characters > 16 * max_length and characters > max_length * _longest_token(tokenizer):
+        raise ParaJaxError(f"{characters:,} characters are more than {max_length} tokens; {SHORTEN}")
 
-    def __init__(self, tokenizer: Any, max_length: int) -> None:
-        self.tokenizer, self.max_length = tokenizer, max_length
 
-    @cached_property
-    def most(self) -> int:
-        return self.max_length * max(map(len, self.tokenizer.get_vocab()))
-
-    def check(self, turns: Sequence[Turn]) -> None:
-        """Raises ParaJaxError for a text that is too long."""
-        characters = max((len(turn.prompt) + len(turn.answer) for turn in turns), default=0)
-        if characters > 16 * self.max_length and characters > self.most:
-            raise ParaJaxError(f"{characters:,} characters are more than {self.max_length} tokens; {SHORTEN}")
+@lru_cache(maxsize=8)
+def _longest_token(tokenizer: Any) -> int:
+    return max(map(len, tokenizer.get_vocab()))
 
 
 class Truncation:
@@ -77,7 +70,6 @@ class Truncation:
 
 
 def check_sizes(examples: Examples, max_length: int) -> None:
-    """Raises ParaJaxError if rows are too long."""
     sizes = examples.lengths + (examples.target_counts > 0)
     long = int(np.count_nonzero(sizes > max_length))
     if long:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from para_jax.errors import ParaJaxError, unknown
+from para_jax.errors import ParaJaxError, check_known, one_line, unknown
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 # Keys that a template need not write as such: `weight` selects what is learnt, `tool_call_id` a call.
@@ -115,19 +115,13 @@ class Chat:
 
     def _render(self, messages: list[dict[str, Any]], tools: list[Any] | None, answer_next: bool = False) -> str:
         try:
-            text: str = self.tokenizer.apply_chat_template(
+            return self.tokenizer.apply_chat_template(
                 messages, tools=tools, tokenize=False, add_generation_prompt=answer_next
             )
         except Exception as error:  # a template is a program and may raise anything
-            raise ParaJaxError(f"the chat template refuses this: {_words(error)}") from error
-        return text
-
-
-def _words(error: Exception) -> str:
-    """An error of a chat template in one line, with the template's line if it is known."""
-    words = " ".join(str(error).split()) or type(error).__name__
-    line = getattr(error, "lineno", None)
-    return f"{words} (line {line} of the template)" if line else words
+            line = getattr(error, "lineno", None)
+            where = f" (line {line} of the template)" if line else ""
+            raise ParaJaxError(f"the chat template refuses this: {one_line(error, 2000)}{where}") from error
 
 
 def _weight(message: Mapping[str, Any]) -> int:
@@ -178,9 +172,8 @@ def _content(content: Any) -> str:
         kind = part.get("type") if isinstance(part, dict) else type(part).__name__
         if kind != "text":
             raise ParaJaxError(f'"content" has a part of type {kind!r}; only parts of type "text" are read')
-        for key, value in part.items():
-            if key not in ("type", "text") and value is not None:
-                raise unknown("key of a text part", key, ("type", "text"))
+        given = [key for key, value in part.items() if value is not None]
+        check_known("key of a text part", given, ("type", "text"))
         if not isinstance(part.get("text"), str):
             raise ParaJaxError('"content" has a text part without a text')
         texts.append(part["text"])
@@ -221,7 +214,5 @@ def texts_of(value: Any) -> list[str]:
     """
     if isinstance(value, str):
         return [value]
-    parts: Sequence[Any] = (
-        list(value.values()) if isinstance(value, Mapping) else value if isinstance(value, list) else ()
-    )
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
     return [text for part in parts for text in texts_of(part)]

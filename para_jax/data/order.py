@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
+from para_jax.annotations import Int
 from para_jax.data.examples import Example, Examples, read_examples
 from para_jax.data.sources import mixture
 from para_jax.errors import ParaJaxError
 
 if TYPE_CHECKING:
     from grain import MapDataset
-    from jaxtyping import Int
 
 POSITIONS = 2**40  # more than any run has
 

@@ -17,8 +17,7 @@ class Shape(NamedTuple):
     Attributes:
       rows: the number of packed rows of a group; there is one group for each device with rows.
       length: the number of token slots of a row.
-      segments: the maximum number of sequences in a row.
-      targets: the maximum number of targets in a group.
+      segments, targets: the maximum numbers of sequences in a row, and of targets in a group.
     """
 
     rows: int
@@ -40,14 +39,6 @@ class Row:
     items: list[int] = field(default_factory=list)
     tokens: int = 0
     targets: int = 0
-
-    def fits(self, tokens: int, targets: int, shape: Shape) -> bool:
-        """Whether another sequence of this size fits into this row of a shape."""
-        return (
-            self.tokens + tokens <= shape.length
-            and len(self.items) < shape.segments
-            and self.targets + targets <= shape.targets
-        )
 
 
 class Sizes(NamedTuple):
@@ -74,7 +65,9 @@ def pack(tokens: Sequence[int], targets: Sequence[int], shapes: Sequence[Shape],
             (shape.length - row.tokens, at, i)
             for at, shape in enumerate(shapes)
             for i, row in enumerate(rows[at])
-            if row.fits(n, n_targets, shape)
+            if row.tokens + n <= shape.length
+            and len(row.items) < shape.segments
+            and row.targets + n_targets <= shape.targets
         ]
         if open_rows:
             _, at, i = min(open_rows)
@@ -116,7 +109,6 @@ def deal(rows: Sequence[Sequence[Row]], shapes: Sequence[Shape]) -> Iterator[tup
 
 
 def pack_step(step: Sequence[Sizes], shapes: Sequence[Shape]) -> list[list[Row]]:
-    """The packed rows of a step for each shape, tenant by tenant."""
     packed = [pack(sizes.tokens, sizes.targets, shapes, place) for place, sizes in enumerate(step)]
     return [[row for rows in packed for row in rows[at]] for at in range(len(shapes))]
 

@@ -52,8 +52,6 @@ TENSES = (
 
 
 class Story(NamedTuple):
-    """A sentence and what it is made of."""
-
     feeling: str
     how: str
     person: str

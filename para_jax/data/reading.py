@@ -65,13 +65,8 @@ class Reader:
         if self.tokenizer is None:
             raise ParaJaxError(f"the rows of {tenant!r} are text; pass tokenizer=load_tokenizer(model) to read them")
         args = self.tokenizer, self.eos_token_ids, self.max_length
-        options: dict[str, Any] = {
-            "truncate": self.truncate,
-            "keep_texts": self.keep_texts,
-            "allow_special_tokens": self.allow_special_tokens,
-            "one_pass": one_pass,
-            "show": self.show,
-        }
+        shared = ("truncate", "keep_texts", "allow_special_tokens", "show")
+        options: dict[str, Any] = {"one_pass": one_pass, **{name: getattr(self, name) for name in shared}}
         if isinstance(rows, str | Path):
             where = {"tenant": tenant, "template": template, "data_dir": self.data_dir}
             return read_mixture(str(rows), *args, **where, **options)
@@ -79,7 +74,6 @@ class Reader:
 
 
 def are_examples(rows: Source) -> TypeGuard[Sequence[Example]]:
-    """Whether these rows are encoded already."""
     return not isinstance(rows, str | Path) and (len(rows) == 0 or isinstance(rows[0], Example))
 
 

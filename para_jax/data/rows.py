@@ -64,7 +64,6 @@ def turns(place: str, row: Mapping[str, Any], tokenizer: Any, need_response: boo
 
 
 def _chat(row: Mapping[str, Any], tokenizer: Any, need_response: bool) -> Chat | None:
-    """The chat of a row; None for a plain prompt."""
     tools = row.get("tools")
     if "messages" in row:
         if both := [key for key in ("prompt", *ANSWERS) if key in row]:
@@ -95,7 +94,6 @@ def _message(role: str, content: Any) -> dict[str, Any]:
 
 
 def _pair(row: Mapping[str, Any], need_response: bool) -> tuple[str, str]:
-    """The prompt and the answer of a row."""
     if not isinstance(row.get("prompt"), str):
         raise ParaJaxError('no text under "prompt" (and no "messages")')
     answers = [key for key in ANSWERS if key in row] if need_response else []

@@ -19,7 +19,6 @@ import json
 import logging
 import re
 import zlib
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -94,24 +93,21 @@ def read_jsonl(path: str | Path) -> Rows:
     for number, line in enumerate(_content(path).split(b"\n"), 1):
         if not line.strip():
             continue
+        place = f"{path}:{number}"
         try:
             row = json.loads(line.decode(), object_pairs_hook=_object)
+            if isinstance(row, dict):
+                rows.append((place, row))
+            else:
+                problems.append(f"{place} is a {type(row).__name__}, not an object with a prompt")
         except UnicodeDecodeError as error:
-            problems.append(f"{path}:{number} is not UTF-8: {error}; save the file as UTF-8")
-            continue
+            problems.append(f"{place} is not UTF-8: {error}; save the file as UTF-8")
         except json.JSONDecodeError as error:
-            problems.append(f"{path}:{number} is not JSON: {error}")
-            continue
+            problems.append(f"{place} is not JSON: {error}")
         except ParaJaxError as error:
-            problems.append(f"{path}:{number}: {error}")
-            continue
+            problems.append(f"{place}: {error}")
         except (ValueError, RecursionError):  # Python's limits: 4,300 digits, 1,000 brackets
-            problems.append(f"{path}:{number} has a number with too many digits, or too deeply nested brackets")
-            continue
-        if not isinstance(row, dict):
-            problems.append(f"{path}:{number} is a {type(row).__name__}, not an object with a prompt")
-            continue
-        rows.append((f"{path}:{number}", row))
+            problems.append(f"{place} has a number with too many digits, or too deeply nested brackets")
     raise_problems(problems)
     if not rows:
         raise ParaJaxError(f"{path} has no rows")
@@ -186,17 +182,14 @@ def _template(table: Table, source: str) -> Template | None:
     for name in (table.dataset, table.dataset.partition("/")[0]):
         if name in shipped():
             return Template.load(name)
-    if _is_ready(table.columns):
+    ready = ({"messages"}, {"prompt", "response"}, {"prompt", "completion"})
+    if any(keys <= {*table.columns} for keys in ready):
         return None
     raise ParaJaxError(
         f"{source} has the columns {', '.join(sorted(table.columns))}, and needs a template that makes prompts from "
         f"them; write one such as {EXAMPLE} and pass it with --template FILE.json, or pass one that ships with "
         "--template NAME (glue/sst2, squad, ...)"
     )
-
-
-def _is_ready(columns: Collection[str]) -> bool:
-    return "messages" in columns or ("prompt" in columns and ("response" in columns or "completion" in columns))
 
 
 def _labelled(table: Table, source: str) -> Rows:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from para_jax.errors import ParaJaxError, unknown
+from para_jax.errors import ParaJaxError, check_known
 
 SHOWN = 5  # problems listed in one error
 
@@ -15,11 +15,9 @@ class Table(NamedTuple):
     """Rows of named columns.
 
     Attributes:
-      columns: the names of the columns.
       rows: (place, row) pairs, such as "tfds:squad:train row 17"; rows are counted from 0, as both libraries do.
       labels: the columns with the index of a class, or -1 if the row has no label.
       dataset: the name of the data set, which selects a template that ships; empty if unknown.
-      splits: the splits of the source.
     """
 
     columns: tuple[str, ...]
@@ -38,9 +36,8 @@ def check_split(split: str, known: Collection[str], source: str) -> None:
     ...
     para_jax.errors.ParaJaxError: unknown split of tfds:trec 'trian'; did you mean 'train'? Known: test, train
     """
-    for name in re.sub(r"\[[^\]]*\]?", "", split).split("+"):
-        if name.strip() not in known:
-            raise unknown(f"split of {source}", name.strip(), known)
+    names = re.sub(r"\[[^\]]*\]?", "", split).split("+")
+    check_known(f"split of {source}", map(str.strip, names), known)
 
 
 def raise_problems(problems: list[str]) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from para_jax.errors import ParaJaxError, unknown
+from para_jax.errors import ParaJaxError, check_known, unknown
 
 if TYPE_CHECKING:
     from jinja2.sandbox import SandboxedEnvironment
@@ -46,8 +46,7 @@ class Template:
         """Raises ParaJaxError for an unknown or missing field, or one that is not valid jinja2."""
         self.name, self.fields = name, dict(fields)
         for key, value in fields.items():
-            if key not in FIELDS:
-                raise unknown(f"field of {name}", key, FIELDS)
+            check_known(f"field of {name}", [key], FIELDS)
             texts = value if isinstance(value, list) and key in LISTS else [value]
             if not all(isinstance(text, str) for text in texts):
                 raise ParaJaxError(f"{name}: {key} must be a text" + (" or a list of them" if texts is value else ""))
@@ -88,7 +87,6 @@ class Template:
         return cls(fields, name)
 
     def check(self, columns: Collection[str]) -> None:
-        """Raises ParaJaxError if the template uses a column that does not exist."""
         from jinja2 import meta
 
         environment = _environment()
@@ -98,9 +96,8 @@ class Template:
                 texts = ["{{" + value + "}}"]
             special = {"row", "choices"} if key in TEXTS and "choices" in self.fields else {"row"}
             for text in texts:
-                for used in sorted(meta.find_undeclared_variables(environment.parse(text))):
-                    if used not in columns and used not in special and used not in environment.globals:
-                        raise unknown(f"column in {self.name}", used, columns)
+                used = meta.find_undeclared_variables(environment.parse(text)) - special - environment.globals.keys()
+                check_known(f"column in {self.name}", sorted(used), columns)
 
     def row(self, columns: Mapping[str, Any]) -> dict[str, Any]:
         """The fields of one row. Raises ParaJaxError if the template fails."""

@@ -16,7 +16,7 @@ import numpy as np
 from para_jax.data.table import Table, check_split
 from para_jax.data.templates import shipped
 from para_jax.distributed import broadcast, is_main_process
-from para_jax.errors import ParaJaxError, unknown
+from para_jax.errors import ParaJaxError, check_known, unknown
 
 # Modules whose builders register themselves only when imported.
 MORE_BUILDERS = ("text", "question_answering", "summarization", "translate", "text_simplification")
@@ -99,8 +99,7 @@ def builder_of(name: str, root: Path) -> Any:
         kind = tfds.builder_cls(dataset)
         _stand_in_for_tensorflow(kind)
         configs = kind.builder_configs
-        if config and config not in configs:
-            raise unknown(f"config of {dataset}", config, configs)
+        check_known(f"config of {dataset}", [config] if config else [], configs)
         # The first config is the default only if a template has the name of the data set: squad, but not glue.
         if not config and len(configs) > 1 and dataset not in shipped():
             raise ParaJaxError(f"{dataset} has several configs; write tfds:{dataset}/CONFIG: {', '.join(configs)}")
@@ -148,7 +147,6 @@ def _stand_in_for_tensorflow(builder_cls: Any) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """A value as plain Python types, with bytes decoded."""
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace")
     if isinstance(value, np.ndarray | np.generic):

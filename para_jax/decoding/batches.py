@@ -45,9 +45,7 @@ class Request(NamedTuple):
     """The rows of a call.
 
     Attributes:
-      ids: the prompt of each row.
       limit_b: the maximum number of new tokens of each row.
-      tenants: the tenant of each row, or None.
       kind_b, kinds: the index of each row's kind, and the kinds.
     """
 
@@ -82,19 +80,22 @@ class Batch(NamedTuple):
         full = np.pad(rows, (0, size - len(rows)), mode="edge")
         limit_b = np.where(np.arange(size) < len(rows), request.limit_b[full], np.int32(0))
         room = loop.bucket(int(limit_b.max()), context)
-        prompts = _left_padded([request.ids[i] for i in full], context)
+        ids = [request.ids[i] for i in full]
+        length = loop.bucket(max(map(len, ids)), context)
+        tokens_bt: Any = np.stack([np.pad(x, (length - len(x), 0)) for x in ids])
+        mask_bt: Any = np.arange(length) >= length - np.array([len(x) for x in ids])[:, None]
+        prompts = loop.Prompts(tokens_bt, mask_bt)
         kind = request.kinds[request.kind_b[rows[0]]]
         return cls(kind, rows, full, limit_b, room, prompts, [request.tenants[i] for i in full])
 
     @property
     def length(self) -> int:
-        """The length of the cache: prompt and new tokens."""
         return self.prompts.tokens_bt.shape[1] + self.room
 
     def ending(self) -> loop.Ending:
-        """The `Ending` of its rows, on the device."""
-        table = None if self.kind.stops is None else self.kind.stops.table_sv
-        return loop.Ending(jax.device_put(self.limit_b), _eos_slots(self.kind.eos), table)
+        eos, table = self.kind.eos, None if self.kind.stops is None else self.kind.stops.table_sv
+        padding = [-1] * (-len(eos) % EOS_SLOTS if eos else EOS_SLOTS)
+        return loop.Ending(jax.device_put(self.limit_b), jax.device_put(np.array([*eos, *padding], np.int32)), table)
 
 
 class Windows(NamedTuple):
@@ -127,16 +128,3 @@ def make_batches(request: Request, size: int, windows: Windows, context: int) ->
     borders = np.flatnonzero(np.diff(request.kind_b[order]) | np.diff(window_b[order])) + 1
     parts = [rows[at : at + size] for rows in np.split(order, borders) for at in range(0, len(rows), size)]
     return [Batch.of(request, rows, size, context) for rows in parts if rows.min() >= windows.skip]
-
-
-def _left_padded(ids: list[np.ndarray], most: int) -> loop.Prompts:
-    """A batch of prompts, left-padded to the length of a bucket."""
-    length = loop.bucket(max(len(x) for x in ids), most)
-    tokens_bt: Any = np.stack([np.pad(x, (length - len(x), 0)) for x in ids])
-    mask_bt: Any = np.arange(length) >= length - np.array([len(x) for x in ids])[:, None]
-    return loop.Prompts(tokens_bt, mask_bt)
-
-
-def _eos_slots(eos: tuple[int, ...]) -> jax.Array:
-    slots = EOS_SLOTS * max(1, -(-len(eos) // EOS_SLOTS))
-    return jax.device_put(np.array([*eos, *[-1] * (slots - len(eos))], np.int32))

@@ -9,24 +9,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from para_jax.annotations import Array, Bool, Float, Int, Int16
 from para_jax.backbones.decoder import Backbone, DecodeState
 from para_jax.decoding.loop import Ending, Generated, Prompts, finite
 from para_jax.decoding.sampling import Sampler, seen_tokens
-
-if TYPE_CHECKING:
-    from jax import Array
-    from jaxtyping import Bool, Float, Int, Int16
 
 EarlyStopping = bool | Literal["never"]
 RULED_OUT = -1.0e9  # the score of an excluded text, as in transformers
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["length_penalty", "when_full", "never"], meta_fields=[])
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Scoring:
     """How finished texts are ranked, and when a row stops (transformers' `early_stopping`).
@@ -77,7 +74,6 @@ class _Carry(NamedTuple):
 
 
 def _take(tree: Any, index_bn: Int[Array, "b n"]) -> Any:
-    """Gathers texts of every row from arrays (b, n, ...)."""
     return jax.tree.map(lambda x: jax.vmap(lambda row, index: row[index])(x, index_bn), tree)
 
 
@@ -98,12 +94,7 @@ def _continue(
 
 
 def _advance(
-    carry: _Carry,
-    logits_bv: Float[Array, "bn v"],
-    sampler: Sampler,
-    ending: Ending,
-    scoring: Scoring,
-    keep: int,
+    carry: _Carry, logits_bv: Float[Array, "bn v"], sampler: Sampler, ending: Ending, scoring: Scoring, keep: int
 ) -> _Carry:
     """One more token: each of the best continuations finishes, stays open or is dropped."""
     b, n = carry.open.score_bn.shape

@@ -137,14 +137,9 @@ def complete(
     limit_b = requests.limits(max_new_tokens, ids, config)
     tenants = requests.tenant_rows(bank, tenants, n)
     sampling = requests.Sampling(
-        ids,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
+        ids, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
         seed=seed,
-    )
+    )  # fmt: skip
     tokenizers = requests.per_row(tokenizer, n)
     if eos_token_id is None:
         eos_token_id = [end_tokens(config, each) for each in tokenizers]
@@ -204,7 +199,6 @@ class _Decoder:
             self.ahead.start((key, "run"), trace_run)
 
     def __call__(self, backbone: Backbone, batch: Batch) -> loop.Generated:
-        """The tokens of a batch, as NumPy arrays."""
         adapters = batch_rows(self.bank, batch.tenants, len(batch.full), backbone.mesh)
         key, prompts = _program_key(batch, adapters), jax.device_put(batch.prompts)
         sampler, ending = self.sampling.sampler(batch.full), batch.ending()
@@ -228,10 +222,7 @@ def _program_key(batch: Batch, adapters: Any) -> Hashable:
 def _warn_of_broken(
     batch: Batch, finite_b: np.ndarray, tenants: Sequence[Tenant], dtype: jnp.dtype, warned: set[str]
 ) -> None:
-    """Warns once per tenant about the first row with NaN or infinite logits, and adds the tenant to `warned`.
-
-    Padding rows of the batch do not count.
-    """
+    """Warns once per tenant about the first row with NaN or infinite logits, and adds the tenant to `warned`."""
     for row in sorted(batch.rows[~finite_b[: len(batch.rows)]]):
         whose = "without an adapter" if tenants[row] is None else f"of {tenants[row]}"
         if whose in warned:
@@ -248,19 +239,14 @@ def _warn_of_broken(
 
 
 def _completions(batch: Batch, generated: loop.Generated) -> dict[int, Completion]:
-    """The completion of each row of a batch, by row."""
-    return {
-        int(i): _completion(batch.kind, tokens[:count].tolist(), bool(stopped), bool(finite))
-        for i, tokens, count, stopped, finite in zip(batch.rows, *generated, strict=False)
-    }
-
-
-def _completion(kind: Kind, ids: list[int], stopped: bool, finite: bool) -> Completion:
-    tokens = ids[:-1] if stopped and ids and ids[-1] in kind.eos else ids
-    text = kind.tokenizer.decode(tokens, skip_special_tokens=True)
-    if kind.stops is not None:
-        text = kind.stops.cut(text, tokens)
-    return Completion(text, tokens, "error" if not finite else "stop" if stopped else "length")
+    found, kind = {}, batch.kind
+    for i, all_tokens, count, stopped, finite in zip(batch.rows, *generated, strict=False):
+        tokens = all_tokens[:count].tolist()
+        tokens = tokens[:-1] if stopped and tokens and tokens[-1] in kind.eos else tokens
+        text = kind.tokenizer.decode(tokens, skip_special_tokens=True)
+        text = text if kind.stops is None else kind.stops.cut(text, tokens)
+        found[int(i)] = Completion(text, tokens, "error" if not finite else "stop" if stopped else "length")
+    return found
 
 
 def _scoring(num_beams: int, length_penalty: float, early_stopping: Any, sampled: bool) -> beams.Scoring | None:

@@ -8,19 +8,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from para_jax.adapters.rows import Rows
+from para_jax.annotations import Array, Bool, Float, Int, Int16
 from para_jax.backbones.decoder import Backbone, DecodeState
 from para_jax.decoding.sampling import Sampler, seen_tokens
 from para_jax.decoding.stops import MATCHED, START
-
-if TYPE_CHECKING:
-    from jax import Array
-    from jaxtyping import Bool, Float, Int, Int16
 
 
 def bucket(n: int, most: int | None = None, least: int = 16) -> int:
@@ -35,7 +32,7 @@ def bucket(n: int, most: int | None = None, least: int = 16) -> int:
     return size if most is None else min(size, most)
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["limit_b", "eos_e", "table_sv"], meta_fields=[])
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Ending:
     """When rows end.

@@ -15,7 +15,7 @@ from para_jax.adapters.rows import Tenant, adapter_weights
 from para_jax.checks import Whole, check_text
 from para_jax.config import BackboneConfig
 from para_jax.decoding.sampling import Draws, Filters, Sampler
-from para_jax.errors import ParaJaxError, unknown
+from para_jax.errors import ParaJaxError, check_known
 
 
 def per_row(tokenizer: Any, rows: int) -> list[Any]:
@@ -115,12 +115,15 @@ class Setting:
 
 
 LIMIT = Setting("max_new_tokens", np.int32, lambda x: (x >= 1) & (x < 2**31), "between 1 and 2**31 - 1")
-TEMPERATURE = Setting("temperature", np.float32, lambda x: np.isfinite(x) & (x >= 0), "finite and at least 0")
 TOP_K = Setting("top_k", np.int32, lambda x: (x >= 0) & (x < 2**31), "between 0 and 2**31 - 1 (0 is off)")
-TOP_P = Setting("top_p", np.float32, lambda x: (x >= 0) & (x <= 1), "between 0 and 1 (1 is off)")
-MIN_P = Setting("min_p", np.float32, lambda x: (x >= 0) & (x <= 1), "between 0 and 1 (0 is off)")
-PENALTY = Setting("repetition_penalty", np.float32, lambda x: np.isfinite(x) & (x > 0), "finite and above 0 (1 is off)")
-SEED = Setting("seed", np.uint32, lambda x: (x >= 0) & (x < 2**32), "between 0 and 2**32 - 1")
+SAMPLING = (
+    Setting("temperature", np.float32, lambda x: np.isfinite(x) & (x >= 0), "finite and at least 0"),
+    Setting("seed", np.uint32, lambda x: (x >= 0) & (x < 2**32), "between 0 and 2**32 - 1"),
+    TOP_K,
+    Setting("top_p", np.float32, lambda x: (x >= 0) & (x <= 1), "between 0 and 1 (1 is off)"),
+    Setting("min_p", np.float32, lambda x: (x >= 0) & (x <= 1), "between 0 and 1 (0 is off)"),
+    Setting("repetition_penalty", np.float32, lambda x: np.isfinite(x) & (x > 0), "finite and above 0 (1 is off)"),
+)
 
 
 class Sampling:
@@ -129,38 +132,24 @@ class Sampling:
     A feature that no row of the call uses is off in all batches, so that all batches share their programs.
     """
 
-    def __init__(
-        self,
-        prompts: Sequence[np.ndarray],
-        *,
-        temperature: Any,
-        top_k: Any,
-        top_p: Any,
-        min_p: Any,
-        repetition_penalty: Any,
-        seed: Any,
-    ):
-        rows = len(prompts)
-        self.temperature_b = TEMPERATURE.per_row(temperature, rows)
+    def __init__(self, prompts: Sequence[np.ndarray], **settings: Any):
+        """With a value for each setting in `SAMPLING`."""
+        by_row = {setting.name: setting.per_row(settings[setting.name], len(prompts)) for setting in SAMPLING}
         # With one seed for all rows, different prompts still sample differently: the prompt is hashed into the seed.
-        seeds = zip(prompts, SEED.per_row(seed, rows), strict=True)
-        self.seed_b = np.array([zlib.crc32(ids.tobytes(), int(x)) for ids, x in seeds], np.uint32)
-        self.top_k_b, self.top_p_b = TOP_K.per_row(top_k, rows), TOP_P.per_row(top_p, rows)
-        self.min_p_b = MIN_P.per_row(min_p, rows)
-        self.penalty_b = PENALTY.per_row(repetition_penalty, rows)
-        self.penalised = bool((self.penalty_b != 1).any())
-        self.drawn = bool((self.temperature_b > 0).any())
-        self.filtered = bool(((self.top_k_b > 0) | (self.top_p_b < 1) | (self.min_p_b > 0)).any())
+        seeds = zip(prompts, by_row["seed"], strict=True)
+        by_row["seed"] = np.array([zlib.crc32(ids.tobytes(), int(x)) for ids, x in seeds], np.uint32)
+        self.by_row = by_row
+        self.penalised = bool((by_row["repetition_penalty"] != 1).any())
+        self.drawn = bool((by_row["temperature"] > 0).any())
+        self.filtered = bool(((by_row["top_k"] > 0) | (by_row["top_p"] < 1) | (by_row["min_p"] > 0)).any())
 
     def sampler(self, rows: np.ndarray) -> Sampler:
-        """The sampler of a batch of these rows."""
+        def put(name: str) -> jax.Array:
+            return jax.device_put(self.by_row[name][rows])
 
-        def put(x: np.ndarray) -> jax.Array:
-            return jax.device_put(x[rows])
-
-        filters = Filters(put(self.top_k_b), put(self.top_p_b), put(self.min_p_b)) if self.filtered else None
-        draws = Draws(put(self.temperature_b), put(self.seed_b), filters) if self.drawn else None
-        return Sampler(put(self.penalty_b) if self.penalised else None, draws)
+        filters = Filters(put("top_k"), put("top_p"), put("min_p")) if self.filtered else None
+        draws = Draws(put("temperature"), put("seed"), filters) if self.drawn else None
+        return Sampler(put("repetition_penalty") if self.penalised else None, draws)
 
 
 def limits(max_new_tokens: Any, prompts: Sequence[np.ndarray], config: BackboneConfig) -> np.ndarray:
@@ -193,7 +182,5 @@ def tenant_rows(bank: AdapterBank | None, tenants: Sequence[Tenant] | None, rows
     names = dict.fromkeys(name for tenant in tenants for name in adapter_weights(tenant))
     if names and bank is None:
         raise ParaJaxError("tenants were given but no bank; pass bank=AdapterBank.load({name: folder, ...}, config)")
-    for name in names:
-        if bank is not None and name not in bank:
-            raise unknown("tenant", name, bank.names)
+    check_known("tenant", names, () if bank is None else bank.names)
     return tenants

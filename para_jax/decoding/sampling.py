@@ -6,14 +6,12 @@ A sample depends only on the row's seed and step, not on the other rows or the p
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-if TYPE_CHECKING:
-    from jax import Array
-    from jaxtyping import Bool, Float, Int, UInt32
+from para_jax.annotations import Array, Bool, Float, Int, UInt32
 
 
 class Filters(NamedTuple):

@@ -12,16 +12,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
 
+from para_jax.annotations import Int16
 from para_jax.checks import check_text
 from para_jax.errors import ParaJaxError
-
-if TYPE_CHECKING:
-    from jaxtyping import Int16
 
 START, MATCHED = 0, 1
 # The number of states is a power of two, so that other stop strings share the program.
@@ -208,10 +206,6 @@ def _printable_bytes() -> dict[int, str]:
 
     Printable Latin-1 characters stand for themselves; the other bytes, in order, are the characters from 256 on.
     """
-    printable = [
-        *range(ord("!"), ord("~") + 1),
-        *range(ord("¡"), ord("¬") + 1),
-        *range(ord("®"), ord("ÿ") + 1),
-    ]
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ import numpy as np
 
 from para_jax.adapters.bank import AdapterBank, batch_rows
 from para_jax.adapters.rows import Rows, Tenant
+from para_jax.annotations import Array, Float, Int
 from para_jax.backbones.decoder import Backbone
 from para_jax.checks import COUNT
 from para_jax.decoding.loop import bucket
@@ -18,14 +19,8 @@ from para_jax.decoding.requests import tenant_rows
 from para_jax.distributed import gather
 from para_jax.errors import ParaJaxError
 
-if TYPE_CHECKING:
-    from jax import Array
-    from jaxtyping import Float, Int
-
 
 class _Pair(NamedTuple):
-    """One choice of one row."""
-
     row: int
     choice: int
     prompt: Sequence[int]

@@ -16,6 +16,7 @@ from para_jax.checks import COUNT
 from para_jax.convert.adapter_tokenizer import ends
 from para_jax.data.examples import Example, check_ids
 from para_jax.data.reading import Reader, Source
+from para_jax.data.table import raise_problems
 from para_jax.decoding.generate import Completion, complete
 from para_jax.errors import ParaJaxError, unknown
 from para_jax.evaluation.choices import choice_log_likelihoods
@@ -87,27 +88,17 @@ def evaluate(
     def report(before: int) -> Report:
         return lambda done, _: None if progress is None else progress(before + done, total)
 
-    limits = [max_new_tokens[name] for name in names]
+    prompts = [row.prompt_ids.tolist() for row in rows]
     completions = complete(
-        loading,
-        [by_name[name] for name in names],
-        [row.prompt_ids.tolist() for row in rows],
-        bank=bank,
-        tenants=row_tenants,
-        max_new_tokens=limits,
-        eos_token_id=[eos[name] for name in names],
-        batch_size=batch_size,
-        progress=report(0),
-    )
+        loading, [by_name[name] for name in names], prompts, bank=bank, tenants=row_tenants,
+        max_new_tokens=[max_new_tokens[name] for name in names], eos_token_id=[eos[name] for name in names],
+        batch_size=batch_size, progress=report(0),
+    )  # fmt: skip
+    choices = [[(*ids, *eos[names[i]][:1]) for ids in rows[i].choice_ids] for i in choosing]
     likelihoods = choice_log_likelihoods(
-        loading.backbone(),
-        [rows[i].prompt_ids.tolist() for i in choosing],
-        [[(*ids, *eos[names[i]][:1]) for ids in rows[i].choice_ids] for i in choosing],
-        bank=bank,
-        tenants=[row_tenants[i] for i in choosing],
-        batch_size=batch_size,
-        progress=report(len(rows)),
-    )
+        loading.backbone(), [prompts[i] for i in choosing], choices, bank=bank,
+        tenants=[row_tenants[i] for i in choosing], batch_size=batch_size, progress=report(len(rows)),
+    )  # fmt: skip
     chosen = dict(zip(choosing, likelihoods, strict=True))
     predictions = (_prediction(row, completions[i], chosen.get(i)) for i, row in enumerate(rows))
     return {
@@ -119,7 +110,6 @@ def evaluate(
 def _check(
     examples: Mapping[str, Sequence[Example]], bank: AdapterBank | None, context: int, limits: Mapping[str, int]
 ) -> None:
-    """Raises one ParaJaxError for all invalid rows, before anything runs."""
     problems = []
     for tenant in examples:
         if bank is not None and tenant not in bank:
@@ -142,13 +132,7 @@ def _check(
                     f"{where}: the prompt has {len(e.prompt_ids)} tokens, and the context without the new tokens holds "
                     f"{room}; shorten it, or lower max_new_tokens"
                 )
-    if problems:
-        more = f"\n... and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ParaJaxError("\n".join(problems[:5]) + more)
-
-
-def _references(example: Example) -> Sequence[str]:
-    return example.references or (example.response,)
+    raise_problems(problems)
 
 
 def _prediction(example: Example, completion: Completion, likelihoods: Sequence[float] | None) -> dict[str, Any]:
@@ -168,16 +152,15 @@ def _prediction(example: Example, completion: Completion, likelihoods: Sequence[
 
 
 def _scores(tenant: str, predictions: Sequence[dict[str, Any]], examples: Sequence[Example]) -> dict[str, Any]:
-    """One tenant's scores, and its predictions."""
     texts = [p["prediction"] for p in predictions]
-    pairs = list(zip(texts, examples, strict=True))
+    pairs = [(text, e.references or (e.response,)) for text, e in zip(texts, examples, strict=True)]
     scores: dict[str, Any] = {
         "rows": len(pairs),
-        "exact_match": fmean(exact_match(text, _references(e)) for text, e in pairs),
-        "token_f1": fmean(token_f1(text, _references(e)) for text, e in pairs),
+        "exact_match": fmean(exact_match(*pair) for pair in pairs),
+        "token_f1": fmean(token_f1(*pair) for pair in pairs),
         "majority": majority([e.response for e in examples]),
     }
-    referenced = [(text, e.references) for text, e in pairs if e.references]
+    referenced = [(text, e.references) for text, e in zip(texts, examples, strict=True) if e.references]
     if referenced:
         scores["bleu"] = corpus_bleu(*zip(*referenced, strict=True))
     choices = [(p["choice"], p["response"]) for p in predictions if "choice" in p]

@@ -74,7 +74,7 @@ def check_values(fields: Mapping[str, Any], names: Mapping[str, str], optional: 
             raise unknown(f"{key} in config.json", fields[key], DTYPES)
     for key in ("layer_types", "no_rope_layers"):
         each = fields.get(key)
-        layers = fields.get(names.get("num_hidden_layers", "num_hidden_layers"))
+        layers = fields[names.get("num_hidden_layers", "num_hidden_layers")]
         if each is not None and (not isinstance(each, list) or len(each) < layers):
             count = len(each) if isinstance(each, list) else repr(each)
             raise ParaJaxError(f"config.json has {count} {key} for {layers} layers")

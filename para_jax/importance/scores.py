@@ -7,11 +7,10 @@ same group, applied to modules instead of ranks.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,19 +21,14 @@ from para_jax.adapters.lora import LoraConfig, LoraLayer
 from para_jax.adapters.method import Prompt
 from para_jax.adapters.rows import Rows
 from para_jax.adjustment import Adjustment
+from para_jax.annotations import Array, Float, Int
 from para_jax.backbones.decoder import Backbone
 from para_jax.checks import COUNT, SEED
 from para_jax.data.batches import Batch, one_row_each
 from para_jax.data.examples import Example
-from para_jax.errors import ParaJaxError, unknown
-from para_jax.progress import duration
+from para_jax.errors import ParaJaxError, check_known
+from para_jax.progress import Pace
 from para_jax.training.loss import target_nll
-
-if TYPE_CHECKING:
-    from jax import Array
-    from jaxtyping import Float, Int
-
-SHOW_EVERY = 5.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -59,7 +53,6 @@ class Scoring:
 
     @property
     def tokens(self) -> int:
-        """The number of response tokens of all examples."""
         return sum(e.response_ids.size for e in self.examples)
 
 
@@ -93,8 +86,7 @@ def importance_scores(
     >>> importance_scores("norm", backbone, bank["all"]).tolist() == [[0.0] * 7] * 4
     True
     """
-    if score not in SCORES:
-        raise unknown("score", score, SCORES)
+    check_known("score", [score], SCORES)
     batch_size, variants = COUNT.check("batch_size", batch_size), COUNT.check("variants", variants)
     seed = SEED.check("seed", seed)
     check(adapter, backbone)
@@ -159,12 +151,7 @@ def random(s: Scoring) -> Float[np.ndarray, "layers sites"]:
     return np.random.default_rng(s.seed).random(s.size)
 
 
-SCORES: Mapping[str, Callable[[Scoring], np.ndarray]] = {
-    "ablation": ablation,
-    "gradient": gradient,
-    "norm": norm,
-    "random": random,
-}
+SCORES: Mapping[str, Callable[[Scoring], np.ndarray]] = {f.__name__: f for f in (ablation, gradient, norm, random)}
 NEED_ROWS = ("ablation", "gradient")
 
 
@@ -223,12 +210,8 @@ def _nll(
 def _batches(s: Scoring) -> list[Batch]:
     """All rows in batches of one size, sorted by length; the last batch is padded with empty rows."""
     ordered = sorted(s.examples, key=len)
-    batches = []
-    for start in range(0, len(ordered), s.batch_size):
-        rows = ordered[start : start + s.batch_size]
-        # If there is one batch only, it is not padded.
-        batches.append(one_row_each(rows, min(s.batch_size, len(ordered))))
-    return batches
+    size = min(s.batch_size, len(ordered))  # a single batch is not padded
+    return [one_row_each(ordered[start : start + size], size) for start in range(0, len(ordered), size)]
 
 
 def _by_layer(x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, " layers"]:
@@ -237,13 +220,8 @@ def _by_layer(x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, " layers"]:
 
 def _shown(work: Sequence[Any], what: str, show: Callable[[str], None]) -> Iterator[Any]:
     """Iterates over `work` and shows a line of progress every few seconds."""
-    began = shown = time.monotonic()
+    pace = Pace(f"passes of {what}", show)
     for done, item in enumerate(work):
-        now = time.monotonic()
-        if done == 1:
-            began = now  # the first pass compiles, so it is not timed
-        if done > 1 and now - shown > SHOW_EVERY:
-            shown = now
-            left = duration((now - began) / (done - 1) * (len(work) - done))
-            show(f"{what}: {done}/{len(work)} passes, {left} left")
+        if done:  # the first pass compiles
+            pace(done, len(work))
         yield item

@@ -5,16 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from para_jax.adapters.method import BackboneShape
+from para_jax.annotations import Float
 from para_jax.errors import ParaJaxError
 from para_jax.training.metrics import save_figure
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
 
 Kept = tuple[tuple[str, ...], ...]
 MOST_NUMBERS = 16  # the maximum number of layers for which the plot shows the scores as numbers
@@ -73,7 +70,6 @@ def keep_within(scores_ls: Float[np.ndarray, "layers sites"], shape: BackboneSha
 
 
 def _orders(scores_ls: np.ndarray, shape: BackboneShape) -> list[list[int]]:
-    """The sites of each layer, most important first."""
     size = (shape.num_hidden_layers, len(shape.linear_sites))
     if scores_ls.shape != size or not np.isfinite(scores_ls).all():
         raise ParaJaxError(f"scores must be finite numbers of shape {size} (layers, sites), not {scores_ls.shape}")
@@ -86,12 +82,7 @@ def _kept(indices: Sequence[Sequence[int]], shape: BackboneShape) -> Kept:
 
 
 def plot_importance(
-    scores_ls: Float[np.ndarray, "layers sites"],
-    kept: Kept,
-    shape: BackboneShape,
-    path: str | Path,
-    title: str,
-    label: str = "importance",
+    scores_ls: np.ndarray, kept: Kept, shape: BackboneShape, path: str | Path, title: str, label: str = "importance"
 ) -> None:
     """Plots a layer x module heat map as a PNG. Kept modules have a frame.
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
-from para_jax.errors import ParaJaxError, unknown
+from para_jax.errors import ParaJaxError, check_known
 
 GIB = 2**30
 
@@ -66,7 +66,6 @@ class Topology:
 
     @property
     def size(self) -> int:
-        """The number of chips."""
         return prod(self.shape)
 
 
@@ -82,8 +81,7 @@ def parse_topology(name: str) -> Topology:
     if kind == "gpu":
         kind, _, shape = shape.partition("x")
         shape = shape or "1"
-    if kind not in CHIPS:
-        raise unknown("chip", kind, CHIPS)
+    check_known("chip", [kind], CHIPS)
     chip = CHIPS[kind]
     example = f"gpu:{kind}x8" if chip.kind == "gpu" else f"{kind}:{'x'.join(['2'] * chip.axes)}"
     if (

@@ -48,7 +48,6 @@ class Program:
     problem: str = ""
 
     def fits(self, hbm: int) -> bool:
-        """Whether the peak and the held memory fit into `hbm` bytes."""
         return not self.problem and self.peak + self.held <= hbm
 
 

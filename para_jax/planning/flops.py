@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from math import prod
 from typing import Any
 
@@ -26,23 +25,16 @@ def flops(jaxpr: Jaxpr | ClosedJaxpr) -> float:
     jaxpr = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
     # Unused gradients of frozen weights are in the jaxpr until dead code is eliminated.
     needed, _ = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
-    return _count(needed)
-
-
-def _count(jaxpr: Jaxpr | ClosedJaxpr) -> float:
-    jaxpr = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
-    return sum(_eqn_flops(eqn) for eqn in jaxpr.eqns)
+    return sum(_eqn_flops(eqn) for eqn in needed.eqns)
 
 
 def _eqn_flops(eqn: Any) -> float:
     name, params = eqn.primitive.name, eqn.params
-    if name == "dot_general":
-        (inputs, _), _ = params["dimension_numbers"]
+    if name in ("dot_general", "ragged_dot_general"):
+        ragged = params.get("ragged_dot_dimension_numbers")
+        (inputs, _), _ = params["dimension_numbers"] if ragged is None else ragged.dot_dimension_numbers
         return 2.0 * prod(eqn.outvars[0].aval.shape) * prod(eqn.invars[0].aval.shape[i] for i in inputs)
-    if name == "ragged_dot_general":
-        (inputs, _), _ = params["ragged_dot_dimension_numbers"].dot_dimension_numbers
-        return 2.0 * prod(eqn.outvars[0].aval.shape) * prod(eqn.invars[0].aval.shape[i] for i in inputs)
-    inner = [_count(jaxpr) for jaxpr in _inner_jaxprs(params)]
+    inner = [sum(_eqn_flops(eqn) for eqn in jaxpr.eqns) for jaxpr in _inner_jaxprs(params)]
     if name == "cond":
         return max(inner)
     times = {"scan": lambda: params["length"], "shard_map": lambda: params["mesh"].size}
@@ -50,7 +42,6 @@ def _eqn_flops(eqn: Any) -> float:
     return sum(inner) * (times[name]() if name in times else 1)
 
 
-def _inner_jaxprs(params: dict[str, Any]) -> Iterator[Jaxpr | ClosedJaxpr]:
-    for leaf in jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Jaxpr | ClosedJaxpr)):
-        if isinstance(leaf, Jaxpr | ClosedJaxpr):
-            yield leaf
+def _inner_jaxprs(params: dict[str, Any]) -> list[Any]:
+    leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Jaxpr | ClosedJaxpr))
+    return [leaf for leaf in leaves if isinstance(leaf, Jaxpr | ClosedJaxpr)]

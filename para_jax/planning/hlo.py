@@ -54,17 +54,14 @@ class _Instruction:
 
     @property
     def operands(self) -> list[str]:
-        """The names of the operands."""
         return re.findall(r"%([\w.\-]+)", self.rest.split(")")[0])
 
     @property
     def constant(self) -> int | None:
-        """The value of an integer constant, else None."""
         found = re.match(r"(\d+)\)", self.rest) if self.op == "constant" else None
         return int(found[1]) if found else None
 
     def attribute(self, name: str) -> str:
-        """The value of the attribute `name=value`, or ""."""
         found = re.search(rf"\b{name}=%?([\w.\-]+)", self.rest)
         return found[1] if found else ""
 
@@ -189,7 +186,6 @@ def _trips(computations: dict[str, list[_Instruction]], loop: _Instruction) -> i
 
 
 def _sent(kind: str, one: _Instruction, n: int) -> int:
-    """Bytes that a device sends."""
     shapes = _SHAPE.findall(one.result)
     if one.op.endswith("-start"):  # without scalars for bookkeeping, which are not sent
         shapes = [shape for shape in shapes if shape[2]]

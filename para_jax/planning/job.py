@@ -8,7 +8,7 @@ from typing import Literal, get_args
 from para_jax.adapters.method import MethodConfig
 from para_jax.backbones.options import Remat
 from para_jax.config import BackboneConfig
-from para_jax.errors import ParaJaxError, unknown
+from para_jax.errors import ParaJaxError, check_known
 from para_jax.quantization import QUANTIZED
 from para_jax.training.shapes import Device
 
@@ -44,12 +44,9 @@ class Job:
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
 
     def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise unknown("mode", self.mode, MODES)
-        if self.remat not in get_args(Remat):
-            raise unknown("remat", self.remat, get_args(Remat))
-        if self.quantize is not None and self.quantize not in QUANTIZED:
-            raise unknown("quantize", self.quantize, QUANTIZED)
+        check_known("mode", [self.mode], MODES)
+        check_known("remat", [self.remat], get_args(Remat))
+        check_known("quantize", [] if self.quantize is None else [self.quantize], QUANTIZED)
         least = {"tenants": 1, "rows": 1, "length": 2 if self.mode == "train" else 1, "new_tokens": 1}
         for name, size in least.items():
             if getattr(self, name) < size:
@@ -61,7 +58,6 @@ class Job:
         self.device("tpu")  # raises for an invalid limit
 
     def device(self, kind: Literal["tpu", "gpu"]) -> Device:
-        """The cost model that micro-batch shapes are planned with."""
         return Device.of(self.config, self.micro_batch_tokens, kind)
 
     @property
@@ -71,5 +67,4 @@ class Job:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of the tenants."""
         return tuple(f"tenant-{i}" for i in range(self.tenants))

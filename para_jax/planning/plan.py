@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from itertools import islice
 from typing import Any
 
 from para_jax.planning.chips import Chip, Topology
@@ -59,7 +60,8 @@ def plan(
         helpful = []
     else:
         best = min(tried, key=lambda one: one["peak"])
-        helpful = _remedies(best, jobs, found, devices, chip, tries, show)
+        start = next(one for one in found if one.name == best["mesh"] and one.job.rows == best["rows"])
+        helpful = list(islice(_remedies(start, devices, chip, show), tries))
     return {
         "fits": bool(fitting),
         "topology": topology.name,
@@ -87,38 +89,24 @@ def _try(found: Sequence[Candidate], chip: Chip, tries: int, show: Callable[[str
 
 
 def _remedies(
-    best: dict[str, Any],
-    jobs: Sequence[Job],
-    found: Sequence[Candidate],
-    devices: Sequence[Any],
-    chip: Chip,
-    tries: int,
-    show: Callable[[str], None],
-) -> list[dict[str, Any]]:
-    """Changes to the best plan that make it fit. Each is compiled."""
-    start = next(one for one in found if one.name == best["mesh"] and one.job.rows == best["rows"])
-    helpful: list[dict[str, Any]] = []
+    start: Candidate, devices: Sequence[Any], chip: Chip, show: Callable[[str], None]
+) -> Iterator[dict[str, Any]]:
+    """Changes to a plan that make it fit. Each is compiled."""
     for text, changed in remedies(start.job, start.mesh, devices, chip):
-        if len(helpful) >= tries:
-            break
         result = describe(changed, chip, show)
         if result["fits"]:
-            rate = result["tokens_per_second"]
-            helpful.append({"change": text, "peak": result["peak"], "tokens_per_second": rate})
-    return helpful
+            yield {"change": text, "peak": result["peak"], "tokens_per_second": result["tokens_per_second"]}
 
 
 def describe(one: Candidate, chip: Chip, show: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
     """Compiles a candidate, unless its weights alone are too large, and describes it as JSON."""
     job = one.job
-    step = _step(one) if job.mode == "train" else None
-    settings = {
-        "mesh": one.name,
-        "rows": job.rows,
-        "remat": job.remat,
-        "quantize": job.quantize,
-        "step": step,
-    }
+    step: dict[str, Any] | None = None
+    if job.mode == "train":  # how the step is divided; its seconds are filled in below
+        planned = planned_step(job, one.mesh)
+        divided = {"micro_batches": planned.micro_batches, "groups": planned.groups}
+        step = {**divided, **planned.shape._asdict(), "seconds": None}
+    settings = {"mesh": one.name, "rows": job.rows, "remat": job.remat, "quantize": job.quantize, "step": step}
     if one.weights > chip.hbm:
         return {**settings, "fits": False, "peak": one.weights, "weights": one.weights, "programs": []}
     parts = f" in {micro_batches(step)}" if step else ""
@@ -143,15 +131,7 @@ def describe(one: Candidate, chip: Chip, show: Callable[[str], None] = lambda li
     }
 
 
-def _step(one: Candidate) -> dict[str, Any]:
-    """How a tuning step is divided. Its seconds are filled in after its programs are compiled."""
-    step = planned_step(one.job, one.mesh)
-    shape = step.shape._asdict()
-    return {"micro_batches": step.micro_batches, "groups": step.groups, **shape, "seconds": None}
-
-
 def micro_batches(step: dict[str, Any]) -> str:
-    """The micro-batches of a step, in words."""
     count, size = step["micro_batches"], f"{step['rows']} x {step['length']} tokens a device"
     return f"a micro-batch of {size}" if count == 1 else f"{count} micro-batches of {size}"
 

@@ -21,7 +21,6 @@ from para_jax.backbones.decoder import Backbone
 from para_jax.backbones.kernels import Kernel
 from para_jax.config import BackboneConfig
 from para_jax.data.batches import Batch
-from para_jax.data.examples import Example
 from para_jax.data.packing import Shape, Sizes, micro_batches
 from para_jax.decoding import loop
 from para_jax.decoding.batches import EOS_SLOTS
@@ -38,7 +37,6 @@ from para_jax.training.state import Sums, TrainState, shardings, stack_settings,
 
 
 def check(job: Job, mesh: Mesh) -> None:
-    """Raises ParaJaxError if the mesh does not fit the backbone or the rows."""
     check_mesh(job.config, mesh)
     if job.mode == "decode" and job.rows % row_shards(mesh):
         raise ParaJaxError(
@@ -71,7 +69,6 @@ def _backbone(config: BackboneConfig, dtype: Any, quantize: Any, kernel: Kernel,
 
 
 def bank_shapes(job: Job) -> AdapterBank:
-    """The abstract bank of all tenants."""
     layers = abstract_layers(job.method, job.config)
     stack = jax.tree.map(lambda x: jax.ShapeDtypeStruct((job.tenants, *x.shape), x.dtype), layers)
     return AdapterBank(job.config, (Group(job.method, job.names, stack),))
@@ -99,10 +96,6 @@ class _AbstractLayout(TenantLayout):
         return batch if self.mesh is None else _with_sharding(batch, row_sharding(self.mesh, self.groups))
 
 
-def _full(job: Job) -> Example:
-    return Example.of((0,) * (job.length - job.length // 2), (0,) * (job.length // 2))
-
-
 @dataclass(frozen=True)
 class Step:
     """How a tuning step is divided.
@@ -110,7 +103,6 @@ class Step:
     Attributes:
       shape: the shape of its micro-batches.
       groups: the number of groups of rows, one for each device with rows.
-      micro_batches: the number of micro-batches.
     """
 
     shape: Shape
@@ -119,14 +111,13 @@ class Step:
 
     @property
     def slots(self) -> int:
-        """The number of token slots of the step, on all devices."""
         return self.micro_batches * self.groups * self.shape.tokens
 
 
 def planned_step(job: Job, mesh: Mesh) -> Step:
     """The tuning step that `training.shapes` plans if every row is full and the step has all tenants."""
-    layout, full = _AbstractLayout.of(mesh_or_none(mesh), job.tenants, job.rows), _full(job)
-    sizes = Sizes((full.ids.size,) * job.rows, (int(full.response_ids.size),) * job.rows)
+    layout, response = _AbstractLayout.of(mesh_or_none(mesh), job.tenants, job.rows), job.length // 2
+    sizes = Sizes((job.length - 1,) * job.rows, (response,) * job.rows)  # the last token is only predicted
     kind: Literal["tpu", "gpu"] = "tpu" if mesh.devices.flat[0].platform == "tpu" else "gpu"
     return _step(sizes, -(-job.tenants // layout.shards), layout.groups, layout.shards > 1, job.device(kind))
 
@@ -153,11 +144,8 @@ def _training(job: Job, mesh: Mesh) -> list[Program]:
 
 
 def training_parts(job: Job, mesh: Mesh) -> Parts:
-    """The `Parts` that `training.loop` compiles for, with abstract arrays."""
-    layout, settings = (
-        _AbstractLayout.of(mesh_or_none(mesh), job.tenants, job.rows),
-        dict.fromkeys(job.names, Settings()),
-    )
+    layout = _AbstractLayout.of(mesh_or_none(mesh), job.tenants, job.rows)
+    settings = dict.fromkeys(job.names, Settings())
     bank = jax.eval_shape(layout.shard_bank, bank_shapes(job))
     schedule, state = Schedule(bank, settings, layout), TrainState.shapes(bank)
     sums = Sums.shapes(bank, layout.groups, schedule.places)

@@ -15,7 +15,6 @@ EFFICIENCY = {"flops": 0.6, "hbm": 0.8, "links": 0.8}
 
 
 def assumptions(chip: Chip) -> dict[str, Any]:
-    """The assumptions of the time estimates."""
     return {
         "peak_flops": chip.flops,
         "hbm_bytes_per_second": chip.hbm_rate,
@@ -88,9 +87,5 @@ def read_bytes(backbone: Any) -> int:
     Embeddings that are not tied to the head do not count, because only a few rows are read.
     """
     leaves: dict[str, Any] = named_leaves(backbone)
-    return sum(_gathered(x) for name, x in leaves.items() if name != "embed" or "head" not in leaves)
-
-
-def _gathered(x: Any) -> int:
-    fsdp = x.sharding.mesh.shape["fsdp"] if "fsdp" in x.sharding.spec else 1
-    return shard_bytes(x) * fsdp
+    read = [x for name, x in leaves.items() if name != "embed" or "head" not in leaves]
+    return sum(shard_bytes(x) * (x.sharding.mesh.shape["fsdp"] if "fsdp" in x.sharding.spec else 1) for x in read)

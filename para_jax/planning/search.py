@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 from jax.sharding import Mesh
@@ -41,36 +42,21 @@ def mesh_name(mesh: Mesh) -> str:
     return ",".join(f"{axis}={n}" for axis, n in mesh.shape.items() if n > 1) or "data=1"
 
 
-def factors(n: int, parts: int) -> Iterator[tuple[int, ...]]:
-    """All ways to write n as a product of `parts` numbers, in order.
-
-    >>> list(factors(4, 2))
-    [(1, 4), (2, 2), (4, 1)]
-    """
-    if parts == 1:
-        yield (n,)
-        return
-    for first in range(1, n + 1):
-        if n % first == 0:
-            for rest in factors(n // first, parts - 1):
-                yield (first, *rest)
-
-
 def candidates(jobs: Sequence[Job], devices: Sequence[Any], chip: Chip) -> list[Candidate]:
     """Every mesh of these devices that fits the backbone and the rows of a job, sorted by `guess`.
 
     Raises ParaJaxError, with one mesh's reason, if there is none.
     """
-    found, problems = [], []
-    for job in jobs:
-        for data, fsdp, tensor in factors(len(devices), 3):
-            mesh = make_mesh({"data": data, "fsdp": fsdp, "tensor": tensor}, devices)
-            try:
-                check(job, mesh)
-            except ParaJaxError as error:
-                problems.append(f"{mesh_name(mesh)}: {error}")
-                continue
-            found.append(candidate(job, mesh, chip))
+    found, problems, n = [], [], len(devices)
+    sizes = [(data, fsdp) for data in range(1, n + 1) for fsdp in range(1, n + 1) if n % (data * fsdp) == 0]
+    for job, (data, fsdp) in product(jobs, sizes):
+        mesh = make_mesh({"data": data, "fsdp": fsdp, "tensor": n // (data * fsdp)}, devices)
+        try:
+            check(job, mesh)
+        except ParaJaxError as error:
+            problems.append(f"{mesh_name(mesh)}: {error}")
+            continue
+        found.append(candidate(job, mesh, chip))
     if not found:
         raise ParaJaxError(f"no mesh of {len(devices)} devices fits; {problems[-1]}")
     return sorted(found, key=lambda one: one.guess)

@@ -12,7 +12,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +51,8 @@ class Checkpoints:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
-            if kind is None:
+            with nullcontext() if kind is None else suppress(ParaJaxError):  # an earlier error is raised already
                 self.wait()
-            else:
-                with suppress(ParaJaxError):  # an earlier error is being raised already
-                    self.wait()
         finally:
             self._thread.shutdown()
 
@@ -171,7 +168,6 @@ class Checkpoints:
             raise ParaJaxError("; ".join(filter(None, parts))) from cause
 
     def metadata(self, step: int) -> dict[str, Any]:
-        """The metadata that was saved with a state."""
         return dict(_manifest(self.folder / str(step), 0)["beside"])
 
     def files(self, step: int, under: str) -> dict[str, Path]:
@@ -218,7 +214,6 @@ class Saved:
         return tuple(self._arrays[name]["shape"])
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """A slice of an array."""
         bounds = [s.indices(n)[:2] for s, n in zip(index, self.shape(name), strict=True)]
         found = np.empty([stop - start for start, stop in bounds], self._arrays[name]["dtype"])
         for file, key, at in self._parts[name]:

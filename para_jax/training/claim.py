@@ -84,10 +84,7 @@ class Claim:
         self._resumed = True
         if not (self.out / RUN).is_file():
             write_text(self.out / RUN, as_json(before))
-        self._sweep()
-
-    def _sweep(self) -> None:
-        """Removes what a killed process left half written, and incomplete adapters."""
+        # What a killed process left half written, and incomplete adapters.
         for name in self._description.get("tenants", ()):
             folder = self.out / name
             for path in [*left_of(folder), *([] if (folder / CONFIG).is_file() else [folder])]:

@@ -10,19 +10,15 @@ from __future__ import annotations
 
 import hashlib
 from functools import partial
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from para_jax.adapters.adapter import named_leaves
+from para_jax.annotations import Array, UInt32
 from para_jax.backbones.decoder import Backbone
 from para_jax.distributed import gather
-
-if TYPE_CHECKING:
-    from jax import Array
-    from jaxtyping import UInt32
 
 
 def weights_digest(backbone: Backbone) -> str:
@@ -63,7 +59,6 @@ def _sums(x: Array, stacked: bool) -> UInt32[Array, "l 2"]:
 
 
 def _bits(x: Array) -> UInt32[Array, "..."]:
-    """The bits of each element."""
     if jnp.issubdtype(x.dtype, jnp.integer):
         return jax.lax.bitcast_convert_type(x.astype(jnp.int32), jnp.uint32)
     return jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)

@@ -19,7 +19,7 @@ from para_jax.data.examples import Example
 from para_jax.data.lengths import row_length
 from para_jax.data.reading import Reader, Source, are_examples
 from para_jax.distributed import is_main_process, share_work
-from para_jax.errors import ParaJaxError, unknown
+from para_jax.errors import ParaJaxError, check_known
 from para_jax.training.claim import check_out
 from para_jax.training.folder import check_name
 from para_jax.training.loop import train
@@ -115,7 +115,7 @@ def finetune(
     names, dev = tuple(tenants), {name: rows for name, rows in (dev or {}).items() if rows}
     templates, chat_templates = templates or {}, chat_templates or {}
     for what, by_name in (("dev", dev), ("templates", templates), ("chat_templates", chat_templates)):
-        _check_names(what, by_name, names)
+        check_known(f"tenant in {what}", by_name, names)
     tuning = Tuning(
         examples={}, settings=_by_name("settings", settings or Settings(), names, Settings()), out=Path(out),
         rows=rows, micro_batch_tokens=micro_batch_tokens, tenants_per_step=tenants_per_step, spread=spread, remat=remat,
@@ -176,7 +176,6 @@ def finetune(
 
 
 def _configs(methods: Method | Mapping[str, Method] | AdapterBank, names: Sequence[str]) -> dict[str, Any]:
-    """Each tenant's method."""
     if not isinstance(methods, AdapterBank):
         by_name: dict[str, Any] = _by_name("methods", methods, names, "para")
         return {name: config_of(method) for name, method in by_name.items()}
@@ -189,18 +188,11 @@ def _by_name(what: str, given: T | Mapping[str, T], names: Sequence[str], defaul
     """A value for each tenant, from one value for all or from values by name."""
     if not isinstance(given, Mapping):
         return dict.fromkeys(names, given)
-    _check_names(what, given, names)
+    check_known(f"tenant in {what}", given, names)
     return {name: given.get(name, default) for name in names}
 
 
-def _check_names(what: str, given: Mapping[str, Any], names: Sequence[str]) -> None:
-    for name in given:
-        if name not in names:
-            raise unknown(f"tenant in {what}", name, names)
-
-
 def _summary(tuning: Tuning, backbone: Backbone, sizes: Iterable[str]) -> str:
-    """One line about what is tuned."""
     rows = sum(map(len, tuning.examples.values()))
     mesh = "" if backbone.mesh is None else f" on {', '.join(f'{k}={v}' for k, v in backbone.mesh.shape.items())}"
     return (

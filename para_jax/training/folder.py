@@ -75,7 +75,7 @@ def fingerprint(rows: Sequence[Example]) -> str:
     """
     digest = hashlib.sha256()
     for source in sources_of(rows):
-        examples = Examples.of(source).compact()
+        examples = Examples.of(source)
         digest.update(len(examples).to_bytes(8, "little"))
         for x in (examples.lengths, examples.prompt_lengths, examples.ids, examples.targets):
             digest.update(np.ascontiguousarray(x, "<i4").data)

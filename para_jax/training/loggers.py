@@ -12,27 +12,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import jax
 
 from para_jax.compat import unregister_event_duration_listener
-from para_jax.errors import ParaJaxError, unknown
+from para_jax.errors import ParaJaxError, check_known
 from para_jax.files import write_text
 from para_jax.mounts import RESUME, explain_os_errors
 from para_jax.training.folder import PROFILE, TENSORBOARD, WANDB
+from para_jax.training.tuning import Logger
 
 # A profile starts after this many consecutive steps without compilation.
 QUIET = 2
 COMPILED = "/jax/core/compile/backend_compile_duration"
-
-
-class Logger(Protocol):
-    """Is called with each line of metrics.jsonl, and is closed at the end."""
-
-    def __call__(self, line: Mapping[str, Any]) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class Loggers:
@@ -50,11 +43,9 @@ class Loggers:
     def __init__(
         self, kinds: Sequence[str], out: str | Path, profile: int = 0, show: Callable[[str], None] = print
     ) -> None:
-        self._loggers: list[Logger] = []
-        for kind in dict.fromkeys(kinds):
-            if kind not in KINDS:
-                raise unknown("logger", kind, KINDS)
-            self._loggers.append(KINDS[kind](Path(out)))
+        self._loggers: list[Any] = []
+        check_known("logger", kinds, KINDS)
+        self._loggers += [KINDS[kind](Path(out)) for kind in dict.fromkeys(kinds)]
         if profile < 0:
             raise ParaJaxError(f"a profile needs 1 step or more, not {profile}")
         if profile:
@@ -207,7 +198,7 @@ class Profile:
             unregister_event_duration_listener(self._on_event)
 
 
-KINDS: dict[str, Callable[[Path], Logger]] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
+KINDS: dict[str, Callable[[Path], Any]] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
 
 
 def need(module: str, what: str) -> None:

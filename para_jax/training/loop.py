@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import signal
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,10 @@ from para_jax.backbones.loading import Loading
 from para_jax.data.batches import Batch
 from para_jax.distributed import Flag, barrier, broadcast, gather, is_main_process
 from para_jax.errors import ParaJaxError
-from para_jax.training.ahead import Prefetcher
 from para_jax.training.checkpoints import Checkpoints, restore_files, steps_in
 from para_jax.training.claim import Claim
 from para_jax.training.folder import BEST, CHECKPOINTS, METRICS, PLOT, describe
-from para_jax.training.metrics import MetricsFile, Progress, can_draw, plot_losses, read_metrics
+from para_jax.training.metrics import MetricsFile, Progress, can_draw, loss_figure, read_metrics, save_figure
 from para_jax.training.places import Schedule, StepTenants, values_by_tenant
 from para_jax.training.programs import Parts, Programs, explain_out_of_memory
 from para_jax.training.report import write_report
@@ -36,7 +36,7 @@ from para_jax.training.watch import DevStatus, DevTracker, dev_losses
 
 def train(loading: Loading, bank: AdapterBank, tuning: Tuning) -> AdapterBank:
     """Tunes the adapters of `bank`: plans, compiles, runs the steps, and writes reports. Raises as `finetune`."""
-    tuning.check(loading.shapes, bank)
+    tuning.check(loading.shapes)
     parts, schedule, plan = Parts.planned(loading.shapes, bank, tuning)
     with Claim(tuning.out, tuning.resume, tuning.overwrite) as claim:
         with Programs(parts) as programs:
@@ -64,20 +64,12 @@ class Run:
 
     Attributes:
       state: adapters, moments and counts, on the devices.
-      done: the number of steps that the run has taken.
-      steps_taken: the number of steps that each tenant has taken.
+      done, steps_taken: the number of steps that the run and each tenant have taken.
       failed: for each tenant, the run's step at which its gradient was NaN or infinite; 0 if it never was.
-      watch: the evaluations on dev rows.
     """
 
     def __init__(
-        self,
-        tuning: Tuning,
-        backbone: Backbone,
-        parts: Parts,
-        programs: Programs,
-        schedule: Schedule,
-        description: Mapping[str, Any],
+        self, tuning: Tuning, backbone: Backbone, parts: Parts, programs: Programs, schedule: Schedule, description: Any
     ):
         self.tuning, self.backbone, self.parts, self.programs = tuning, backbone, parts, programs
         self.schedule, self.description, self.layout = schedule, description, parts.layout
@@ -127,16 +119,19 @@ class Run:
     def _steps(self, checkpoints: Checkpoints, stop: Stop, after_first_step: Callable[[], None]) -> bool:
         """The loop of `run`. Returns whether the run reached its end."""
         flag = Flag(self.layout.mesh)
-        step_tenants, start, settings = self._next(), self.done, self.tuning.settings
-        with Prefetcher(self._batches) as prefetcher:
-            while step_tenants is not None:
+        start, settings = self.done, self.tuning.settings
+        next_step, guess, prefetched = self._next(), None, None
+        with ThreadPoolExecutor(1, "prefetch") as thread:
+            while next_step is not None:
+                step_tenants, _ = next_step
                 with explain_out_of_memory(self.parts, "a step"):
-                    names = self._step(step_tenants, prefetcher.get((step_tenants, self._counts(step_tenants))))
-                    prefetcher.start(None if (guess := self._next()) is None else (guess, self._counts(guess)))
+                    batches = prefetched.result() if prefetched and guess == next_step else self._batches(next_step)
+                    names = self._step(step_tenants, *batches)
+                    # The batches of the step that probably comes next are made while the device runs this one.
+                    guess = self._next()
+                    prefetched = None if guess is None else thread.submit(self._batches, guess)
                     losses = self._dev_losses(step_tenants, names)
-                better = [
-                    name for name, loss in losses.items() if self.watch.record(name, loss, self.steps_taken[name])
-                ]
+                better = [n for n, loss in losses.items() if self.watch.record(n, loss, self.steps_taken[n])]
                 stopping = flag.raised(stop.kind is not None)
                 saving = stopping or self.done % self.tuning.checkpoint_every == 0
                 ended = [n for n in names if self.steps_taken[n] == settings[n].steps and n not in self.tuning.dev]
@@ -151,7 +146,7 @@ class Run:
                     break
                 if saving:
                     self._checkpoint(checkpoints)
-                step_tenants = self._next()
+                next_step = self._next()
         self._report()
         self._checkpoint(checkpoints)
         checkpoints.wait()
@@ -164,25 +159,22 @@ class Run:
         status = self.watch.status
         return {n for n in self.steps_taken if 0 < self.failed[n] < step or (n in status and status[n].stopped)}
 
-    def _next(self) -> StepTenants | None:
-        return self.schedule.step_tenants(self.steps_taken, self._stopped(self.done))
+    def _next(self) -> tuple[StepTenants, dict[str, int]] | None:
+        """The tenants of the next step, and how many steps each has taken, which determines its rows."""
+        chosen = self.schedule.step_tenants(self.steps_taken, self._stopped(self.done))
+        if chosen is None:
+            return None
+        return chosen, {name: self.steps_taken[name] for shard in chosen for name in shard if name is not None}
 
-    def _counts(self, step_tenants: StepTenants) -> tuple[int, ...]:
-        """How many steps each of these tenants has taken, which determines its next rows."""
-        return tuple(0 if name is None else self.steps_taken[name] for shard in step_tenants for name in shard)
-
-    def _batches(self, key: tuple[StepTenants, tuple[int, ...]]) -> tuple[list[tuple[int, Batch]], int]:
+    def _batches(self, step: tuple[StepTenants, dict[str, int]]) -> tuple[list[tuple[int, Batch]], int]:
         """The micro-batches of a step, and its number of tokens."""
-        step_tenants, counts = key
-        names = [name for shard in step_tenants for name in shard]
-        steps_taken = {name: count for name, count in zip(names, counts, strict=True) if name is not None}
+        step_tenants, steps_taken = step
         rows = self.layout.step_rows(step_tenants, self.tuning.examples, self.parts.seed, steps_taken)
         batches = list(self.layout.batches(step_tenants, rows, self.parts.shapes))
         return batches, sum(len(e) for examples in rows.values() for e in examples)
 
-    def _step(self, step_tenants: StepTenants, prefetched: tuple[list[tuple[int, Batch]], int]) -> list[str]:
+    def _step(self, step_tenants: StepTenants, batches: Sequence[tuple[int, Batch]], tokens: int) -> list[str]:
         """Takes a step, and returns the tenants that took it."""
-        batches, tokens = prefetched
         slots = self.layout.slots(self.state.bank, step_tenants)
         with jax.profiler.StepTraceAnnotation("train", step_num=self.done + 1):
             args = self.backbone, self.state, self._sums, slots, batches
@@ -197,7 +189,6 @@ class Run:
         return names
 
     def _dev_losses(self, step_tenants: StepTenants, names: Sequence[str]) -> dict[str, float]:
-        """The dev losses of the tenants whose evaluation is due."""
         # This includes tenants that fail in this step, which is not known yet; their weights have not changed.
         due = {name for name in names if self.watch.due(name, self.steps_taken[name])}
         if not due:
@@ -237,14 +228,11 @@ class Run:
             return {}
         files = {METRICS: self._metrics.flush()}
         for name, status in self.watch.status.items():
-            if math.isfinite(status.loss):
-                files |= {
-                    f"{BEST}/{name}/{path.name}": path.read_bytes() for path in (self.tuning.out / name).iterdir()
-                }
+            for path in (self.tuning.out / name).iterdir() if math.isfinite(status.loss) else ():
+                files[f"{BEST}/{name}/{path.name}"] = path.read_bytes()
         return files
 
     def _save(self, name: str) -> None:
-        """Writes a tenant's current adapter into its folder."""
         group, slot = self.state.bank.find(name)
         layers = tenant_adapter(group.stack, np.int32(slot), mesh=self.layout.mesh)
         layers = jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), layers)
@@ -254,23 +242,20 @@ class Run:
             save_adapter(adapter, self.tuning.out / name, shape, chat_template=template, overwrite=True)
 
     def save_the_rest(self) -> None:
-        """Writes the final adapters of all tenants without dev rows."""
         for name in self.steps_taken:
             if name not in self.watch.status and not self.failed[name]:
                 self._save(name)
 
     def write_reports(self) -> None:
-        """Plots the losses in metrics.jsonl, and writes the report."""
         out, lines = self.tuning.out, read_metrics(self.tuning.out / METRICS)
-        if can_draw(self.tuning.show):
-            plot_losses(lines, out / PLOT)
+        if can_draw(self.tuning.show) and lines:
+            save_figure(loss_figure(lines), out / PLOT)
         bank, status = self.state.bank, self.watch.status
         write_report(
             out, lines, self.backbone, bank, self.tuning.settings, status, self.steps_taken, self.failed, self.progress
         )
 
     def check_outcome(self) -> None:
-        """Raises ParaJaxError for tenants that failed."""
         no_best = [n for n, s in self.watch.status.items() if math.isinf(s.loss) and not self.failed[n]]
         if no_best:
             raise ParaJaxError(

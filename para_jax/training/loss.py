@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import jax
 import jax.numpy as jnp
 import optax
 
 from para_jax.adapters.rows import Rows
+from para_jax.annotations import Array, Float
 from para_jax.backbones.decoder import Backbone
 from para_jax.backbones.options import Remat
 from para_jax.backbones.packed import Segments
 from para_jax.data.batches import Batch
-
-if TYPE_CHECKING:
-    from jax import Array
-    from jaxtyping import Float
 
 # The maximum number of float32 logits of a group in memory at once, so that a large vocabulary does not dominate.
 LOGITS = 2**26

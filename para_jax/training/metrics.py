@@ -130,12 +130,6 @@ def can_draw(show: Callable[[str], None]) -> bool:
     return False
 
 
-def plot_losses(lines: Sequence[dict[str, Any]], path: Path) -> None:
-    """Plots every tenant's loss over the steps (`loss_figure`), if there are any lines."""
-    if lines:
-        save_figure(loss_figure(lines), path)
-
-
 def loss_figure(lines: Sequence[dict[str, Any]]) -> Any:
     """A matplotlib figure of every tenant's loss: thin per step, thick as a moving average, dotted on dev rows.
 

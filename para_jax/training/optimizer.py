@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from para_jax.annotations import Array, Float, Int
 from para_jax.training.settings import Optimizer
-
-if TYPE_CHECKING:
-    from jax import Array
-    from jaxtyping import Float, Int
 
 
 def learning_rate(settings: Optimizer, step: Int[Array, ""]) -> Float[Array, ""]:
@@ -39,7 +37,6 @@ def _transform(settings: Optimizer, rate: Float[Array, ""] | float) -> optax.Gra
 
 
 def init(layers: Any) -> Any:
-    """One tenant's initial moments."""
     return _transform(Optimizer(), 0.0).init(layers)
 
 
@@ -60,9 +57,6 @@ def update(
     new_layers = optax.apply_updates(layers, change)
     norm = optax.tree.norm(gradient)
     active = (step < settings.steps) & jnp.isfinite(norm)
-
-    def keep(new: Array, old: Array) -> Array:
-        return jnp.where(active, new, old)
-
+    keep = partial(jnp.where, active)
     report = {"grad_norm": norm, "lr": jnp.where(active, rate, 0.0)}
     return jax.tree.map(keep, new_layers, layers), jax.tree.map(keep, new_moments, moments), report

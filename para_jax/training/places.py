@@ -25,7 +25,7 @@ from para_jax.distributed import shard
 from para_jax.errors import ParaJaxError
 from para_jax.sharding import row_sharding, row_shards
 from para_jax.training.settings import Settings
-from para_jax.training.state import Slots, move_slots, slots_of
+from para_jax.training.state import Slots, move_slots
 
 # The tenants of a step: for each shard of the tenants, the name at each place; None for an empty place.
 StepTenants = Sequence[Sequence[str | None]]
@@ -94,12 +94,11 @@ class TenantLayout:
 
         They depend only on `seed`, the tenant's name and its number of steps (`data.order`).
         """
-
-        def next_rows(name: str) -> list[Example]:
-            start = steps_taken[name] * self.rows
-            return [examples[name][i] for i in order(seed, name, examples[name], range(start, start + self.rows))]
-
-        return {name: next_rows(name) for shard in step_tenants for name in shard if name is not None}
+        found = {}
+        for name in (name for names in step_tenants for name in names if name is not None):
+            positions = range(steps_taken[name] * self.rows, (steps_taken[name] + 1) * self.rows)
+            found[name] = [examples[name][i] for i in order(seed, name, examples[name], positions)]
+        return found
 
     def batches(
         self, step_tenants: StepTenants, rows: Mapping[str, Sequence[Example]], shapes: Sequence[Shape]
@@ -123,18 +122,18 @@ class TenantLayout:
         return jax.tree.map(lambda x: shard(x, sharding), batch)
 
     def slots(self, bank: AdapterBank, step_tenants: StepTenants) -> Slots:
-        """The slots of a step's tenants in each group of the bank (`training.step.accumulate`)."""
-        if self.shards == 1:
-            return slots_of(bank, [name or "" for name in step_tenants[0]], self.groups)
+        """The slots of a step's tenants in each group of the bank (`training.step.accumulate`).
+
+        A tenant of another group of the bank has an out-of-range slot.
+        """
         slots = []
         for group in bank.groups:
             per_shard = len(group.names) // self.shards
-            shards = [group.names[i * per_shard : (i + 1) * per_shard] for i in range(self.shards)]
-            slots_gn = [
-                [names.index(name) if name in names else per_shard for name in wanted]
-                for names, wanted in zip(shards, ([n or "" for n in shard] for shard in step_tenants), strict=True)
-            ]
-            slots.append(np.array(slots_gn, np.int32))
+            of_shards = []
+            for i, wanted in enumerate(step_tenants):
+                names = group.names[i * per_shard : (i + 1) * per_shard]
+                of_shards.append([names.index(n) if n is not None and n in names else per_shard for n in wanted])
+            slots.append(np.tile(np.array(of_shards, np.int32), (self.groups // self.shards, 1)))
         return tuple(slots)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -33,10 +33,8 @@ class Parts:
     """The inputs of a run's programs.
 
     Attributes:
-      backbone: the backbone, or its abstract shapes.
       state, rules, sums, slots: those of the first step. State and sums may be abstract shapes with shardings.
       places: the number of places for tenants in a group of rows.
-      shapes: the shapes of the micro-batches.
       dev: whether there are dev rows.
     """
 
@@ -107,7 +105,6 @@ class Parts:
         return update(state, self.rules, sums, slots, shards=shards, mesh=mesh)
 
     def empty(self, shape: Shape) -> Batch:
-        """An empty micro-batch of this shape."""
         count = np.zeros((self.layout.groups, self.places), np.int32)
         repeats = shape.rows if self.places == 1 else 1
         return self.layout.on_devices(make_batch(shape, [[]] * self.layout.groups, [], count, repeats))
@@ -132,38 +129,26 @@ class Parts:
         return dict(sorted(calls.items(), key=lambda item: not item[0].startswith(("micro", "update"))))
 
 
-class Programs:
+class Programs(Compiling):
     """Compiles a run's programs in threads. A step waits only for the program that it needs."""
 
     def __init__(self, parts: Parts):
-        self._parts, self._compiling = parts, Compiling()
+        super().__init__()
+        self._parts = parts
         for name, trace in parts.calls().items():
-            self._compiling.start(name, trace)
+            self.start(name, trace)
 
     def __str__(self) -> str:
         """The number of programs by purpose, for progress lines."""
         steps = len(self._parts.shapes) + 1
         dev = steps - 1 if self._parts.dev else 0
         evaluation = f"{dev} for dev rows, " if dev else ""
-        total = len(self._compiling)
+        total = len(self._started)
         return f"{total} programs ({steps} for the steps, {evaluation}{total - steps - dev} for saving)"
 
-    def __enter__(self) -> Programs:
-        self._compiling.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._compiling.__exit__(*error)
-
-    def wait(self, name: str) -> None:
-        """Waits until this program is compiled. Raises ParaJaxError if it does not fit into memory."""
-        with explain_out_of_memory(self._parts, f"the program of {name.rstrip(' 0123456789')}"):
-            self._compiling.wait(name)
-
-    def wait_for_all(self) -> None:
-        """Waits until all programs are compiled."""
-        with explain_out_of_memory(self._parts, "a program"):
-            self._compiling.wait_for_all()
+    def wait(self, name: Hashable) -> None:
+        with explain_out_of_memory(self._parts, f"the program of {str(name).rstrip(' 0123456789')}"):
+            super().wait(name)
 
 
 @contextmanager

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from para_jax.adapters.bank import AdapterBank
-from para_jax.adapters.method import MethodConfig
 from para_jax.backbones.decoder import Backbone
 from para_jax.files import write_text
 from para_jax.progress import duration
@@ -48,28 +47,43 @@ def write_report(
     """Writes both files into a run's folder, which already has loss.png. Existing files are replaced.
 
     Args:
-      lines: the lines of metrics.jsonl.
       dev: the evaluations of the tenants with dev rows.
-      steps_taken: the number of steps of each tenant.
       failed: the run's step at which a tenant's gradient was NaN or infinite, or 0.
-      progress: has the throughput.
     """
     configs = {name: group.config for group in bank.groups for name in group.names}
+    rate = progress.tokens / progress.seconds if progress.steps else None
     report = {
         "steps": lines[-1]["step"] if lines else 0,
         "tokens": sum(line["tokens"] for line in lines),
-        "throughput": throughput(progress),
+        # Of the last process of the run, without its first step, which compiles.
+        "throughput": {
+            "steps": progress.steps,
+            "seconds": round(progress.seconds, 3),
+            "tokens_per_second": None if rate is None else round(rate, 1),
+        },
         "backbone": {
             "parameters": backbone.config.size,
             "dtype": str(backbone.dtype),
             "quantize": backbone.quantize,
             "mesh": None if backbone.mesh is None else dict(backbone.mesh.shape),
         },
-        "memory": peak_memory(),
+        "memory": {
+            "devices": [
+                {
+                    "device": str(d),
+                    "kind": d.device_kind,
+                    "peak_bytes": (d.memory_stats() or {}).get("peak_bytes_in_use"),
+                }
+                for d in jax.local_devices()
+            ],
+            "host_peak_bytes": host_peak(),
+        },
         "tenants": {
-            name: tenant(
-                name, lines, backbone, configs[name], settings[name], dev.get(name), steps_taken[name], failed[name]
-            )
+            name: {
+                "method": configs[name].method,
+                "parameters": configs[name].size(backbone.config),
+                **progress_of(name, lines, settings[name], dev.get(name), steps_taken[name], failed[name]),
+            }
             for name in settings
         },
     }
@@ -78,23 +92,9 @@ def write_report(
     write_text(out / REPORT_PAGE, page(report, out.name, picture.read_bytes() if picture.is_file() else b""))
 
 
-def throughput(progress: Progress) -> dict[str, Any]:
-    """The throughput of the last process of the run, without its first step, which compiles."""
-    rate = progress.tokens / progress.seconds if progress.steps else None
-    return {
-        "steps": progress.steps,
-        "seconds": round(progress.seconds, 3),
-        "tokens_per_second": None if rate is None else round(rate, 1),
-    }
-
-
-def peak_memory() -> dict[str, Any]:
-    """Peak bytes of each device of this process, None where it is not known; and of the process itself."""
-    devices = [
-        {"device": str(d), "kind": d.device_kind, "peak_bytes": (d.memory_stats() or {}).get("peak_bytes_in_use")}
-        for d in jax.local_devices()
-    ]
-    return {"devices": devices, "host_peak_bytes": host_peak()}
+def _device(device: jax.Device) -> dict[str, Any]:
+    peak = (device.memory_stats() or {}).get("peak_bytes_in_use")
+    return {"device": str(device), "kind": device.device_kind, "peak_bytes": peak}
 
 
 def host_peak() -> int | None:
@@ -111,17 +111,15 @@ def host_peak() -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def tenant(
+def progress_of(
     name: str,
     lines: Sequence[Mapping[str, Any]],
-    backbone: Backbone,
-    config: MethodConfig,
     settings: Settings,
     dev: DevStatus | None,
     steps_taken: int,
     failed: int,
 ) -> dict[str, Any]:
-    """One tenant's entry in the report. NaN and infinite losses are None, as in metrics.jsonl."""
+    """One tenant's steps, losses and state. NaN and infinite losses are None, as in metrics.jsonl."""
     losses = [line["loss"][name] for line in lines if name in line["loss"]]
     if failed:
         state = f"failed at step {failed}"
@@ -131,8 +129,6 @@ def tenant(
         state = "done" if steps_taken >= settings.steps else "interrupted"
     evaluated = dev is not None and dev.step > 0
     return {
-        "method": config.method,
-        "parameters": config.size(backbone.config),
         "steps": steps_taken,
         "steps_planned": settings.steps,
         "first_loss": losses[0] if losses else None,
@@ -144,7 +140,6 @@ def tenant(
 
 
 def page(report: Mapping[str, Any], title: str, picture: bytes) -> str:
-    """The report as HTML, with the picture (PNG) embedded."""
     rate, memory, backbone = report["throughput"], report["memory"], report["backbone"]
     speed = "not measured: this process took at most one step"
     if rate["tokens_per_second"] is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from typing import TYPE_CHECKING
 
 import jax
@@ -30,11 +29,7 @@ RANGES: dict[str, Whole | Number] = {
 }
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["steps", "lr", "warmup_ratio", "weight_decay", "max_grad_norm"],
-    meta_fields=[],
-)
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Optimizer:
     """The settings of the compiled `optimizer.update`. Stacked, each field is an array with one entry per tenant."""

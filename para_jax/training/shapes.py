@@ -68,7 +68,6 @@ class Device:
         return cls(1, 128, tokens or 8192, 128, 0, attention)
 
     def cost(self, rows: np.ndarray | int, length: int) -> np.ndarray | float:
-        """The cost of a micro-batch, in tokens."""
         return self.overhead + rows * length * (1 + length / self.attention)
 
 
@@ -77,7 +76,6 @@ class Plan:
     """The shapes of a run, sorted by length and rows, and their efficiency on the sample.
 
     Attributes:
-      shapes: the shapes.
       padding: the share of token slots that are padding.
       pairs: computed query-key pairs divided by needed ones.
     """
@@ -166,8 +164,6 @@ def plan(
 
 
 def _candidates(steps: Sequence[Sequence[Sizes]], longest: int, device: Device) -> Iterator[tuple[int, ...]]:
-    """The candidate sets of row lengths, of one or two lengths."""
-
     def rounded(length: float) -> int:
         return -(-int(np.ceil(length)) // device.multiple) * device.multiple
 

@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -16,19 +16,14 @@ from jax.sharding import PartitionSpec as P
 
 from para_jax.adapters.adapter import named_leaves
 from para_jax.adapters.bank import AdapterBank, Group
+from para_jax.annotations import Array, Float, Int
 from para_jax.distributed import shard
 from para_jax.sharding import adapter_spec
 from para_jax.training import optimizer
 from para_jax.training.settings import Optimizer
 
-if TYPE_CHECKING:
-    from jax import Array
-    from jaxtyping import Float, Int
 
-
-@partial(
-    jax.tree_util.register_dataclass, data_fields=["step", "bank", "moments", "taken", "failed_at"], meta_fields=[]
-)
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
     """Everything that training changes. Checkpoints use these field names.
@@ -50,8 +45,6 @@ class TrainState:
 
     @classmethod
     def shapes(cls, bank: AdapterBank) -> TrainState:
-        """The abstract state for this bank."""
-
         def fresh(bank: AdapterBank) -> TrainState:
             moments = tuple(jax.vmap(optimizer.init)(group.stack) for group in bank.groups)
             zeros = tuple(jnp.zeros((len(group.names),), jnp.int32) for group in bank.groups)
@@ -112,12 +105,11 @@ def shardings(state: TrainState, mesh: Mesh, shards: int) -> TrainState:
 
 
 def _shardings(group: Group, tree: Any, mesh: Mesh, tenants: tuple[str, ...] | None) -> Any:
-    """The shardings of arrays that are stacked like a group's adapters."""
     specs = [adapter_spec(group.config.axes(name), x.shape, mesh, tenants) for name, x in named_leaves(tree).items()]
     return jax.tree.unflatten(jax.tree.structure(tree), [NamedSharding(mesh, spec) for spec in specs])
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["optimizer", "name"], meta_fields=[])
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Rules:
     """The stacked settings of a group's tenants: their optimizers, and a hash of each name."""
@@ -140,19 +132,7 @@ def stack_settings(bank: AdapterBank, settings: Mapping[str, Optimizer]) -> tupl
 Slots = tuple["Int[np.ndarray, 'g n']", ...]
 
 
-def slots_of(bank: AdapterBank, tenants: Sequence[str], groups: int = 1) -> Slots:
-    """The slots of these tenants in each group of the bank, repeated for each group of rows.
-
-    A tenant of another group of the bank has an out-of-range slot.
-    """
-    by_group = [
-        [group.names.index(name) if name in group.names else len(group.names) for name in tenants]
-        for group in bank.groups
-    ]
-    return tuple(np.tile(np.array(slots, np.int32), (groups, 1)) for slots in by_group)
-
-
-@partial(jax.tree_util.register_dataclass, data_fields=["gradient", "loss"], meta_fields=[])
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Sums:
     """The sums over a step's micro-batches.
@@ -168,13 +148,10 @@ class Sums:
 
     @classmethod
     def shapes(cls, bank: AdapterBank, groups: int, places: int) -> Sums:
-        """The abstract sums for this bank."""
-
-        def abstract(stack: Any) -> Any:
-            return jax.tree.map(lambda x: jax.ShapeDtypeStruct((groups * places, *x.shape[1:]), jnp.float32), stack)
-
-        loss: Any = jax.ShapeDtypeStruct((groups, places), jnp.float32)
-        return cls(tuple(abstract(group.stack) for group in bank.groups), loss)
+        shape: Any = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+        stacks = tuple(group.stack for group in bank.groups)
+        gradient = jax.tree.map(lambda x: shape((groups * places, *x.shape[1:])), stacks)
+        return cls(gradient, shape((groups, places)))
 
     @classmethod
     def create(cls, bank: AdapterBank, groups: int, places: int, mesh: Mesh | None = None) -> Sums:

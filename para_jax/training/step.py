@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from para_jax.adapters.bank import AdapterBank
 from para_jax.adapters.rows import Rows
+from para_jax.annotations import Array, Float, Int, Key
 from para_jax.backbones.decoder import Backbone
 from para_jax.backbones.options import Remat
 from para_jax.backbones.packed import Segments
@@ -28,11 +29,6 @@ from para_jax.sharding import split_rows
 from para_jax.training import optimizer
 from para_jax.training.loss import nll_sums, tenant_losses
 from para_jax.training.state import Rules, Slots, Sums, TrainState, shardings, sums_sharding
-
-if TYPE_CHECKING:
-    from jax import Array
-    from jaxtyping import Float, Int, Key
-
 
 # In float16 the loss of each response token is scaled by this, because gradients of hidden states would underflow. The
 # scale applies per token, not to the mean over a tenant's tokens: a tenant may have 4 or 4 million of them.
@@ -147,12 +143,7 @@ def sum_by_place(tree: Any, place_ge: Int[Array, "g e"], places: int) -> tuple[I
 
 @partial(jax.jit, static_argnames=("shards", "mesh"), donate_argnames=("state", "sums"))
 def update(
-    state: TrainState,
-    rules: tuple[Rules, ...],
-    sums: Sums,
-    slots: Slots,
-    shards: int = 1,
-    mesh: Mesh | None = None,
+    state: TrainState, rules: tuple[Rules, ...], sums: Sums, slots: Slots, shards: int = 1, mesh: Mesh | None = None
 ) -> tuple[TrainState, Sums, dict[str, Float[Array, " n"]]]:
     """Updates every tenant of a step on its own loss, the mean over its response tokens.
 
@@ -241,7 +232,6 @@ def tenant_adapter(stack: Any, slot: Int[np.ndarray, ""], mesh: Mesh | None = No
 
 
 def stack_size(stack: Any) -> int:
-    """The number of slots of a stack."""
     return jax.tree.leaves(stack)[0].shape[0]
 
 

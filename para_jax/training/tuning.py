@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 
-from para_jax.adapters.bank import AdapterBank
 from para_jax.backbones.decoder import Backbone
 from para_jax.backbones.options import Remat
 from para_jax.checks import COUNT, KEEP, SEED
@@ -44,16 +43,13 @@ class Tuning:
     loggers: Iterable[Logger] = ()
 
     def check_numbers(self) -> None:
-        """Raises ParaJaxError for a number out of range."""
         numbers = {"rows": COUNT, "checkpoint_every": COUNT, "keep": KEEP, "seed": SEED}
         limits = {"tenants_per_step": COUNT, "micro_batch_tokens": COUNT}
         for name, kind in (numbers | {n: kind for n, kind in limits.items() if getattr(self, n) is not None}).items():
             kind.check(name, getattr(self, name))
 
-    def check(self, backbone: Backbone, bank: AdapterBank) -> None:
-        """Raises ParaJaxError unless rows, adapters and settings fit the backbone and each other."""
-        if set(bank.names) != set(self.examples):
-            raise ParaJaxError("the bank and the rows must have the same tenants")
+    def check(self, backbone: Backbone) -> None:
+        """Raises ParaJaxError unless rows and settings fit the backbone and each other."""
         for name, examples in self.examples.items():
             if not examples:
                 raise ParaJaxError(f"tenant {name!r} has no rows to train on")

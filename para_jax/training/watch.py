@@ -59,11 +59,9 @@ class DevTracker:
         return False
 
     def state(self) -> dict[str, Any]:
-        """The status of all tenants as JSON."""
         return {name: {**asdict(status), "loss": repr(status.loss)} for name, status in self.status.items()}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Restores what `state` returned."""
         self.status |= {name: DevStatus(**{**fields, "loss": float(fields["loss"])}) for name, fields in state.items()}
 
 
@@ -79,9 +77,8 @@ def dev_losses(
 
     Dev rows run in micro-batches of the planned shapes.
     """
-    names = [name for shard in step_tenants for name in shard if name is not None]
     slots = layout.slots(bank, step_tenants)
-    total, count = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0)
+    total = {name: 0.0 for shard in step_tenants for name in shard if name is not None}
     for _, batch in layout.batches(step_tenants, dev, shapes):
         # Unless tenants are sharded, a tenant has rows in every group of rows, and its sums are added up.
         sums_gn = gather(losses(backbone, bank, batch, slots, shards=layout.shards), layout.mesh)
@@ -89,6 +86,4 @@ def dev_losses(
             for j, name in enumerate(shard):
                 if name is not None:
                     total[name] += float(sums_gn[i, j] if layout.shards > 1 else sums_gn[:, j].sum())
-    for name in names:
-        count[name] = sum(len(e.response_ids) for e in dev[name])
-    return {name: total[name] / max(count[name], 1) for name in names}
+    return {name: x / max(sum(len(e.response_ids) for e in dev[name]), 1) for name, x in total.items()}

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from para_jax import AdapterBank, Backbone, BackboneConfig, load_adapter
 from para_jax.adapters.adapter import Adapter
 from para_jax.adapters.fused import as_transformers
-from para_jax.adapters.peft import peft_tensors
+from para_jax.adapters.peft import in_peft
 from para_jax.adapters.targets import peft_path
 from para_jax.families.table import FAMILIES
 from tests.parity import models
@@ -134,7 +134,7 @@ def test_logits_and_gradients(family: str, method: str, tmp_path: Path) -> None:
     gradient, logits = jax.jit(jax.grad(loss_of, has_aux=True))(adapter.layers)
     worst: models.Worst = {}
     models.compare(worst, "logits", logits, theirs.detach())
-    ours = joined(peft_tensors(Adapter(adapter.config, gradient), backbone.config), backbone.config)
+    ours = joined(in_peft(Adapter(adapter.config, gradient), backbone.config)[1], backbone.config)
     assert {f"base_model.model.{n.removeprefix('base_model.model.')}" for n in expected} == ours.keys()
     largest = max(np.abs(x).max() for x in expected.values())
     assert largest > 1e-3

@@ -180,7 +180,7 @@ def test_float16_gradients_do_not_underflow():
     bank = AdapterBank.stack({n: random_adapter(c, SMALL, i, 0.1) for i, (n, c) in enumerate(configs.items())}, SMALL)
     batch = dataclasses.replace(BATCH, count=np.full((1, 2), 10**6, np.int32))
     rules = state.stack_settings(bank, dict.fromkeys("ab", Settings()))
-    taken, slots = state.TrainState.create(bank).taken, state.slots_of(bank, "ab")
+    taken, slots = state.TrainState.create(bank).taken, TenantLayout(None, 1, 1, 1).slots(bank, ["ab"])
     exact, half = (
         step.accumulate(
             jax.tree.map(lambda x, d=dtype: x.astype(d), random_backbone()), bank, taken, rules,
