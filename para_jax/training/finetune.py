@@ -147,32 +147,29 @@ def finetune(
     if tokenizer is not None:
         check_vocabulary(tokenizer, config.vocab_size)
     reader = Reader(
-        tokenizer,
-        () if tokenizer is None else end_tokens(config, tokenizer),
-        max_length=row_length(max_length, config.max_position_embeddings),
-        truncate=truncate,
-        allow_special_tokens=allow_special_tokens,
-        data_dir=data_dir,
-        show=tuning.show,
-    )
+        tokenizer, () if tokenizer is None else end_tokens(config, tokenizer),
+        max_length=row_length(max_length, config.max_position_embeddings), truncate=truncate,
+        allow_special_tokens=allow_special_tokens, data_dir=data_dir, show=tuning.show,
+    )  # fmt: skip
 
-    def read(sources: Mapping[str, Source]) -> dict[str, Sequence[Example]]:
-        """The examples of each tenant. The processes of a run share the work."""
+    def read(name: str, source: Source) -> Sequence[Example]:
+        own = reader.with_chat_template(chat_templates.get(name))
+        return own(name, source, templates.get(name), one_pass=not configs[name].reads_prompt)
 
-        def read_one(name: str) -> Sequence[Example]:
-            read_rows = reader.with_chat_template(chat_templates.get(name))
-            return read_rows(name, sources[name], templates.get(name), one_pass=not configs[name].reads_prompt)
-
-        work = {name: partial(read_one, name) for name, source in sources.items() if not are_examples(source)}
-        examples = share_work(work)
-        return {name: source if are_examples(source) else examples[name] for name, source in sources.items()}
-
-    examples = read(tenants)
+    examples = _examples(tenants, read)
     settings_by_name = {name: tuning.settings[name].of_rows(len(examples[name]), rows) for name in names}
-    tuning = replace(tuning, examples=examples, dev=read(dev), settings=settings_by_name)
+    tuning = replace(tuning, examples=examples, dev=_examples(dev, read), settings=settings_by_name)
     tuning.show(_summary(tuning, loading.shapes, sizes))
     bank = methods if isinstance(methods, AdapterBank) else AdapterBank.create(configs, config, seed)
     return train(loading, bank, tuning)
+
+
+def _examples(
+    sources: Mapping[str, Source], read: Callable[[str, Source], Sequence[Example]]
+) -> dict[str, Sequence[Example]]:
+    """The examples of each tenant. The processes of a run share the work of reading."""
+    found = share_work({n: partial(read, n, source) for n, source in sources.items() if not are_examples(source)})
+    return {name: source if are_examples(source) else found[name] for name, source in sources.items()}
 
 
 def _configs(methods: Method | Mapping[str, Method] | AdapterBank, names: Sequence[str]) -> dict[str, Any]:
