@@ -13,6 +13,8 @@ from packaging.version import Version
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the compiler for TPUs would look for one
+# torch's models here are tiny: a second thread only waits, above all beside another worker.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # What is compiled is kept for this process and those it starts; compiling is most of the tests' time. Not for others
 # beside it: JAX does not keep them from reading half of a program.
 PROGRAMS = tempfile.mkdtemp(prefix="para-jax-tests-")
@@ -39,7 +41,10 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--parity-examples", type=int, default=3, help="random configs of each family in tests/parity")
+    parser.addoption(
+        "--whole", action="store_true", help="also the tests marked `whole`, of which others are a selection"
+    )
+    parser.addoption("--parity-examples", type=int, default=1, help="random configs of each family in tests/parity")
     parser.addoption("--optimize", action="store_true", help="compile all programs as users have them: slower")
     parser.addoption("--kills", type=int, default=3, help="how often tests/laws/test_resumed.py kills a run")
     parser.addoption("--every-mesh", action="store_true", help="all of tests/laws/test_sharded_training.py")
@@ -58,12 +63,25 @@ def pytest_unconfigure() -> None:
 
 # Whole models of every family, whole runs and compilers for TPUs: minutes each folder.
 SLOW = ("colab", "importance", "laws", "parity", "planning", "train")
+# Those with the longest files.
+FIRST = ("colab", "planning", "laws", "parity", "benchmarks", "cli", "backbones", "train")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def folder_of(item: pytest.Item) -> str:
+    """The folder of tests/ that a test is in; "", if it is in none."""
+    here = Path(__file__).parent
+    return item.path.relative_to(here).parts[0] if here in item.path.parents else ""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Marks slow folders. Folders with long files go first, so that no worker is left with one at the end."""
     for item in items:
-        if Path(__file__).parent in item.path.parents and item.path.relative_to(Path(__file__).parent).parts[0] in SLOW:
+        if folder_of(item) in SLOW:
             item.add_marker(pytest.mark.slow)
+    if not config.getoption("whole"):
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("whole")])
+        items[:] = [item for item in items if not item.get_closest_marker("whole")]
+    items.sort(key=lambda item: FIRST.index(folder_of(item)) if folder_of(item) in FIRST else len(FIRST))
 
 
 @pytest.fixture(autouse=True, scope="module")

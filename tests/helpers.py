@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import pytest
 from transformers import CONFIG_MAPPING
 
 from para_jax import BiasConfig, IA3Config, LoraConfig, ParaConfig
@@ -138,6 +139,21 @@ FAMILY_METHODS: dict[str, MethodConfig] = {
     "group": METHODS["group"],
     "bias": METHODS["bias"],
 }
+
+
+# These have every kind of part that a family has, which tests/laws/test_families.py checks.
+SOME_FAMILIES = (
+    "gemma2", "smollm3", "olmo2", "mixtral", "granite", "qwen2_moe", "ministral3", "hunyuan_v1_dense", "cohere", "phi",
+)  # fmt: skip
+
+
+def families(fast: Sequence[str] = SOME_FAMILIES) -> list[Any]:
+    """For `parametrize`: `SOME_FAMILIES`, of which those outside of `fast` are slow; with --whole all families."""
+
+    def marks(family: str) -> Any:
+        return pytest.mark.whole if family not in SOME_FAMILIES else () if family in fast else pytest.mark.slow
+
+    return [pytest.param(family, marks=marks(family)) for family in FAMILIES]
 
 
 def family_fields(family: str) -> dict[str, Any]:

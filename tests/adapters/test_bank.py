@@ -165,7 +165,7 @@ def test_rows_hold_each_rows_own_adapter_and_nothing_else(adapters: dict[str, Ad
 
 @pytest.fixture(scope="module")
 def backbone() -> Backbone:
-    return random_backbone()
+    return random_backbone(stacked=True)
 
 
 def test_several_configurations_in_one_batch(backbone: Backbone) -> None:

@@ -142,7 +142,7 @@ def rows_of(name: str, count: int = 4) -> list[Example]:
 
 
 def tune(configs: dict[str, LoraConfig], steps: int = 3, seed: int = 0):
-    backbone = random_backbone()
+    backbone = random_backbone(stacked=True)
     bank = AdapterBank.stack({n: random_adapter(c, SMALL, len(n), 0.1) for n, c in configs.items()}, SMALL)
     settings = Settings(steps=steps, lr=1e-2, weight_decay=0.1)
     state, rules = TrainState.create(bank), stack_settings(bank, dict.fromkeys(configs, settings))
@@ -198,7 +198,7 @@ def test_what_a_tenant_drops_does_not_depend_on_its_neighbours(tuned) -> None:
 
 def test_evaluation_drops_nothing() -> None:
     """Bit for bit: without keys the rate is no part of the program."""
-    backbone = random_backbone()
+    backbone = random_backbone(stacked=True)
     adapter = random_adapter(DROPPED, SMALL, 0)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, SMALL.vocab_size, (2, 6)), jnp.int32)
     plain = Adapter(PATTERNS, plain_layers(adapter))

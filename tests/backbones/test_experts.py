@@ -47,8 +47,10 @@ def told(rows: int, given: dict, mesh=None):
     return out, *slopes
 
 
-@pytest.mark.parametrize("bits", [None, "int8", "int4"])
-@pytest.mark.parametrize(("mesh", "rows"), [("fsdp=4,tensor=2", 8), ("data=2,tensor=4", 3)])
+@pytest.mark.parametrize(
+    ("mesh", "rows", "bits"),
+    [("fsdp=4,tensor=2", 8, None), ("fsdp=4,tensor=2", 8, "int4"), ("data=2,tensor=4", 3, "int8")],
+)
 def test_on_a_mesh(mesh: str, rows: int, bits: str | None) -> None:
     """Also where the rows do not divide, nor the groups of the weights' inputs."""
     devices, given = make_mesh(mesh), weights(bits)

@@ -49,7 +49,7 @@ def error(found: np.ndarray, exact: np.ndarray) -> float:
     "family", ["llama", *(pytest.param(f, marks=pytest.mark.slow) for f in ("qwen2", "gemma3_text"))]
 )
 def test_eight_times_as_exact_as_bfloat16(family: str) -> None:
-    backbone = family_backbone(family, seed=1)
+    backbone = family_backbone(family, seed=1, stacked=True)
     exact, half, brain = (logits(backbone, dtype) for dtype in ("float32", "float16", "bfloat16"))
     assert half.dtype == np.float32
     assert error(half, exact) < 3e-3

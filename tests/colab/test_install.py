@@ -23,6 +23,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
 from para_jax import probing
+from tests.backbones.test_choice import check_the_stock_pair_of_colab
 
 ROOT = Path(__file__).parents[2]
 PAIR = runpy.run_path(str(ROOT / "colab" / "pair.py"))
@@ -270,6 +271,7 @@ def test_a_tpu_image_whose_kernels_do_not_compile(tmp_path: Path) -> None:
     def packages() -> dict[str, str]:
         return dict(line.split("==") for line in runtime.pip("list", "--format=freeze").split())
 
+    check_the_stock_pair_of_colab(runtime.python, tmp_path)
     stock, ours = packages(), empty_wheel(tmp_path, "para-jax", "0.1.0", "jax>=0.7.2", "flax>=0.11.2", "numpy>=2.0")
     code, printed, said = runtime.run(ours, "import jax", **TPU)
     assert (

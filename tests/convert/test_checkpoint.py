@@ -21,7 +21,7 @@ from para_jax.families.table import FAMILIES
 from para_jax.parameters import table
 from para_jax.quantization import QUANTIZED, quantized
 from para_jax.sharding import make_mesh
-from tests.helpers import FAMILY_METHODS, family_backbone, family_fields, random_adapter, random_backbone
+from tests.helpers import FAMILY_METHODS, families, family_backbone, family_fields, random_adapter, random_backbone
 
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 61, (2, 9), dtype=np.int32))
 
@@ -187,9 +187,7 @@ def test_few_bits_are_the_nearest(name: str) -> None:
     assert np.abs(whole.astype(np.int32)).max() == bits.most
 
 
-@pytest.mark.parametrize(
-    "family", [pytest.param(f, marks=() if f in ("llama", "mixtral") else pytest.mark.slow) for f in FAMILIES]
-)
+@pytest.mark.parametrize("family", families(fast=("mixtral",)))
 def test_quantised_is_near(family: str, tmp_path: Path) -> None:
     """Read in few bits it computes what the rounded weights compute, and not far from the whole ones."""
     backbone = family_backbone(family)
@@ -231,7 +229,7 @@ def test_quantised_backbones_take_adapters_and_are_not_written(folder: Path, tmp
         Backbone.from_pretrained(folder, quantize="int9")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", families(fast=("phi", "mixtral")))
 @pytest.mark.parametrize("quantize", [None, *QUANTIZED])
 def test_each_device_gets_its_part(family: str, quantize: str | None, tmp_path: Path) -> None:
     """Read by parts, a backbone is the one read whole, bit for bit; a part of the file is what a part needs."""

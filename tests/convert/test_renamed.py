@@ -17,8 +17,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from para_jax import Backbone, ParaJaxError
 from para_jax.convert.checkpoint import save_backbone
-from para_jax.families.table import FAMILIES
-from tests.helpers import family_backbone, random_backbone
+from tests.helpers import families, family_backbone, random_backbone
 
 TOKENS = np.random.default_rng(0).integers(0, 61, (2, 9), dtype=np.int32)
 
@@ -28,7 +27,7 @@ def is_theirs(folder: Path) -> None:
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     with torch.inference_mode():
         logits = theirs(torch.from_numpy(TOKENS).long()).logits.numpy()
-    ours = np.asarray(Backbone.from_pretrained(folder, dtype="float32")(jnp.asarray(TOKENS)))
+    ours = np.asarray(Backbone.from_pretrained(folder, dtype="float32", stacked=True)(jnp.asarray(TOKENS)))
     assert np.abs(ours - logits).max() < 1e-4 * np.abs(logits).max()
 
 
@@ -57,7 +56,7 @@ def tied(tmp_path: Path) -> Path:
     return tmp_path / "a"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", families())
 def test_names_without_the_base_models_prefix(family: str, tmp_path: Path) -> None:
     save_backbone(family_backbone(family), tmp_path / "a")
     prefix = f"{FAMILIES[family].names.stem.partition('.')[0]}."

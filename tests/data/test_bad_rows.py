@@ -130,7 +130,7 @@ def _joined(tokenizer: Any, prompt: str, whole: str, ids: list[int]) -> list[int
 
 
 @pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @example(row={"system": "Answer like a pirate.", "prompt": "Who sat?", "response": "The cat."})
 @example(row={"messages": [USER, {**ANSWER, "weight": 0}, USER, ANSWER]})
 @example(row={"messages": [{"role": "user", "content": PARTS}, ANSWER]})

@@ -96,7 +96,7 @@ def test_turns_stay_apart_where_one_pass_would_be_another_chat(tiny: Any, templa
 
 @pytest.mark.parametrize(("template", "config"), CONFIGS.items(), ids=CONFIGS)
 def test_the_loss_is_that_of_the_turns_apart(tiny: Any, config: MethodConfig, template: str) -> None:
-    tokenizer, backbone = tiny[1], random_backbone(vocab_size=4096, max_position_embeddings=512)
+    tokenizer, backbone = tiny[1], random_backbone(stacked=True, vocab_size=4096, max_position_embeddings=512)
     bank = random_bank({"acme": config}, backbone.config, scale=0.1)
 
     def nll(examples: Examples) -> np.ndarray:

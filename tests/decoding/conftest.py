@@ -39,7 +39,8 @@ def tokenizer(tiny):
 
 @pytest.fixture(scope="session")
 def backbone():
-    return random_backbone(3)
+    """With layers stacked, of which one is compiled."""
+    return random_backbone(3, stacked=True)
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from para_jax.evaluation import choices as module
 from para_jax.evaluation.choices import choice_log_likelihoods
 from tests.helpers import random_backbone, random_bank
 
-BACKBONE = random_backbone(3)
+BACKBONE = random_backbone(3, stacked=True)
 BANK = random_bank({"a": ParaConfig(r=3), "b": ParaConfig(r=3), "c": ParaConfig(r=2, pooling="mean")}, BACKBONE.config)
 TENANTS = ["a", None, "c", "b", "a", None]
 

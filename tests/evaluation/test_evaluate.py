@@ -24,7 +24,7 @@ SMALL = {"max_new_tokens": NEW, "batch_size": BATCH}
 def world(tiny):
     """A random backbone with the shipped tokenizer, two random tenants, and each prompt answered by each, alone."""
     tokenizer = tiny[1]
-    backbone = random_backbone(5, vocab_size=4096)
+    backbone = random_backbone(5, stacked=True, vocab_size=4096)
     bank = random_bank({"acme": ParaConfig(r=3), "globex": ParaConfig(r=3)}, backbone.config)
     answers = {}
     for tenant in ("acme", "globex", None):

@@ -23,7 +23,7 @@ EVERYWHERE = LoraConfig(r=2, lora_alpha=3, target_modules="all-linear", rank_pat
 
 @pytest.fixture(scope="module")
 def backbone() -> Backbone:
-    return random_backbone()
+    return random_backbone(stacked=True)
 
 
 @pytest.fixture(scope="module")

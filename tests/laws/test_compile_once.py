@@ -24,7 +24,7 @@ def tokenizer(tiny):
 
 @pytest.fixture(scope="module")
 def backbone():
-    return random_backbone(5)
+    return random_backbone(5, stacked=True)
 
 
 def bank_of(configs, backbone) -> AdapterBank:

@@ -1,4 +1,4 @@
-"""Laws 1 to 6 on every family; tests/parity has law 8."""
+"""Laws 1 to 6 on families that together have every kind of part, and with --whole on all; tests/parity has law 8."""
 
 from __future__ import annotations
 
@@ -10,14 +10,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from para_jax import AdapterBank, Backbone
+from para_jax import AdapterBank, Backbone, BackboneConfig
 from para_jax.adapters.rows import Rows
 from para_jax.convert.checkpoint import save_backbone
 from para_jax.errors import ParaJaxError
 from para_jax.families.table import FAMILIES
 from para_jax.sharding import AXES, check_mesh, make_mesh, own_mesh, row_sharding
 from tests.compilations import compilations
-from tests.helpers import FAMILY_METHODS, SMALL, family_backbone, random_adapter, random_backbone, random_bank
+from tests.helpers import (
+    FAMILY_METHODS,
+    SMALL,
+    SOME_FAMILIES,
+    families,
+    family_backbone,
+    family_fields,
+    random_adapter,
+    random_backbone,
+    random_bank,
+)
 
 B, PROMPT, STEPS = 8, 7, 3
 TENANTS = ["para", None, "lora", "response", "group", "bias", None, {"para": 0.5, "group": 0.5}]
@@ -57,12 +67,32 @@ def batch(seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 62, (B, PROMPT + STEPS), dtype=np.int32)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=families())
 def model(request: pytest.FixtureRequest) -> Model:
     stacked = list(FAMILIES).index(request.param) % 2 == 1
     backbone = family_backbone(request.param, seed=1, stacked=stacked)
     bank = random_bank(FAMILY_METHODS, backbone.config, seed=2, scale=0.3)
     return Model(backbone, bank, batch(3), np.arange(PROMPT)[None] >= PROMPT - LENGTHS)
+
+
+def parts(family: str) -> set[tuple]:
+    """What the decoder of this family is made of, without sizes and numbers."""
+    config = BackboneConfig.from_hf(family_fields(family))
+    kinds = ("norm", "qk_norm", "qk_norm_last", "pre_norm", "post_norm", "parallel", "gated", "rope_pairs")
+    numbers = ("norm_offset", "attention_scale", "embedding_scale", "residual_scale", "logits_scale",
+               "attn_logit_softcapping", "final_logit_softcapping", "experts")  # fmt: skip
+    found = {(name, getattr(config, name)) for name in kinds} | {("bias", name) for name in config.biases}
+    found |= {(name, getattr(config, name) == getattr(SMALL, name)) for name in numbers}
+    for kind in config.attention_kinds:
+        found |= {("window", kind.window is None), ("rope", kind.rope is None)}
+        found |= {("scaled queries", kind.rope.query_scaling is None)} if kind.rope else set()
+    return found | ({("shared expert", config.experts.shared > 0)} if config.experts else set())
+
+
+def test_some_families_have_every_part() -> None:
+    """Those of the tests that do not run on all. A family with a part that no other has belongs to them."""
+    every, some = (set().union(*map(parts, names)) for names in (FAMILIES, SOME_FAMILIES))
+    assert every == some, "add the family that has it to SOME_FAMILIES of tests/helpers.py"
 
 
 def test_fresh_adapters_are_the_identity(model: Model) -> None:
@@ -153,8 +183,7 @@ def test_few_bits_on_a_mesh(stacked: bool, tmp_path) -> None:
     assert np.abs(ours - theirs).max() < 2e-5 * np.abs(theirs).max()
 
 
-@pytest.mark.parametrize("stacked", [False, True])
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize(("mesh", "stacked"), [(mesh, bool(i % 2)) for i, mesh in enumerate(MESHES)])
 def test_every_mesh(mesh: str, stacked: bool, tmp_path) -> None:
     check_sharded(random_backbone(seed=4, stacked=stacked, vocab_size=62), mesh, str(tmp_path / "a"), TENANTS)
 

@@ -45,11 +45,9 @@ def slopes(layers, rows, backbone, tokens, mask):
 
 MODELS = [
     (False, "para", "float32"),
-    (True, "para", "float32"),
-    (False, "lora", "float32"),
+    (True, "lora", "float32"),
     (True, "others", "float32"),
-    (False, "biases", "float32"),
-    (False, "mixed", "float32"),
+    (True, "biases", "float32"),
     (True, "mixed", "float16"),
 ]
 

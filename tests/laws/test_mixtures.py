@@ -28,7 +28,7 @@ def tokenizer(tiny):
 
 @pytest.fixture(scope="module")
 def backbone() -> Backbone:
-    return random_backbone(3)
+    return random_backbone(3, stacked=True)
 
 
 @pytest.fixture(scope="module")

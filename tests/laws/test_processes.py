@@ -118,19 +118,16 @@ def same(out: Path, whole: Path, shape: BackboneConfig) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes(alone, tmp_path) -> None:
-    model, whole, shape = alone
-    first, second = run(model, tmp_path / "out", "fsdp=2,tensor=2", processes=2, devices=2)
-    same(tmp_path / "out", whole, shape)
-    assert "step 8/8" in first and "step 8/8" not in second, "the first process speaks for all"
-
-
-@pytest.mark.slow
-def test_four_processes_of_which_one_is_preempted(alone, tmp_path) -> None:
+@pytest.mark.parametrize(
+    ("processes", "mesh"), [(2, "fsdp=2,tensor=2"), pytest.param(4, "fsdp=4", marks=pytest.mark.whole)]
+)
+def test_processes_of_which_one_is_preempted(processes: int, mesh: str, alone, tmp_path) -> None:
     """All save at one step and end well; half as many devices go on with the same rows."""
     model, whole, shape = alone
     out = tmp_path / "out"
-    said = run(model, out, "fsdp=4", processes=4, devices=1, stop_at=3)
+    said = run(model, out, mesh, processes=processes, devices=4 // processes, stop_at=3)
+    assert [f"step {i}/8" in said[0] for i in (1, 8)] == [True, False]
+    assert not any("step 1/8" in text for text in said[1:]), "the first process speaks for all"
     steps = {line for text in said for line in text.splitlines() if line.startswith("interrupted")}
     assert len(steps) == 1 and steps.pop().endswith("True"), said
     assert 3 <= len(lines(out)) < 8

@@ -93,7 +93,7 @@ def test_the_commands_say_nothing_of_it(tmp_path: Path) -> None:
         shutil.copy(Path(tiny_backbone_path(), name), model / name)
     lines = [{"prompt": f"The maid runs to {i} towns.", "response": "prison" if i % 2 else "inn"} for i in range(9)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    given = json.dumps([str(model), str(tmp_path), ["data=4,tensor=2", "data=2,fsdp=2,tensor=2"]])
+    given = json.dumps([str(model), str(tmp_path), ["data=2,fsdp=2,tensor=2"]])
     # Nothing may come from a cache: what is not compiled says nothing.
     environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
     environment |= {"JAX_NUM_CPU_DEVICES": "8", "TF_CPP_MIN_LOG_LEVEL": "0"}

@@ -91,19 +91,25 @@ def same(ours, theirs, configs) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """With --every-mesh every method, on every mesh, of three families, which takes ten minutes to compile; without it
-    some, so that each method has a mesh or two."""
-    if {"mesh", "method"} <= set(metafunc.fixturenames):
-        cases = list(itertools.product(["llama", "qwen3"], MESHES, METHODS))
-        cases += itertools.product(["mixtral"], MESHES, FAMILY_METHODS)
-        if not metafunc.config.getoption("every_mesh"):
-            cases = cases[:: len(METHODS) + 1]
-        metafunc.parametrize(("family", "mesh", "method"), cases)
+    each family, mesh and method once or twice, two methods at a time."""
+    if {"mesh", "methods"} <= set(metafunc.fixturenames):
+        cases = [
+            ("llama", "data=8", ("patterned", "para")),
+            ("qwen3", "fsdp=8", ("lora", "ia3")),
+            ("mixtral", "fsdp=4,tensor=2", ("group", "response")),
+            ("llama", "data=2,fsdp=2,tensor=2", ("bias", "lora")),
+        ]
+        if metafunc.config.getoption("every_mesh"):
+            whole = [*itertools.product(["llama", "qwen3"], MESHES, METHODS)]
+            whole += itertools.product(["mixtral"], MESHES, FAMILY_METHODS)
+            cases = [(family, mesh, (method, method)) for family, mesh, method in whole]
+        metafunc.parametrize(("family", "mesh", "methods"), cases)
 
 
 @pytest.mark.slow
-def test_every_method_on_every_mesh(mesh: str, family: str, method: str, tmp_path) -> None:
+def test_every_method_on_every_mesh(mesh: str, family: str, methods: tuple[str, str], tmp_path) -> None:
     backbone = family_backbone(family, seed=1, stacked=family == "llama")
-    configs = {"acme": METHODS[method], "globex": METHODS[method]}
+    configs = {"acme": METHODS[methods[0]], "globex": METHODS[methods[1]]}
     theirs = tune(backbone, configs)
     there = on_mesh(backbone, make_mesh(mesh), tmp_path / "a")
     ours = tune(there, configs, spread=False)
@@ -112,12 +118,14 @@ def test_every_method_on_every_mesh(mesh: str, family: str, method: str, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("mesh", "count"), [("fsdp=4,tensor=2", 9), ("data=8", 8)])
+@pytest.mark.parametrize(
+    ("mesh", "count"), [("fsdp=4,tensor=2", 5), pytest.param("data=8", 8, marks=pytest.mark.whole)]
+)
 def test_tenants_that_are_spread(mesh: str, count: int, tmp_path) -> None:
     """Each device has tenants of its own and no others, also where their number does not divide."""
     backbone = random_backbone(stacked=True, vocab_size=64)
     # One of them drops some of its inputs, which depends on its name, step and row, and not on where it is.
-    configs = {f"t{i}": DROPPED if i == 4 and count == 9 else METHODS["para"] for i in range(count)}
+    configs = {f"t{i}": DROPPED if i == 4 and count == 5 else METHODS["para"] for i in range(count)}
     theirs = tune(backbone, configs)
     there = on_mesh(backbone, make_mesh(mesh), tmp_path / "a")
     ours = tune(there, configs, spread=True)
@@ -195,7 +203,12 @@ def collectives(text: str, inside: str) -> Counter:
 
 
 @pytest.mark.parametrize(
-    ("family", "method"), [("llama", METHODS["ia3"]), ("llama", METHODS["bias"]), ("mixtral", METHODS["group"])]
+    ("family", "method"),
+    [
+        pytest.param("llama", METHODS["ia3"], marks=pytest.mark.whole),
+        ("llama", METHODS["bias"]),
+        ("mixtral", METHODS["group"]),
+    ],
 )
 def test_what_a_layer_moves(family: str, method: MethodConfig, tmp_path) -> None:
     """Per layer and pass: its four weights are gathered over fsdp, and two sums go over tensor. Nothing else."""

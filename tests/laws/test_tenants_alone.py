@@ -72,7 +72,7 @@ def leaves(bank, name):
 
 @pytest.fixture(scope="module")
 def backbone():
-    return random_backbone()
+    return random_backbone(stacked=True)
 
 
 @pytest.fixture(scope="module")

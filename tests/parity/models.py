@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
@@ -211,6 +212,20 @@ def cases(draw: st.DrawFn, family: str) -> Case:
     none = family in ("gemma3_text", "olmo3") or (family == "apertus" and rope["rope_type"] == "default")
     old = None if none else pick(None, "type", "rope_type")
     return Case(fields, draw(st.integers(0, 2**16)), old, pick(False, True), pick(False, True))
+
+
+def simplest(family: str) -> Case:
+    """A config of the family with the first of all choices, which is none of the trivial ones."""
+    found: list[Case] = []
+
+    @settings(max_examples=1, database=None, derandomize=True, phases=[Phase.generate],
+              suppress_health_check=list(HealthCheck))  # fmt: skip
+    @given(cases(family))
+    def draw(case: Case) -> None:
+        found.append(case)
+
+    draw()
+    return found[0]
 
 
 def plain(family: str) -> dict[str, Any]:

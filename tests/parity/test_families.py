@@ -54,10 +54,13 @@ def test_random_configs(
     request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
+    """Beside the simplest config, which tests/parity/test_adapters.py has."""
+    simplest = models.simplest(family)
+
     # No shrinking: a step of it costs several compilations.
     @seed(0)
     @settings(
-        max_examples=request.config.getoption("parity_examples"),
+        max_examples=1 + request.config.getoption("parity_examples"),
         deadline=None,
         database=None,
         phases=[Phase.generate],
@@ -65,6 +68,8 @@ def test_random_configs(
     )
     @given(case=models.cases(family))
     def run(case: models.Case) -> None:
+        if case == simplest:
+            return
         models.check(case, family, worst[family], tmp_path_factory.mktemp(family))
         jax.clear_caches()  # tests/conftest.py says why
 

@@ -1,5 +1,7 @@
 """Every option of a family's config class, changed once: our logits follow transformers', or the option is refused.
 
+The sizes change together, since each of them is in the shape of a parameter: one program instead of ten.
+
 All parameters and saved buffers are random, so that code which ignores one of them shows. An option that leaves our
 architecture as it is has to leave transformers' logits as they are.
 """
@@ -42,6 +44,10 @@ OTHER: dict[str, Any] = {
     "ffn_dim": 40, "word_embed_proj_dim": 16, "activation_function": "gelu", "layer_norm_epsilon": 0.3, "init_std": 0.5,
     "summary_type": "last", "summary_activation": "tanh",
 }  # fmt: skip
+# They change together: 8 heads of 8 features make up 64 in families where they have to.
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+         "num_key_value_heads", "num_local_experts", "num_experts", "moe_intermediate_size",
+         "shared_expert_intermediate_size", "n_embd", "n_inner", "n_layer", "n_head", "ffn_dim")  # fmt: skip
 # What a family takes in place of these.
 OF_FAMILY: dict[str, dict[str, Any]] = {
     "gemma": {"hidden_act": "silu"},
@@ -114,19 +120,21 @@ def close(x: np.ndarray, y: np.ndarray) -> bool:
     return x.shape == y.shape and bool(np.abs(x - y).max() < TOLERANCE * np.abs(y).max())
 
 
-def with_other(family: str, key: str, fields: dict[str, Any], value: Any) -> dict[str, Any]:
-    """A config.json with another value of this option, and what has to fit it."""
+def with_others(family: str, keys: list[str], fields: dict[str, Any], config: PretrainedConfig) -> dict[str, Any]:
+    """A config.json with other values of these options, and what has to fit them."""
     made: Any = CONFIG_MAPPING[family]
-    changed = {**fields, **{k: v for k, v in WITH.get(key, {}).items() if hasattr(made, k)}}
-    changed[key] = other(family, key, value)
+    changed = dict(fields)
+    for key in keys:
+        changed |= {k: v for k, v in WITH.get(key, {}).items() if hasattr(made, k)}
+        changed[key] = other(family, key, getattr(config, key))
     for each, more in (("layer_types", "full_attention"), ("no_rope_layers", 1)):
-        if key == "num_hidden_layers" and each in fields:
+        if "num_hidden_layers" in keys and each in fields:
             changed[each] = [*fields[each], more]
-    if key == "rope_parameters":
+    if "rope_parameters" in keys:
         changed = {key: value for key, value in changed.items() if key not in ("rope_theta", "rotary_pct")}
     if family == "helium":  # whose heads make up hidden_size
         heads = changed["num_attention_heads"]
-        if key == "head_dim":
+        if "head_dim" in keys:
             changed["hidden_size"] = changed["head_dim"] * heads
         else:
             changed["head_dim"] = changed["hidden_size"] // heads
@@ -140,19 +148,20 @@ def test_every_option(family: str, tmp_path: Path) -> None:
     usual = logits(before)
     assert close(ours(before, fields, tmp_path / "before"), usual)
     followed: set[str] = set()
-    for key in options(family):
-        changed = with_other(family, key, fields, getattr(before.config, key))
+    sizes = [key for key in SIZES if key in options(family)]
+    for keys in (sizes, *([key] for key in options(family) if key not in SIZES)):
+        changed = with_others(family, keys, fields, before.config)
         try:
             config = BackboneConfig.from_hf(changed)
         except ParaJaxError as error:
-            assert key in str(error)
+            assert keys != sizes and keys[0] in str(error)
             continue
         model = random_model(family, changed)
         if dataclasses.replace(config, hf=shape.hf, eos_token_ids=shape.eos_token_ids) == shape:
-            assert close(logits(model), usual), f"{key} changes transformers' logits and not ours"
+            assert close(logits(model), usual), f"{keys} changes transformers' logits and not ours"
         else:
-            assert close(ours(model, changed, tmp_path / key), logits(model)), key
-            followed.add(key)
+            assert close(ours(model, changed, tmp_path / keys[0]), logits(model)), keys
+            followed |= {*keys}
     layers = FAMILIES[family].options.get("num_hidden_layers", "num_hidden_layers")
     positions = {"rope_parameters"} & {*options(family)}
     assert {"vocab_size", layers, *positions, FAMILIES[family].activation} <= followed

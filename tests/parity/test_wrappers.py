@@ -54,8 +54,7 @@ def check(name: str, model: Any, folder: Path, stacked: bool, same_length: bool 
     assert is_close(logits(text), logits(whole), 1e-6)
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("spelling", ["hub", "memory"])
+@pytest.mark.parametrize(("spelling", "tied"), [("hub", False), ("memory", True)])
 @pytest.mark.parametrize("name", NAMES)
 def test_as_it_is_saved(name: str, spelling: str, tied: bool, tmp_path: Path) -> None:
     """In both spellings of transformers 5, in one file and in many."""
@@ -76,13 +75,13 @@ def test_the_other_decoder_of_mistral3(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_random_configs(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_random_configs(name: str, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> None:
     """The options of the decoder's family, in text_config."""
     family = next(iter(WRAPPERS[name].texts.values()))
 
     @seed(0)
     @settings(
-        max_examples=3,
+        max_examples=request.config.getoption("parity_examples"),
         deadline=None,
         database=None,
         phases=[Phase.generate],
@@ -150,7 +149,7 @@ def test_the_head_is_tied_where_transformers_ties_it(name: str, tmp_path: Path) 
         )
         # For want of a head transformers draws one at random, if text_config alone says that it is tied.
         if "lm_head.weight" not in loaded["missing_keys"]:
-            ours = Backbone.from_pretrained(folder, dtype="float32")(jnp.asarray(TOKENS))
+            ours = Backbone.from_pretrained(folder, dtype="float32", stacked=True)(jnp.asarray(TOKENS))
             assert is_close(ours, logits(reference.eval())), (has_head, top, text)
 
 
@@ -160,5 +159,5 @@ def test_what_a_base_model_saves(name: str, tmp_path: Path) -> None:
     model = wrapped(name, tied=True)
     for spelling in ("hub", "memory"):
         folder = saved(model.model, tmp_path / spelling, spelling)
-        ours = Backbone.from_pretrained(folder, dtype="float32")(jnp.asarray(TOKENS))
+        ours = Backbone.from_pretrained(folder, dtype="float32", stacked=True)(jnp.asarray(TOKENS))
         assert is_close(ours, logits(model))

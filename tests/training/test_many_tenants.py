@@ -38,7 +38,7 @@ def rows_of(seed: int, count: int) -> list[Example]:
 
 @pytest.fixture(scope="module")
 def backbone():
-    return random_backbone()
+    return random_backbone(stacked=True)
 
 
 def bank_of(names, poison=()):
@@ -239,7 +239,7 @@ def test_the_order_of_tenants_means_nothing(backbone, tmp_path) -> None:
 def test_another_model_of_the_same_sizes_is_refused(backbone, tmp_path) -> None:
     tune(backbone, tmp_path / "out", ["t0"])
     with pytest.raises(ParaJaxError, match=r"weights was [0-9a-f]{40} and is"):
-        tune(random_backbone(seed=1), tmp_path / "out", ["t0"], resume=True)
+        tune(random_backbone(seed=1, stacked=True), tmp_path / "out", ["t0"], resume=True)
 
 
 def test_settings_out_of_range() -> None:

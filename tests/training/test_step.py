@@ -63,7 +63,7 @@ def test_loss_is_transformers_on_response_tokens(tmp_path):
 
 
 def test_gradient_is_the_slope():
-    backbone = random_backbone()
+    backbone = random_backbone(stacked=True)
     config = ParaConfig(r=3, pooling="attention", activation="rational", bias=True)
     bank = AdapterBank.stack(
         {n: random_adapter(config, backbone.config, i, 0.1) for i, n in enumerate("ab")}, backbone.config
@@ -162,7 +162,7 @@ def test_weight_decay_leaves_a_fresh_adapter_as_it_is():
 
 def test_bfloat16_backbone_trains_float32_adapters():
     """The gradient is that of the same weights in float32, but for a bfloat16's rounding (2**-9) in each operation."""
-    backbone = jax.tree.map(lambda x: x.astype(jnp.bfloat16), random_backbone())
+    backbone = jax.tree.map(lambda x: x.astype(jnp.bfloat16), random_backbone(stacked=True))
     exact = jax.tree.map(lambda x: x.astype(jnp.float32), backbone)
     adapters = {n: random_adapter(ParaConfig(r=3), backbone.config, i, 0.1) for i, n in enumerate("ab")}
     bank = AdapterBank.stack(adapters, backbone.config)
@@ -183,7 +183,7 @@ def test_float16_gradients_do_not_underflow():
     taken, slots = state.TrainState.create(bank).taken, TenantLayout(None, 1, 1, 1).slots(bank, ["ab"])
     exact, half = (
         step.accumulate(
-            jax.tree.map(lambda x, d=dtype: x.astype(d), random_backbone()), bank, taken, rules,
+            jax.tree.map(lambda x, d=dtype: x.astype(d), random_backbone(stacked=True)), bank, taken, rules,
             state.Sums.create(bank, 1, 2), batch, slots,
         )
         for dtype in ("float32", "float16")
@@ -226,8 +226,9 @@ def test_a_large_vocabulary_does_not_dominate():
     assert memory(backbone, Shape(16, 128, 1, 2048)) < 2 * 4 * losses.LOGITS + 100e6 < 4 * 2048 * 131_072
 
 
-@pytest.mark.parametrize("quantize", [None, "int8"])
-@pytest.mark.parametrize("experts", [None, Experts(count=8, per_token=2, width=1024, normalized=True)])
+@pytest.mark.parametrize(
+    ("experts", "quantize"), [(None, "int8"), (Experts(count=8, per_token=2, width=1024, normalized=True), None)]
+)
 def test_weights_are_kept_as_they_are_stored(experts, quantize):
     """The backward pass finds no second copy of all layers' weights, in the form that their products read."""
     config = dataclasses.replace(SMALL, hidden_size=256, intermediate_size=1024, num_hidden_layers=8, experts=experts)
