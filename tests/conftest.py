@@ -1,5 +1,6 @@
 """Settings of every test: nothing is promoted silently, warnings are errors (pyproject.toml), no network."""
 
+import gc
 import os
 import resource
 import shutil
@@ -82,6 +83,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("whole")])
         items[:] = [item for item in items if not item.get_closest_marker("whole")]
     items.sort(key=lambda item: FIRST.index(folder_of(item)) if folder_of(item) in FIRST else len(FIRST))
+
+
+def pytest_collection_finish() -> None:
+    """What is there by now stays: jax, torch, transformers and the tests need not be looked through for garbage."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000)
 
 
 @pytest.fixture(autouse=True, scope="module")

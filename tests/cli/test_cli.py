@@ -270,6 +270,7 @@ def mixed(tmp_path_factory):
     return folder / "out", arguments, file
 
 
+@pytest.mark.slow
 def test_one_run_of_several_methods(mixed, capsys):
     """run.json has each tenant's method and options, and so a run with others is not taken for this one."""
     out, arguments, file = mixed
@@ -289,6 +290,7 @@ def test_one_run_of_several_methods(mixed, capsys):
     assert "holds another run" in error and "tenants.acme.rank_pattern was" in error and "and is" in error
 
 
+@pytest.mark.slow
 def test_generate_with_adapter_weights(mixed, tmp_path, capsys):
     out, _, _ = mixed
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"

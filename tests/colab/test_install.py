@@ -229,7 +229,9 @@ def empty_wheel(folder: Path, name: str, version: str, *requires: str) -> Path:
     return Path(str(file.filename))
 
 
-@pytest.mark.parametrize(("driver", "extra"), [("550.54.15", "cuda12"), ("580.65.06", "cuda13")])
+@pytest.mark.parametrize(
+    ("driver", "extra"), [pytest.param("550.54.15", "cuda12", marks=pytest.mark.whole), ("580.65.06", "cuda13")]
+)
 def test_a_gpu_without_a_plugin(driver: str, extra: str, image: Runtime, wheel: Path, tmp_path: Path) -> None:
     """It gets the plugin of the driver's CUDA for the JAX that is there, from an index of empty plugins."""
     jax = version("jax")

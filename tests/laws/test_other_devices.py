@@ -64,8 +64,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     "meshes",
     [
-        (None, "fsdp=8"),
-        ("data=8", "fsdp=4"),
+        pytest.param((None, "fsdp=8"), marks=pytest.mark.whole),
+        pytest.param(("data=8", "fsdp=4"), marks=pytest.mark.whole),
         ("fsdp=4,tensor=2", None),
         (None, "data=2,fsdp=2", "data=2,fsdp=2,tensor=2"),
     ],
