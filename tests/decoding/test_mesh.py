@@ -16,7 +16,7 @@ TENANTS = ["acme", None, "globex", "acme", {"acme": 0.5, "globex": 0.5}]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", ["data=2,fsdp=2,tensor=2", "data=4,tensor=2"])
+@pytest.mark.parametrize("mesh", ["data=2,fsdp=2,tensor=2", pytest.param("data=4,tensor=2", marks=pytest.mark.whole)])
 def test_the_same_texts(tiny, mesh: str) -> None:
     one, tokenizer = tiny
     many = Backbone.from_pretrained(tiny_backbone_path(), mesh=make_mesh(mesh))

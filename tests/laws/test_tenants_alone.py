@@ -121,7 +121,9 @@ def test_a_tenant_that_is_done_rests(backbone, together):
     assert any((leaves(after_three, "acme")[k] != x).any() for k, x in leaves(together[0], "acme").items())
 
 
-@pytest.mark.parametrize("shapes", SHAPES)
+@pytest.mark.parametrize(
+    "shapes", [pytest.param(name, marks=pytest.mark.whole if name == "two numbers of rows" else ()) for name in SHAPES]
+)
 def test_packing_changes_nothing(backbone, together, shapes):
     """Sequences of one row do not see each other, and micro-batches change how a gradient is computed, not what it is.
 

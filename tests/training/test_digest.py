@@ -21,7 +21,7 @@ from tests.helpers import family_backbone, random_adapter, random_backbone
 
 
 @pytest.mark.parametrize("family", ["llama", pytest.param("mixtral", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
+@pytest.mark.parametrize("quantize", [None, pytest.param("int8", marks=pytest.mark.whole), "int4"])
 def test_one_digest_wherever_the_weights_are(family: str, quantize: str | None, tmp_path: Path) -> None:
     save_backbone(family_backbone(family), tmp_path / "a")
     found = {
