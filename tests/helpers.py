@@ -143,7 +143,7 @@ FAMILY_METHODS: dict[str, MethodConfig] = {
 
 # These have every kind of part that a family has, which tests/laws/test_families.py checks.
 SOME_FAMILIES = (
-    "gemma2", "smollm3", "olmo2", "mixtral", "granite", "qwen2_moe", "ministral3", "hunyuan_v1_dense", "cohere", "phi",
+    "gemma2", "olmo2", "mixtral", "granite", "qwen2_moe", "ministral3", "cohere", "phi", "gpt_neox", "gpt2", "nanochat",
 )  # fmt: skip
 
 

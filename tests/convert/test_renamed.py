@@ -17,6 +17,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from para_jax import Backbone, ParaJaxError
 from para_jax.convert.checkpoint import save_backbone
+from para_jax.families.table import FAMILIES
 from tests.helpers import families, family_backbone, random_backbone
 
 TOKENS = np.random.default_rng(0).integers(0, 61, (2, 9), dtype=np.int32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from typing import NamedTuple
 
@@ -75,17 +76,27 @@ def model(request: pytest.FixtureRequest) -> Model:
     return Model(backbone, bank, batch(3), np.arange(PROMPT)[None] >= PROMPT - LENGTHS)
 
 
+# What is no kind of part, or is looked at apart.
+SIZES = {
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "rms_norm_eps", "max_position_embeddings", "bos_token_id", "eos_token_ids", "tie_word_embeddings",
+    "name", "family", "hf", "hidden_act", "kind_of_layer", "attention_kinds", "biases", "experts",
+}  # fmt: skip
+
+
 def parts(family: str) -> set[tuple]:
     """What the decoder of this family is made of, without sizes and numbers."""
-    config = BackboneConfig.from_hf(family_fields(family))
-    kinds = ("norm", "qk_norm", "qk_norm_last", "pre_norm", "post_norm", "parallel", "gated", "rope_pairs")
-    numbers = ("norm_offset", "attention_scale", "embedding_scale", "residual_scale", "logits_scale",
-               "attn_logit_softcapping", "final_logit_softcapping", "experts")  # fmt: skip
-    found = {(name, getattr(config, name)) for name in kinds} | {("bias", name) for name in config.biases}
-    found |= {(name, getattr(config, name) == getattr(SMALL, name)) for name in numbers}
+    config, names = BackboneConfig.from_hf(family_fields(family)), FAMILIES[family].names
+    found = {("bias", name) for name in config.biases}
+    found |= {("transposed", names.transposed), ("by head", names.by_head), ("experts", config.experts is None)}
+    for field in dataclasses.fields(config):
+        if field.name not in SIZES:
+            value = getattr(config, field.name)
+            found.add((field.name, value if isinstance(value, bool | str) else value == field.default))
     for kind in config.attention_kinds:
         found |= {("window", kind.window is None), ("rope", kind.rope is None)}
-        found |= {("scaled queries", kind.rope.query_scaling is None)} if kind.rope else set()
+        if kind.rope:
+            found |= {("scaled queries", kind.rope.query_scaling is None), ("backwards", kind.rope.backwards)}
     return found | ({("shared expert", config.experts.shared > 0)} if config.experts else set())
 
 
