@@ -15,10 +15,10 @@ import pytest
 from nbclient import NotebookClient
 
 from para_jax import BackboneConfig, FanLoraConfig, tiny_backbone_path
+from tests.conftest import QUICK
 
 COLAB = Path(__file__).parents[2] / "colab"
 PAIR = runpy.run_path(str(COLAB / "pair.py"))
-pytestmark = pytest.mark.usefixtures("optimized")
 NOTEBOOKS = [path.stem for path in PAIR["sources"]()]
 
 
@@ -101,8 +101,13 @@ def with_settings(notebook: nbformat.NotebookNode, settings: dict[str, str]) -> 
     return notebook
 
 
-def ran(name: str, folder: Path, monkeypatch, **settings: str) -> tuple[list[bytes], str]:
-    """The pictures of a notebook that ran from top to bottom, and what it printed."""
+def ran(name: str, folder: Path, monkeypatch, long: bool = False, **settings: str) -> tuple[list[bytes], str]:
+    """The pictures of a notebook that ran from top to bottom, and what it printed.
+
+    `long`: its programs run longer than they take to compile.
+    """
+    if long:
+        monkeypatch.setenv(QUICK, "0")
     monkeypatch.delenv("MPLBACKEND", raising=False)  # pictures go into the notebook
     notebook = with_settings(nbformat.read(COLAB / f"{name}.ipynb", as_version=4), settings)
     NotebookClient(notebook, timeout=1200, resources={"metadata": {"path": str(folder)}}).execute()
@@ -115,7 +120,7 @@ def ran(name: str, folder: Path, monkeypatch, **settings: str) -> tuple[list[byt
 @pytest.mark.slow
 def test_para_finetune(tmp_path, monkeypatch):
     # A plan that CPUs compile in a third of the time.
-    pictures, text = ran("para_finetune", tmp_path, monkeypatch, **{"chip, size": '"gpu", "h100x1"'})
+    pictures, text = ran("para_finetune", tmp_path, monkeypatch, long=True, **{"chip, size": '"gpu", "h100x1"'})
     assert len(pictures) == 3
     assert "no plan: libtpu" in text if find_spec("libtpu") is None else "fits gpu:h100x1" in text
     accuracy = {line.split()[0]: int(line.split()[1][:-1]) for line in text.splitlines() if line.endswith("%")}
@@ -133,7 +138,7 @@ def test_para_finetune(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_your_model(tmp_path, monkeypatch):
-    pictures, text = ran("your_model", tmp_path, monkeypatch)
+    pictures, text = ran("your_model", tmp_path, monkeypatch, long=True)
     assert len(pictures) == 2
     exact = {line.split()[0]: float(line.split()[3][:-2]) for line in text.splitlines() if " exact match " in line}
     assert exact["bare"] < 5 and exact["para"] > 80 and exact["lora"] > 80, exact
@@ -160,7 +165,7 @@ def test_many_tenants(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_fanlora(tmp_path, monkeypatch):
-    drawn, text = ran("fanlora", tmp_path, monkeypatch)
+    drawn, text = ran("fanlora", tmp_path, monkeypatch, long=True)
     assert len(drawn) == 3
     exact = {line[:14].strip(): int(line[14:].split("%")[0]) for line in text.splitlines() if "% exact" in line}
     assert list(exact) == ["untuned", "everywhere", "critical", "least critical", "random-0", "random-1"]
