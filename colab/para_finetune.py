@@ -436,7 +436,7 @@ def vectors(tenant, rows):
     mask = np.zeros(tokens.shape, bool)
     for i, row in enumerate(rows):
         tokens[i, : len(row.prompt_ids)], mask[i, : len(row.prompt_ids)] = row.prompt_ids, True
-    made = adjustments(backbone, tokens, mask, bank.rows([tenant], repeats=len(rows)))
+    (made,) = adjustments(backbone, tokens, mask, bank.rows([tenant], repeats=len(rows)))
     return {site: np.asarray(made.offsets[site], np.float32) for site in para.target_modules}
 
 

@@ -1,4 +1,7 @@
-"""PARA's adapter folder read and applied with PyTorch alone: docs/adapters.md in code, for readers elsewhere."""
+"""PARA's adapter folder read and applied with PyTorch alone: docs/adapters.md in code, for readers elsewhere.
+
+For models whose layers have one shape; otherwise the tensors and sizes of each stack of layers have its name.
+"""
 
 import json
 from pathlib import Path

@@ -12,7 +12,7 @@ from typing import Any
 
 from para_jax import hub, parameters
 from para_jax.errors import ParaJaxError
-from para_jax.families.architecture import Architecture, Site
+from para_jax.families.architecture import Architecture, Site, Stack, all_sites
 from para_jax.families.reading import CONFIG, architecture_from_hf, as_token_ids, ignored_line
 
 GENERATION = "generation_config.json"
@@ -25,8 +25,8 @@ class BackboneConfig(Architecture):
     The defaults of the fields from `family` on are those of Llama.
 
     Attributes:
-      attention_kinds, kind_of_layer: the kinds of attention, and the index of each layer's kind; empty if all layers
-        have the first kind.
+      layer_kinds, kind_of_layer: the kinds of layers, and the index of each layer's kind; empty if all layers have the
+        first kind.
       biases: the projections that have a bias, which may include "lm_head"; "norm", if the layers' norms and the final
         norm have one; and "qk_norm", if the norms of queries and keys have one.
       eos_token_ids: the end tokens in config.json or generation_config.json, in order. If there are none, the
@@ -49,6 +49,9 @@ class BackboneConfig(Architecture):
       attn_logit_softcapping, final_logit_softcapping: c, if scores or logits x become c tanh(x / c).
       embedding_scale, residual_scale, logits_scale: factors of embeddings, of the outputs of attention and
         feed-forward, and of logits.
+      value_norm: whether values have a norm, which has no weights.
+      layer_scale: whether the output of a layer has a factor.
+      per_layer_inputs: the vocabulary and features of an embedding with an input for every layer.
       hf: the config.json that this was read from. It is written again when the backbone is saved.
 
     >>> from para_jax import tiny_backbone_path
@@ -57,12 +60,27 @@ class BackboneConfig(Architecture):
     """
 
     @cached_property
-    def sites(self) -> Mapping[str, Site]:
-        """The projections of a layer that adapters may adjust, by Hugging Face name.
+    def stacks(self) -> tuple[Stack, ...]:
+        """The layers by the shapes of their arrays."""
+        return parameters.stacks(self)
 
-        For a mixture of experts this includes the up projection, which one vector scales in all experts.
+    @cached_property
+    def sites(self) -> Mapping[str, Site]:
+        """The projections that adapters may adjust in any layer, by Hugging Face name.
+
+        For a mixture of experts this includes the up projection, which one vector scales in all experts. If layers have
+        different sizes, these are the sizes of the first layer that has the projection; see `sites_of`.
         """
-        return parameters.sites(self)
+        return all_sites(self.sites_of(stack.layers[0]) for stack in self.stacks)
+
+    def sites_of(self, layer: int) -> Mapping[str, Site]:
+        """The projections that adapters may adjust in one layer."""
+        return self._sites_of_layers[layer]
+
+    @cached_property
+    def _sites_of_layers(self) -> tuple[Mapping[str, Site], ...]:
+        of_stack = {layer: parameters.sites(self, stack.layers[0]) for stack in self.stacks for layer in stack.layers}
+        return tuple(of_stack[layer] for layer in range(self.num_hidden_layers))
 
     @cached_property
     def linear_sites(self) -> Mapping[str, Site]:

@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 
-from para_jax.families.architecture import MLP_SITES, Architecture, Axes, Axis, Names, Site
+from para_jax.families.architecture import MLP_SITES, Architecture, Axes, Axis, LayerKind, Names, Site, Stack
 from para_jax.families.table import FAMILIES
 
 VOCABULARY: Axes = ("vocab", "model")  # axes of the embedding and of the head
@@ -160,7 +160,8 @@ def table(config: Architecture, layer: int | None = None) -> tuple[Parameter, ..
     """
     d, v, names = config.hidden_size, config.vocab_size, names_of(config)
     if layer is not None:
-        return tuple(_layer(config, f"{names.stem}.{names.layers}.{layer}"))
+        at = f"{names.stem}.{names.layers}.{layer}"
+        return tuple(_layer(config, config.kind(layer), at, sites(config, layer)))
     found = [_single("embed", f"{names.stem}.{names.embed}", (v, d), VOCABULARY)]
     if config.position_offset is not None:
         rows = config.max_position_embeddings + config.position_offset
@@ -170,13 +171,15 @@ def table(config: Architecture, layer: int | None = None) -> tuple[Parameter, ..
         found.append(_single("head", names.head, (v, d), VOCABULARY))
     if "lm_head" in config.biases:
         found.append(_bias("head_bias", names.head, v))
+    if config.per_layer_inputs:
+        found += _per_layer_inputs(config)
     return tuple(found)
 
 
 @lru_cache(maxsize=64)
 def axes(config: Architecture) -> Mapping[str, Axes]:
     """The logical axes of every weight and every scale, by name."""
-    every = [*table(config), *table(config, 0)]
+    every = [*table(config), *(p for stack in stacks(config) for p in table(config, stack.layers[0]))]
     scales = {p.scale: (*p.axes[:-1], None) for p in every if p.quantizable}  # the last axis is groups of inputs
     return {p.name: p.axes for p in every} | scales
 
@@ -187,14 +190,39 @@ def size(config: Architecture) -> int:
     return sum(p.size for p in table(config)) + sum(p.size for layer in layers for p in table(config, layer))
 
 
-def sites(config: Architecture) -> Mapping[str, Site]:
+@lru_cache(maxsize=64)
+def stacks(config: Architecture) -> tuple[Stack, ...]:
+    """The layers by the shapes of their arrays, in the order of their first layers.
+
+    >>> from para_jax import BackboneConfig
+    >>> stacks(BackboneConfig(64, 8, 16, 2, 2, 1, 4))
+    (Stack(name='', layers=(0, 1)),)
+    """
+    by_shape: dict[LayerKind, list[int]] = {}
+    for layer in range(config.num_hidden_layers):
+        by_shape.setdefault(config.kind(layer).shape, []).append(layer)
+    name = "" if len(by_shape) == 1 else "layers_{}"
+    return tuple(Stack(name.format(layers[0]), tuple(layers)) for layers in by_shape.values())
+
+
+def leaf(config: Architecture, stacked: bool, layer: int, name: str) -> tuple[str, int | None]:
+    """The name of the array with a layer's weight in a backbone, and the layer's place in it if it is stacked."""
+    if not stacked:
+        return f"blocks.{layer}.{name}", None
+    stack = next(stack for stack in stacks(config) if layer in stack.layers)
+    return f"blocks.{stack.name}{'.' if stack.name else ''}{name}", stack.layers.index(layer)
+
+
+def sites(config: Architecture, layer: int) -> Mapping[str, Site]:
     """The projections of a layer that adapters may adjust, by Hugging Face name.
 
-    In a mixture of experts, the feed-forward sites are the projections of the shared expert. Without a shared expert,
-    there is only the up projection, which one vector scales in all experts.
+    For a mixture of experts, these are the projections of the shared expert, or of a dense feed-forward beside the
+    experts. If there is neither, it is the up projection, which one vector scales in all experts.
     """
-    d, f, names = config.hidden_size, config.intermediate_size, names_of(config)
-    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    kind, names = config.kind(layer), names_of(config)
+    d, f = config.hidden_size, kind.intermediate_size or config.intermediate_size
+    k, g, hd = config.heads(kind)
+    q, kv = k * g * hd, k * hd
 
     heads = config.num_key_value_heads if names.by_head else 1
 
@@ -208,8 +236,9 @@ def sites(config: Architecture) -> Mapping[str, Site]:
         "v_proj": site("v_proj", d, kv, "self_attn", names.qkv, heads),
         "o_proj": site("o_proj", q, d, "self_attn"),
     }
+    attention = {name: site for name, site in attention.items() if name not in LACKS[kind.values]}
     mlp = "mlp"
-    if config.experts is not None:
+    if config.experts is not None and not kind.dense and not config.experts.beside:
         if not config.experts.shared:
             up = Site(d, config.experts.width, "mlp.experts.up_proj", linear=False)
             return {**attention, "up_proj": up}
@@ -222,6 +251,10 @@ def sites(config: Architecture) -> Mapping[str, Site]:
         "up_proj": site("up_proj", d, f, mlp, names.gate_up),
         "down_proj": site("down_proj", f, d, mlp),
     }
+
+
+# The projections that a layer does not have, by where its values come from.
+LACKS: dict[str, tuple[str, ...]] = {"own": (), "keys": ("v_proj",), "shared": ("k_proj", "v_proj")}
 
 
 def names_of(config: Architecture) -> Names:
@@ -255,9 +288,18 @@ def _norms(config: Architecture, name: str, module: str, size: int) -> Iterator[
         yield _bias(f"{name}_bias", module, size)
 
 
-def _layer(config: Architecture, at: str) -> Iterator[Parameter]:
-    d, hd, k = config.hidden_size, config.head_dim, config.num_key_value_heads
-    g, names = config.num_attention_heads // k, names_of(config)
+def _per_layer_inputs(config: Architecture) -> Iterator[Parameter]:
+    """The inputs of every layer: a second embedding, and a projection of the first."""
+    assert config.per_layer_inputs is not None
+    vocabulary, width = config.per_layer_inputs
+    every, d = config.num_hidden_layers * width, config.hidden_size
+    yield _single("layer_embed", "model.embed_tokens_per_layer", (vocabulary, every), VOCABULARY)
+    yield _single("layer_inputs", "model.per_layer_model_projection", (every, d), (None, "model"))
+    yield _norm("layer_inputs_norm", "model.per_layer_projection_norm", width)
+
+
+def _layer(config: Architecture, kind: LayerKind, at: str, sites: Mapping[str, Site]) -> Iterator[Parameter]:
+    d, (k, g, hd), names = config.hidden_size, config.heads(kind), names_of(config)
 
     usual = {
         "attention_norm": "input_layernorm",
@@ -270,15 +312,16 @@ def _layer(config: Architecture, at: str) -> Iterator[Parameter]:
     present += ["attention_post_norm", "mlp_post_norm"] if config.post_norm else []
     for name in present:
         yield from _norms(config, name, f"{at}.{names.modules.get(name, usual[name])}", d)
-    normed = config.qk_norm != "none" and config.norm_weights
-    for x, heads in zip("qk", (k * g, k), strict=True) if normed else ():
+    normed = {"q": k * g, **({} if kind.values == "shared" else {"k": k})}
+    for x, heads in normed.items() if config.qk_norm != "none" and config.norm_weights else ():
         shape = {"head": (hd,), "all": (heads * hd,), "each": (heads, hd)}[config.qk_norm]
         yield _norm(f"{x}_norm", f"{at}.{names.modules.get(f'{x}_norm', f'self_attn.{x}_norm')}", *shape)
         if "qk_norm" in config.biases:
             yield _bias(f"{x}_norm_bias", f"{at}.{names.modules[f'{x}_norm']}", hd)
 
-    paths = {name: f"{at}.{site.fused or site.path}" for name, site in sites(config).items()}
+    paths = {name: f"{at}.{site.fused or site.path}" for name, site in sites.items()}
     views = {"q_proj": (k, g, hd), "k_proj": (k, 1, hd), "v_proj": (k, 1, hd)}
+    views = {site: view for site, view in views.items() if site in paths}
     qkv = partial(_fused, fused=f"{at}.{names.qkv}" if names.qkv else "", paths=paths, views=views, joined_along=1,
                   heads=k if names.by_head else 1, transposed=names.transposed)  # fmt: skip
     yield qkv("qkv", axes=("kv_heads", None, None, "model"), inputs=d)
@@ -287,13 +330,31 @@ def _layer(config: Architecture, at: str) -> Iterator[Parameter]:
         yield qkv("qkv_bias", axes=("kv_heads", None, None))
     if "o_proj" in config.biases:
         yield _bias("out_bias", paths["o_proj"], d, "o_proj")
-    if config.experts is None:
-        yield from _dense(config, at, paths, config.intermediate_size)
+    if config.layer_scale:
+        yield Parameter("layer_scale", (Part(f"{at}.layer_scalar", (1,), (1,)),), (None,), "norm")
+    if config.per_layer_inputs:
+        width = config.per_layer_inputs[1]
+        yield _single("input_gate", f"{at}.per_layer_input_gate", (width, d), (None, "model"))
+        yield _single("input_out", f"{at}.per_layer_projection", (d, width), ("model", None))
+        yield _norm("input_norm", f"{at}.post_per_layer_input_norm", d)
+    f, experts = kind.intermediate_size or config.intermediate_size, config.experts
+    if experts is None:
+        yield from _dense(config, at, paths, f)
+        return
+    if kind.dense:
+        yield from _dense(config, at, paths, f, "dense_")
         return
     yield from _experts(config, at)
-    if config.experts.shared:
+    if experts.shared:
         yield _single("shared_router", f"{at}.mlp.shared_expert_gate", (1, d), (None, None))
-        yield from _dense(config, at, paths, config.experts.shared, "shared_")
+        yield from _dense(config, at, paths, experts.shared, "shared_")
+    if experts.beside:
+        yield from _dense(config, at, paths, f, "dense_")
+        yield _norm("dense_post_norm", f"{at}.post_feedforward_layernorm_1", d)
+        yield _norm("experts_norm", f"{at}.pre_feedforward_layernorm_2", d)
+        yield _norm("experts_post_norm", f"{at}.post_feedforward_layernorm_2", d)
+        for name, theirs, n in (("router_scale", "scale", d), ("expert_scale", "per_expert_scale", experts.count)):
+            yield Parameter(name, (Part(f"{at}.router.{theirs}", (n,), (n,)),), (None,), "norm")
 
 
 def _dense(config: Architecture, at: str, paths: Mapping[str, str], f: int, prefix: str = "") -> Iterator[Parameter]:
@@ -322,19 +383,27 @@ def _experts(config: Architecture, at: str) -> Iterator[Parameter]:
     """The router, and two weights that hold the projections of all experts."""
     experts, names, d = config.experts, names_of(config), config.hidden_size
     assert experts is not None
-    count, f, shared = experts.count, experts.width, experts.shared
-    gate, up, down = names.expert
+    count, f, other_sites = experts.count, experts.width, experts.shared or experts.beside
+    axes_in: Axes = (None, None, "inner", "model")
+    axes_out: Axes = (None, "model", "inner")
+    module = f"{at}.{names.experts}"
     yield _single("router", f"{at}.{names.router}", (count, d), (None, None))
+    if names.expert is None:  # one tensor for all experts
+        parts = (Part(f"{module}.gate_up_proj", (count, 2 * f, d), (count, 2, f, d)),)
+        yield Parameter("gate_up", parts, axes_in, quantizable=True)
+        yield Parameter("down", (Part(f"{module}.down_proj", *((count, d, f),) * 2),), axes_out, quantizable=True)
+        return
+    gate, up, down = names.expert
 
     def part(expert: int, name: str, site: str, *shape: int) -> Part:
-        # If there is a shared expert, the sites are its projections.
-        return Part(f"{at}.{names.experts}.{expert}.{name}.weight", shape, (1, *shape), site="" if shared else site)
+        # If there is a shared expert or a dense feed-forward, the sites are its projections.
+        site = "" if other_sites else site
+        return Part(f"{module}.{expert}.{name}.weight", shape, (1, *shape), site=site)
 
     both = [part(e, name, site, f, d) for e in range(count) for name, site in ((gate, "gate_proj"), (up, "up_proj"))]
-    shape = (count, 2, f, d)
-    yield Parameter("gate_up", tuple(both), (None, None, "inner", "model"), quantizable=True, reshaped=shape)
+    yield Parameter("gate_up", tuple(both), axes_in, quantizable=True, reshaped=(count, 2, f, d))
     every = tuple(part(e, down, "down_proj", d, f) for e in range(count))
-    yield Parameter("down", every, (None, "model", "inner"), quantizable=True)
+    yield Parameter("down", every, axes_out, quantizable=True)
 
 
 def _bias(name: str, module: str, size: int, site: str = "", axis: Axis | None = None) -> Parameter:

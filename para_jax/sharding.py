@@ -14,6 +14,7 @@ All other shardings follow from these.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -78,10 +79,19 @@ def auto_mesh(config: Architecture, devices: int, tuning: bool = True) -> dict[s
     >>> auto_mesh(llama_7b, 8), auto_mesh(llama_7b, 64, tuning=False)
     ({'data': 1, 'fsdp': 8}, {'data': 2, 'tensor': 32})
     """
-    inner = config.intermediate_size if config.experts is None else config.experts.width
-    axis, dims = ("fsdp", [config.hidden_size]) if tuning else ("tensor", [config.num_key_value_heads, inner])
+    axis, dims = ("fsdp", [config.hidden_size]) if tuning else ("tensor", [*_split_over_tensor(config).values()])
     largest = max(n for n in range(1, devices + 1) if not any(dim % n for dim in (devices, *dims)))
     return {"data": devices // largest, axis: largest}
+
+
+def _split_over_tensor(config: Architecture) -> dict[str, int]:
+    """The sizes that the tensor axis has to divide: those of layers of different kinds, by their common divisor."""
+    inner = {kind.intermediate_size or config.intermediate_size for kind in config.layer_kinds}
+    if config.experts is not None:
+        dense = config.experts.beside or any(kind.dense for kind in config.layer_kinds)
+        inner = {config.experts.width, *(inner if dense else ())}
+    heads = {config.heads(kind)[0] for kind in config.layer_kinds}
+    return {"key/value heads": math.gcd(*heads), "inner features": math.gcd(*inner)}
 
 
 def own_mesh(mesh: Mesh) -> Mesh:
@@ -100,12 +110,8 @@ def own_mesh(mesh: Mesh) -> Mesh:
 def check_mesh(config: Architecture, mesh: Mesh) -> None:
     """Raises ParaJaxError, with the nearest divisor, if a backbone cannot be sharded over this mesh."""
     tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
-    inner = config.intermediate_size if config.experts is None else config.experts.width
-    for what, size, axis, parts in (
-        ("key/value heads", config.num_key_value_heads, "tensor", tensor),
-        ("inner features", inner, "tensor", tensor),
-        ("features", config.hidden_size, "fsdp", fsdp),
-    ):
+    over_tensor = [(what, size, "tensor", tensor) for what, size in _split_over_tensor(config).items()]
+    for what, size, axis, parts in (*over_tensor, ("features", config.hidden_size, "fsdp", fsdp)):
         if size % parts:
             near = max(n for n in range(1, parts) if size % n == 0)
             raise ParaJaxError(f"{axis}={parts} does not divide the backbone's {size} {what}; choose {axis}={near}")

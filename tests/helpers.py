@@ -14,7 +14,7 @@ import pytest
 from transformers import CONFIG_MAPPING
 
 from para_jax import BiasConfig, IA3Config, LoraConfig, ParaConfig
-from para_jax.adapters.adapter import Adapter, abstract_layers, named_leaves
+from para_jax.adapters.adapter import Adapter, abstract_layers, in_stack, named_leaves
 from para_jax.adapters.bank import AdapterBank
 from para_jax.adapters.method import MethodConfig
 from para_jax.backbones.decoder import Backbone
@@ -72,14 +72,16 @@ def drawn(config: BackboneConfig, seed: int, stacked: bool, spread: float) -> Ba
 
     def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
         normal = np.random.default_rng([seed, zlib.crc32(name.encode())]).standard_normal(shape, np.float32)
-        if "norm" in name:
+        if "norm" in name or name.endswith("_scale"):
             return np.float32(1.0 - config.norm_offset) + np.float32(spread) * normal
         return np.float32(spread if "bias" in name else 0.2) * normal
 
     def whole(name: str, shape: tuple[int, ...]) -> np.ndarray:
         first, _, rest = name.partition(".")
         if stacked and first == "blocks":
-            return np.stack([draw(f"blocks.{i}.{rest}", shape[1:]) for i in range(config.num_hidden_layers)])
+            stack = next(s for s in config.stacks if not s.name or rest.startswith(f"{s.name}."))
+            own = rest.removeprefix(f"{stack.name}.")
+            return np.stack([draw(f"blocks.{i}.{own}", shape[1:]) for i in stack.layers])
         return draw(name, shape)
 
     leaves = [jax.device_put(whole(name, x.shape)) for name, x in named_leaves(shapes).items()]
@@ -120,11 +122,19 @@ FAMILY_OPTIONS: dict[str, dict[str, Any]] = {
     "apertus": {},
     "starcoder2": {"sliding_window": 4, "tie_word_embeddings": False},
     "phi": {"partial_rotary_factor": 0.5, "qk_layernorm": True},
+    "gemma4_text": {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2,
+                    "sliding_window": 4, "head_dim": 4, "global_head_dim": 8, "attention_k_eq_v": True,
+                    "num_global_key_value_heads": 1, "num_kv_shared_layers": 2, "use_double_wide_mlp": True,
+                    "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 62,
+                    "final_logit_softcapping": 4.0},
     "gpt_neox": {"rotary_pct": 0.5},
     "gpt2": {},
     "opt": {},
     "nanochat": {"final_logit_softcapping": 4.0},
 }  # fmt: skip
+FAMILY_OPTIONS["gemma4_unified_text"] = {
+    key: value for key, value in FAMILY_OPTIONS["gemma4_text"].items() if "per_layer" not in key
+}
 NO_HEAD_DIM = (
     "phi3", "olmo3", "granite", "qwen2_moe", "exaone4", "cohere", "stablelm", "apertus", "starcoder2", "phi",
     "gpt_neox", "gpt2", "opt", "nanochat",
@@ -144,6 +154,7 @@ FAMILY_METHODS: dict[str, MethodConfig] = {
 # These have every kind of part that a family has, which tests/laws/test_families.py checks.
 SOME_FAMILIES = (
     "gemma2", "olmo2", "mixtral", "granite", "qwen2_moe", "ministral3", "cohere", "phi", "gpt_neox", "gpt2", "nanochat",
+    "gemma4_text",
 )  # fmt: skip
 
 
@@ -189,11 +200,11 @@ def random_adapter(config: MethodConfig, shape: BackboneConfig, seed: int, scale
     drawn = []
     for name, x in tensors.items():
         one = np.float32(scale) * rng.standard_normal(x.shape, np.float32)
-        half, _, site = name.partition(".")
-        if site and half in ("down", "up"):
-            ranks = np.array(
-                [dict(of_layer)[site].rank if site in dict(of_layer) else 0 for of_layer in layers.modules]
-            )
+        *at, half, site = ("", *name.split("."))
+        if half in ("down", "up"):
+            stack = next(stack for stack in shape.stacks if stack.name == ".".join(at[1:]))
+            modules = in_stack(layers, stack.name).modules
+            ranks = np.array([dict(modules[i])[site].rank if site in dict(modules[i]) else 0 for i in stack.layers])
             rank_axis = 1 if half == "down" else 2
             inside = np.arange(x.shape[rank_axis])[None] < ranks[:, None]
             one = np.where(np.expand_dims(inside, 3 - rank_axis), one, 0)

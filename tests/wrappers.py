@@ -35,6 +35,42 @@ PARTS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {"mm_tokens_per_image": 4, "image_token_index": 60, "boi_token_index": 58, "eoi_token_index": 59},
         PIXELS,
     ),
+    "gemma4": (
+        {
+            "head_dim": 8,
+            "global_head_dim": 16,
+            "sliding_window": 4,
+            "num_hidden_layers": 4,
+            "num_kv_shared_layers": 2,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": 61,
+        },
+        {
+            "image_token_id": 97,
+            "video_token_id": 98,
+            "audio_token_id": 99,
+            "audio_config": {
+                "hidden_size": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "output_proj_dims": 16,
+            },
+        },
+        {**PIXELS, "num_key_value_heads": 2, "head_dim": 8, "position_embedding_size": 16},
+    ),
+    "gemma4_unified": (
+        {
+            "head_dim": 8,
+            "global_head_dim": 16,
+            "sliding_window": 4,
+            "attention_k_eq_v": True,
+            "num_global_key_value_heads": 1,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+        {"image_token_id": 97, "video_token_id": 98, "audio_token_id": 99, "audio_config": {"audio_embed_dim": 8}},
+        {"patch_size": 4, "mm_embed_dim": 16, "mm_posemb_size": 16, "output_proj_dims": 16},
+    ),
     "mistral3": ({"model_type": "mistral", "head_dim": 8}, {}, {**PIXELS, "model_type": "pixtral", "head_dim": 8}),
     "qwen2_5_vl": (
         {**mrope(8), "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
@@ -58,8 +94,8 @@ def wrapped(name: str, tied: bool = False, seed: int = 0, **text: Any) -> Any:
     torch.manual_seed(seed)
     model = AutoModelForImageTextToText.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
-        for key, x in model.named_parameters():
-            if "norm" in key and x.ndim == 1:
+        for key, x in [*model.named_parameters(), *((k, x) for k, x in model.state_dict().items() if "scalar" in k)]:
+            if ("norm" in key and x.ndim == 1) or key.endswith("layer_scalar"):
                 x.add_(torch.empty_like(x).uniform_(-0.5, 0.5))
             else:
                 x.normal_(0, 0.2)

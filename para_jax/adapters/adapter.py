@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from para_jax.adapters.method import BackboneShape, MethodConfig
+from para_jax.adapters.method import BackboneShape, MethodConfig, StackShape
 from para_jax.compat import drop_fields
 from para_jax.errors import ParaJaxError
 
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Adapter:
     """One tenant's trained weights: a method's layer with every leaf stacked over the layers, in float32.
+
+    If the backbone has several stacks of layers, `layers` is a dict with a method's layer for each, by name.
 
     `load_adapter` sets `chat_template` to the one in the adapter's folder, and `save_adapter` writes it again. It is
     not part of the pytree: adapters from `jax.tree.map` or from a bank have None.
@@ -57,10 +59,20 @@ class Adapter:
 @partial(jax.jit, static_argnums=(0, 1))
 def _fresh(config: MethodConfig, shape: BackboneShape, key: Array) -> Any:
     keys = jax.random.split(key, shape.num_hidden_layers)
-    # `map`, because random bits of many keys under `vmap` take seconds to compile.
-    return jax.lax.map(
-        lambda args: config.layer(shape, nnx.Rngs(args[0]), args[1]), (keys, jnp.arange(shape.num_hidden_layers))
-    )
+
+    def stack(shape: BackboneShape, keys: Array, numbers: Array) -> Any:
+        # `map`, because random bits of many keys under `vmap` take seconds to compile.
+        return jax.lax.map(lambda args: config.layer(shape, nnx.Rngs(args[0]), args[1]), (keys, numbers))
+
+    if len(shape.stacks) == 1:
+        return stack(shape, keys, jnp.arange(shape.num_hidden_layers))
+    numbers = {s: jnp.array(s.layers) for s in shape.stacks}
+    return {s.name: stack(StackShape(shape, s), keys[own], own) for s, own in numbers.items()}
+
+
+def in_stack(layers: Any, name: str) -> Any:
+    """The part of an adapter's layers for a stack of the backbone. The name is empty if there is one stack only."""
+    return layers[name] if name else layers
 
 
 @lru_cache(maxsize=64)

@@ -60,7 +60,7 @@ class BiasConfig:
         return BiasLayer(self, shape)
 
     def size(self, shape: BackboneShape) -> int:
-        return sum(shape.sites[site].outputs for layer in self.modules(shape) for site in layer)
+        return sum(shape.sites_of(i)[site].outputs for i, layer in enumerate(self.modules(shape)) for site in layer)
 
     @classmethod
     def usual(cls, shape: BackboneShape) -> Mapping[str, BiasConfig]:

@@ -68,7 +68,8 @@ class FanLoraConfig(LoraConfig):
         """
         if len(kept) != shape.num_hidden_layers:
             raise ParaJaxError(f"kept has entries for {len(kept)} layers; the backbone has {shape.num_hidden_layers}")
-        check_known("module", (site for layer in kept for site in layer), shape.linear_sites)
+        for i, layer in enumerate(kept):
+            check_known("module", layer, _linear_sites(shape, i))
         return cls(
             target_modules=tuple(site_path(i, s, shape) for i, layer in enumerate(kept) for s in layer), **options
         )
@@ -79,7 +80,7 @@ class FanLoraConfig(LoraConfig):
 
     def modules(self, shape: BackboneShape) -> tuple[Mapping[str, Module], ...]:
         layers = shape.num_hidden_layers
-        paths = {site_path(i, site, shape) for i in range(layers) for site in shape.linear_sites}
+        paths = {site_path(i, site, shape) for i in range(layers) for site in _linear_sites(shape, i)}
         for target in self.target_modules:
             if target not in paths:
                 raise ParaJaxError(
@@ -105,8 +106,8 @@ class FanLoraConfig(LoraConfig):
         The most important modules are known only after a run. Here layers take the modules in turn, so that the cost is
         an average over modules.
         """
-        sites, layers = list(shape.linear_sites), range(shape.num_hidden_layers)
-        kept = [[sites[(2 * i + j) % len(sites)] for j in (0, 1)] for i in layers]
+        sites = [_linear_sites(shape, i) for i in range(shape.num_hidden_layers)]
+        kept = [[own[(2 * i + j) % len(own)] for j in (0, 1)] for i, own in enumerate(sites)]
         return {"fanlora r=8, 2 modules a layer": cls.of(kept, shape, r=8)}
 
     @classmethod
@@ -124,3 +125,7 @@ class FanLoraConfig(LoraConfig):
             return from_fields(cls, fields)
         except (TypeError, ValueError) as error:  # ParaJaxError is a ValueError
             raise ParaJaxError(f"{path}: {error}") from error
+
+
+def _linear_sites(shape: BackboneShape, layer: int) -> list[str]:
+    return [name for name, site in shape.sites_of(layer).items() if site.linear]

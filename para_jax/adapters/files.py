@@ -162,12 +162,15 @@ def _sites(config: MethodConfig, shape: BackboneShape) -> list[str]:
 
 
 def base_sizes(shape: BackboneShape, sites: Iterable[str] | None = None) -> dict[str, Any]:
-    """The sizes of a backbone that an adapter of these sites, or of all sites, depends on."""
-    return {
-        "hidden_size": shape.hidden_size,
-        "num_hidden_layers": shape.num_hidden_layers,
-        "sites": {name: [*shape.sites[name][:2]] for name in (shape.sites if sites is None else sites)},
-    }
+    """The sizes of a backbone that an adapter of these sites, or of all sites, depends on.
+
+    If layers have different shapes, a site has the sizes of each stack of layers that has it.
+    """
+    sizes: dict[str, Any] = {name: [*shape.sites[name][:2]] for name in (shape.sites if sites is None else sites)}
+    if len(shape.stacks) > 1:
+        in_stacks = {stack.name: shape.sites_of(stack.layers[0]) for stack in shape.stacks}
+        sizes = {name: {at: [*own[name][:2]] for at, own in in_stacks.items() if name in own} for name in sizes}
+    return {"hidden_size": shape.hidden_size, "num_hidden_layers": shape.num_hidden_layers, "sites": sizes}
 
 
 def _differences(made_for: Any, wanted: dict[str, Any]) -> str:

@@ -62,6 +62,9 @@ class Fused(ShapeView):
             found[module] = sites[0]._replace(outputs=outputs, path=path, fused="", heads=1)
         return found
 
+    def sites_of(self, layer: int) -> Mapping[str, Site]:
+        return self.sites  # the families that fuse projections have one kind of layer
+
     def rows(self, module: str) -> dict[str, np.ndarray]:
         """The numbers of each site's outputs among those of the module."""
         sites = [self.shape.sites[part] for part in self.parts[module]]

@@ -90,12 +90,15 @@ class IA3Config:
         return IA3Layer(self, shape, rngs)
 
     def size(self, shape: BackboneShape) -> int:
-        widths = [sum(_width(site, self, shape) for site in layer) for layer in self.modules(shape)]
+        modules = self.modules(shape)
         if not self.projection:
-            return sum(widths)
-        # All layers have the same size: the matrix covers every site that any layer targets.
-        sites = {site for layer in self.modules(shape) for site in layer}
-        return shape.num_hidden_layers * self.projection * (1 + sum(_width(site, self, shape) for site in sites))
+            return sum(_width(site, self, shape, layer) for layer, sites in enumerate(modules) for site in sites)
+        # The matrix of a layer covers every site of its shape that any layer targets.
+        targeted = {site for layer in modules for site in layer}
+        return self.projection * sum(
+            1 + sum(_width(site, self, shape, layer) for site in targeted if site in shape.sites_of(layer))
+            for layer in range(shape.num_hidden_layers)
+        )
 
     @classmethod
     def usual(cls, shape: BackboneShape) -> Mapping[str, IA3Config]:
@@ -112,15 +115,20 @@ class IA3Config:
 
     def places(self, layer: int, site: str, shape: BackboneShape) -> dict[str, Place]:
         """One module's ia3_l (outputs, 1), or (1, inputs) if its input is scaled."""
-        size = (1, shape.sites[site].inputs) if is_input(site, self, shape) else (shape.sites[site].outputs, 1)
+        inputs, outputs = shape.sites_of(layer)[site][:2]
+        size = (1, inputs) if is_input(site, self, shape) else (outputs, 1)
         return {VECTOR: Place(f"vectors.{site}", (layer,), size)}
 
     def in_peft(self, layers: IA3Layer, leaves: Tensors) -> tuple[IA3Config, Tensors]:
         """Replaces a projection by the vectors that it makes."""
         if not self.projection:
             return self, leaves
-        offsets = jax.vmap(lambda layer: layer.offsets())(layers)
-        return replace(self, projection=0), {f"vectors.{site}": 1 + np.asarray(x) for site, x in offsets.items()}
+        vectors: dict[str, np.ndarray] = {}
+        for name, stack in layers.items() if isinstance(layers, dict) else [("", layers)]:
+            offsets = jax.vmap(lambda layer: layer.offsets())(stack)
+            at = f"{name}." if name else ""
+            vectors |= {f"{at}vectors.{site}": 1 + np.asarray(x) for site, x in offsets.items()}
+        return replace(self, projection=0), vectors
 
     def peft_options(self) -> dict[str, Any]:
         """All fields except `projection`."""
@@ -158,7 +166,8 @@ class IA3Config:
 
 def is_input(site: str, config: IA3Config, shape: BackboneShape) -> bool:
     """Whether the input of this site is scaled, instead of its output."""
-    return any(_feeds(config, module_path(i, site, shape)) for i in range(shape.num_hidden_layers))
+    layers = [i for i in range(shape.num_hidden_layers) if site in shape.sites_of(i)]
+    return any(_feeds(config, module_path(i, site, shape)) for i in layers)
 
 
 def _feeds(config: IA3Config, path: str) -> bool:
@@ -173,8 +182,9 @@ def _last(shape: BackboneShape) -> str:
     return next((name for name, sites in modules.items() if sites == (FEEDFORWARD,)), FEEDFORWARD)
 
 
-def _width(site: str, config: IA3Config, shape: BackboneShape) -> int:
-    return shape.sites[site].inputs if is_input(site, config, shape) else shape.sites[site].outputs
+def _width(site: str, config: IA3Config, shape: BackboneShape, layer: int) -> int:
+    inputs, outputs = shape.sites_of(layer)[site][:2]
+    return inputs if is_input(site, config, shape) else outputs
 
 
 @lru_cache(maxsize=256)
@@ -214,7 +224,8 @@ class IA3Layer(nnx.Module):
         self.sites = tuple(site for site in shape.sites if any(site in layer for layer in self.modules))
         feeds = FEEDS if "gate_proj" in shape.sites else UNGATED_FEEDS
         self.scaled = {site: feeds if is_input(site, config, shape) else site for site in self.sites}
-        self.widths = tuple(_width(site, config, shape) for site in self.sites)
+        own = {site: shape.sites[site] for site in self.sites}
+        self.widths = tuple(x.inputs if is_input(site, config, shape) else x.outputs for site, x in own.items())
         if config.projection:
             self.short = nnx.Param(jax.random.normal(rngs.params(), (config.projection,), jnp.float32))
             self.matrix = nnx.Param(jnp.zeros((config.projection, sum(self.widths)), jnp.float32))

@@ -131,8 +131,8 @@ class LoraConfig:
 
     def size(self, shape: BackboneShape) -> int:
         return sum(
-            module.rank * (shape.sites[site].inputs + shape.sites[site].outputs)
-            for modules in self.modules(shape)
+            module.rank * sum(shape.sites_of(layer)[site][:2])
+            for layer, modules in enumerate(self.modules(shape))
             for site, module in modules.items()
         )
 
@@ -158,7 +158,7 @@ class LoraConfig:
 
     def places(self, layer: int, site: str, shape: BackboneShape) -> dict[str, Place]:
         """One module's lora_A (r, inputs) and lora_B (outputs, r)."""
-        rank, (inputs, outputs) = self.modules(shape)[layer][site].rank, shape.sites[site][:2]
+        rank, (inputs, outputs) = self.modules(shape)[layer][site].rank, shape.sites_of(layer)[site][:2]
         return {
             A: Place(f"down.{site}", np.s_[layer, :rank], (rank, inputs)),
             B: Place(f"up.{site}", np.s_[layer, :, :rank], (outputs, rank)),

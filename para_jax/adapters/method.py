@@ -13,7 +13,7 @@ import numpy as np
 from para_jax.adjustment import Adjustment
 from para_jax.annotations import Array, Bool, Float, Int
 from para_jax.errors import ParaJaxError, check_known, unknown
-from para_jax.families.architecture import Axes, Site
+from para_jax.families.architecture import Axes, Site, Stack
 
 if TYPE_CHECKING:
     from flax import nnx
@@ -34,11 +34,14 @@ class BackboneShape(Protocol):
     @property
     def num_hidden_layers(self) -> int: ...
     @property
+    def stacks(self) -> tuple[Stack, ...]: ...
+    @property
     def layers_path(self) -> str: ...
     @property
     def sites(self) -> Mapping[str, Site]: ...
     @property
     def linear_sites(self) -> Mapping[str, Site]: ...
+    def sites_of(self, layer: int) -> Mapping[str, Site]: ...
     def __hash__(self) -> int: ...
 
 
@@ -65,8 +68,26 @@ class ShapeView:
         return self.shape.sites
 
     @property
+    def stacks(self) -> tuple[Stack, ...]:
+        return self.shape.stacks
+
+    @property
     def linear_sites(self) -> Mapping[str, Site]:
         return {name: site for name, site in self.sites.items() if site.linear}
+
+    def sites_of(self, layer: int) -> Mapping[str, Site]:
+        return self.shape.sites_of(layer)
+
+
+@dataclasses.dataclass(frozen=True)
+class StackShape(ShapeView):
+    """The shape of a backbone, for the layers of one stack: `sites` are theirs."""
+
+    stack: Stack
+
+    @property
+    def sites(self) -> Mapping[str, Site]:
+        return self.shape.sites_of(self.stack.layers[0])
 
 
 @jax.tree_util.register_dataclass
@@ -121,7 +142,10 @@ class MethodConfig(Protocol):
         """
 
     def layer(self, shape: BackboneShape, rngs: nnx.Rngs, layer: Int[Array, ""]) -> AdapterLayer:
-        """Fresh weights of layer number `layer`. Array shapes do not depend on `layer`."""
+        """Fresh weights of layer number `layer`, for the sites of `shape`. Array shapes do not depend on `layer`.
+
+        If layers have different shapes, `shape` is a `StackShape`.
+        """
 
     def size(self, shape: BackboneShape) -> int:
         """The number of parameters of an adapter."""
@@ -145,6 +169,13 @@ class Place(NamedTuple):
     leaf: str
     part: tuple[Any, ...]
     shape: tuple[int, int]
+
+    def in_stack(self, shape: BackboneShape) -> Place:
+        """The place if each stack of layers has its own arrays; `part` begins with the number of the layer."""
+        layer, *rest = self.part
+        stack = next(stack for stack in shape.stacks if layer in stack.layers)
+        leaf = f"{stack.name}.{self.leaf}" if stack.name else self.leaf
+        return self._replace(leaf=leaf, part=(stack.layers.index(layer), *rest))
 
 
 class Joint(NamedTuple):
@@ -205,7 +236,7 @@ class PeftMethod(MethodConfig, Protocol):
 def sites_by_name(modules: Sequence[Mapping[str, Any]], shape: BackboneShape) -> tuple[str, ...]:
     """The names of the targeted sites if all layers have the same ones, else their paths."""
     sites = [site for site in shape.sites if any(site in layer for layer in modules)]
-    if all(len(layer) == len(sites) for layer in modules):
+    if all(len(layer) == sum(site in shape.sites_of(i) for site in sites) for i, layer in enumerate(modules)):
         return tuple(sites)
     return tuple(site_path(i, site, shape) for i, layer in enumerate(modules) for site in sites if site in layer)
 
@@ -230,7 +261,7 @@ def targeted_arrays(
 
 def site_path(layer: int, site: str, shape: BackboneShape) -> str:
     """The path of a site, starting at the list of layers."""
-    return f"{shape.layers_path.rpartition('.')[2]}.{layer}.{shape.sites[site].path}"
+    return f"{shape.layers_path.rpartition('.')[2]}.{layer}.{shape.sites_of(layer)[site].path}"
 
 
 M = TypeVar("M", bound=MethodConfig)
@@ -258,8 +289,9 @@ def check_targets(target_modules: tuple[str, ...], shape: BackboneShape) -> None
     """Raises ParaJaxError if there is no target, or a target is not a site of the backbone."""
     if not target_modules:
         raise ParaJaxError(f"target_modules is empty; choose among {', '.join(shape.sites)}")
+    known = {site for layer in range(shape.num_hidden_layers) for site in shape.sites_of(layer)}
     for target in target_modules:
-        if target not in shape.sites:
+        if target not in known:
             raise no_site(target, shape)
 
 

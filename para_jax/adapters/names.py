@@ -18,14 +18,13 @@ import numpy as np
 
 from para_jax.adapters.method import BackboneShape, ShapeView
 from para_jax.errors import ParaJaxError
-from para_jax.families.table import FAMILIES
 from para_jax.families.wrappers import WRAPPERS
 
 PREFIX = "base_model.model."
 TRAINING_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 # The names of a model's text decoder, and of parts that are not for text. The latter include parts of models that this
 # library does not load.
-TEXT = {"language_model", "text_model", *(part for f in FAMILIES.values() for part in f.names.stem.split("."))}
+TEXT = {"model", "language_model", "text_model"}
 NOT_TEXT = {
     "vision_model", "vision_encoder", "image_encoder", "audio_tower", "speech_encoder", "embed_vision", "embed_audio",
     *(part for wrapper in WRAPPERS.values() for part in wrapper.others),
@@ -73,7 +72,7 @@ def as_peft(path: Path, tensors: Mapping[str, np.ndarray], shape: BackboneShape)
             not_text[key] = re.sub(r"\.(lora_\w+|ia3_l)(\.weight)?$", "", bare)
             continue
         layer = in_layer.fullmatch(bare)
-        if layer and set((layer["stem"] or usual).split(".")) <= TEXT:
+        if layer and set((layer["stem"] or usual).split(".")) <= {*TEXT, *usual.split(".")}:
             stems.setdefault(layer["stem"] or "", key)
             name = f"{PREFIX}{usual}.{layer['module']}"
         if name in kept:

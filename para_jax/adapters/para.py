@@ -90,9 +90,10 @@ class ParaConfig:
         object.__setattr__(self, "target_modules", as_targets(self.target_modules))
 
     def modules(self, shape: BackboneShape) -> tuple[Mapping[str, None], ...]:
-        """The scaled sites, the same in each layer. Raises ParaJaxError for an unknown site."""
+        """The scaled sites of each layer: the targets that it has. Raises ParaJaxError for an unknown site."""
         check_targets(self.target_modules, shape)
-        return (dict.fromkeys(self.target_modules),) * shape.num_hidden_layers
+        layers = range(shape.num_hidden_layers)
+        return tuple(dict.fromkeys(s for s in self.target_modules if s in shape.sites_of(i)) for i in layers)
 
     def layer(self, shape: BackboneShape, rngs: nnx.Rngs, layer: Int[Array, ""] | int = 0) -> ParaLayer:
         check_targets(self.target_modules, shape)
@@ -106,11 +107,12 @@ class ParaConfig:
         >>> ParaConfig(r=12).size(llama_7b)
         8945664
         """
-        check_targets(self.target_modules, shape)
-        d, widths = shape.hidden_size, sum(shape.sites[site].outputs for site in self.target_modules)
-        extra = widths * self.bias + d * (self.pooling == "attention")
-        extra += (len(RATIONAL_NUMERATOR) + len(RATIONAL_DENOMINATOR)) * (self.activation == "rational")
-        return shape.num_hidden_layers * (d * self.r + self.r * widths + extra)
+        d, total = shape.hidden_size, 0
+        for layer, sites in enumerate(self.modules(shape)):
+            widths = sum(shape.sites_of(layer)[site].outputs for site in sites)
+            total += d * self.r + self.r * widths + widths * self.bias + d * (self.pooling == "attention")
+            total += (len(RATIONAL_NUMERATOR) + len(RATIONAL_DENOMINATOR)) * (self.activation == "rational")
+        return total
 
     @classmethod
     def usual(cls, shape: BackboneShape) -> Mapping[str, ParaConfig]:
@@ -133,7 +135,8 @@ class ParaLayer(nnx.Module):
     def __init__(self, config: ParaConfig, shape: BackboneShape, rngs: nnx.Rngs):
         d = shape.hidden_size
         self.config = config
-        self.widths = tuple(shape.sites[site].outputs for site in config.target_modules)
+        self.sites = tuple(site for site in config.target_modules if site in shape.sites)
+        self.widths = tuple(shape.sites[site].outputs for site in self.sites)
         self.down = nnx.Param(config.init_std * jax.random.normal(rngs.params(), (d, config.r), jnp.float32))
         self.up = nnx.Param(jnp.zeros((config.r, sum(self.widths)), jnp.float32))
         if config.bias:
@@ -157,7 +160,7 @@ class ParaLayer(nnx.Module):
         if self.config.bias:
             offsets = offsets + self.bias[...]
         ends = [sum(self.widths[: i + 1]) for i in range(len(self.widths) - 1)]
-        by_site = dict(zip(self.config.target_modules, jnp.split(offsets, ends), strict=True))
+        by_site = dict(zip(self.sites, jnp.split(offsets, ends), strict=True)) if self.sites else {}
         return Adjustment(by_site) if self.config.scale == "all" else Adjustment(later=by_site)
 
     def _pool(self, hidden_td: Float[Array, "t d"], mask_t: Bool[Array, " t"]) -> Float[Array, " d"]:

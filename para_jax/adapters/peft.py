@@ -60,7 +60,7 @@ def places(config: PeftMethod, shape: BackboneShape) -> dict[str, Place]:
     Place(leaf='vectors.down_proj', part=(1,), shape=(1, 704))
     """
     return {
-        f"{peft_path(layer, site, shape)}.{name}": place
+        f"{peft_path(layer, site, shape)}.{name}": place.in_stack(shape)
         for layer, modules in enumerate(config.modules(shape))
         for site in modules
         for name, place in config.places(layer, site, shape).items()
@@ -216,7 +216,9 @@ def config_from_peft(config_fields: Mapping[str, Any], shape: BackboneShape) -> 
         options["target_modules"] = ALL_LINEAR
     if options.get("layers_to_transform") == []:
         del options["layers_to_transform"]
-    paths = [module_path(layer, site, shape) for layer in range(shape.num_hidden_layers) for site in shape.sites]
+    paths = [
+        module_path(layer, site, shape) for layer in range(shape.num_hidden_layers) for site in shape.sites_of(layer)
+    ]
     if "exclude_modules" in options:
         options["exclude_modules"] = _effective_excludes(options["exclude_modules"], paths)
     return kind(**{key: _ordered(x, paths) if key.endswith("_modules") else x for key, x in options.items()})

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from para_jax.adapters.adapter import in_stack
 from para_jax.adapters.method import Prompt
 from para_jax.adjustment import PER_ROW, Adjustment, Dropout, total
 from para_jax.annotations import Array, Float, Int, Key
@@ -48,12 +49,12 @@ class Rows:
     repeats: int = 1
     composed: bool = False
 
-    def per_layer(self) -> tuple[Any, ...]:
-        """`layers` with the layer axis first, for a loop over the backbone's layers."""
-        return jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), self.layers)
+    def of_stack(self, name: str) -> tuple[Any, ...]:
+        """The part of `layers` for a stack of the backbone, with the layer axis first."""
+        return jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), tuple(in_stack(layers, name) for layers in self.layers))
 
     def prepare(self, layers: tuple[Any, ...], layer: int | Int[Array, ""], prompt: Prompt) -> Adjustment:
-        """Prepares the adapters of layer number `layer`, one entry of `per_layer`, for the whole batch.
+        """Prepares the adapters of layer number `layer`, of `of_stack`, for the whole batch.
 
         With a prompt mask (b, s, t), for s sequences packed in each row, offsets are (b, s, features).
 

@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 def module_path(layer: int, site: str, shape: BackboneShape) -> str:
     """The full name of a projection: `model.layers.3.self_attn.q_proj`."""
-    return f"{shape.layers_path}.{layer}.{shape.sites[site].path}"
+    return f"{shape.layers_path}.{layer}.{shape.sites_of(layer)[site].path}"
 
 
 def peft_path(layer: int, site: str, shape: BackboneShape) -> str:
@@ -70,7 +70,8 @@ def resolve(
     for layer in layers or ():
         if not 0 <= layer < total:
             raise ParaJaxError(f"layers_to_transform has layer {layer}; the backbone has layers 0 to {total - 1}")
-    sites = shape.linear_sites if linear or target_modules == ALL_LINEAR else shape.sites
+    only_linear = linear or target_modules == ALL_LINEAR
+    sites = shape.linear_sites if only_linear else shape.sites
     if linear and not isinstance(target_modules, str):
         for entry in target_modules:
             if any(names_module(entry, site.path) for name, site in shape.sites.items() if name not in sites):
@@ -78,7 +79,12 @@ def resolve(
                     f"target_modules has {entry}, which is the projections of many experts here; their outputs can be "
                     f"scaled (para, ia3) but not added to. Choose among {', '.join(sites)}"
                 )
-    paths = {(i, site): module_path(i, site, shape) for i in range(total) for site in sites}
+    paths = {
+        (i, name): module_path(i, name, shape)
+        for i in range(total)
+        for name, site in shape.sites_of(i).items()
+        if site.linear or not only_linear
+    }
     for name, pattern in (("target_modules", target_modules), ("exclude_modules", exclude)):
         _check(name, pattern, list(paths.values()), shape)
     pattern = ".*" if target_modules == ALL_LINEAR else target_modules

@@ -57,7 +57,7 @@ def decoder_entries(fields: Mapping[str, Any], shape: BackboneShape, names: Name
     Entries that match no module stay.
     """
     at = At(shape, names.stem)
-    paths = [module_path(layer, site, at) for layer in range(shape.num_hidden_layers) for site in shape.sites]
+    paths = [module_path(layer, site, at) for layer in range(shape.num_hidden_layers) for site in shape.sites_of(layer)]
 
     def keep_entry(entry: Any) -> bool:
         if not isinstance(entry, str):

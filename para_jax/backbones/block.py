@@ -16,7 +16,7 @@ from para_jax.backbones.experts import gated, through_experts
 from para_jax.backbones.linear import Weight, layer_norm, matmul, rms_norm
 from para_jax.backbones.options import wide
 from para_jax.config import BackboneConfig
-from para_jax.families.architecture import Experts
+from para_jax.families.architecture import Experts, LayerKind
 from para_jax.parameters import SCALE
 
 if TYPE_CHECKING:
@@ -48,54 +48,82 @@ class Block:
     The last axes are (outputs, inputs). Quantized projections have scales, such as `qkv_scale` (k, g + 2, hd, groups).
     Layers without gates have up (f, d) instead of gate_up. Layers with e experts have router (e, d), gate_up
     (e, 2, f, d) and down (e, d, f); with a shared expert, also shared_router (1, d), shared_gate_up and shared_down.
-    `dtype` is that of matmul inputs; `mesh` is what the weights are sharded over.
+    `kind` has the layer's sizes; `dtype` is that of matmul inputs; `mesh` is what the weights are sharded over.
     """
 
     config: BackboneConfig
+    kind: LayerKind
     weights: Mapping[str, nnx.Param]
     dtype: jnp.dtype
     mesh: Mesh | None = None
 
-    def __call__(
-        self,
-        x_btd: Float[Array, "b t d"],
-        adjust: Adjust,
-        angles: rope.Angles,
-        attend: Callable[[Array, Array, Array], Array],
-    ) -> Float[Array, "b t d"]:
-        """Applies the layer. With float16, the residual stream is float32 (`Backbone.residual_dtype`).
-
-        `adjust` takes a site's name, input and output, and returns the adjusted output. Layers without gates also call
-        it for `down_proj.input`, which can only be scaled. `attend` takes q (b, t, k, g, hd) and k, v (b, t, k, hd) and
-        returns (b, t, k * g * hd).
-        """
-        c = self.config
-        b, t, _ = x_btd.shape
-        k, hd = c.num_key_value_heads, c.head_dim
-        g = c.num_attention_heads // k
-
-        normed = self.attention_input(x_btd)
-        # Split, because its gradient is one concatenation; the gradient of indexing is not.
-        q, k_, v = jnp.split(self._project("qkv", normed), [g, g + 1], axis=-2)
-        q = self._split_heads("q_norm", adjust("q_proj", normed, q.reshape(b, t, -1)))
-        k_ = self._split_heads("k_norm", adjust("k_proj", normed, k_.reshape(b, t, -1)))
-        v = adjust("v_proj", normed, v.reshape(b, t, -1)).reshape(b, t, k, hd)
-        q = self._rotate("q_norm", q, angles)
-        if angles.query_scale is not None:
-            q = (q * angles.query_scale[:, :, None, None]).astype(q.dtype)
-        mixed = attend(q.reshape(b, t, k, g, hd), self._rotate("k_norm", k_, angles), v)
-        out = adjust("o_proj", mixed, self._project("out", mixed, x_btd.dtype))
-        if c.parallel:
-            normed = self._norm("mlp_norm", x_btd).astype(self.dtype) if c.parallel_norms else normed
-            return x_btd + self._residual("attention_post_norm", out + self._feed_forward(normed, adjust, x_btd.dtype))
-        x_btd = x_btd + self._residual("attention_post_norm", out)
-        normed = (self._norm("mlp_norm", x_btd) if c.pre_norm else x_btd).astype(self.dtype)
-        return x_btd + self._residual("mlp_post_norm", self._feed_forward(normed, adjust, x_btd.dtype))
+    @property
+    def shares(self) -> int:
+        """The number of the layer whose keys and values this one takes."""
+        assert self.kind.shares is not None
+        return self.kind.shares
 
     def attention_input(self, x_btd: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         """The input of the q, k and v projections."""
         normed = self._norm("attention_norm", x_btd) if self.config.pre_norm else x_btd
         return normed.astype(self.dtype)
+
+    def queries_keys_values(
+        self, normed_btd: Float[Array, "b t d"], adjust: Adjust, angles: rope.Angles
+    ) -> tuple[Float[Array, "b t k g hd"], tuple[Float[Array, "b k t hd"], Float[Array, "b k t hd"]] | None]:
+        """What attention takes: the queries, and the keys and values; None in layers that share those of another.
+
+        `adjust` takes a site's name, input and output, and returns the adjusted output.
+        """
+        (k, g, hd), (b, t, _) = self.config.heads(self.kind), normed_btd.shape
+        # Split, because its gradient is one concatenation; the gradient of indexing is not.
+        ends = {"own": [g, g + 1], "keys": [g], "shared": []}[self.kind.values]
+        q, *others = jnp.split(self._project("qkv", normed_btd), ends, axis=-2)
+        q = self._split_heads("q_norm", adjust("q_proj", normed_btd, q.reshape(b, t, -1)))
+        q = self._rotate("q_norm", q, angles)
+        if angles.query_scale is not None:
+            q = (q * angles.query_scale[:, :, None, None]).astype(q.dtype)
+        q = q.reshape(b, t, k, g, hd)
+        if self.kind.values == "shared":
+            return q, None
+        flat = adjust("k_proj", normed_btd, others[0].reshape(b, t, -1))
+        values = flat if self.kind.values == "keys" else adjust("v_proj", normed_btd, others[1].reshape(b, t, -1))
+        values = values.reshape(b, t, k, hd)
+        if self.config.value_norm:
+            values = rms_norm(values, None, self.config.rms_norm_eps)
+        keys = self._rotate("k_norm", self._split_heads("k_norm", flat), angles)
+        return q, (keys.swapaxes(1, 2), values.swapaxes(1, 2))
+
+    def after_attention(
+        self,
+        x_btd: Float[Array, "b t d"],
+        normed_btd: Float[Array, "b t d"],
+        mixed: Float[Array, "b t kghd"],
+        adjust: Adjust,
+        layer_input: Float[Array, "b t p"] | None = None,
+    ) -> Float[Array, "b t d"]:
+        """The output of the layer, from its input, the input of attention, and the output of attention.
+
+        With float16, the residual stream is float32 (`Backbone.residual_dtype`). Layers without gates also call
+        `adjust` for `down_proj.input`, which can only be scaled. `layer_input` is the layer's own input, in families
+        that have one.
+        """
+        c = self.config
+        out = adjust("o_proj", mixed, self._project("out", mixed, x_btd.dtype))
+        if c.parallel:
+            if c.parallel_norms:
+                normed_btd = self._norm("mlp_norm", x_btd).astype(self.dtype)
+            out = out + self._feed_forward(normed_btd, x_btd, adjust)
+            x_btd = x_btd + self._residual("attention_post_norm", out)
+        else:
+            x_btd = x_btd + self._residual("attention_post_norm", out)
+            normed_btd = (self._norm("mlp_norm", x_btd) if c.pre_norm else x_btd).astype(self.dtype)
+            x_btd = x_btd + self._residual("mlp_post_norm", self._feed_forward(normed_btd, x_btd, adjust))
+        if layer_input is not None:
+            inner = self._project("input_gate", x_btd.astype(self.dtype))
+            inner = gated(FUNCTIONS[c.hidden_act], inner, layer_input.astype(self.dtype))
+            x_btd = x_btd + self._norm("input_norm", self._project("input_out", inner, x_btd.dtype))
+        return x_btd * self.weights["layer_scale"][0].astype(x_btd.dtype) if c.layer_scale else x_btd
 
     def _norm(self, name: str, x: Array) -> Array:
         weight, bias = (self.weights.get(key) for key in (name, f"{name}_bias"))
@@ -120,24 +148,31 @@ class Block:
         """Splits queries or keys into heads and applies their norm if it comes before RoPE."""
         c = self.config
         x = self._norm(name, x_btf) if c.qk_norm == "all" else x_btf
-        x = x.reshape(*x.shape[:2], -1, c.head_dim)
+        x = x.reshape(*x.shape[:2], -1, self.kind.head_dim or c.head_dim)
         return self._norm(name, x) if c.qk_norm in ("head", "each") and not c.qk_norm_last else x
 
     def _rotate(self, name: str, x: Float[Array, "b t heads hd"], angles: rope.Angles) -> Float[Array, "b t heads hd"]:
         """Applies RoPE to queries or keys, and their norm if it comes after RoPE."""
         c = self.config
-        x = rope.rotate(x, angles.cos, angles.sin, c.rope_pairs) if any(kind.rope for kind in c.attention_kinds) else x
+        x = rope.rotate(x, angles.cos, angles.sin, c.rope_pairs) if any(kind.rope for kind in c.layer_kinds) else x
         return self._norm(name, x) if c.qk_norm_last else x
 
-    def _feed_forward(self, normed: Array, adjust: Adjust, dtype: Any) -> Array:
-        c = self.config
-        if c.experts is None:
-            return self._dense("", normed, adjust, dtype)
+    def _feed_forward(self, normed: Array, x: Array, adjust: Adjust) -> Array:
+        """The feed-forward of the normed residual stream x."""
+        c, dtype = self.config, x.dtype
+        if c.experts is None or self.kind.dense:
+            return self._dense("" if c.experts is None else "dense_", normed, adjust, dtype)
+        if c.experts.beside:
+            dense = self._norm("dense_post_norm", self._dense("dense_", normed, adjust, dtype))
+            routed = rms_norm(x, None, c.rms_norm_eps) * self.weights["router_scale"][...].astype(dtype)[None, None]
+            routed = (routed * jnp.asarray(c.hidden_size**-0.5, dtype)).astype(self.dtype)
+            normed = self._norm("experts_norm", x).astype(self.dtype)
+            return dense + self._norm("experts_post_norm", self._mixture(c.experts, normed, routed, None, dtype))
         if not c.experts.shared:
-            return self._mixture(c.experts, normed, adjust, dtype)
+            return self._mixture(c.experts, normed, normed, adjust, dtype)
         gate = jax.nn.sigmoid(matmul(normed, self.weights["shared_router"][...], dtype=jnp.float32))
         shared = self._dense("shared_", normed, adjust, dtype)
-        return self._mixture(c.experts, normed, None, dtype) + shared * gate.astype(dtype)
+        return self._mixture(c.experts, normed, normed, None, dtype) + shared * gate.astype(dtype)
 
     def _dense(self, prefix: str, normed: Array, adjust: Adjust, dtype: Any) -> Array:
         act = partial(xielu, self.weights["act"][...]) if "act" in self.weights else FUNCTIONS[self.config.hidden_act]
@@ -152,14 +187,18 @@ class Block:
             inner = adjust("down_proj.input", inner, inner)
         return adjust("down_proj", inner, self._project(f"{prefix}down", inner, dtype))
 
-    def _mixture(self, experts: Experts, normed: Array, adjust: Adjust | None, dtype: Any) -> Array:
-        """Applies the top-k experts of each token. `adjust` scales the up projections of all experts alike."""
+    def _mixture(self, experts: Experts, normed: Array, routed: Array, adjust: Adjust | None, dtype: Any) -> Array:
+        """Applies the top-k experts of each token to `normed`; the router reads `routed`.
+
+        `adjust` scales the up projections of all experts alike.
+        """
         # Applied to ones, `adjust` gives the scale itself. It is float32, so that nothing is rounded.
         scale = jnp.ones((*normed.shape[:2], experts.width), jnp.float32)
         scale = scale if adjust is None else adjust("up_proj", normed, scale)
-        probability = jax.nn.softmax(matmul(normed, self.weights["router"][...], dtype=jnp.float32), axis=-1)
+        probability = jax.nn.softmax(matmul(routed, self.weights["router"][...], dtype=jnp.float32), axis=-1)
         act, weights = FUNCTIONS[self.config.hidden_act], (self._weight("gate_up"), self._weight("down"))
-        return through_experts(normed, probability, scale, *weights, experts, act, self.mesh).astype(dtype)
+        factor = self.weights["expert_scale"][...] if experts.beside else None
+        return through_experts(normed, probability, scale, factor, *weights, experts, act, self.mesh).astype(dtype)
 
 
 def xielu(parameters: Float[Array, "4"], x: Float[Array, "*b f"]) -> Float[Array, "*b f"]:

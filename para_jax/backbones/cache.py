@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
 
 from para_jax.adjustment import Adjustment
+from para_jax.backbones.layers import At
 from para_jax.config import BackboneConfig
 from para_jax.sharding import rows_axes
 
@@ -31,14 +32,15 @@ class Cache:
     """A KV cache. All rows write the same column, so prompts are left-padded.
 
     Attributes:
-      keys, values: a tuple with one array per layer, or one stacked array (l, b, k, s, hd).
+      keys, values: an array for each stack of layers (l, b, k, s, hd), or for each unstacked layer (b, k, s, hd); None
+        for layers that share those of another.
       valid_bs: which columns hold a token.
       column: the next column to write.
       position_b: each row's next position.
     """
 
-    keys: tuple[Float[Array, "b k s hd"], ...] | Float[Array, "l b k s hd"]
-    values: tuple[Float[Array, "b k s hd"], ...] | Float[Array, "l b k s hd"]
+    keys: tuple[Float[Array, "*l b k s hd"] | None, ...]
+    values: tuple[Float[Array, "*l b k s hd"] | None, ...]
     valid_bs: Bool[Array, "b s"]
     column: Int[Array, ""]
     position_b: Int[Array, " b"]
@@ -46,15 +48,19 @@ class Cache:
     @classmethod
     def create(cls, config: BackboneConfig, batch: int, length: int, dtype: jnp.dtype, stacked: bool) -> Cache:
         """An empty cache of `length` columns."""
-        shape = (batch, config.num_key_value_heads, length, config.head_dim)
 
-        def zeros() -> Array | tuple[Array, ...]:
+        def zeros(layer: int, leading: tuple[int, ...]) -> Array | None:
+            kind = config.kind(layer)
+            k, _, hd = config.heads(kind)
+            return None if kind.values == "shared" else jnp.zeros((*leading, batch, k, length, hd), dtype)
+
+        def empty() -> tuple[Array | None, ...]:
             if stacked:
-                return jnp.zeros((config.num_hidden_layers, *shape), dtype)
-            return tuple(jnp.zeros(shape, dtype) for _ in range(config.num_hidden_layers))
+                return tuple(zeros(stack.layers[0], (len(stack.layers),)) for stack in config.stacks)
+            return tuple(zeros(layer, ()) for layer in range(config.num_hidden_layers))
 
         valid = jnp.zeros((batch, length), bool)
-        return cls(zeros(), zeros(), valid, jnp.zeros((), jnp.int32), jnp.zeros((batch,), jnp.int32))
+        return cls(empty(), empty(), valid, jnp.zeros((), jnp.int32), jnp.zeros((batch,), jnp.int32))
 
     def admit(self, mask_bt: Bool[Array, "b t"]) -> Cache:
         """Advances by t columns and marks those that hold a token."""
@@ -62,21 +68,28 @@ class Cache:
         length = jnp.sum(mask_bt, axis=1, dtype=jnp.int32)
         return replace(self, valid_bs=valid, column=self.column + mask_bt.shape[1], position_b=self.position_b + length)
 
+    @property
+    def batch_axis(self) -> int:
+        """The axis of the batch's rows in keys, values and Adjustments: 1 if layers are stacked, else 0."""
+        return next(x.ndim for x in self.keys if x is not None) - 4
+
     def write(
         self,
-        layer: int | Int[Array, ""],
+        at: At,
         column: Int[Array, ""],
         k: Float[Array, "b k t hd"],
         v: Float[Array, "b k t hd"],
     ) -> Cache:
         """Writes a layer's new keys and values at `column`."""
 
-        def update(layers: Array | tuple[Array, ...], x: Array) -> Array | tuple[Array, ...]:
-            if isinstance(layers, tuple):
-                at = int(layer)
-                new = jax.lax.dynamic_update_slice(layers[at], x, (0, 0, column, 0))
-                return (*layers[:at], new, *layers[at + 1 :])
-            return jax.lax.dynamic_update_slice(layers, x[None], (layer, 0, 0, column, 0))
+        def update(arrays: tuple[Array | None, ...], x: Array) -> tuple[Array | None, ...]:
+            old = arrays[at.slot]
+            assert old is not None
+            if at.depth is None:
+                new = jax.lax.dynamic_update_slice(old, x, (0, 0, column, 0))
+            else:
+                new = jax.lax.dynamic_update_slice(old, x[None], (at.depth, 0, 0, column, 0))
+            return (*arrays[: at.slot], new, *arrays[at.slot + 1 :])
 
         return replace(self, keys=update(self.keys, k), values=update(self.values, v))
 
@@ -94,37 +107,33 @@ class Cache:
             pin = jax.shard_map(pin, mesh=mesh, in_specs=layer_spec, out_specs=layer_spec)
         return replace(self, keys=jax.tree.map(pin, self.keys), values=jax.tree.map(pin, self.values))
 
-    def read(self, layer: int | Int[Array, ""]) -> tuple[Float[Array, "b k s hd"], Float[Array, "b k s hd"]]:
+    def read(self, at: At) -> tuple[Float[Array, "b k s hd"], Float[Array, "b k s hd"]]:
         """A layer's keys and values."""
-        return self.keys[layer], self.values[layer]
+        keys, values = self.keys[at.slot], self.values[at.slot]
+        assert keys is not None and values is not None
+        return (keys, values) if at.depth is None else (keys[at.depth], values[at.depth])
 
     def rows(self, index_b: Int[Array, " b"]) -> Cache:
         """Gathers rows of the batch; beam search reorders rows with it."""
 
-        def gather(layers: Array | tuple[Array, ...]) -> Array | tuple[Array, ...]:
-            if isinstance(layers, tuple):
-                return tuple(x[index_b] for x in layers)
-            return layers[:, index_b]
-
-        valid_bs, position_b = self.valid_bs[index_b], self.position_b[index_b]
-        return Cache(gather(self.keys), gather(self.values), valid_bs, self.column, position_b)
+        gather = (lambda x: x[:, index_b]) if self.batch_axis else (lambda x: x[index_b])
+        keys, values = jax.tree.map(gather, (self.keys, self.values))
+        return Cache(keys, values, self.valid_bs[index_b], self.column, self.position_b[index_b])
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["cache", "adjustments"], meta_fields=[])
 @dataclass(frozen=True)
 class DecodeState:
-    """The state of a batch during decoding. It has each layer's Adjustment, but no tenants and no adapters."""
+    """The state of a batch during decoding: the cache, and the Adjustments by stack or by unstacked layer.
+
+    It has no tenants and no adapters.
+    """
 
     cache: Cache
-    adjustments: Any
+    adjustments: tuple[Adjustment, ...]
 
     def repeated(self, times: int) -> DecodeState:
         """Repeats each row `times` times, for beam search."""
-        stacked = not isinstance(self.adjustments, tuple)
-
-        def repeat(adjustment: Adjustment) -> Adjustment:
-            return adjustment.per_row(lambda x: jnp.repeat(x, times, axis=1 if stacked else 0))
-
+        repeat = partial(jnp.repeat, repeats=times, axis=self.cache.batch_axis)
         index = jnp.repeat(jnp.arange(self.cache.position_b.shape[0]), times)
-        adjustments = repeat(self.adjustments) if stacked else tuple(repeat(one) for one in self.adjustments)
-        return DecodeState(self.cache.rows(index), adjustments)
+        return DecodeState(self.cache.rows(index), tuple(one.per_row(repeat) for one in self.adjustments))

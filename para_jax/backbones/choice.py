@@ -94,16 +94,15 @@ def _unsupported(kernel: Kernel, config: BackboneConfig, dtype: jnp.dtype, devic
     if capability < (8, 0):
         return "needs an Ampere GPU or later"
     most = 256 if capability >= (9, 0) else 128
-    fits = config.head_dim % 8 == 0 and config.head_dim <= most
+    fits = all(hd % 8 == 0 and hd <= most for _, _, hd in map(config.heads, config.layer_kinds))
     return "" if fits else f"supports heads of up to {most} features, in multiples of 8"
 
 
 def _compile_error(kernel: Kernel, config: BackboneConfig, dtype: jnp.dtype, device: Any) -> str:
     """The compiler's error for a kernel, with package versions; "" if it compiles."""
     about = {
-        "windows": sorted({kind.window or 0 for kind in config.attention_kinds}),
-        "heads": [config.num_key_value_heads, config.num_attention_heads],
-        "head_dim": config.head_dim,
+        "windows": sorted({kind.window or 0 for kind in config.layer_kinds}),
+        "heads": sorted({config.heads(kind) for kind in config.layer_kinds}),
         "softcap": config.attn_logit_softcapping,
         "dtype": str(dtype),
         "lengths": LENGTHS[kernel],
@@ -115,19 +114,22 @@ def _compile_error(kernel: Kernel, config: BackboneConfig, dtype: jnp.dtype, dev
 
 def _trace(kernel: Kernel, config: BackboneConfig, dtype: jnp.dtype, device: Any) -> Traced:
     """One program with all of a backbone's kinds of attention, packed and not packed, with and without gradients."""
-    k, hd = config.num_key_value_heads, config.head_dim
-    g, softcap = config.num_attention_heads // k, config.attn_logit_softcapping
-    windows = dict.fromkeys(kind.window for kind in config.attention_kinds)
+    softcap, heads = config.attn_logit_softcapping, list(dict.fromkeys(map(config.heads, config.layer_kinds)))
+    kinds = dict.fromkeys((kind.window, config.heads(kind)) for kind in config.layer_kinds)
     # Splash treats every row as packed.
-    forms = [(window, packed) for window in windows for packed in (False, True) if packed or kernel != "splash"]
+    forms = [(*kind, packed) for kind in kinds for packed in (False, True) if packed or kernel != "splash"]
 
-    def loss(rows: list[tuple[Any, Any, Any]], masks: list[tuple[Any, Any]]) -> Any:
+    def loss(rows: list[dict[tuple[int, ...], tuple[Any, Any, Any]]], masks: list[tuple[Any, Any]]) -> Any:
         mixed = [
             prompt_attention(
-                kernel, *qkv, Seen(valid, jnp.arange(valid.shape[1]), window, segment if packed else None), 0.1, softcap
+                kernel,
+                *qkv[of],
+                Seen(valid, jnp.arange(valid.shape[1]), window, ids if packed else None),
+                0.1,
+                softcap,
             )
-            for qkv, (valid, segment) in zip(rows, masks, strict=True)
-            for window, packed in forms
+            for qkv, (valid, ids) in zip(rows, masks, strict=True)
+            for window, of, packed in forms
         ]
         return sum(jnp.sum(x.astype(jnp.float32)) for x in mixed)
 
@@ -135,6 +137,9 @@ def _trace(kernel: Kernel, config: BackboneConfig, dtype: jnp.dtype, device: Any
         return jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device))
 
     lengths = LENGTHS[kernel]
-    rows = [(shaped(dtype, 1, t, k, g, hd), *(shaped(dtype, 1, k, t, hd) for _ in "kv")) for t in lengths]
+    rows = [
+        {(k, g, hd): (shaped(dtype, 1, t, k, g, hd), *(shaped(dtype, 1, k, t, hd) for _ in "kv")) for k, g, hd in heads}
+        for t in lengths
+    ]
     masks = [(shaped(jnp.bool_, 1, t), shaped(jnp.int32, 1, t)) for t in lengths]
     return jax.jit(lambda *x: (loss(*x), jax.grad(loss)(*x))).trace(rows, masks)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from para_jax.adapters.adapter import abstract_layers
+from para_jax.adapters.adapter import abstract_layers, in_stack
 from para_jax.adapters.method import BackboneShape, MethodConfig, Prompt
 from para_jax.backbones.options import wide
 from para_jax.config import BackboneConfig
@@ -38,10 +38,12 @@ def adapter_cost(config: MethodConfig, shape: BackboneShape, dtype: str = "bfloa
     def prepared(layers: Any) -> list[Any]:
         hidden = jnp.zeros((1, shape.hidden_size), dtype)
         prompt = Prompt(hidden, hidden, jnp.ones((1,), bool))
-        return [
-            jax.tree.map(lambda x, i=i: x[i], layers).prepare(prompt, i).for_decoding().astype(wide(jnp.dtype(dtype)))
-            for i in range(shape.num_hidden_layers)
+        every = [
+            jax.tree.map(lambda x, i=i: x[i], in_stack(layers, stack.name)).prepare(prompt, layer)
+            for stack in shape.stacks
+            for i, layer in enumerate(stack.layers)
         ]
+        return [one.for_decoding().astype(wide(jnp.dtype(dtype))) for one in every]
 
     leaves = jax.tree.leaves(jax.eval_shape(prepared, abstract_layers(config, shape)))
     in_flight = sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)

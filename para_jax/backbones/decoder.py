@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -24,17 +24,17 @@ from para_jax.adapters.bank import AdapterBank, batch_rows
 from para_jax.adapters.method import Prompt
 from para_jax.adapters.rows import Rows, Tenant
 from para_jax.adjustment import Adjustment
-from para_jax.backbones import rope
+from para_jax.backbones import kinds
 from para_jax.backbones.attention import Seen
 from para_jax.backbones.block import Block, norm
 from para_jax.backbones.cache import Cache, DecodeState
 from para_jax.backbones.choice import choose
-from para_jax.backbones.kernels import Kernel, prompt_attention
-from para_jax.backbones.linear import SAVE_MATMULS, matmul
+from para_jax.backbones.layers import At, over_layers, place
+from para_jax.backbones.linear import matmul
 from para_jax.backbones.options import Attention, Dtype, Remat, compute_dtype, default_stacked, wide
 from para_jax.backbones.packed import Segments
 from para_jax.backbones.weights import random_weights
-from para_jax.compat import List
+from para_jax.compat import Dict, List
 from para_jax.config import BackboneConfig
 from para_jax.convert.checkpoint import fetched, load_weights
 from para_jax.errors import ParaJaxError, unknown
@@ -52,7 +52,8 @@ class Backbone(nnx.Module):
     """A frozen language model of any family, as a pytree that is passed to programs as an argument.
 
     Its weights are embed (v, d), blocks, norm (d,), and head (v, d) unless it is tied to embed; some families also have
-    positions (p, d), norm_bias (d,) and head_bias (v,), or no norm.
+    positions (p, d), norm_bias (d,) and head_bias (v,), or no norm, or inputs for every layer: layer_embed (v, l * p),
+    layer_inputs (l * p, d) and layer_inputs_norm (p,).
 
     >>> from para_jax import Backbone, tiny_backbone_path
     >>> backbone = Backbone.from_pretrained(tiny_backbone_path())
@@ -66,6 +67,9 @@ class Backbone(nnx.Module):
     norm_bias: nnx.Param
     head: nnx.Param
     head_bias: nnx.Param
+    layer_embed: nnx.Param
+    layer_inputs: nnx.Param
+    layer_inputs_norm: nnx.Param
 
     def __init__(
         self,
@@ -89,8 +93,17 @@ class Backbone(nnx.Module):
         top, *layers = jax.random.split(key, 1 + config.num_hidden_layers)
         for name, weight in random_weights(table(config), config, compute, top).items():
             setattr(self, name, weight)
-        make = partial(random_weights, table(config, 0), config, compute, quantize=quantize)
-        self.blocks: Any = jax.vmap(make)(jnp.stack(layers)) if self.stacked else List([make(key) for key in layers])
+
+        def make(layer: int, key: Array) -> Any:
+            return random_weights(table(config, layer), config, compute, key, quantize=quantize)
+
+        if self.stacked:
+            keys = [jnp.stack([layers[layer] for layer in stack.layers]) for stack in config.stacks]
+            made = [jax.vmap(partial(make, s.layers[0]))(own) for s, own in zip(config.stacks, keys, strict=True)]
+            by_name = {stack.name: weights for stack, weights in zip(config.stacks, made, strict=True)}
+            self.blocks: Any = made[0] if len(made) == 1 else Dict(by_name)
+        else:
+            self.blocks = List([make(layer, key) for layer, key in enumerate(layers)])
 
     @classmethod
     def from_pretrained(
@@ -205,7 +218,7 @@ class Backbone(nnx.Module):
         cache: Cache | None = None,
         remat: Remat = "none",
         segments: Segments | None = None,
-    ) -> tuple[Float[Array, "b t d"], Any, Cache | None]:
+    ) -> tuple[Float[Array, "b t d"], tuple[Adjustment, ...], Cache | None]:
         """Runs all tokens, and prepares the rows' adapters layer by layer.
 
         Args:
@@ -229,35 +242,37 @@ class Backbone(nnx.Module):
             position_bt, length_bt = segments.position_bt, segments.each(segments.length_bs)
             prompt_masks, segment_bt = segments.masks(prompt_mask_bt), segments.segment_bt
             next_bt = next_bt & (segment_bt == jnp.pad(segment_bt[:, 1:], [(0, 0), (0, 1)]))
-        angles = self._angles(position_bt, length_bt)
+        angles = kinds.angles(self.config, position_bt, length_bt)
         # The last prompt token predicts the first response token, so it counts as response.
         in_prompt = prompt_mask_bt & next_bt
         column = None if cache is None else cache.column
         seen = Seen(mask_bt, jnp.arange(mask_bt.shape[1]), None, segment_bt)
 
-        def body(carry: Any, layer: Any, block: Block, adapters: Any) -> tuple[Any, Adjustment]:
-            x, cache = carry
-            adjustment = rows.prepare(adapters, layer, Prompt(x, block.attention_input(x), prompt_masks))
-            adjustment = adjustment.astype(x.dtype)
-            new_kv: list[Array] = []
+        def body(carry: Any, at: At, weights: Any, inputs: Any) -> tuple[Any, Adjustment]:
+            (x, cache, shared), (adapters, layer_input), block = carry, inputs, self._block(at, weights)
+            normed = block.attention_input(x)
+            adjustment = rows.prepare(adapters, at.number, Prompt(x, normed, prompt_masks)).astype(x.dtype)
 
             def adjust(site: str, x: Array, y: Array) -> Array:
                 if segments is None:
                     return adjustment.apply(site, x, y, in_prompt)
                 return segments.apply(adjustment, site, x, y, in_prompt)
 
-            def attend(q: Array, k: Array, v: Array) -> Array:
-                k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-                new_kv.extend((k, v))
-                return self._attend(layer, self.attention, q, k, v, seen)
+            q, keys_values = block.queries_keys_values(normed, adjust, at.select(angles))
+            if keys_values is None:
+                keys_values = shared[block.shares]
+            else:
+                shared = {source: at.is_layer(source, keys_values, old) for source, old in shared.items()}
+                cache = None if cache is None else cache.write(at, column, *keys_values)
+            mixed = kinds.attend(self.config, at, self.attention, q, keys_values, seen, self.mesh)
+            x = split_rows(block.after_attention(x, normed, mixed, adjust, layer_input), self.mesh)
+            return (x, cache, shared), adjustment.for_decoding()
 
-            x = split_rows(block(x, adjust, self._for_kind(layer, angles), attend), self.mesh)
-            if cache is not None:
-                cache = cache.write(layer, column, *new_kv)
-            return (x, cache), adjustment.for_decoding()
-
-        carry = (self._embedded(tokens_bt, position_bt), cache)
-        (x, cache), adjustments = self._over_layers(body, carry, self._per_layer(rows.per_layer()), remat)
+        x = self._embedded(tokens_bt, position_bt)
+        own = self._layer_inputs(tokens_bt, x)
+        inputs = tuple(zip(self._per_layer(rows), own, strict=True))
+        carry = (x, cache, kinds.to_share(self.config, self.dtype, *tokens_bt.shape))
+        (x, cache, _), adjustments = self._over_layers(body, carry, inputs, remat)
         if cache is not None:
             cache = cache.admit(mask_bt)
         return self._final_norm(x), adjustments, cache
@@ -281,25 +296,27 @@ class Backbone(nnx.Module):
         """Runs one token per row. Returns the float32 logits of the next token, and the new state."""
         column = state.cache.column
         position_bt = state.cache.position_b[:, None]
-        angles = self._angles(position_bt, position_bt + 1)
+        angles = kinds.angles(self.config, position_bt, position_bt + 1)
         cache = state.cache.admit(jnp.ones((token_b.shape[0], 1), bool))
         seen = Seen(cache.valid_bs, column[None])
 
-        def body(carry: Any, layer: Any, block: Block, adjustment: Adjustment) -> tuple[Any, None]:
-            x_btd, cache = carry
-            written = []
+        def body(carry: Any, at: At, weights: Any, inputs: Any) -> tuple[Any, None]:
+            (x_btd, cache), (adjustment, layer_input), block = carry, inputs, self._block(at, weights)
+            normed = block.attention_input(x_btd)
+            q, keys_values = block.queries_keys_values(normed, adjustment.apply, at.select(angles))
+            if keys_values is None:
+                source = place(self.config, self.stacked, block.shares)
+            else:
+                source = at
+                cache = cache.write(at, column, *keys_values)
+                cache = cache.with_row_major_layout(self.mesh) if self.stacked else cache
+            mixed = kinds.attend(self.config, at, "plain", q, cache.read(source), seen, self.mesh)
+            x_btd = block.after_attention(x_btd, normed, mixed, adjustment.apply, layer_input)
+            return (split_rows(x_btd, self.mesh), cache), None
 
-            def attend(q: Array, k: Array, v: Array) -> Array:
-                new = cache.write(layer, column, k.swapaxes(1, 2), v.swapaxes(1, 2))
-                written.append(new.with_row_major_layout(self.mesh) if self.stacked else new)
-                keys, values = written[0].read(layer)
-                return self._attend(layer, "plain", q, keys, values, seen)
-
-            x_btd = block(x_btd, adjustment.apply, self._for_kind(layer, angles), attend)
-            return (split_rows(x_btd, self.mesh), written[0]), None
-
-        carry = (self._embedded(token_b[:, None], position_bt), cache)
-        (x_btd, cache), _ = self._over_layers(body, carry, state.adjustments)
+        x_btd = self._embedded(token_b[:, None], position_bt)
+        inputs = tuple(zip(state.adjustments, self._layer_inputs(token_b[:, None], x_btd), strict=True))
+        (x_btd, cache), _ = self._over_layers(body, (x_btd, cache), inputs)
         return self.logits(self._final_norm(x_btd))[:, 0], DecodeState(cache, state.adjustments)
 
     def gathered_head(self) -> Float[Array, "v d"]:
@@ -346,66 +363,41 @@ class Backbone(nnx.Module):
         weight, bias = (self.norm[...] if c.norm_weights else None, self.norm_bias[...] if "norm" in c.biases else None)
         return norm(c, x_btd, weight, bias).astype(self.dtype)
 
-    def _attend(self, layer: int | Int[Array, ""], kernel: Kernel, q: Array, k: Array, v: Array, seen: Seen) -> Array:
-        """Attention with the window of the layer's kind."""
+    def _layer_inputs(self, tokens_bt: Int[Array, "b t"], x_btd: Float[Array, "b t d"]) -> Sequence[Any]:
+        """Each layer's own input, by stack or by unstacked layer; None in families without."""
         c = self.config
-        scale = c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale
+        if c.per_layer_inputs is None:
+            return [None] * (len(c.stacks) if self.stacked else c.num_hidden_layers)
+        by_token = embedded(self.layer_embed[...], tokens_bt, self.mesh)
+        every_lbtp = kinds.layer_inputs(c, by_token, x_btd, self.layer_inputs[...], self.layer_inputs_norm[...])
+        return [every_lbtp[jnp.array(stack.layers)] for stack in c.stacks] if self.stacked else [*every_lbtp]
 
-        def with_window(window: int | None) -> Callable[[Array, Array, Array], Array]:
-            mask = seen._replace(window=window)
-            return lambda q, k, v: prompt_attention(kernel, q, k, v, mask, scale, c.attn_logit_softcapping, self.mesh)
+    def _block(self, at: At, weights: Any) -> Block:
+        first = self.config.stacks[at.slot].layers[0] if self.stacked else at.slot
+        return Block(self.config, self.config.kind(first), weights, self.dtype, self.mesh)
 
-        # Kernels need a static window, so scanned layers get a branch per window.
-        windows = [kind.window for kind in c.attention_kinds]
-        different = list(dict.fromkeys(windows))
-        if len(different) == 1:
-            return with_window(windows[0])(q, k, v)
-        if isinstance(layer, int):
-            return with_window(windows[c.kind_of_layer[layer]])(q, k, v)
-        branch = jnp.array([different.index(windows[kind]) for kind in c.kind_of_layer])[layer]
-        return jax.lax.switch(branch, [with_window(window) for window in different], q, k, v)
-
-    def _angles(self, position_bt: Int[Array, "b t"], length_bt: Int[Array, "b t"]) -> list[rope.Angles]:
-        """The RoPE angles of each kind of attention."""
-        c = self.config
-        return [
-            rope.angles(kind.rope, c.head_dim, c.max_position_embeddings, position_bt, length_bt)
-            for kind in c.attention_kinds
-        ]
-
-    def _for_kind(self, layer: int | Int[Array, ""], kinds: Sequence[Any]) -> Any:
-        """Selects the entry for the layer's kind of attention."""
-        if len(kinds) == 1:
-            return kinds[0]
-        if isinstance(layer, int):
-            return kinds[self.config.kind_of_layer[layer]]
-        kind = jnp.array(self.config.kind_of_layer)[layer]
-        return jax.tree.map(lambda *x: jnp.stack(x)[kind], *kinds)
-
-    def _per_layer(self, stacked: Any) -> Any:
-        """Unstacks per-layer inputs for `_over_layers` if the blocks are unstacked."""
+    def _per_layer(self, rows: Rows) -> tuple[Any, ...]:
+        """The adapters of the rows, by stack or by unstacked layer."""
+        stacks = self.config.stacks
+        stacked = tuple(rows.of_stack(stack.name) for stack in stacks)
         if self.stacked:
             return stacked
-        return tuple(jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(self.config.num_hidden_layers))
+        layers = {
+            layer: jax.tree.map(lambda x, i=i: x[i], own)
+            for stack, own in zip(stacks, stacked, strict=True)
+            for i, layer in enumerate(stack.layers)
+        }
+        return tuple(layers[layer] for layer in range(self.config.num_hidden_layers))
 
-    def _over_layers(self, body: Callable[..., Any], carry: Any, inputs: Any, remat: Remat = "none") -> tuple[Any, Any]:
-        """Loops `body(carry, index, block, input) -> carry, output` over layers; outputs are stacked if layers are."""
-        if remat not in get_args(Remat):
-            raise unknown("remat", remat, get_args(Remat))
-        checkpointed = partial(jax.checkpoint, policy=SAVE_MATMULS if remat == "products" else None)
-
-        def layer(carry: Any, index: Any, weights: Any, inputs: Any) -> tuple[Any, Any]:
-            return body(carry, index, Block(self.config, weights, self.dtype, self.mesh), inputs)
-
+    def _over_layers(
+        self, body: Callable[..., Any], carry: Any, inputs: Sequence[Any], remat: Remat = "none"
+    ) -> tuple[Any, tuple[Any, ...]]:
+        """`over_layers` with this backbone's blocks."""
+        weights: Sequence[Any] = self.blocks
         if self.stacked:
-            step = (lambda c, x: layer(c, *x)) if remat == "none" else checkpointed(lambda c, x: layer(c, *x))
-            return jax.lax.scan(step, carry, (jnp.arange(self.config.num_hidden_layers), self.blocks, inputs))
-        layer = layer if remat == "none" else checkpointed(layer, static_argnums=(1,))
-        outputs = []
-        for index, weights in enumerate(self.blocks):
-            carry, output = layer(carry, index, weights, inputs[index])
-            outputs.append(output)
-        return carry, tuple(outputs)
+            stacks = self.config.stacks
+            weights = [self.blocks] if len(stacks) == 1 else [self.blocks[stack.name] for stack in stacks]
+        return over_layers(self.config, self.stacked, body, carry, weights, inputs, remat)
 
 
 @jax.jit

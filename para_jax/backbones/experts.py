@@ -29,6 +29,7 @@ def through_experts(
     x_btd: Float[Array, "b t d"],
     probability_bte: Float[Array, "b t e"],
     scale_btf: Float[Array, "b t f"],
+    factor_e: Float[Array, " e"] | None,
     gate_up: Weight,
     down: Weight,
     experts: Experts,
@@ -37,17 +38,18 @@ def through_experts(
 ) -> Float[Array, "b t d"]:
     """The sum of each token's top-k experts, weighted by their router probabilities, in float32.
 
-    `scale_btf` scales the up projections (e, f) of gate_up (e, 2, f, d) in all experts; down is (e, d, f). Rows,
-    features and inner features are sharded over `mesh` as in the backbone.
+    `scale_btf` scales the up projections (e, f) of gate_up (e, 2, f, d) in all experts; down is (e, d, f). Each
+    expert's output has a factor of `factor_e`. Rows, features and inner features are sharded over `mesh` as in the
+    backbone.
     """
 
     # Rematerialize the matmul operands from the stored weights. Otherwise autodiff saves them for every layer, which is
     # a second copy of the backbone.
     @partial(jax.checkpoint, policy=SAVE_MATMULS)
-    def run(x: Array, probability: Array, scale: Array, gate_up: Weight, down: Weight) -> Array:
+    def run(x: Array, probability: Array, scale: Array, factor: Array | None, gate_up: Weight, down: Weight) -> Array:
         local = partial(_local_experts, experts=experts, act=act)
         if mesh is None:
-            return local(x, probability, scale, gate_up, down)
+            return local(x, probability, scale, factor, gate_up, down)
         # Each device sorts the tokens of its own rows and has a shard of every expert. Without shard_map, XLA would
         # gather and sort all tokens on every device.
         rows, shard = P(rows_axes(mesh, x.shape[0])), P(None, None, "tensor")
@@ -61,11 +63,11 @@ def through_experts(
         return jax.shard_map(
             on_each,
             mesh=mesh,
-            in_specs=(rows, rows, P(*rows, None, "tensor"), (shard, shard), (shard, down_scale_spec)),
+            in_specs=(rows, rows, P(*rows, None, "tensor"), P(), (shard, shard), (shard, down_scale_spec)),
             out_specs=rows,
-        )(x, probability, scale, gate_up, (down[0], down_scale))
+        )(x, probability, scale, factor, gate_up, (down[0], down_scale))
 
-    return run(x_btd, probability_bte, scale_btf, gate_up, down)
+    return run(x_btd, probability_bte, scale_btf, factor_e, gate_up, down)
 
 
 def _split_groups(scale: Float[Array, "e d groups"] | None, shards: int) -> tuple[Array | None, P]:
@@ -76,13 +78,22 @@ def _split_groups(scale: Float[Array, "e d groups"] | None, shards: int) -> tupl
 
 
 def _local_experts(
-    x_btd: Array, probability_bte: Array, scale_btf: Array, gate_up: Weight, down: Weight, experts: Experts, act: Any
+    x_btd: Array,
+    probability_bte: Array,
+    scale_btf: Array,
+    factor_e: Array | None,
+    gate_up: Weight,
+    down: Weight,
+    experts: Experts,
+    act: Callable[[Any], Any],
 ) -> Float[Array, "b t d"]:
     """`through_experts` for the rows and inner features of one device."""
     b, t, d = x_btd.shape
     weight, expert = jax.lax.top_k(probability_bte, experts.per_token)
     if experts.normalized:
         weight = weight / jnp.sum(weight, axis=-1, keepdims=True)
+    if factor_e is not None:
+        weight = weight * factor_e.astype(weight.dtype)[expert]
 
     # Sort a copy of each token per expert, n = b * t * per_token, by expert: each expert is then one matmul.
     expert_n = expert.reshape(-1)

@@ -28,7 +28,10 @@ SAVE_MATMULS = jax.checkpoint_policies.save_only_these_names("matmul")
 def rms_norm(
     x: Float[Array, "*b d"], weight_d: Float[Array, " d"] | None, eps: float, offset: float = 0.0
 ) -> Float[Array, "*b d"]:
-    """Root-mean-square norm (Zhang and Sennrich, arXiv 1910.07467), in float32; `offset` is added to the weight."""
+    """Root-mean-square norm (Zhang and Sennrich, arXiv 1910.07467), in float32; `offset` is added to the weight.
+
+    `weight_d` is None for a norm without weights.
+    """
     x32 = x.astype(jnp.float32)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
     if weight_d is None:

@@ -4,6 +4,7 @@
     dynamic   increases the base for rows that are longer than the model's context (NTK)
     llama3    divides the frequencies of long wavelengths by a factor, and interpolates medium ones (Llama 3.1 to 3.3)
     yarn      the same with a ramp over features, and larger scores (Peng et al., arXiv 2309.00071)
+    proportional  the features beyond a share are not rotated (Gemma 4)
     longrope  a factor for each feature, one set for short and one for long rows (Ding et al., arXiv 2402.13753)
 
 dynamic and longrope depend on the current length. transformers takes the longest row of the batch. Here each row takes
@@ -73,7 +74,11 @@ def frequencies(
     power = rope.theta**exponent
     inverse = (1.0 / power).astype(np.float32)
     attention_factor = 1.0
-    if rope.rope_type == "linear":
+    if rope.rope_type == "proportional":
+        rotated = int(rope.partial_rotary_factor * head_dim // 2)
+        inverse[rotated:] = 0
+        inverse = inverse / np.float32(options.get("factor", 1.0))
+    elif rope.rope_type == "linear":
         inverse = inverse / np.float32(options["factor"])
     elif rope.rope_type == "llama3":
         inverse = _llama3(inverse, options)

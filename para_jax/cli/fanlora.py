@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     from para_jax.adapters.files import load_adapter
     from para_jax.convert.adapter_tokenizer import adapter_tokenizer
     from para_jax.importance.scores import check, importance_scores
-    from para_jax.importance.select import keep_number, keep_within, plot_importance
+    from para_jax.importance.select import keep_number, keep_within, plot_importance, present
 
     _check_score(args)
     check_data_dir(args)
@@ -74,9 +74,9 @@ def run(args: argparse.Namespace) -> int:
     shape = backbone.config
     adapter = load_adapter(args.adapter, shape)
     check(adapter, backbone)
-    sites = list(shape.linear_sites)
-    if args.keep is not None and not 1 <= args.keep <= len(sites):  # before the scoring, which is slow
-        raise ParaJaxError(f"--keep must be from 1 to {len(sites)}, the modules of a layer, not {args.keep}")
+    sites, fewest = list(shape.linear_sites), int(present(shape).sum(axis=1).min())
+    if args.keep is not None and not 1 <= args.keep <= fewest:  # before the scoring, which is slow
+        raise ParaJaxError(f"--keep must be from 1 to {fewest}, the modules of a layer, not {args.keep}")
     examples = held_out(args, adapter_tokenizer(tokenizer, args.adapter, shape.vocab_size), shape)
     numbers = {"batch_size": args.batch_size or 8, "variants": args.variants or 16, "seed": args.seed or 0}
     scores = importance_scores(args.score, backbone, adapter, examples, show=partial(print, flush=True), **numbers)

@@ -24,7 +24,7 @@ from para_jax.errors import ParaJaxError, check_known
 from para_jax.families.wrappers import Wrapper, wrapper_of
 from para_jax.families.writing import hf_fields, with_dtype
 from para_jax.files import as_json, copy, new_folder, safetensors, write_file
-from para_jax.parameters import Parameter, names_of, table
+from para_jax.parameters import Parameter, leaf, names_of, table
 from para_jax.quantization import QUANTIZED, Quantize, quantized
 
 FILES = ["*.json", "model*.safetensors", "tokenizer*", "*.jinja"]
@@ -97,21 +97,23 @@ def load_weights(folder: Path, shapes: W, check_finite: bool = False) -> W:
             return convert(*ends[:-1], (0, entry.shape[-1]))[which][..., index[-1]]
 
         for which, name in enumerate((entry.name, entry.scale) if is_quantized else (entry.name,)):
-            leaf, sharding = abstract[f"{at}{name}"], shardings[f"{at}{name}"]
-            shape = leaf.shape[leaf.ndim - len(entry.shape) :]
+            array, sharding = abstract[f"{at}{name}"], shardings[f"{at}{name}"]
+            shape = array.shape[array.ndim - len(entry.shape) :]
             # A transfer keeps its source in memory until it is done, so one runs at a time.
             yield f"{at}{name}", _to_devices(shape, sharding, partial(block, which)).block_until_ready()
 
-    leaves = dict(leaf for entry in outside for leaf in read(entry))
+    leaves = dict(pair for entry in outside for pair in read(entry))
     if stacked:
-        for i in range(len(inside[0])):
-            for layer in layers:
-                for name, x in read(inside[layer][i], "blocks."):
-                    empty = partial(jnp.zeros, abstract[name].shape, x.dtype, device=shardings[name])
-                    leaves[name] = _put(leaves[name] if layer else empty(), x, layer, shardings[name])
+        for stack in config.stacks:
+            at = f"blocks.{stack.name}{'.' if stack.name else ''}"
+            for i in range(len(inside[stack.layers[0]])):
+                for index, layer in enumerate(stack.layers):
+                    for name, x in read(inside[layer][i], at):
+                        empty = partial(jnp.zeros, abstract[name].shape, x.dtype, device=shardings[name])
+                        leaves[name] = _put(leaves[name] if index else empty(), x, index, shardings[name])
     else:
         for layer in layers:
-            leaves |= dict(leaf for entry in inside[layer] for leaf in read(entry, f"blocks.{layer}."))
+            leaves |= dict(pair for entry in inside[layer] for pair in read(entry, f"blocks.{layer}."))
     return jax.tree.unflatten(jax.tree.structure(shapes), [leaves[name] for name in abstract])
 
 
@@ -193,10 +195,11 @@ def save_backbone(
 
     def tensors(layer: int | None, entry: Parameter) -> Tensors:
         if layer is None:
-            leaf = leaves[entry.name]
+            weight = leaves[entry.name]
         else:
-            leaf = leaves[f"blocks.{entry.name}"][layer] if backbone.stacked else leaves[f"blocks.{layer}.{entry.name}"]
-        ours = entry.tensors(cast(entry.parts[0].name, leaf, written))
+            name, index = leaf(config, backbone.stacked, layer, entry.name)
+            weight = leaves[name] if index is None else leaves[name][index]
+        ours = entry.tensors(cast(entry.parts[0].name, weight, written))
         return ours if original is None else original.to_stored(ours)
 
     pieces = [

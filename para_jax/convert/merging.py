@@ -12,7 +12,7 @@ from para_jax.adapters.peft import in_peft
 from para_jax.adapters.targets import peft_path
 from para_jax.convert.checkpoint import W
 from para_jax.errors import ParaJaxError
-from para_jax.parameters import table
+from para_jax.parameters import leaf, table
 
 
 def merge_adapter(backbone: W, adapter: Adapter) -> W:
@@ -58,10 +58,10 @@ def merge_adapter(backbone: W, adapter: Adapter) -> W:
         for entry in table(shape, layer):
             if not any(part.site in modules for part in entry.parts):
                 continue
-            name = f"blocks.{entry.name}" if backbone.stacked else f"blocks.{layer}.{entry.name}"
+            name, index = leaf(shape, backbone.stacked, layer, entry.name)
             if not isinstance(leaves[name], np.ndarray):
                 leaves[name] = np.array(leaves[name])  # a writable copy
-            ours = leaves[name][layer] if backbone.stacked else leaves[name]
+            ours = leaves[name] if index is None else leaves[name][index]
             merged = []
             for part, x in zip(entry.parts, entry.split(ours.astype(np.float32)), strict=True):
                 if part.site in modules:

@@ -26,6 +26,7 @@ from para_jax.families.wrappers import wrapper_of
 from para_jax.parameters import names_of
 
 MAX_LISTED = 20
+KEYS_VALUES = ("k_proj", "v_proj", "k_norm", "v_norm")
 HEAD = "lm_head."
 # The part of a stored tensor; () for all of it.
 Index = tuple[int | slice, ...]
@@ -106,6 +107,10 @@ def check_tensors(folder: Path, files: Renamed, config: BackboneConfig, shapes: 
     spare = {name for name in files.shape if name.endswith(names.spare)}
     if config.tie_word_embeddings:
         spare.add(head)
+    # Gemma 4's checkpoints have projections that its layers with shared keys and values do not use.
+    shared = {i for i in range(config.num_hidden_layers) if config.kind(i).values == "shared"}
+    unused = {f"model.layers.{i}.self_attn.{name}.weight" for i in shared for name in KEYS_VALUES} & {*files.shape}
+    spare |= unused
     # The tensors of a decoder. One that the family's table lacks is an error, because it would change the result.
     decoder = {name.removeprefix(f"{names.stem}.").partition(".")[0] for name in (*shapes, HEAD, head)}
     missing = [name for name in shapes if name not in files.shape]
@@ -138,6 +143,8 @@ def check_tensors(folder: Path, files: Renamed, config: BackboneConfig, shapes: 
     if others:
         shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
         log("%s: tensors that no decoder has are ignored: %s", folder, shown)
+    if unused:
+        log("%s: %d tensors of layers with shared keys and values are not used", folder, len(unused))
     if wrapper and files.parts.others:
         log("%s", left_out(folder, files.parts, files.files.shape, wrapper))
 
@@ -166,9 +173,10 @@ def _base_model_name(name: str, known: Collection[str], names: Names) -> str:
 def _expert_parts(name: str, shape: tuple[int, ...], config: BackboneConfig) -> Iterator[tuple[str, Index]]:
     """The tensors in a stored tensor of a mixture of experts, with their parts; empty for other tensors."""
     found = re.fullmatch(r"(model\.layers\.\d+)\.(?:mlp|block_sparse_moe)\.(gate|experts)\.(.+)", name)
-    if config.experts is None or found is None:
+    names = names_of(config)
+    if config.experts is None or names.expert is None or found is None:
         return
-    (layer, which, rest), names = found.groups(), names_of(config)
+    layer, which, rest = found.groups()
     count, width, d, at = config.experts.count, config.experts.width, config.hidden_size, f"{layer}.{names.experts}"
     gate, up, down = names.expert
     if which == "gate":

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
@@ -42,6 +42,7 @@ ROPE_TYPES: dict[str, RopeOptions] = {
         ("factor", "original_max_position_embeddings"),
         ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
     ),
+    "proportional": RopeOptions(may_have=("factor",)),
     "longrope": RopeOptions(
         ("short_factor", "long_factor", "original_max_position_embeddings"), ("factor", "attention_factor")
     ),
@@ -69,21 +70,37 @@ class Rope:
     backwards: bool = False
 
     def dim(self, head_dim: int) -> int:
-        """The number of features of a head that are rotated."""
-        return int(head_dim * self.partial_rotary_factor)
+        """The number of a head's features that are rotated. Proportional RoPE rotates the others by zero."""
+        return head_dim if self.rope_type == "proportional" else int(head_dim * self.partial_rotary_factor)
 
 
 @dataclass(frozen=True)
-class AttentionKind:
-    """The window and position embedding of attention, which may differ between layers.
+class LayerKind:
+    """What the layers of one model may differ in.
 
     Attributes:
-      window: a token sees itself and the `window - 1` tokens before it; None for all.
-      rope: None for layers without position embedding (NoPE).
+      window: the number of tokens that a token attends to, itself included; None for all.
+      rope: None for queries and keys without positions (NoPE).
+      head_dim, num_key_value_heads, intermediate_size: sizes of these layers; None for the model's.
+      values: "own" values have a projection; "keys" are the keys before their norm; "shared" keys and values are those
+        of the layer `shares`.
+      shares: the last earlier layer of the same attention with keys and values, if they are shared.
+      dense: whether these layers have a dense feed-forward in a model with experts.
     """
 
     window: int | None = None
     rope: Rope | None = Rope()
+    head_dim: int | None = None
+    num_key_value_heads: int | None = None
+    intermediate_size: int | None = None
+    values: Literal["own", "keys", "shared"] = "own"
+    shares: int | None = None
+    dense: bool = False
+
+    @property
+    def shape(self) -> LayerKind:
+        """The kind without what array shapes do not depend on: layers of one shape are stacked."""
+        return replace(self, window=None, rope=None)
 
 
 @dataclass(frozen=True)
@@ -95,6 +112,8 @@ class Experts:
       width: the inner features of each expert.
       normalized: whether the router probabilities of a token's experts are normalized to sum to one.
       shared: the inner features of the shared expert, which every token uses and a sigmoid gate scales; 0 for none.
+      beside: whether a layer has a dense feed-forward too, whose output is added. Router and experts then read the
+        residual stream, each with a norm, and the weights of a token's experts have a factor for each expert.
     """
 
     count: int
@@ -102,6 +121,7 @@ class Experts:
     width: int
     normalized: bool
     shared: int = 0
+    beside: bool = False
 
 
 class Names(NamedTuple):
@@ -123,7 +143,7 @@ class Names(NamedTuple):
     gate_up: str = ""
     router: str = ""
     experts: str = ""
-    expert: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    expert: tuple[str, str, str] | None = ("gate_proj", "up_proj", "down_proj")
     modules: Mapping[str, str] = MappingProxyType({})
     by_head: bool = False
     stem: str = "model"
@@ -133,6 +153,18 @@ class Names(NamedTuple):
     head: str = "lm_head"
     transposed: bool = False
     spare: tuple[str, ...] = ("rotary_emb.inv_freq",)
+
+
+class Stack(NamedTuple):
+    """The layers whose arrays have the same shapes, which are stacked on a leading axis.
+
+    Attributes:
+      name: empty if all layers are in one stack, else `layers_N` with the number N of the first layer.
+      layers: the numbers of the layers, ascending.
+    """
+
+    name: str
+    layers: tuple[int, ...]
 
 
 class Site(NamedTuple):
@@ -152,6 +184,15 @@ class Site(NamedTuple):
     transposed: bool = False
 
 
+def all_sites(of_layers: Iterable[Mapping[str, Site]]) -> dict[str, Site]:
+    """The sites that any layer has, in the usual order."""
+    found: dict[str, Site] = {}
+    for sites in of_layers:
+        found = {**sites, **found}
+    order = (*ATTENTION_SITES, *MLP_SITES)
+    return {name: found[name] for name in sorted(found, key=order.index)}
+
+
 @dataclass(frozen=True)
 class Architecture:
     """The sizes and settings of a decoder. `BackboneConfig` documents the fields."""
@@ -164,7 +205,7 @@ class Architecture:
     num_key_value_heads: int
     head_dim: int
     rms_norm_eps: float = 1e-6
-    attention_kinds: tuple[AttentionKind, ...] = (AttentionKind(),)
+    layer_kinds: tuple[LayerKind, ...] = (LayerKind(),)
     kind_of_layer: tuple[int, ...] = ()
     tie_word_embeddings: bool = False
     max_position_embeddings: int = 2048
@@ -194,4 +235,16 @@ class Architecture:
     residual_scale: float = 1.0
     logits_scale: float = 1.0
     experts: Experts | None = None
+    value_norm: bool = False
+    layer_scale: bool = False
+    per_layer_inputs: tuple[int, int] | None = None
     hf: str = field(default="", compare=False, repr=False)
+
+    def kind(self, layer: int) -> LayerKind:
+        """The kind of a layer."""
+        return self.layer_kinds[self.kind_of_layer[layer] if self.kind_of_layer else 0]
+
+    def heads(self, kind: LayerKind) -> tuple[int, int, int]:
+        """The key/value heads of layers of a kind, the query heads for each, and the features of a head."""
+        k = kind.num_key_value_heads or self.num_key_value_heads
+        return k, self.num_attention_heads // k, kind.head_dim or self.head_dim

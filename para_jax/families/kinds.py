@@ -1,13 +1,14 @@
-"""The kinds of attention in a config.json: each layer's window and RoPE settings."""
+"""The kinds of layers that a config.json has: windows, settings of RoPE, and sizes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from para_jax.compat import ADDED_ROPE
 from para_jax.errors import ParaJaxError, unknown
-from para_jax.families.architecture import ROPE_TYPES, AttentionKind, Rope
+from para_jax.families.architecture import ROPE_TYPES, LayerKind, Rope
 from para_jax.families.checks import check_rope, is_number, is_whole
 from para_jax.families.keys import rope_code_reads
 
@@ -15,11 +16,11 @@ from para_jax.families.keys import rope_code_reads
 PARTIAL = ("phi3", "glm4", "stablelm", "phi", "gpt_neox")
 
 
-def attention_kinds(config: Any, model_type: str, head_dim: int) -> list[AttentionKind]:
+def layer_kinds(config: Any, model_type: str, head_dim: int) -> list[LayerKind]:
     """The kind of each layer. The window is for layers with "sliding_attention" in `layer_types`, by default all."""
     layers = config.num_hidden_layers
     if not hasattr(config, "rope_parameters"):
-        return [AttentionKind(None, None)] * layers
+        return [LayerKind(None, None)] * layers
     window = config.sliding_window if hasattr(config, "sliding_window") else None
     if window == 0 and not getattr(config, "use_sliding_window", True):  # in Qwen2-MoE's class
         window = None
@@ -45,9 +46,39 @@ def attention_kinds(config: Any, model_type: str, head_dim: int) -> list[Attenti
     if model_type == "cohere2" or (model_type == "exaone4" and window is not None):
         uses_rope = [types[i] == "sliding_attention" for i in range(layers)]
     return [
-        AttentionKind(window if types[i] == "sliding_attention" else None, ropes[types[i]] if uses_rope[i] else None)
+        LayerKind(window if types[i] == "sliding_attention" else None, ropes[types[i]] if uses_rope[i] else None)
         for i in range(layers)
     ]
+
+
+def of_most_layers(config: Any, name: str) -> Any:
+    """An option, as it is for the layers that have no other value of their own; reading the attribute would raise."""
+    return vars(config)[name] if name in vars(config) else getattr(config, name, None)
+
+
+def gemma4_kinds(config: Any, kinds: Sequence[LayerKind]) -> list[LayerKind]:
+    """Gemma 4's layers: sizes of the layers that see all tokens, and of those that share keys and values."""
+    layers, types = config.num_hidden_layers, config.layer_types
+    own = layers - config.num_kv_shared_layers
+    found = []
+    for i, kind in enumerate(kinds):
+        sizes = {}
+        for name in ("head_dim", "num_key_value_heads"):
+            if (size := getattr(config.per_layer_config[i], name)) != of_most_layers(config, name):
+                sizes[name] = size
+        if i >= own:
+            source = max((j for j in range(own) if types[j] == types[i]), default=None)
+            if source is None:
+                raise ParaJaxError(
+                    f"config.json has num_kv_shared_layers={config.num_kv_shared_layers}, and no {types[i]} layer "
+                    "before them to share with"
+                )
+            sizes["intermediate_size"] = 2 * config.intermediate_size if config.use_double_wide_mlp else None
+            found.append(replace(kind, **sizes, values="shared", shares=source))
+        else:
+            tied = config.attention_k_eq_v and types[i] == "full_attention"
+            found.append(replace(kind, **sizes, values="keys" if tied else "own"))
+    return found
 
 
 def _parameters(config: Any, layer_type: str, known: Sequence[str]) -> Mapping[str, Any]:
@@ -76,7 +107,9 @@ def _rope(parameters: Mapping[str, Any], config: Any, model_type: str, head_dim:
         raise unknown("rope_type in config.json", kind, ROPE_TYPES)
     if not is_number(share) or not 0 < share <= 1:
         raise ParaJaxError(f"config.json has partial_rotary_factor={share!r}, which is not a number above 0 up to 1")
-    if share != 1 and model_type not in PARTIAL:
+    if kind == "default" and model_type.startswith("gemma4"):
+        share = 1.0  # its class does not look at it
+    if share != 1 and model_type not in PARTIAL and kind != "proportional":
         raise ParaJaxError(f"config.json has partial_rotary_factor={share}, which {model_type} does not support")
     scaling = _query_scaling(rope) if model_type == "ministral3" else None
     if model_type == "hunyuan_v1_dense" and kind == "dynamic" and rope.get("alpha"):
@@ -91,7 +124,7 @@ def _rope(parameters: Mapping[str, Any], config: Any, model_type: str, head_dim:
             f"RoPE scaling of type {kind!r} in config.json takes {[*known]}; missing {missing}, not understood {extra}"
         )
     options = {key: rope[key] for key in sorted(rope) if key in known}
-    check_rope(kind, options, Rope(partial_rotary_factor=share).dim(head_dim))
+    check_rope(kind, options, Rope(rope_type=kind, partial_rotary_factor=share).dim(head_dim))
     frozen = tuple((key, tuple(value) if isinstance(value, list) else value) for key, value in options.items())
     return Rope(float(theta), kind, float(share), frozen, scaling, backwards=model_type == "nanochat")
 

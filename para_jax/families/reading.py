@@ -14,7 +14,7 @@ from para_jax.errors import ParaJaxError, one_line, unknown
 from para_jax.families.architecture import ACTIVATIONS, ATTENTION_SITES, MLP_SITES, Architecture
 from para_jax.families.checks import check_values
 from para_jax.families.keys import CODE, ONLY, SIZES, Keys, defaults, rope_code_reads, sort_keys
-from para_jax.families.kinds import attention_kinds
+from para_jax.families.kinds import layer_kinds, of_most_layers
 from para_jax.families.table import FAMILIES
 from para_jax.families.wrappers import QUANTIZED, Text, text_of
 
@@ -29,15 +29,16 @@ def architecture_from_hf(fields: Mapping[str, Any], name: str = "") -> Architect
     eos = as_token_ids(text.top["eos_token_id"], CONFIG)
     config = read_by_transformers(text)
     heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", heads)
-    if heads % kv_heads:
-        raise ParaJaxError(f"config.json has {heads} attention heads that {kv_heads} key/value heads do not divide")
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kv_heads = of_most_layers(config, "num_key_value_heads") or heads
+    head_dim = of_most_layers(config, "head_dim") or config.hidden_size // heads
     act = getattr(config, family.activation)
     if act not in (*ACTIVATIONS, *family.activations):
         raise unknown(f"{family.activation} in config.json", act, (*ACTIVATIONS, *family.activations))
-    kinds = attention_kinds(config, text.family, head_dim)
+    kinds = family.kinds(config, layer_kinds(config, text.family, head_dim))
     different = tuple(dict.fromkeys(kinds))
+    for heads_of in {kind.num_key_value_heads or kv_heads for kind in kinds}:
+        if heads % heads_of:
+            raise ParaJaxError(f"config.json has {heads} attention heads, not a multiple of {heads_of} key/value heads")
     biased = [*(ATTENTION_SITES if getattr(config, "attention_bias", False) else ())]
     biased += MLP_SITES if getattr(config, "mlp_bias", False) else ()
     scalar = getattr(config, "query_pre_attn_scalar", None)
@@ -51,7 +52,7 @@ def architecture_from_hf(fields: Mapping[str, Any], name: str = "") -> Architect
             "num_key_value_heads": kv_heads,
             "head_dim": head_dim,
             "rms_norm_eps": getattr(config, family.eps, None),
-            "attention_kinds": different,
+            "layer_kinds": different,
             "kind_of_layer": () if len(different) == 1 else tuple(different.index(kind) for kind in kinds),
             "tie_word_embeddings": _from_top(text, config, "tie_word_embeddings") or False,
             "max_position_embeddings": config.max_position_embeddings,

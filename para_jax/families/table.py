@@ -6,12 +6,14 @@ option says.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from para_jax.compat import GEMMA_ACTIVATIONS
-from para_jax.families.architecture import ATTENTION_SITES, MLP_SITES, Experts, Names
+from para_jax.errors import ParaJaxError
+from para_jax.families.architecture import ATTENTION_SITES, MLP_SITES, Experts, LayerKind, Names
+from para_jax.families.kinds import gemma4_kinds
 
 LLAMA_NAMES = Names()
 
@@ -35,6 +37,7 @@ class Family:
       optional: those of `options` that may be null.
       names: the tensor names that differ from Llama's.
       rope: the RoPE settings that only this family reads.
+      kinds: makes the kinds of its layers from transformers' config and the kinds that all families have.
     """
 
     models: str
@@ -51,6 +54,7 @@ class Family:
     optional: tuple[str, ...] = ()
     names: Names = LLAMA_NAMES
     rope: tuple[str, ...] = ()
+    kinds: Callable[[Any, Sequence[LayerKind]], Sequence[LayerKind]] = lambda config, kinds: kinds
 
 
 def _biases(attention: Any, out: Any, mlp: Any = False) -> tuple[str, ...]:
@@ -69,6 +73,36 @@ def _cohere(config: Any, **more: Any) -> dict[str, Any]:
     return {"norm": "layer", "parallel": True, "rope_pairs": "neighbours", "logits_scale": scale, **more}
 
 
+def _gemma4(config: Any) -> dict[str, Any]:
+    """Norms of values, embeddings for each layer, and experts beside a dense feed-forward."""
+    if config.use_bidirectional_attention == "all":
+        raise ParaJaxError("config.json has use_bidirectional_attention='all', which is not implemented")
+    experts, width = None, getattr(config, "hidden_size_per_layer_input", 0)
+    if getattr(config, "enable_moe_block", False):
+        experts = Experts(config.num_experts, config.top_k_experts, config.moe_intermediate_size, True, beside=True)
+    return {
+        "embedding_scale": config.hidden_size**0.5,
+        "post_norm": True,
+        "qk_norm": "head",
+        "attention_scale": 1.0,
+        "value_norm": True,
+        "layer_scale": True,
+        "per_layer_inputs": (config.vocab_size_per_layer_input, width) if width else None,
+        "experts": experts,
+    }
+
+
+GEMMA4: dict[str, Any] = {
+    "fields": _gemma4,
+    "reads": (
+        "global_head_dim", "num_global_key_value_heads", "per_layer_config", "attention_k_eq_v", "num_kv_shared_layers",
+        "use_double_wide_mlp", "hidden_size_per_layer_input", "vocab_size_per_layer_input", "enable_moe_block",
+        "top_k_experts", "use_bidirectional_attention",
+    ),
+    "activation": "hidden_activation",
+    "kinds": gemma4_kinds,
+    "names": Names(router="router.proj", experts="experts", expert=None),
+}  # fmt: skip
 BOTH_WAYS = {"use_bidirectional_attention": False}
 FAMILIES: dict[str, Family] = {
     "llama": Family("Llama 2, 3, 3.1 to 3.3; SmolLM, SmolLM2; Yi; TinyLlama", "LlamaForCausalLM"),
@@ -99,6 +133,8 @@ FAMILIES: dict[str, Family] = {
         neutral=("hidden_act", "sliding_window_pattern", "_sliding_window_pattern", "rope_local_base_freq"),
         activation="hidden_activation",
     ),
+    "gemma4_text": Family("Gemma 4 E2B, E4B, 26B-A4B, 31B, text only", "Gemma4ForCausalLM", **GEMMA4),
+    "gemma4_unified_text": Family("Gemma 4 12B, text only", "Gemma4UnifiedForCausalLM", **GEMMA4),
     "phi3": Family(
         "Phi-3 mini and medium, Phi-3.5 mini, Phi-4, Phi-4 mini",
         "Phi3ForCausalLM",

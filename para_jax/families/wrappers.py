@@ -61,6 +61,18 @@ WRAPPERS: dict[str, Wrapper] = {
         SIGHT,
         only={"final_logit_softcapping": None},  # which its class ignores
     ),
+    "gemma4": Wrapper(
+        "Gemma 4 E2B, E4B, 26B-A4B, 31B",
+        "Gemma4ForConditionalGeneration",
+        {"gemma4_text": "gemma4_text"},
+        ("vision_tower", "audio_tower", "embed_vision", "embed_audio"),
+    ),
+    "gemma4_unified": Wrapper(
+        "Gemma 4 12B",
+        "Gemma4UnifiedForConditionalGeneration",
+        {"gemma4_unified_text": "gemma4_unified_text"},
+        ("vision_embedder", "embed_vision", "embed_audio"),
+    ),
     "mistral3": Wrapper(
         "Mistral Small 3.1, 3.2; Ministral 3",
         "Mistral3ForConditionalGeneration",

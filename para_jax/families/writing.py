@@ -45,7 +45,7 @@ def hf_fields(config: Architecture, text_only: bool = False) -> dict[str, Any]:
 
 
 def _of_llama(config: Architecture) -> dict[str, Any]:
-    rope = config.attention_kinds[0].rope
+    rope = config.layer_kinds[0].rope
     same = (
         *SIZES, "num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings", "max_position_embeddings",
         "bos_token_id", "hidden_act",
@@ -67,7 +67,8 @@ def _text_alone(config: Architecture) -> dict[str, Any]:
     text = text_of(json.loads(config.hf))
     made: Any = CONFIG_MAPPING[text.family]
     base: Any = PretrainedConfig
-    options = {*defaults(made)} - {*defaults(base), "eos_token_id"}  # the caller adds eos_token_id
+    # The caller adds eos_token_id.
+    options = {*defaults(made), *text.own.reads} - {*defaults(base), "eos_token_id"}
     given = {key: value for key, value in read_by_transformers(text).to_dict().items() if key in options}
     rope = {k: v for k, v in given["rope_parameters"].items() if k not in ("type", *text.neutral)}
     return {

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from para_jax.adapters.adapter import Adapter
+from para_jax.adapters.adapter import Adapter, in_stack
 from para_jax.adapters.lora import LoraConfig, LoraLayer
 from para_jax.adapters.method import Prompt
 from para_jax.adapters.rows import Rows
@@ -27,6 +27,8 @@ from para_jax.checks import COUNT, SEED
 from para_jax.data.batches import Batch, one_row_each
 from para_jax.data.examples import Example
 from para_jax.errors import ParaJaxError, check_known
+from para_jax.families.architecture import Stack
+from para_jax.importance.select import present
 from para_jax.progress import Pace
 from para_jax.training.loss import target_nll
 
@@ -67,7 +69,8 @@ def importance_scores(
     seed: int = 0,
     show: Callable[[str], None] = lambda line: None,
 ) -> Float[np.ndarray, "layers sites"]:
-    """The importance of every module, float64, by layer and by site in the order of `backbone.config.sites`.
+    """The importance of every module, float64, by layer and by site in the order of `backbone.config.sites`; NaN where
+    a layer does not have the site.
 
     Args:
       score: "ablation", "gradient", "norm" or "random"; see the functions of these names.
@@ -92,7 +95,8 @@ def importance_scores(
     check(adapter, backbone)
     if score in NEED_ROWS and not examples:
         raise ParaJaxError(f"the {score} score is computed on held-out rows, and there are none")
-    return SCORES[score](Scoring(backbone, adapter, examples, batch_size, variants, seed, show))
+    scores = SCORES[score](Scoring(backbone, adapter, examples, batch_size, variants, seed, show))
+    return np.where(present(backbone.config), scores, np.nan)
 
 
 def check(adapter: Adapter, backbone: Backbone) -> None:
@@ -102,7 +106,8 @@ def check(adapter: Adapter, backbone: Backbone) -> None:
         raise ParaJaxError(f"scores need a LoRA adapter, and this adapter's method is {adapter.config.method}; {way}")
     adapter.check(backbone.config)
     for layer, modules in enumerate(adapter.config.modules(backbone.config)):
-        missing = [site for site in backbone.config.linear_sites if site not in modules]
+        sites = backbone.config.sites_of(layer)
+        missing = [name for name, site in sites.items() if site.linear and name not in modules]
         if missing:
             raise ParaJaxError(f"the adapter has no {', '.join(missing)} in layer {layer}; {way}")
 
@@ -130,19 +135,28 @@ def gradient(s: Scoring) -> Float[np.ndarray, "layers sites"]:
         part = jax.device_get(_gradient(s.backbone, s.adapter.layers, batch))
         total = part if total is None else jax.tree.map(np.add, total, part)
     terms = jax.tree.map(lambda p, g: np.abs(np.asarray(p) * g / s.tokens), s.adapter.layers, total)
-    return np.stack([_by_layer(terms.down[site]) + _by_layer(terms.up[site]) for site in s.sites], axis=1)
+    scores = np.zeros(s.size)
+    for stack in s.backbone.config.stacks:
+        own = in_stack(terms, stack.name)
+        for i, site in enumerate(s.sites):
+            if site in own.down:
+                scores[list(stack.layers), i] = _by_layer(own.down[site]) + _by_layer(own.up[site])
+    return scores
 
 
 def norm(s: Scoring) -> Float[np.ndarray, "layers sites"]:
     """The Frobenius norm of a module's weight update, scale * B A. It needs no forward pass."""
     assert isinstance(s.adapter.config, LoraConfig)
     scores = np.zeros(s.size)
-    for layer, modules in enumerate(s.adapter.config.modules(s.backbone.config)):
-        for i, site in enumerate(s.sites):
-            down, up = (np.asarray(x[site][layer], np.float64) for x in (s.adapter.layers.down, s.adapter.layers.up))
-            # The trace of (B^T B)(A A^T), computed without a matrix of the size of the weights.
-            squared = max(0.0, float(np.sum((up.T @ up) * (down @ down.T))))
-            scores[layer, i] = abs(modules[site].scale) * squared**0.5
+    modules = s.adapter.config.modules(s.backbone.config)
+    for stack in s.backbone.config.stacks:
+        own = in_stack(s.adapter.layers, stack.name)
+        for index, layer in enumerate(stack.layers):
+            for site, module in modules[layer].items():
+                down, up = (np.asarray(x[site][index], np.float64) for x in (own.down, own.up))
+                # The trace of (B^T B)(A A^T), computed without a matrix of the size of the weights.
+                squared = max(0.0, float(np.sum((up.T @ up) * (down @ down.T))))
+                scores[layer, s.sites.index(site)] = abs(module.scale) * squared**0.5
     return scores
 
 
@@ -201,8 +215,14 @@ def _nll(
     backbone: Backbone, layers: LoraLayer, batch: Batch, gates_ls: Float[Array, "layers sites"]
 ) -> Float[Array, ""]:
     """The summed cross-entropy of a batch's response tokens with one variant of an adapter."""
-    gates = {site: gates_ls[:, i] for i, site in enumerate(backbone.config.linear_sites)}
-    one = jax.tree.map(lambda x: x[None], Gated(layers, gates))
+    sites, stacks = list(backbone.config.linear_sites), backbone.config.stacks
+
+    def gated(stack: Stack) -> Gated:
+        own = in_stack(layers, stack.name)
+        return Gated(own, {site: gates_ls[jnp.array(stack.layers), sites.index(site)] for site in own.down})
+
+    every = {stack.name: gated(stack) for stack in stacks}
+    one = jax.tree.map(lambda x: x[None], every if len(stacks) > 1 else every[""])
     rows = Rows((jnp.ones(1, jnp.float32),), (one,), (0.0,), repeats=batch.tokens.shape[0])
     return jnp.sum(jnp.where(batch.targets.place == 0, target_nll(backbone, rows, batch), 0))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from para_jax.adapters.method import BackboneShape
-from para_jax.annotations import Float
+from para_jax.annotations import Bool, Float
 from para_jax.errors import ParaJaxError
 from para_jax.training.metrics import save_figure
 
@@ -28,8 +28,9 @@ def keep_number(scores_ls: Float[np.ndarray, "layers sites"], shape: BackboneSha
     ('q_proj', 'v_proj')
     """
     orders = _orders(scores_ls, shape)
-    if not 1 <= number <= len(shape.linear_sites):
-        raise ParaJaxError(f"a layer has {len(shape.linear_sites)} modules, so {number} cannot be kept")
+    fewest = min(map(len, orders))
+    if not 1 <= number <= fewest:
+        raise ParaJaxError(f"a layer has {fewest} modules, so {number} cannot be kept")
     return _kept([order[:number] for order in orders], shape)
 
 
@@ -49,8 +50,12 @@ def keep_within(scores_ls: Float[np.ndarray, "layers sites"], shape: BackboneSha
     """
     orders = _orders(scores_ls, shape)
     names = list(shape.linear_sites)
-    cost = [r * (site.inputs + site.outputs) for site in shape.linear_sites.values()]
-    smallest = sum(cost[order[0]] for order in orders)
+    # Zero for the sites that a layer does not have, which are in no order.
+    cost = [
+        [r * sum(shape.sites_of(layer)[name][:2]) if name in shape.sites_of(layer) else 0 for name in names]
+        for layer in range(len(orders))
+    ]
+    smallest = sum(cost[layer][order[0]] for layer, order in enumerate(orders))
     if budget < smallest:
         raise ParaJaxError(
             f"a budget of {budget:,} parameters leaves layers without a module; the most important module of every "
@@ -59,21 +64,30 @@ def keep_within(scores_ls: Float[np.ndarray, "layers sites"], shape: BackboneSha
     kept: list[list[int]] = [[] for _ in orders]
     open_layers, left = list(range(len(orders))), budget
     for rank in range(len(names)):
+        open_layers = [layer for layer in open_layers if rank < len(orders[layer])]
         for layer in sorted(open_layers, key=lambda layer: -scores_ls[layer, orders[layer][rank]]):
             site = orders[layer][rank]
-            if cost[site] <= left:
+            if cost[layer][site] <= left:
                 kept[layer].append(site)
-                left -= cost[site]
+                left -= cost[layer][site]
             else:
                 open_layers.remove(layer)
     return _kept(kept, shape)
 
 
 def _orders(scores_ls: np.ndarray, shape: BackboneShape) -> list[list[int]]:
-    size = (shape.num_hidden_layers, len(shape.linear_sites))
-    if scores_ls.shape != size or not np.isfinite(scores_ls).all():
+    size, has = (shape.num_hidden_layers, len(shape.linear_sites)), present(shape)
+    if scores_ls.shape != size or not np.isfinite(scores_ls[has]).all():
         raise ParaJaxError(f"scores must be finite numbers of shape {size} (layers, sites), not {scores_ls.shape}")
-    return np.argsort(-scores_ls, axis=1, kind="stable").tolist()
+    orders = np.argsort(-scores_ls, axis=1, kind="stable")
+    return [[i for i in order if has[layer, i]] for layer, order in enumerate(orders.tolist())]
+
+
+def present(shape: BackboneShape) -> Bool[np.ndarray, "layers sites"]:
+    """Which of the backbone's linear sites each layer has."""
+    return np.array(
+        [[name in shape.sites_of(i) for name in shape.linear_sites] for i in range(shape.num_hidden_layers)]
+    )
 
 
 def _kept(indices: Sequence[Sequence[int]], shape: BackboneShape) -> Kept:
@@ -98,11 +112,11 @@ def plot_importance(
     axes = figure.subplots()
     image = axes.imshow(scores_ls, aspect="auto", cmap="viridis")
     figure.colorbar(image, label=label)
-    spread = float(np.ptp(scores_ls))
+    spread = float(np.ptp(scores_ls[np.isfinite(scores_ls)]))
     decimals = max(0, 2 - math.floor(math.log10(spread))) if spread else 0
     for layer in range(layers):
         for i, name in enumerate(names):
-            if few:
+            if few and np.isfinite(scores_ls[layer, i]):
                 # White text on dark cells, by perceived brightness.
                 red, green, blue, _ = image.cmap(image.norm(scores_ls[layer, i]))
                 color = "white" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.5 else "black"

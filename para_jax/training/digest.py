@@ -30,10 +30,12 @@ def weights_digest(backbone: Backbone) -> str:
     True
     """
     lines = []
+    stacks = {stack.name: stack.layers for stack in backbone.config.stacks}
     for name, x in gather(weight_sums(backbone), backbone.mesh).items():
         parent, _, leaf = name.rpartition(".")
-        layer_name = parent.removeprefix("blocks.") if not backbone.stacked else ""
-        lines += [f"{leaf} {layer_name or layer} {row.tobytes().hex()}" for layer, row in enumerate(x)]
+        at = parent.removeprefix("blocks").removeprefix(".")
+        layers = (at or 0,) if not (parent and backbone.stacked) else stacks[at]
+        lines += [f"{leaf} {layer} {row.tobytes().hex()}" for layer, row in zip(layers, x, strict=True)]
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 

@@ -215,7 +215,7 @@ def test_any_method_fits_in(backbone: Backbone) -> None:
     rows = bank.rows(["double", None, "para"])
     hidden = jnp.ones((3, 4, SMALL.hidden_size))
     prompt = Prompt(hidden, hidden, jnp.ones((3, 4), bool))
-    first_layer = jax.tree.map(lambda x: x[0], rows.per_layer())
+    first_layer = jax.tree.map(lambda x: x[0], rows.of_stack(""))
     offsets = rows.prepare(first_layer, 0, prompt).offsets
     assert np.array_equal(offsets["q_proj"][0], 1 + bank["double"].tensors()["more"][0])
     assert not np.any(offsets["up_proj"][0])

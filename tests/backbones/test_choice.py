@@ -25,7 +25,7 @@ def test_the_choice() -> None:
     assert choose("auto", SMALL, FLOAT32).kernel == "plain"  # on a CPU
     with pytest.raises(ParaJaxError, match=r"unknown attention 'flash'; did you mean 'splash'\?"):
         choose("flash", SMALL, FLOAT32)
-    with pytest.raises(ParaJaxError, match=r"'cudnn' supports bfloat16 only, not float32; choose attention='plain'"):
+    with pytest.raises(ParaJaxError, match=r"'cudnn' has no float32, only bfloat16; choose attention='plain'"):
         choose("cudnn", SMALL, FLOAT32)
     with pytest.raises(ParaJaxError, match="runs on NVIDIA GPUs, not on cpu"):
         choose("cudnn", SMALL, BFLOAT16)
@@ -57,7 +57,7 @@ import jax, jax.numpy as jnp
 from para_jax import BackboneConfig, ParaJaxError
 from para_jax.backbones.attention import Seen
 from para_jax.backbones.choice import choose
-from para_jax.families.architecture import AttentionKind
+from para_jax.families.architecture import LayerKind
 from para_jax.planning.chips import parse_topology
 from para_jax.planning.topology import devices
 
@@ -65,8 +65,8 @@ compiled = []
 jax.monitoring.register_event_duration_secs_listener(
     lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None
 )
-kinds = (AttentionKind(), AttentionKind(window=300))
-config = BackboneConfig(61, 32, 48, 2, 4, 2, 64, attention_kinds=kinds, kind_of_layer=(0, 1))
+kinds = (LayerKind(), LayerKind(window=300))
+config = BackboneConfig(61, 32, 48, 2, 4, 2, 64, layer_kinds=kinds, kind_of_layer=(0, 1))
 device = devices(parse_topology("v5e:1x1"))[0]
 found = jax.eval_shape(lambda: jnp.zeros(len(choose("auto", config, jnp.dtype("bfloat16"), device).kernel)))
 assert choose("auto", config, jnp.dtype("bfloat16"), device).kernel == {6: "splash", 5: "plain"}[found.size]

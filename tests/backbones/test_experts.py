@@ -38,7 +38,7 @@ def told(rows: int, given: dict, mesh=None):
     @jax.jit
     def run(x, chance, scale, given):
         def loss(*inputs):
-            out = through_experts(*inputs, given["gate_up"], given["down"], EXPERTS, jax.nn.silu, mesh)
+            out = through_experts(*inputs, None, given["gate_up"], given["down"], EXPERTS, jax.nn.silu, mesh)
             return jnp.sum(jnp.sin(out)), out
 
         return jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(x, chance, scale)

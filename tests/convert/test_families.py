@@ -13,7 +13,7 @@ import pytest
 
 from para_jax import BackboneConfig, ParaJaxError
 from para_jax.backbones.block import FUNCTIONS
-from para_jax.families.architecture import ACTIVATIONS, AttentionKind, Rope
+from para_jax.families.architecture import ACTIVATIONS, LayerKind, Rope
 from para_jax.families.keys import NEUTRAL, OF_MODELS, ONLY, READ, reads
 from para_jax.families.reading import architecture_from_hf, ignored_line
 from para_jax.families.table import FAMILIES
@@ -446,38 +446,38 @@ def of(name: str) -> BackboneConfig:
 
 
 def test_what_the_options_mean() -> None:
-    local, full = AttentionKind(512, Rope(10000.0)), AttentionKind(None, Rope(1000000.0))
+    local, full = LayerKind(512, Rope(10000.0)), LayerKind(None, Rope(1000000.0))
     gemma = of("Gemma 3 1B")
-    assert gemma.attention_kinds == (local, full)
+    assert gemma.layer_kinds == (local, full)
     assert gemma.kind_of_layer == (0, 0, 0, 0, 0, 1) * 4 + (0, 0)
     assert (gemma.attention_scale, gemma.embedding_scale, gemma.norm_offset) == (256**-0.5, 1152**0.5, 1.0)
     assert gemma.tie_word_embeddings and gemma.post_norm and gemma.qk_norm == "head"
     assert of("Gemma 2B").hidden_act == "gelu_pytorch_tanh"
-    assert of("Gemma 2 9B").kind_of_layer == (0, 1) * 21 and of("Gemma 2 9B").attention_kinds[0].window == 4096
-    assert of("Qwen2.5 7B").attention_kinds == (AttentionKind(None, Rope(1000000.0)),)
+    assert of("Gemma 2 9B").kind_of_layer == (0, 1) * 21 and of("Gemma 2 9B").layer_kinds[0].window == 4096
+    assert of("Qwen2.5 7B").layer_kinds == (LayerKind(None, Rope(1000000.0)),)
     assert of("Qwen2.5 7B").biases == ("q_proj", "k_proj", "v_proj")
-    assert of("Phi-3 mini 4k").attention_kinds[0].window == 2047
-    rope = of("Phi-4 mini").attention_kinds[0].rope
+    assert of("Phi-3 mini 4k").layer_kinds[0].window == 2047
+    rope = of("Phi-4 mini").layer_kinds[0].rope
     assert rope is not None and rope.rope_type == "longrope" and rope.dim(128) == 96
     smol = of("SmolLM3 3B")
-    assert [smol.attention_kinds[kind].rope is None for kind in smol.kind_of_layer] == [False, False, False, True] * 9
+    assert [smol.layer_kinds[kind].rope is None for kind in smol.kind_of_layer] == [False, False, False, True] * 9
     assert of("Llama 3.1 8B").eos_token_ids == (128001, 128008, 128009)
     olmo = of("OLMo 3 7B")
-    assert [kind.rope and kind.rope.rope_type for kind in olmo.attention_kinds] == ["default", "yarn"]
+    assert [kind.rope and kind.rope.rope_type for kind in olmo.layer_kinds] == ["default", "yarn"]
     assert of("GLM-4 9B 0414").biases == ("q_proj", "k_proj", "v_proj")
     for name in ("EXAONE 4.0 32B", "Command R7B"):
-        kinds = [of(name).attention_kinds[kind] for kind in of(name).kind_of_layer]
+        kinds = [of(name).layer_kinds[kind] for kind in of(name).kind_of_layer]
         assert len(kinds) == of(name).num_hidden_layers
         assert [(kind.window, kind.rope is None) for kind in kinds[:4]] == [(4096, False)] * 3 + [(None, True)]
-    hunyuan, ministral = (of(name).attention_kinds[0].rope for name in ("Hunyuan 1.8B", "Ministral 3 3B"))
+    hunyuan, ministral = (of(name).layer_kinds[0].rope for name in ("Hunyuan 1.8B", "Ministral 3 3B"))
     assert hunyuan == Rope(10000.0 * 1000.0 ** (128 / 126))
     assert ministral is not None and ministral.query_scaling == (0.1, 16384)
     pythia, gpt2, opt, nanochat = (of(name) for name in ("Pythia 160M", "GPT-2", "OPT 125M", "nanochat d20"))
-    assert pythia.attention_kinds[0].rope == Rope(10000.0, partial_rotary_factor=0.25)
+    assert pythia.layer_kinds[0].rope == Rope(10000.0, partial_rotary_factor=0.25)
     assert (gpt2.intermediate_size, gpt2.max_position_embeddings, gpt2.position_offset) == (3072, 1024, 0)
-    assert gpt2.tie_word_embeddings and gpt2.attention_kinds == (AttentionKind(None, None),)
+    assert gpt2.tie_word_embeddings and gpt2.layer_kinds == (LayerKind(None, None),)
     assert (opt.position_offset, opt.rms_norm_eps, opt.hidden_act) == (2, 1e-5, "relu")
-    assert nanochat.attention_kinds[0].rope == Rope(10000.0, backwards=True)
+    assert nanochat.layer_kinds[0].rope == Rope(10000.0, backwards=True)
     assert of("Qwen3 30B-A3B").experts is not None and of("Qwen3 30B-A3B").experts.normalized
 
 

@@ -231,7 +231,7 @@ def test_a_text_model_with_the_config_of_the_whole(
 def test_a_mix_of_prefixes(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
     def mixed(x: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         first = r"^(language_model\.model|model\.language_model|model)\.layers\.1"
-        other = "language_model.model" if name.startswith("qwen") else "model.language_model"
+        other = "language_model.model" if name.startswith(("qwen", "gemma4")) else "model.language_model"
         return {re.sub(first, f"{other}.layers.1", key): t for key, t in x.items()}
 
     folder = edited(folders[name], tmp_path / "a", mixed)

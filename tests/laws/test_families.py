@@ -80,7 +80,7 @@ def model(request: pytest.FixtureRequest) -> Model:
 SIZES = {
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "head_dim", "rms_norm_eps", "max_position_embeddings", "bos_token_id", "eos_token_ids", "tie_word_embeddings",
-    "name", "family", "hf", "hidden_act", "kind_of_layer", "attention_kinds", "biases", "experts",
+    "name", "family", "hf", "hidden_act", "kind_of_layer", "layer_kinds", "biases", "experts",
 }  # fmt: skip
 
 
@@ -93,8 +93,10 @@ def parts(family: str) -> set[tuple]:
         if field.name not in SIZES:
             value = getattr(config, field.name)
             found.add((field.name, value if isinstance(value, bool | str) else value == field.default))
-    for kind in config.attention_kinds:
-        found |= {("window", kind.window is None), ("rope", kind.rope is None)}
+    for kind in config.layer_kinds:
+        found |= {("window", kind.window is None), ("rope", kind.rope is None), ("values", kind.values)}
+        found |= {(name, getattr(kind, name) is None) for name in ("head_dim", "num_key_value_heads")}
+        found |= {("inner", kind.intermediate_size is None), ("dense", kind.dense)}
         if kind.rope:
             found |= {("scaled queries", kind.rope.query_scaling is None), ("backwards", kind.rope.backwards)}
     return found | ({("shared expert", config.experts.shared > 0)} if config.experts else set())

@@ -109,7 +109,7 @@ def prepared(bank: AdapterBank, tenants: list) -> Adjustment:
     hidden = jnp.asarray(np.random.default_rng(5).normal(size=(len(tenants), 3, 32)), jnp.float32)
     hidden = jnp.broadcast_to(hidden[:1], hidden.shape)
     prompt = Prompt(hidden, hidden, jnp.ones((len(tenants), 3), bool))
-    return rows.prepare(jax.tree.map(lambda x: x[1], rows.per_layer()), 1, prompt)
+    return rows.prepare(jax.tree.map(lambda x: x[1], rows.of_stack("")), 1, prompt)
 
 
 def changes(bank: AdapterBank, site: str, tenants: list) -> np.ndarray:

@@ -245,7 +245,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 CONFIGS: list[tuple[dict, tuple[str, ...]]] = [
-    ({"model_type": "gpt2"}, ("'gpt2'", "not supported", "Supported: llama, mistral")),
+    ({"model_type": "bloom"}, ("'bloom'", "not supported", "Supported: llama, mistral")),
     ({"model_type": "gemma3"}, ("gemma3 has no text_config", "gemma3_text")),
     ({"model_type": None}, ("None", "Supported: llama")),
     ({"hidden_act": "glu"}, ("hidden_act in config.json 'glu'", "gelu", "silu")),

@@ -37,6 +37,7 @@ NO_HEAD_DIM = (
     "phi3", "olmo3", "granite", "qwen2_moe", "exaone4", "cohere", "cohere2", "stablelm", "apertus", "starcoder2", "phi",
     "gpt_neox", "gpt2", "opt", "nanochat",
 )  # fmt: skip
+MIXTURES = ("mixtral", "qwen3_moe", "qwen2_moe", "gemma4_text")
 # What transformers 4 calls options of RoPE in GPT-NeoX.
 OLD_NAMES = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
 WHOLE_HEADS = (*NO_HEAD_DIM, "helium")
@@ -121,7 +122,7 @@ def cases(draw: st.DrawFn, family: str) -> Case:
         "initializer_range": 0.2,
     }
     types = {
-        **dict.fromkeys(("phi3", "gemma3_text"), ("longrope", "default")),
+        **dict.fromkeys(("phi3", "gemma3_text", "gemma4_text", "gemma4_unified_text"), ("longrope", "default")),
         # Those that have an original length.
         "ministral3": ("yarn", "llama3"),
     }.get(family, SCALED)
@@ -167,6 +168,23 @@ def cases(draw: st.DrawFn, family: str) -> Case:
         fields["original_max_position_embeddings"] = rope.pop("original_max_position_embeddings")
     if family == "gemma":
         fields["hidden_act"] = pick("gelu_pytorch_tanh", "gelu")
+    elif family.startswith("gemma4"):
+        types = [*mixed[: layers - 1], "full_attention"]
+        fields |= {
+            "hidden_activation": pick("gelu_pytorch_tanh", "silu"),
+            "sliding_window": window or 5,
+            "layer_types": types,
+            "final_logit_softcapping": pick(3.0, None),
+            "global_head_dim": pick(2 * head_dim, head_dim),
+            "num_kv_shared_layers": pick(layers - 2, 0),
+            "use_double_wide_mlp": pick(True, False),
+            "attention_k_eq_v": pick(False, True),
+            "num_global_key_value_heads": pick(1, None),
+        }
+        if family == "gemma4_text":
+            fields |= {"hidden_size_per_layer_input": pick(8, 0), "vocab_size_per_layer_input": fields["vocab_size"]}
+        if family == "gemma4_text" and pick(False, True):
+            fields |= {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 9}
     elif family in ("gemma2", "gemma3_text"):
         fields |= {
             "hidden_activation": pick("gelu_pytorch_tanh", "silu"),
@@ -186,6 +204,10 @@ def cases(draw: st.DrawFn, family: str) -> Case:
         full = draw(ropes(head_dim, ("linear", "default", "yarn"), THETAS))
         full.pop("truncate", None)  # transformers looks for it where a model has one RoPE for all layers
         rope = {"sliding_attention": local, "full_attention": full}
+    if family.startswith("gemma4"):
+        local = draw(ropes(head_dim, ("default", "linear"), THETAS))
+        full = {"rope_type": "proportional", "rope_theta": 500.0, "partial_rotary_factor": pick(0.5, 0.25, 1.0)}
+        rope = {"sliding_attention": local, "full_attention": {**full, **pick({}, {"factor": 2.0})}}
     if family == "olmo3":
         full = draw(ropes(head_dim, ("linear", "default", "yarn"), THETAS))
         full.pop("truncate", None)
@@ -209,7 +231,9 @@ def cases(draw: st.DrawFn, family: str) -> Case:
     if rope.get("rope_type") == "dynamic" and "alpha" not in rope:
         fields["max_position_embeddings"] = pick(8, 13, 512)
     # Apertus's class takes its own RoPE where there is no rope_scaling.
-    none = family in ("gemma3_text", "olmo3") or (family == "apertus" and rope["rope_type"] == "default")
+    none = family in ("gemma3_text", "gemma4_text", "gemma4_unified_text", "olmo3") or (
+        family == "apertus" and rope["rope_type"] == "default"
+    )
     old = None if none else pick(None, "type", "rope_type")
     return Case(fields, draw(st.integers(0, 2**16)), old, pick(False, True), pick(False, True))
 
@@ -230,7 +254,7 @@ def simplest(family: str) -> Case:
 
 def plain(family: str) -> dict[str, Any]:
     """transformers' plain code: its kernels for experts want sizes that these models do not have."""
-    experts = {"experts_implementation": "eager"} if family in ("mixtral", "qwen3_moe", "qwen2_moe") else {}
+    experts = {"experts_implementation": "eager"} if family in MIXTURES else {}
     return {"attn_implementation": "eager", **experts}
 
 
@@ -242,7 +266,7 @@ def make_model(case: Case, family: str) -> Any:
     saved = model.state_dict()
     with torch.no_grad():
         for name, x in saved.items():
-            if "norm" in name or ".ln_" in name:
+            if "norm" in name or ".ln_" in name or name.endswith(("scale", "layer_scalar")):
                 x.add_(torch.empty_like(x).uniform_(-0.5, 0.5))
             elif name.endswith("bias") or "act_fn" in name or "gate.weight" in name or "experts" in name:
                 x.normal_(0, 0.3)

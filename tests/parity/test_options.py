@@ -22,6 +22,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig
 
 from para_jax import Backbone, BackboneConfig, ParaJaxError
 from para_jax.families.keys import defaults
+from para_jax.families.kinds import of_most_layers
 from para_jax.families.table import FAMILIES
 from tests.helpers import family_fields
 from tests.parity.models import TOLERANCE, plain
@@ -40,7 +41,9 @@ OTHER: dict[str, Any] = {
     "embedding_multiplier": 0.4, "attention_multiplier": 0.9, "residual_multiplier": 0.3, "logits_scaling": 3.0,
     "logit_scale": 0.3, "original_max_position_embeddings": 4, "initializer_range": 0.5, "pad_token_id": 3,
     "bos_token_id": 3, "eos_token_id": 3, "eod_token_id": 3, "pretraining_tp": 2, "router_aux_loss_coef": 0.5,
-    "router_jitter_noise": 0.5, "n_embd": 64, "n_inner": 40, "n_layer": 3, "n_head": 8, "n_positions": 64,
+    "router_jitter_noise": 0.5, "vocab_size_per_layer_input": 70, "hidden_size_per_layer_input": 4,
+    "num_kv_shared_layers": 0,
+    "n_embd": 64, "n_inner": 40, "n_layer": 3, "n_head": 8, "n_positions": 64,
     "ffn_dim": 40, "word_embed_proj_dim": 16, "activation_function": "gelu", "layer_norm_epsilon": 0.3, "init_std": 0.5,
     "summary_type": "last", "summary_activation": "tanh",
 }  # fmt: skip
@@ -53,6 +56,10 @@ OF_FAMILY: dict[str, dict[str, Any]] = {
     "gemma": {"hidden_act": "silu"},
     "gemma3_text": {"rope_parameters": {kind: {"rope_type": "default", "rope_theta": theta} for kind, theta in
                                         (("full_attention", 50.0), ("sliding_attention", 20.0))}},
+    "gemma4_text": {"rope_parameters": {"full_attention": {"rope_type": "proportional", "rope_theta": 50.0},
+                                        "sliding_attention": {"rope_type": "default", "rope_theta": 20.0}},
+                    "layer_types": ["full_attention", "sliding_attention"] * 2, "use_bidirectional_attention": "all",
+                    "num_hidden_layers": 5, "vocab_size": 62 - 8, "num_global_key_value_heads": 2},
     "olmo3": {"rope_parameters": {kind: {"rope_type": "linear", "factor": 2.0, "rope_theta": theta} for kind, theta in
                                   (("full_attention", 50.0), ("sliding_attention", 20.0))}},
     "gpt_neox": {"hidden_act": "silu", "rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 50.0,
@@ -62,12 +69,14 @@ OF_FAMILY: dict[str, dict[str, Any]] = {
                                        "llama_4_scaling_beta": 1.3, "rope_theta": 50.0}},
     "hunyuan_v1_dense": {"rope_parameters": {"rope_type": "dynamic", "alpha": 9.0, "rope_theta": 50.0, "factor": 1.0}},
 }  # fmt: skip
+OF_FAMILY["gemma4_unified_text"] = OF_FAMILY["gemma4_text"]
 # What has to fit it: sizes of one head, or a value for each layer.
 WITH: dict[str, dict[str, Any]] = {
     "num_attention_heads": {"head_dim": 8},
     "sliding_window": {"use_sliding_window": True},
     "max_window_layers": {"use_sliding_window": True},
     "layer_types": {"use_sliding_window": True, "sliding_window": 4},
+    "enable_moe_block": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 8},
 }  # fmt: skip
 
 
@@ -95,7 +104,8 @@ def random_model(family: str, fields: dict[str, Any]) -> Any:
     with torch.no_grad():
         for name, x in model.state_dict().items():
             rng = np.random.default_rng(zlib.crc32(name.encode()))
-            x.copy_(torch.tensor(0.3 * rng.standard_normal(tuple(x.shape)) + (0.8 if "norm" in name else 0.0)))
+            near_one = "norm" in name or name.endswith(("scale", "layer_scalar"))
+            x.copy_(torch.tensor(0.3 * rng.standard_normal(tuple(x.shape)) + (0.8 if near_one else 0.0)))
     return model
 
 
@@ -126,7 +136,7 @@ def with_others(family: str, keys: list[str], fields: dict[str, Any], config: Pr
     changed = dict(fields)
     for key in keys:
         changed |= {k: v for k, v in WITH.get(key, {}).items() if hasattr(made, k)}
-        changed[key] = other(family, key, getattr(config, key))
+        changed[key] = other(family, key, of_most_layers(config, key))
     for each, more in (("layer_types", "full_attention"), ("no_rope_layers", 1)):
         if "num_hidden_layers" in keys and each in fields:
             changed[each] = [*fields[each], more]
