@@ -24,7 +24,7 @@ import pytest
 from para_jax import AdapterBank, BiasConfig, LoraConfig, ParaConfig, ParaJaxError, load_adapter, save_adapter
 from para_jax.adapters.adapter import Adapter
 from para_jax.adapters.files import CONFIG, WEIGHTS
-from para_jax.adapters.method import MethodConfig
+from para_jax.adapters.method import MethodConfig, ShapeView
 from para_jax.families.architecture import Site
 from tests.helpers import SMALL, random_adapter
 
@@ -115,18 +115,17 @@ def test_adapter_of_another_shape_is_not_written(old: Adapter, tmp_path: Path) -
 
 
 @dataclasses.dataclass(frozen=True)
-class Later:
+class Later(ShapeView):
     """A backbone's shape with other sites."""
 
-    hidden_size: int
-    num_hidden_layers: int
     named: tuple[tuple[str, Site], ...]
 
     @property
     def sites(self) -> dict[str, Site]:
         return dict(self.named)
 
-    linear_sites = sites
+    def sites_of(self, layer: int) -> dict[str, Site]:
+        return self.sites
 
 
 def edited(folder: Path, **fields: Any) -> None:
@@ -146,7 +145,7 @@ def test_only_the_sites_that_an_adapter_uses_are_recorded(old: Adapter, tmp_path
         "sites": {"q_proj": [32, 32], "v_proj": [32, 16], "up_proj": [32, 48]},
     }  # fmt: skip
     more = {**SMALL.sites, "router": Site(32, 4, "mlp.router"), "o_proj": Site(8, 8, "self_attn.o_proj")}
-    later = Later(32, 2, tuple(more.items()))
+    later = Later(SMALL, tuple(more.items()))
     assert equal(load_adapter(tmp_path / "a", later), old)
 
 

@@ -25,7 +25,7 @@ def test_the_choice() -> None:
     assert choose("auto", SMALL, FLOAT32).kernel == "plain"  # on a CPU
     with pytest.raises(ParaJaxError, match=r"unknown attention 'flash'; did you mean 'splash'\?"):
         choose("flash", SMALL, FLOAT32)
-    with pytest.raises(ParaJaxError, match=r"'cudnn' has no float32, only bfloat16; choose attention='plain'"):
+    with pytest.raises(ParaJaxError, match=r"'cudnn' supports bfloat16 only, not float32; choose attention='plain'"):
         choose("cudnn", SMALL, FLOAT32)
     with pytest.raises(ParaJaxError, match="runs on NVIDIA GPUs, not on cpu"):
         choose("cudnn", SMALL, BFLOAT16)
