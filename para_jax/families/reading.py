@@ -38,7 +38,7 @@ def architecture_from_hf(fields: Mapping[str, Any], name: str = "") -> Architect
     different = tuple(dict.fromkeys(kinds))
     for heads_of in {kind.num_key_value_heads or kv_heads for kind in kinds}:
         if heads % heads_of:
-            raise ParaJaxError(f"config.json has {heads} attention heads, not a multiple of {heads_of} key/value heads")
+            raise ParaJaxError(f"config.json has {heads} attention heads that {heads_of} key/value heads do not divide")
     biased = [*(ATTENTION_SITES if getattr(config, "attention_bias", False) else ())]
     biased += MLP_SITES if getattr(config, "mlp_bias", False) else ()
     scalar = getattr(config, "query_pre_attn_scalar", None)

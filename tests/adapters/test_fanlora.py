@@ -71,7 +71,7 @@ def test_the_file_round_trips(tmp_path: Path) -> None:
     [
         ("{", "is not JSON"),
         (b"\xff\xfe", "is not JSON"),
-        ("[1]", 'is not a FanLoRA setting: it has no "method": "fanlora"'),
+        ("[1]", "is not a JSON object"),
         ('{"method": "lora", "r": 8}', 'it has no "method": "fanlora"'),
         ('{"method": "fanlora"}', "names the modules of each layer"),
         ('{"method": "fanlora", "target_modules": "all-linear"}', "names the modules of each layer"),

@@ -18,7 +18,7 @@ from para_jax.adapters.adapter import named_leaves
 from para_jax.backbones.linear import dequantized
 from para_jax.convert.checkpoint import save_backbone
 from para_jax.families.table import FAMILIES
-from para_jax.parameters import table
+from para_jax.parameters import leaf, table
 from para_jax.quantization import QUANTIZED, quantized
 from para_jax.sharding import make_mesh
 from tests.helpers import FAMILY_METHODS, families, family_backbone, family_fields, random_adapter, random_backbone
@@ -240,12 +240,15 @@ def test_each_device_gets_its_part(family: str, quantize: str | None, tmp_path: 
         split = Backbone.from_pretrained(tmp_path / "a", stacked=stacked, quantize=quantize, mesh=mesh)
         leaves = named_leaves(split)
         for name, x in named_leaves(whole).items():
-            _, layer, leaf = name.split(".") if name.startswith("blocks.") else ("", "", name)
-            ours = leaves[f"blocks.{leaf}"][int(layer)] if stacked and layer else leaves[name]
+            ours = leaves.get(name)
+            if stacked and name.startswith("blocks."):
+                _, layer, weight = name.split(".")
+                array, index = leaf(whole.config, True, int(layer), weight)
+                ours = leaves[array][index]
             assert ours.dtype == x.dtype and np.array_equal(ours, x), name
         # Four parts of what has two axes that are split.
-        sizes = {shard.data.size for shard in leaves["blocks.out" if stacked else "blocks.0.out"].addressable_shards}
-        assert sizes == {leaves["blocks.out" if stacked else "blocks.0.out"].size // 4}
+        out = leaves[leaf(whole.config, stacked, 0, "out")[0]]
+        assert {shard.data.size for shard in out.addressable_shards} == {out.size // 4}
 
 
 def test_a_block_reads_its_part_only() -> None:

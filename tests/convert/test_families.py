@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -266,6 +267,18 @@ PUBLISHED: dict[str, tuple[int, dict[str, Any]]] = {
         "layerdrop": 0.0, "max_position_embeddings": 2048, "num_attention_heads": 12, "num_hidden_layers": 12,
         "pad_token_id": 1, "prefix": "</s>", "word_embed_proj_dim": 768,
     }),
+    # As transformers counts them, for its class's sizes.
+    "Gemma 4 of the default sizes": (5_657_561_630, {
+        "model_type": "gemma4_text", "hidden_activation": "gelu_pytorch_tanh", "rms_norm_eps": 1e-6,
+        **sizes(262144, 2304, 9216, 30, 8, 4, 131072), "head_dim": 256, "global_head_dim": 512, "sliding_window": 512,
+        "num_kv_shared_layers": 10, "use_double_wide_mlp": True, "hidden_size_per_layer_input": 256,
+        "vocab_size_per_layer_input": 262144, "tie_word_embeddings": True,
+    }),
+    "Gemma 4 Unified of the default sizes": (2_969_470_750, {
+        "model_type": "gemma4_unified_text", "hidden_activation": "gelu_pytorch_tanh", "rms_norm_eps": 1e-6,
+        **sizes(262144, 2304, 9216, 30, 8, 4, 262144), "head_dim": 256, "global_head_dim": 512, "sliding_window": 1024,
+        "attention_k_eq_v": True, "num_global_key_value_heads": 1, "tie_word_embeddings": True,
+    }),
     "nanochat d20": (560_988_160, {
         "model_type": "nanochat", **sizes(65536, 1280, 5120, 20, 10, 10, 2048), "attention_bias": False,
         "final_logit_softcapping": 15.0, "hidden_act": "relu2", "pad_token_id": 1, "rms_norm_eps": 1e-6,
@@ -431,6 +444,10 @@ def test_every_key_that_models_read_is_known(family: str) -> None:
         text = Path(spec.origin).read_text()
         names |= set(re.findall(r'(?:get|has)attr\([\w.]*config, "(\w+)"', text))
         names |= set(re.findall(r"config\.(\w+)(?!\w*\()", text)) if module == own else set()
+    # Other parts of a model, whose options are in the same file.
+    classes = [x for x in vars(import_module(made.__module__)).values() if isinstance(x, type)]
+    others = [x for x in classes if x is not made and x.__module__ == made.__module__]
+    names -= {name for name in names if any(reads(other, name) for other in others)}
     # Images, how programs are compiled, and layers that are no attention.
     names -= {"mm_tokens_per_image", "image_token_id", "vision_config", "compile_config", "number_of_conv_states"}
     of_family = {*FAMILIES[family].only, *FAMILIES[family].neutral}

@@ -16,6 +16,18 @@ SIZES = {
     "vocab_size": 160, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 4096,
 }  # fmt: skip
+GEMMA4: dict[str, Any] = {
+    "attention_bias": False, "attention_dropout": 0.0, "attention_k_eq_v": False, "bos_token_id": 2,
+    "dtype": "bfloat16", "eos_token_id": 1, "final_logit_softcapping": 30.0, "global_head_dim": 16, "head_dim": 8,
+    "hidden_activation": "gelu_pytorch_tanh", "initializer_range": 0.02, "num_kv_shared_layers": 0,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+    "num_global_key_value_heads": None, "pad_token_id": 0, "rms_norm_eps": 1e-06,
+    "rope_parameters": {
+        "full_attention": {"partial_rotary_factor": 0.25, "rope_theta": 1000000.0, "rope_type": "proportional"},
+        "sliding_attention": {"rope_theta": 10000.0, "rope_type": "default"},
+    },
+    "sliding_window": 512, "tie_word_embeddings": True, "use_bidirectional_attention": None, "use_cache": True,
+}  # fmt: skip
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 1,
     "eos_token_id": 2, "hidden_act": "silu", "initializer_range": 0.02, "model_type": "llama", "pretraining_tp": 1,
@@ -338,13 +350,46 @@ MODELS: dict[str, tuple[dict[str, Any], list[str]]] = {
         | {"architectures": ["PhiForCausalLM"], "model_type": "phi", "embd_pdrop": 0.0, "hidden_act": "gelu_new",
            "layer_norm_eps": 1e-05, "partial_rotary_factor": 0.5, "qk_layernorm": False, "resid_pdrop": 0.1,
            "rope_scaling": None, "tie_word_embeddings": False}, []),
+    "the text part of google/gemma-4-E2B-it": (
+        {**GEMMA4, "model_type": "gemma4_text", "enable_moe_block": False, "hidden_size_per_layer_input": 8,
+         "moe_intermediate_size": None, "num_experts": None, "num_kv_shared_layers": 2, "top_k_experts": None,
+         "use_double_wide_mlp": True, "vocab_size_per_layer_input": 160}, []),
+    "the text part of google/gemma-4-12B-it": (
+        {**GEMMA4, "model_type": "gemma4_unified_text", "attention_k_eq_v": True, "num_global_key_value_heads": 1,
+         "use_bidirectional_attention": "vision"}, []),
+    # Older families, whose sizes have other names
+    "EleutherAI/pythia-160m": (
+        {"architectures": ["GPTNeoXForCausalLM"], "bos_token_id": 0, "eos_token_id": 0, "hidden_act": "gelu",
+         "hidden_size": 32, "initializer_range": 0.02, "intermediate_size": 48, "layer_norm_eps": 1e-05,
+         "max_position_embeddings": 2048, "model_type": "gpt_neox", "num_attention_heads": 4, "num_hidden_layers": 4,
+         "rotary_emb_base": 10000, "rotary_pct": 0.25, "tie_word_embeddings": False, "torch_dtype": "float16",
+         "transformers_version": "4.24.0", "use_cache": True, "use_parallel_residual": True, "vocab_size": 160}, []),
+    "openai-community/gpt2": (
+        {"activation_function": "gelu_new", "architectures": ["GPT2LMHeadModel"], "attn_pdrop": 0.1,
+         "bos_token_id": 50256, "embd_pdrop": 0.1, "eos_token_id": 50256, "initializer_range": 0.02,
+         "layer_norm_epsilon": 1e-05, "model_type": "gpt2", "n_ctx": 1024, "n_embd": 32, "n_head": 4, "n_layer": 4,
+         "n_positions": 1024, "resid_pdrop": 0.1, "summary_activation": None, "summary_first_dropout": 0.1,
+         "summary_proj_to_labels": True, "summary_type": "cls_index", "summary_use_proj": True, "vocab_size": 160},
+        []),
+    "facebook/opt-125m": (
+        {"_remove_final_layer_norm": False, "activation_dropout": 0.0, "activation_function": "relu",
+         "architectures": ["OPTForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 2, "do_layer_norm_before": True,
+         "dropout": 0.1, "eos_token_id": 2, "ffn_dim": 48, "hidden_size": 32, "init_std": 0.02, "layerdrop": 0.0,
+         "max_position_embeddings": 2048, "model_type": "opt", "num_attention_heads": 4, "num_hidden_layers": 4,
+         "pad_token_id": 1, "prefix": "</s>", "torch_dtype": "float16", "transformers_version": "4.21.0.dev0",
+         "use_cache": True, "vocab_size": 160, "word_embed_proj_dim": 32}, []),
+    "nanochat-students/nanochat-d20": (
+        {key: value for key, value in LATER.items() if key != "rope_theta"}
+        | {"architectures": ["NanoChatForCausalLM"], "model_type": "nanochat", "final_logit_softcapping": 15.0,
+           "hidden_act": "relu2", "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
+           "tie_word_embeddings": False}, []),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_published_config_is_read(name: str, caplog: pytest.LogCaptureFixture) -> None:
     fields, ignored = MODELS[name]
-    fields = {**SIZES, **fields}
+    fields = fields if "vocab_size" in fields else {**SIZES, **fields}
     with caplog.at_level(logging.WARNING):
         config = BackboneConfig.from_hf(fields, name)
     said = [record.getMessage() for record in caplog.records if record.name.startswith("para_jax")]

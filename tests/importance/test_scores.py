@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from para_jax import AdapterBank, Backbone, LoraConfig, ParaConfig, ParaJaxError
+from para_jax import AdapterBank, Backbone, LoraConfig, ParaConfig, ParaJaxError, progress
 from para_jax.adapters.adapter import Adapter
 from para_jax.data.examples import Example
 from para_jax.importance import scores
@@ -167,11 +167,12 @@ def _slope(backbone: Backbone, adapter: Adapter, rows: list[Example]):
 def test_progress_says_how_long(
     backbone: Backbone, adapter: Adapter, rows: list[Example], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scores, "SHOW_EVERY", 0.0)
+    monkeypatch.setattr(progress, "EVERY", 0.0)
     lines: list[str] = []
     importance_scores("ablation", backbone, adapter, rows, batch_size=2, variants=8, show=lines.append)
-    assert len(lines) == 10
-    assert lines[0].startswith("29 variants on 5 rows: 2/12 passes, ") and lines[-1].endswith(" left")
+    assert lines[0] == "1/12 passes of 29 variants on 5 rows"  # which compiles, and is not timed
+    assert lines[1].startswith("2/12 passes of 29 variants on 5 rows  ") and lines[1].endswith(" left")
+    assert lines[-1].startswith("11/12 passes of 29 variants on 5 rows  ")
 
 
 def test_what_cannot_be_scored(backbone: Backbone, adapter: Adapter, rows: list[Example]) -> None:

@@ -59,7 +59,7 @@ OF_FAMILY: dict[str, dict[str, Any]] = {
     "gemma4_text": {"rope_parameters": {"full_attention": {"rope_type": "proportional", "rope_theta": 50.0},
                                         "sliding_attention": {"rope_type": "default", "rope_theta": 20.0}},
                     "layer_types": ["full_attention", "sliding_attention"] * 2, "use_bidirectional_attention": "all",
-                    "num_hidden_layers": 5, "vocab_size": 62 - 8, "num_global_key_value_heads": 2},
+                    "num_hidden_layers": 5, "vocab_size": 54, "num_global_key_value_heads": 1},
     "olmo3": {"rope_parameters": {kind: {"rope_type": "linear", "factor": 2.0, "rope_theta": theta} for kind, theta in
                                   (("full_attention", 50.0), ("sliding_attention", 20.0))}},
     "gpt_neox": {"hidden_act": "silu", "rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 50.0,
