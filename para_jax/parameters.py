@@ -238,7 +238,7 @@ def sites(config: Architecture, layer: int) -> Mapping[str, Site]:
     }
     attention = {name: site for name, site in attention.items() if name not in LACKS[kind.values]}
     mlp = "mlp"
-    if config.experts is not None and not kind.dense and not config.experts.beside:
+    if config.experts is not None and not config.experts.beside:
         if not config.experts.shared:
             up = Site(d, config.experts.width, "mlp.experts.up_proj", linear=False)
             return {**attention, "up_proj": up}
@@ -340,9 +340,6 @@ def _layer(config: Architecture, kind: LayerKind, at: str, sites: Mapping[str, S
     f, experts = kind.intermediate_size or config.intermediate_size, config.experts
     if experts is None:
         yield from _dense(config, at, paths, f)
-        return
-    if kind.dense:
-        yield from _dense(config, at, paths, f, "dense_")
         return
     yield from _experts(config, at)
     if experts.shared:

@@ -88,8 +88,7 @@ def _split_over_tensor(config: Architecture) -> dict[str, int]:
     """The sizes that the tensor axis has to divide: those of layers of different kinds, by their common divisor."""
     inner = {kind.intermediate_size or config.intermediate_size for kind in config.layer_kinds}
     if config.experts is not None:
-        dense = config.experts.beside or any(kind.dense for kind in config.layer_kinds)
-        inner = {config.experts.width, *(inner if dense else ())}
+        inner = {config.experts.width, *(inner if config.experts.beside else ())}
     heads = {config.heads(kind)[0] for kind in config.layer_kinds}
     return {"key/value heads": math.gcd(*heads), "inner features": math.gcd(*inner)}
 

@@ -160,8 +160,8 @@ class Block:
     def _feed_forward(self, normed: Array, x: Array, adjust: Adjust) -> Array:
         """The feed-forward of the normed residual stream x."""
         c, dtype = self.config, x.dtype
-        if c.experts is None or self.kind.dense:
-            return self._dense("" if c.experts is None else "dense_", normed, adjust, dtype)
+        if c.experts is None:
+            return self._dense("", normed, adjust, dtype)
         if c.experts.beside:
             dense = self._norm("dense_post_norm", self._dense("dense_", normed, adjust, dtype))
             routed = rms_norm(x, None, c.rms_norm_eps) * self.weights["router_scale"][...].astype(dtype)[None, None]

@@ -85,7 +85,6 @@ class LayerKind:
       values: "own" values have a projection; "keys" are the keys before their norm; "shared" keys and values are those
         of the layer `shares`.
       shares: the last earlier layer of the same attention with keys and values, if they are shared.
-      dense: whether these layers have a dense feed-forward in a model with experts.
     """
 
     window: int | None = None
@@ -95,7 +94,6 @@ class LayerKind:
     intermediate_size: int | None = None
     values: Literal["own", "keys", "shared"] = "own"
     shares: int | None = None
-    dense: bool = False
 
     @property
     def shape(self) -> LayerKind:

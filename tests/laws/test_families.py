@@ -96,7 +96,7 @@ def parts(family: str) -> set[tuple]:
     for kind in config.layer_kinds:
         found |= {("window", kind.window is None), ("rope", kind.rope is None), ("values", kind.values)}
         found |= {(name, getattr(kind, name) is None) for name in ("head_dim", "num_key_value_heads")}
-        found |= {("inner", kind.intermediate_size is None), ("dense", kind.dense)}
+        found.add(("inner", kind.intermediate_size is None))
         if kind.rope:
             found |= {("scaled queries", kind.rope.query_scaling is None), ("backwards", kind.rope.backwards)}
     return found | ({("shared expert", config.experts.shared > 0)} if config.experts else set())
