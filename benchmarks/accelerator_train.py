@@ -133,8 +133,7 @@ class Running:
     def __init__(self, config: Any, case: Case):
         import numpy as np
 
-        from para_jax import AdapterBank, ParaConfig, Settings
-        from para_jax.data.examples import Example
+        from para_jax import AdapterBank, Example, ParaConfig, Settings
         from para_jax.training.places import Schedule, TenantLayout
         from para_jax.training.shapes import Device, plan_run
         from para_jax.training.state import Sums, TrainState, stack_settings

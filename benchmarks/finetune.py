@@ -73,15 +73,14 @@ def rows_of_step(rows: list[Any], step: int, count: int) -> list[Any]:
 
 
 def para_jax_worker(folder: str, data: list[list[Row]], count: int, remat: bool) -> dict[str, Any]:
-    from para_jax.memory import keep_freed_memory
+    from para_jax import keep_freed_memory
 
     keep_freed_memory()  # as the command line does
     compilations = common.count_compilations()
     import jax
     from steps import Steps
 
-    from para_jax import AdapterBank, Backbone, ParaConfig
-    from para_jax.data.examples import Example
+    from para_jax import AdapterBank, Backbone, Example, ParaConfig
     from para_jax.training.places import values_by_tenant
 
     backbone = Backbone.from_pretrained(folder, dtype="float32", stacked=True)
@@ -124,7 +123,7 @@ def peft_worker(
     from transformers import AutoModelForCausalLM
 
     if keep_memory:
-        from para_jax.memory import keep_freed_memory
+        from para_jax import keep_freed_memory
 
         keep_freed_memory()
     torch.set_num_threads(threads)

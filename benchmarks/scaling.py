@@ -24,7 +24,7 @@ import common
 
 def worker(devices: int, axis: str, tenants: int, rows: int) -> dict[str, Any]:
     """Steps of one size on one mesh."""
-    from para_jax.memory import keep_freed_memory
+    from para_jax import keep_freed_memory
 
     keep_freed_memory()  # as the command line does
     import jax
@@ -32,8 +32,7 @@ def worker(devices: int, axis: str, tenants: int, rows: int) -> dict[str, Any]:
     jax.config.update("jax_num_cpu_devices", devices)
     from steps import Steps
 
-    from para_jax import AdapterBank, Backbone, ParaConfig, make_mesh, tiny_backbone_path
-    from para_jax.data.examples import Example
+    from para_jax import AdapterBank, Backbone, Example, ParaConfig, make_mesh, tiny_backbone_path
 
     mesh = None if devices == 1 else make_mesh({axis: devices})
     backbone = Backbone.from_pretrained(tiny_backbone_path(), dtype="float32", stacked=True, mesh=mesh)

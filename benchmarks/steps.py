@@ -7,10 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from para_jax import AdapterBank, Backbone, Settings
+from para_jax import AdapterBank, Backbone, Example, Settings
 from para_jax.backbones.options import Remat
 from para_jax.data.batches import Batch
-from para_jax.data.examples import Example
 from para_jax.training.programs import Parts, Programs
 from para_jax.training.shapes import Device
 from para_jax.training.tuning import Tuning

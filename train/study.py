@@ -40,20 +40,20 @@ from para_jax import (
     Backbone,
     FanLoraConfig,
     LoraConfig,
+    MethodConfig,
     ParaJaxError,
     default_stacked,
     evaluate,
     importance_scores,
+    keep_freed_memory,
     keep_number,
     load_tokenizer,
     plot_importance,
     tiny_backbone_path,
 )
-from para_jax.adapters.method import MethodConfig
 from para_jax.cli.common import pairs
 from para_jax.errors import unknown
 from para_jax.files import write_json
-from para_jax.memory import keep_freed_memory
 from para_jax.progress import duration
 
 TASKS = ("sst2", "trec", "subj", "copa", "e2e", "scan")

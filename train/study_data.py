@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from para_jax import Backbone, ParaJaxError, encode_rows, end_tokens, read_rows
-from para_jax.data.examples import Example, Examples
+from para_jax import Backbone, Example, ParaJaxError, encode_rows, end_tokens, read_rows
+from para_jax.data.examples import Examples
 from para_jax.evaluation.metrics import majority
 
 MOST_CHOICES = 10  # up to so many different responses are labels to choose among

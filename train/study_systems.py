@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from para_jax import FanLoraConfig, IA3Config, LoraConfig, ParaConfig, ParaJaxError
-from para_jax.adapters.method import BackboneShape, MethodConfig
+from para_jax import FanLoraConfig, IA3Config, LoraConfig, MethodConfig, ParaConfig, ParaJaxError
+from para_jax.adapters.method import BackboneShape
 from para_jax.errors import unknown
 
 TOLERANCE = 0.03

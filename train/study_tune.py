@@ -20,9 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from study_data import Task
 
-from para_jax import Adapter, AdapterBank, Backbone, Settings, complete
-from para_jax.adapters.method import MethodConfig
-from para_jax.data.examples import Example
+from para_jax import Adapter, AdapterBank, Backbone, Example, MethodConfig, Settings, complete
 from para_jax.data.order import order
 from para_jax.training.metrics import Progress
 from para_jax.training.places import values_by_tenant

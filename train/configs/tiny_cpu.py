@@ -8,8 +8,7 @@ gets none right; giving the most frequent answer each time gets .310, .080 and .
 """
 
 from configs import Recipe, Tenant
-from para_jax import LoraConfig, ParaConfig, Settings, tiny_backbone_path
-from para_jax.data.quickstart import quickstart_rows
+from para_jax import LoraConfig, ParaConfig, Settings, quickstart_rows, tiny_backbone_path
 
 # Each tenant reads the same stories and has a job of its own; one is tuned with LoRA.
 train, held_out = quickstart_rows(seed=0, train=1500, held_out=300)
