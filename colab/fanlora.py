@@ -539,7 +539,7 @@ plt.show()
 # points may be luck), four layers if the model is the tiny one, one learning rate for all, and three tasks of one kind.
 # For a claim, tune with several seeds on your own tasks and choose each method's learning rate.
 # [docs/study.md](https://github.com/para-jax/para_jax/blob/main/docs/study.md) does so for six tasks: at equal size
-# FanLoRA matched LoRA on some and lost on others, and decoded faster.
+# FanLoRA's scores were within the noise of LoRA's on each task, and it decoded faster.
 #
 # ## The adapter in PEFT
 #

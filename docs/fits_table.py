@@ -1,7 +1,7 @@
-"""Prints what fits the accelerators of Colab and Kaggle, from `para_jax.planning`: two tables of docs/notebooks.md.
+"""Prints what fits the accelerators of Colab and Kaggle, from `para_jax.planning`.
 
-    python docs/fits_table.py models > table.md
-    python docs/fits_table.py notebooks > table.md
+    python docs/fits_table.py models > table.md         (the table of docs/notebooks.md)
+    python docs/fits_table.py notebooks > table.md      (what the notebooks run)
 
 Each line is compiled for chips that need not be here, which takes up to a minute of processor time. It needs libtpu
 (`pip install "para-jax[tpu]"`, Linux).
@@ -50,8 +50,8 @@ LINES: list[tuple[str, str, Any, str, Any, int]] = [
     ("Llama 3.1 8B", COLAB, "int8", "PARA", "train", 8),
     ("Llama 3.1 8B", COLAB, "int4", "PARA", "train", 8),
     ("Llama 3.1 8B", COLAB, "int8", "PARA", "decode", 16),
-    ("Llama 3.1 8B", COLAB, "int4", "PARA", "decode", 32),
     ("Llama 3.1 8B", COLAB, "int8", "LoRA", "decode", 16),
+    ("Llama 3.1 8B", COLAB, "int4", "PARA", "decode", 32),
     ("Llama 3.1 8B", COLAB_V6E, None, "PARA", "train", 8),
     ("Llama 3.1 8B", COLAB_V6E, None, "PARA", "decode", 32),
     ("Llama 3.1 8B", KAGGLE, None, "PARA", "train", 8),
@@ -78,13 +78,6 @@ NOTEBOOKS: list[tuple[str, str, str, Any, int, int, int, int]] = [
 ]
 
 
-def described(mode: str, rows: int, tenants: int, length: int, new_tokens: int, method: str) -> str:
-    """A job in words."""
-    if mode == "decode":
-        return f"decoding {rows} rows of {tenants} tenants, {length} tokens and {new_tokens} new ones, {method}"
-    return f"a step of {rows} rows of {length} tokens of each of {tenants} tenants, {method}"
-
-
 def config_of(model: str) -> BackboneConfig:
     """A model by its name here."""
     return (
@@ -94,16 +87,17 @@ def config_of(model: str) -> BackboneConfig:
 
 def models() -> None:
     """What fits, line by line."""
-    print("| model | weights | chips | what | peak of a chip | fits |\n|---|---|---|---|---|---|")
+    print("| model | weights | chips | method | work | peak of a chip | fits |\n|---|---|---|---|---|---|---|")
     for model, chips, quantize, method, mode, rows in LINES:
         length, tenants = (PROMPT, rows) if mode == "decode" else (ROW, 4)
-        job = Job(config_of(model), METHODS[method], mode, tenants, rows, length, quantize=quantize)
+        job = Job(config_of(model), METHODS[method], mode, tenants, rows, length, NEW, quantize=quantize)
         made = plan_in_subprocess([job], chips, tries=1)
         best = made["plan"]
-        what = described(mode, rows, tenants, length, NEW, method)
+        work = f"decode {rows}" if mode == "decode" else "train"
         where = f"{chips}, {best['mesh']}" if chips == KAGGLE else chips
-        weights, fits = quantize or "bfloat16", "yes" if made["fits"] else "no"
-        print(f"| {model} | {weights} | {where} | {what} | {best['peak'] / 1e9:.1f} GB | {fits} |", flush=True)
+        weights, peak = quantize or "bfloat16", f"{best['peak'] / 1e9:.1f} GB"
+        fits = "yes" if made["fits"] else "no"
+        print(f"| {model} | {weights} | {where} | {method} | {work} | {peak} | {fits} |", flush=True)
 
 
 def notebooks() -> None:
@@ -114,7 +108,9 @@ def notebooks() -> None:
         chips = [KAGGLE, KAGGLE.replace("v5e", "v6e")] if notebook == "mesh" else [COLAB, COLAB_V6E]
         every = [plan_in_subprocess([job], topology, tries=1) for topology in chips]
         peaks = [f"{made['plan']['peak'] / 1e6:,.0f} MB{'' if made['fits'] else ': too much'}" for made in every]
-        what = described(mode, rows, tenants, length, new_tokens, method)
+        what = f"a step of {rows} rows of {length} tokens of each of {tenants} tenants, {method}"
+        if mode == "decode":
+            what = f"decoding {rows} rows of {tenants} tenants, {length} tokens and {new_tokens} new ones, {method}"
         print(f"| {notebook} | {model} | {what} | {' | '.join(peaks)} |", flush=True)
 
 

@@ -7,20 +7,23 @@ from collections.abc import Iterator
 
 from para_jax.data.templates import shipped
 
+LONGEST = 72  # characters of a cell
+
 
 def lines() -> Iterator[str]:
-    """Each template with its prompt, its response and its choices."""
+    """Each template with its prompt, its response and its choices; the texts may be cut."""
     yield "| template | prompt | response | choices |"
     yield "|---|---|---|---|"
     for name, path in shipped().items():
         fields = json.loads(path.read_text())
         choices = fields.get("choices", "")
-        cells = (fields["prompt"], fields["response"], ", ".join(choices) if isinstance(choices, list) else choices)
+        cells = (fields["prompt"], fields["response"], choices if isinstance(choices, str) else json.dumps(choices))
         yield f"| `{name}` | " + " | ".join(f"`{_cell(text)}`" if text else "" for text in cells) + " |"
 
 
 def _cell(text: str) -> str:
-    return text.replace("\n", "⏎").replace("|", "\\|")
+    short = text if len(text) <= LONGEST else text[: LONGEST - 3] + "..."
+    return short.replace("\n", "⏎").replace("|", "\\|")
 
 
 if __name__ == "__main__":

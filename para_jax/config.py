@@ -1,4 +1,7 @@
-"""A backbone's sizes and settings, for all families of Hugging Face checkpoints."""
+"""`BackboneConfig`: the `Architecture` that a config.json describes, with what follows from it.
+
+That is the sites of each layer, the stacks of layers, and the number of parameters.
+"""
 
 from __future__ import annotations
 

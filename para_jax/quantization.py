@@ -1,4 +1,4 @@
-"""Quantized weights: the int8 and int4 formats, and quantization on the host."""
+"""Quantized weights: the int8 and int4 formats, and quantization on the host. Matmuls are in backbones/linear.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The interfaces of a method and of the backbone it adapts. `adapters/registry.py` lists the methods."""
+"""What a method implements (`MethodConfig`, `AdapterLayer`), and the view of a backbone that it gets (`BackboneShape`).
+
+`adapters/registry.py` lists the methods.
+"""
 
 from __future__ import annotations
 

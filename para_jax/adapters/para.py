@@ -1,7 +1,7 @@
 """Prompt-Aware Representation Adjustment (Liu et al., EMNLP 2024 industry track, arXiv 2502.01033).
 
 A vector generator in each Transformer layer reads the hidden states of the prompt once. It makes the vectors that scale
-the outputs of Q, V and the up projection of that layer for every token:
+the outputs of Q, V and the up projection of that layer for every token. `ParaLayer` has the poolers:
 
     h = Pooler(H_prompt)        l = g(h W_down) W_up (+ b_up)        y' = (1 + l_site) * y
 

@@ -1,4 +1,4 @@
-"""The adapters of a batch's rows, prepared layer by layer."""
+"""`Rows`: the adapters that `AdapterBank.rows` gathers for a batch. It makes the Adjustments of each layer."""
 
 from __future__ import annotations
 

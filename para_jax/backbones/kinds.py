@@ -1,4 +1,7 @@
-"""What differs between the kinds of layers: RoPE, the window of attention, shared keys and values, own inputs."""
+"""What the decoder computes by kind of layer: RoPE angles, attention with a window, shared keys and values.
+
+Gemma 4's second embeddings, an input for each layer, are here too. `families/kinds.py` reads the kinds.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random weights for the table of parameters."""
+"""Initializes a backbone with random weights, from the table in `para_jax/parameters.py`."""
 
 from __future__ import annotations
 

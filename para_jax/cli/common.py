@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -181,6 +181,21 @@ def tenant_sources(args: argparse.Namespace, option: str = "tenant") -> dict[str
     if not found and option == "tenant":
         raise ParaJaxError("give each tenant's rows: --tenant NAME=SOURCE, or --tenant-from SOURCE for several")
     return found
+
+
+def row_templates(args: argparse.Namespace, sources: Mapping[str, Source]) -> dict[str, str]:
+    """The template of each tenant whose rows are not read yet; `tenant_sources` applied it to those of --tenant-from.
+
+    Raises ParaJaxError for --template NAME=FILE if NAME's rows come from --tenant-from.
+    """
+    templates = per_tenant(args.template, "--template", list(sources), str)
+    for name in (value.rpartition("=")[0] for value in args.template if "=" in value):
+        if not isinstance(sources[name], str):
+            raise ParaJaxError(
+                f"--template {name}=... has no effect: the rows of {name!r} come from a source of several tenants; "
+                "give --template FILE.json for that source"
+            )
+    return {name: template for name, template in templates.items() if isinstance(sources[name], str)}
 
 
 def pairs(values: Sequence[str], option: str) -> dict[str, str]:

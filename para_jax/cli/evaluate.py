@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
         refuse(args, ("allow_nan",), "without --adapters")
     sources = common.tenant_sources(args)
     check_known("tenant in --choose", args.choose, sources)
-    templates = common.per_tenant(args.template, "--template", list(sources), str)
+    templates = common.row_templates(args, sources)
     limits = common.per_tenant(["64", *args.max_new_tokens], "--max-new-tokens", list(sources), COUNT.parse)
 
     from para_jax.data.rows import check_tenant

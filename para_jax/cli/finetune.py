@@ -1,15 +1,15 @@
 """Tune several tenants together on one frozen backbone.
 
-Every step has rows of every tenant. Each tenant has its own loss, gradient clipping, learning rate, schedule and number
-of steps, and the same result as if it was tuned alone. OUT then has NAME/ with each tenant's adapter, report.html and
-report.json, loss.png, metrics.jsonl, run.json and checkpoints/. Ctrl-C saves; --resume continues with bit-identical
-results.
+By default every step has rows of every tenant. Each has its own loss, gradient clipping, learning rate, schedule and
+number of steps, and the same result as if it was tuned alone. OUT then has NAME/ with each tenant's adapter,
+report.html and report.json, loss.png, metrics.jsonl, run.json and checkpoints/. Ctrl-C saves; --resume continues with
+bit-identical results.
 
   para-jax finetune --tenant mail=mail.jsonl --tenant faq=faq.jsonl --steps 500 --lr 3e-3 --out runs/first
 
 The tenants of a run may have different methods and options:
 
-  para-jax finetune --tenant mail=mail.jsonl --tenant faq=faq.jsonl --method lora --method faq=para \
+  para-jax finetune --tenant mail=mail.jsonl --tenant faq=faq.jsonl --method lora --method faq=para \\
     --option lora.target_modules=all-linear --option lora.r=4 --out runs/mixed
 """
 
@@ -112,9 +112,7 @@ def run(args: argparse.Namespace) -> int:
     methods = method_configs(names, args.method, options)
     settings = tenant_settings(args, names, dev)
     chat_templates = common.per_tenant(args.chat_template, "--chat-template", names, template_file)
-    # Rows from --tenant-from are converted by their template already.
-    in_files = [name for name in names if isinstance(tenants[name], str)]
-    templates = common.per_tenant(args.template, "--template", names, str)
+    templates = common.row_templates(args, tenants)
 
     show = partial(print, flush=True)
     # Raises for a missing package, before the model is read.
@@ -123,8 +121,7 @@ def run(args: argparse.Namespace) -> int:
     with loggers:
         finetune(
             loading, tenants, args.out, methods=methods, settings=settings, dev=dev, tokenizer=tokenizer,
-            templates={name: templates[name] for name in in_files if name in templates},
-            chat_templates=chat_templates, spread=args.spread_tenants, keep=args.keep_checkpoints,
+            templates=templates, chat_templates=chat_templates, spread=args.spread_tenants, keep=args.keep_checkpoints,
             show=show, loggers=loggers, **{name: getattr(args, name) for name in SAME},
         )  # fmt: skip
     some = ", ".join(names) if len(names) <= 10 else f"{len(names)} adapters"

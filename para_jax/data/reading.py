@@ -1,4 +1,4 @@
-"""`Reader`: a tenant's rows, in any supported form, as examples."""
+"""`Reader`: the pipeline from a source of rows (`data/sources.py`) to tokenized examples (`data/examples.py`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The token loop: one program generates all tokens of a batch on the device.
+"""The token loop: one program generates all tokens of a batch on the device. `Ending` says when a row ends.
 
 Backbones are arguments of these programs, not constants. Features that a batch does not use (a penalty, a temperature,
 stop strings) are None in the arguments, and so not in the program. All settings of rows are arrays.

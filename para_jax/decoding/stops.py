@@ -1,4 +1,4 @@
-"""Stop strings, found exactly and on the device.
+"""Stop strings, found exactly and on the device. `Ending` in decoding/loop.py has all rules that end a row.
 
 An automaton over the bytes of the stop strings (Aho and Corasick, 1975) is composed with the bytes of every token into
 a table (state, token) -> next state. Each row has a state, and one lookup per step finds a complete stop string,

@@ -1,4 +1,7 @@
-"""The architecture of a decoder as plain data: sizes, and the parts in which families differ."""
+"""`Architecture`: a decoder as plain data, its sizes and the parts in which families differ.
+
+`para_jax/config.py` adds what follows from these fields.
+"""
 
 from __future__ import annotations
 

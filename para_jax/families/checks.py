@@ -1,4 +1,4 @@
-"""Checks of values in config.json that transformers does not check, or only when a model is created or run."""
+"""Checks of values in config.json, alone and against each other, that transformers makes late or not at all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The kinds of layers that a config.json has: windows, settings of RoPE, and sizes."""
+"""Reads the kinds of layers from a config.json: their windows, settings of RoPE, and sizes."""
 
 from __future__ import annotations
 

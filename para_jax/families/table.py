@@ -242,7 +242,7 @@ FAMILIES: dict[str, Family] = {
         lambda c: {"rope_pairs": "neighbours", "biases": _biases(c.attention_bias, False, c.mlp_bias)},
     ),
     "cohere": Family(
-        "Command R, R+, R7B 2024; Aya 23, Aya Expanse",
+        "Command R, R+, also 08-2024; Aya 23, Aya Expanse",
         "CohereForCausalLM",
         lambda c: _cohere(c, qk_norm="each" if c.use_qk_norm else "none"),
         reads=("logit_scale", "use_qk_norm"),

@@ -84,7 +84,7 @@ def candidate(job: Job, mesh: Mesh, chip: Chip) -> Candidate:
 
 
 def remedies(job: Job, mesh: Mesh, devices: Sequence[Any], chip: Chip) -> Iterator[tuple[str, Candidate]]:
-    """Changes that save memory: first those that do not change results, then those that do, the cheapest first."""
+    """Changes that save memory: less at once, then fewer bits a weight, then another mesh."""
     for text, changed in _changes(job, mesh):
         try:
             check(changed, mesh)

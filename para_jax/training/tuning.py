@@ -1,4 +1,4 @@
-"""The inputs of a run, fixed before the first step."""
+"""`Tuning`: the arguments of `finetune` after reading: all tenants' examples and settings, and the run's options."""
 
 from __future__ import annotations
 

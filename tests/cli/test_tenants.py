@@ -72,6 +72,11 @@ MISTAKES = {
         "{both}:1: tenant 'acme' has another source already; give it one source",
     ),
     "a row of nobody": (["--tenant-from", "{one}"], '{one}:1: no tenant\'s name under "tenant"'),
+    "a template of its own for rows that are read already": (
+        ["--tenant-from", "{one_of_acme}", "--template", "acme={one}"],
+        "--template acme=... has no effect: the rows of 'acme' come from a source of several tenants; "
+        "give --template FILE.json for that source",
+    ),
     "no source": ([], "give each tenant's rows: --tenant NAME=SOURCE, or --tenant-from SOURCE for several"),
 }
 
@@ -83,6 +88,7 @@ def test_mistakes(
 ) -> None:
     both = write(tmp_path / "both.jsonl", row("acme"), row("globex"))
     files = {"both": both, "one": write(tmp_path / "one.jsonl", row(None))}
+    files["one_of_acme"] = write(tmp_path / "acme.jsonl", row("acme"))
     out = ["--out", str(tmp_path / "out")] if verb == "finetune" else []
     assert main([verb, *(x.format(**files) for x in arguments), *out]) == 1
     assert capsys.readouterr().err.strip().splitlines()[-1] == f"para-jax {verb}: {says.format(**files)}"
