@@ -86,7 +86,7 @@ def blocks(language: str) -> list[str]:
 
 def test_the_code_of_a_method_is_that_of_its_file() -> None:
     shown, code = blocks("python"), (ROOT / FILE).read_text(encoding="utf-8")
-    assert len(shown) == 6
+    assert len(shown) == 7
     for block in shown:
         assert block in code, "copy it again from the file"
 
