@@ -103,15 +103,14 @@ class Progress:
         self.compiling = True
 
     def update(self, step: int, total: int, tokens: int, losses: dict[str, float]) -> None:
-        """Records a step of about `total`; prints a line every few seconds."""
-        now = time.monotonic()
-        if self.compiling:
-            # The first step compiles, so it is not timed.
+        """Records a step of about `total`; prints a line after the first step, and then every few seconds."""
+        now, first = time.monotonic(), self.compiling
+        if first:  # it compiles, so it is not timed
             self.compiling, self.began, self.first = False, now, step
             tokens = 0
         self.tokens += tokens
         self.seconds, self.steps = now - self.began, step - self.first
-        if now - self.shown < self.every and step < total:
+        if now - self.shown < self.every and step < total and not first:
             return
         self.shown = now
         rate = f"{self.tokens / self.seconds:,.0f} tokens/s" if self.steps else "compiled"

@@ -165,7 +165,8 @@ def test_many_tenants(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_fanlora(tmp_path, monkeypatch):
-    drawn, text = ran("fanlora", tmp_path, monkeypatch, long=True)
+    rows = {"train, held_out": "quickstart_rows(seed=0, train=1500, held_out=60)"}
+    drawn, text = ran("fanlora", tmp_path, monkeypatch, long=True, **rows)
     assert len(drawn) == 3
     exact = {line[:14].strip(): int(line[14:].split("%")[0]) for line in text.splitlines() if "% exact" in line}
     assert list(exact) == ["untuned", "everywhere", "critical", "least critical", "random-0", "random-1"]

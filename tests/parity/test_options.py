@@ -24,7 +24,7 @@ from para_jax import Backbone, BackboneConfig, ParaJaxError
 from para_jax.families.keys import defaults
 from para_jax.families.kinds import of_most_layers
 from para_jax.families.table import FAMILIES
-from tests.helpers import family_fields
+from tests.helpers import families, family_fields
 from tests.parity.models import TOLERANCE, plain
 
 TIME = 11
@@ -151,7 +151,7 @@ def with_others(family: str, keys: list[str], fields: dict[str, Any], config: Pr
     return changed
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", families())
 def test_every_option(family: str, tmp_path: Path) -> None:
     fields = {**family_fields(family), "pad_token_id": 0}
     before, shape = random_model(family, fields), BackboneConfig.from_hf(fields)
