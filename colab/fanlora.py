@@ -368,7 +368,7 @@ from para_jax import importance_scores
 halves = []
 for start in (0, 1):
     rows = {task: held_out[task][start:30:2] for task in ("mood", "place")}
-    halves.append(importance_scores("ablation", backbone, mixture, encoded(rows, "mood", "place"), show=print))
+    halves.append(importance_scores("ablation", backbone, mixture, encoded(rows, "mood", "place")))
 scores = sum(halves) / 2  # (layers, modules)
 
 # %% [markdown]

@@ -98,7 +98,7 @@ def main() -> None:
         rows = list(read_rows(file))
         some = random.Random(args.seed).sample(rows, min(args.score_rows, len(rows)))
         held_out += encode_rows(some, tokenizer, eos, shape.max_position_embeddings, one_pass=True)
-    scores = importance_scores(args.score, backbone, adapter, held_out, seed=args.seed, show=print)
+    scores = importance_scores(args.score, backbone, adapter, held_out, seed=args.seed)
     kept = keep_within(scores, shape, args.budget, r) if args.keep is None else keep_number(scores, shape, args.keep)
     config = FanLoraConfig.of(kept, shape, r=r, lora_alpha=r)
     config.save(setting / "fanlora.json")

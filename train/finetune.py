@@ -88,7 +88,6 @@ def main() -> None:
             micro_batch_tokens=recipe.micro_batch_tokens,
             checkpoint_every=recipe.checkpoint_every,
             resume=args.resume,
-            show=say,
             loggers=loggers,
         )
     bank = AdapterBank.load({name: args.out / name for name in recipe.tenants}, shape)

@@ -20,6 +20,7 @@ from para_jax.cli.options import Parser, check_texts
 from para_jax.compile_cache import quiet_loading
 from para_jax.errors import ParaJaxError
 from para_jax.mounts import remedy
+from para_jax.progress import end_bars
 from para_jax.torch_files import hide_torch
 
 STOPPED = 130  # the exit code of Ctrl-C
@@ -93,7 +94,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     quiet_loading()
     # transformers would warn that torch is missing, which is not needed.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    code = _flushed(args.verb, _run(args))
+    code = _run(args)
+    end_bars()
+    code = _flushed(args.verb, code)
     if code and _is_multiprocess():
         from para_jax.distributed import exit_at_once
 
@@ -134,6 +137,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _print_error(verb: str, message: str) -> None:
+    end_bars()
     print(f"para-jax {verb}: {message}", file=sys.stderr)
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import random
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,8 +77,10 @@ def run(args: argparse.Namespace) -> int:
     if args.keep is not None and not 1 <= args.keep <= fewest:  # before the scoring, which is slow
         raise ParaJaxError(f"--keep must be from 1 to {fewest}, the modules of a layer, not {args.keep}")
     examples = held_out(args, adapter_tokenizer(tokenizer, args.adapter, shape.vocab_size), shape)
-    numbers = {"batch_size": args.batch_size or 8, "variants": args.variants or 16, "seed": args.seed or 0}
-    scores = importance_scores(args.score, backbone, adapter, examples, show=partial(print, flush=True), **numbers)
+    scores = importance_scores(
+        args.score, backbone, adapter, examples,
+        batch_size=args.batch_size or 8, variants=args.variants or 16, seed=args.seed or 0,
+    )  # fmt: skip
 
     lora: Any = adapter.config
     same = {name: getattr(lora, name) for name in ("use_rslora", "lora_dropout", "init_lora_weights")}

@@ -19,7 +19,6 @@ import argparse
 import json
 import re
 from collections.abc import Collection, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from para_jax.cli.options import ROWS, flag, number, repeated
 from para_jax.cli.outputs import check_data_dir, check_folder
 from para_jax.cli.settings import add_settings, tenant_settings
 from para_jax.errors import ParaJaxError, check_known
+from para_jax.progress import say
 
 # Options with the names of `finetune`'s.
 SAME = (
@@ -114,18 +114,17 @@ def run(args: argparse.Namespace) -> int:
     chat_templates = common.per_tenant(args.chat_template, "--chat-template", names, template_file)
     templates = common.row_templates(args, tenants)
 
-    show = partial(print, flush=True)
     # Raises for a missing package, before the model is read.
-    loggers = Loggers(args.log, args.out, args.profile, show)
+    loggers = Loggers(args.log, args.out, args.profile)
     loading, tokenizer = common.begin_model(args, stacked=True)
     with loggers:
         finetune(
             loading, tenants, args.out, methods=methods, settings=settings, dev=dev, tokenizer=tokenizer,
             templates=templates, chat_templates=chat_templates, spread=args.spread_tenants, keep=args.keep_checkpoints,
-            show=show, loggers=loggers, **{name: getattr(args, name) for name in SAME},
+            loggers=loggers, **{name: getattr(args, name) for name in SAME},
         )  # fmt: skip
     some = ", ".join(names) if len(names) <= 10 else f"{len(names)} adapters"
-    show(f"saved {some} and report.html in {args.out}")
+    say(f"saved {some} and report.html in {args.out}")
     return 0
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from para_jax.cli.options import flag, number
 from para_jax.cli.outputs import check_folder
 from para_jax.data.quickstart import Rows, quickstart_rows
 from para_jax.files import write_json
-from para_jax.progress import duration
+from para_jax.progress import duration, say
 from para_jax.training.metrics import can_draw, read_metrics, save_figure
 
 DEFAULT = ("model", "quantize", "coordinator", "processes", "process")  # not options here
@@ -58,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     config, started = ParaConfig(), time.monotonic()
     bank = finetune(
         loading, train, args.out, methods=config, settings=Settings(steps=args.steps, lr=args.lr), tokenizer=tokenizer,
-        seed=args.seed, overwrite=args.overwrite, show=partial(print, flush=True),
+        seed=args.seed, overwrite=args.overwrite, show=say,
     )  # fmt: skip
     seconds = time.monotonic() - started
     lines = read_metrics(Path(args.out, METRICS))

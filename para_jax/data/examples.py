@@ -177,6 +177,8 @@ def _chunks(
         if characters > CHUNK:
             yield chunk
             chunk, characters = [], 0
+    if show is not None and total:
+        pace(total, total)
     raise_problems(problems)
     yield chunk
 

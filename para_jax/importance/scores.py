@@ -29,7 +29,7 @@ from para_jax.data.examples import Example
 from para_jax.errors import ParaJaxError, check_known
 from para_jax.families.architecture import Stack
 from para_jax.importance.select import present
-from para_jax.progress import Pace
+from para_jax.progress import Pace, say
 from para_jax.training.loss import target_nll
 
 
@@ -67,7 +67,7 @@ def importance_scores(
     batch_size: int = 8,
     variants: int = 16,
     seed: int = 0,
-    show: Callable[[str], None] = lambda line: None,
+    show: Callable[[str], None] = say,
 ) -> Float[np.ndarray, "layers sites"]:
     """The importance of every module, float64, by layer and by site in the order of `backbone.config.sites`; NaN where
     a layer does not have the site.
@@ -79,7 +79,8 @@ def importance_scores(
       batch_size: the number of rows of a forward pass.
       variants: the number of ablations in one forward pass; each needs its own activations.
       seed: the seed of "random".
-      show: is called with a line of progress every few seconds.
+      show: is called with a line of progress every few seconds. By default there is a bar on a terminal and in a
+        notebook, and elsewhere lines are printed.
 
     Raises ParaJaxError for an unknown score, an adapter that is not LoRA or lacks a module, or no rows.
 
@@ -245,3 +246,4 @@ def _shown(work: Sequence[Any], what: str, show: Callable[[str], None]) -> Itera
         if done:  # the first pass compiles
             pace(done, len(work))
         yield item
+    pace(len(work), len(work))

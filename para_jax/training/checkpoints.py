@@ -25,6 +25,7 @@ from para_jax.distributed import is_main_process
 from para_jax.errors import ParaJaxError
 from para_jax.files import Written, as_json, copy, new_folder, read_back, remove, safetensors, write_file
 from para_jax.mounts import FULL, remedy
+from para_jax.progress import say
 from para_jax.training.step import copy_arrays
 
 EARLIER = "_CHECKPOINT_METADATA"
@@ -39,7 +40,7 @@ class Checkpoints:
     writes; its errors are raised by the next `save`, or at the end.
     """
 
-    def __init__(self, folder: str | Path, keep: int = 2, show: Callable[[str], None] = print):
+    def __init__(self, folder: str | Path, keep: int = 2, show: Callable[[str], None] = say):
         self.folder, self.keep, self.show = Path(folder).absolute(), keep, show
         self.newest_complete: int | None = None  # its step, as far as this object has written or checked
         self._incomplete = set[int]()

@@ -20,6 +20,7 @@ from para_jax.data.lengths import row_length
 from para_jax.data.reading import Reader, Source, are_examples
 from para_jax.distributed import is_main_process, share_work
 from para_jax.errors import ParaJaxError, check_known
+from para_jax.progress import say
 from para_jax.training.claim import check_out
 from para_jax.training.folder import check_name
 from para_jax.training.loop import train
@@ -55,7 +56,7 @@ def finetune(
     keep: int = 2,
     resume: bool = False,
     overwrite: bool = False,
-    show: Callable[[str], None] = print,
+    show: Callable[[str], None] = say,
     loggers: Iterable[Logger] = (),
 ) -> AdapterBank:
     """Tunes one adapter per tenant on one frozen model, many tenants in one step.
@@ -95,7 +96,8 @@ def finetune(
       resume: continue from the newest checkpoint in `out`, with bit-identical results, or on another mesh with the same
         rows and results up to rounding. Without a checkpoint the run starts from the beginning.
       overwrite: replace an existing `out`.
-      show: is called with each line of progress.
+      show: is called with each line of progress. By default lines are printed, and steps are a bar on a terminal and in
+        a notebook.
       loggers: are called with each line of metrics.jsonl, in the main process.
 
     Returns the bank after the last step. Raises ParaJaxError for rows, methods or settings that are not as described;

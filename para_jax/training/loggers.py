@@ -20,6 +20,7 @@ from para_jax.compat import unregister_event_duration_listener
 from para_jax.errors import ParaJaxError, check_known
 from para_jax.files import write_text
 from para_jax.mounts import RESUME, explain_os_errors
+from para_jax.progress import say
 from para_jax.training.folder import PROFILE, TENSORBOARD, WANDB
 from para_jax.training.tuning import Logger
 
@@ -41,7 +42,7 @@ class Loggers:
     """
 
     def __init__(
-        self, kinds: Sequence[str], out: str | Path, profile: int = 0, show: Callable[[str], None] = print
+        self, kinds: Sequence[str], out: str | Path, profile: int = 0, show: Callable[[str], None] = say
     ) -> None:
         self._loggers: list[Any] = []
         check_known("logger", kinds, KINDS)
@@ -157,7 +158,7 @@ class WeightsAndBiases:
 class Profile:
     """A jax.profiler trace in OUT/profile, started after `QUIET` consecutive steps without compilation."""
 
-    def __init__(self, out: Path, steps: int, show: Callable[[str], None] = print):
+    def __init__(self, out: Path, steps: int, show: Callable[[str], None] = say):
         self._folder, self._steps, self._show = out / PROFILE, steps, show
         self._lines = self._quiet = self._traced = 0
         self._state: Literal["new", "waiting", "tracing", "closed"] = "new"

@@ -92,7 +92,10 @@ class Run:
             lines = self._restore(checkpoints) if resumed else []
             with MetricsFile(out / METRICS, self.done, lines, show) if is_main_process() else nullcontext() as metrics:
                 self._metrics = metrics
-                finished = self._steps(checkpoints, stop, claim.commit)
+                try:
+                    finished = self._steps(checkpoints, stop, claim.commit)
+                finally:
+                    self.progress.display.close()
         return None if finished else stop.kind or 0
 
     def _restore(self, checkpoints: Checkpoints) -> list[Path]:

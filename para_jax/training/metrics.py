@@ -14,7 +14,7 @@ from typing import Any
 
 from para_jax.files import AppendFile, replacing
 from para_jax.mounts import RESUME, explain_os_errors
-from para_jax.progress import duration
+from para_jax.progress import Display, duration
 
 
 class MetricsFile:
@@ -96,29 +96,28 @@ class Progress:
     `steps`, `tokens` and `seconds` count this process's steps after its first step, which compiles.
     """
 
-    def __init__(self, done: int, show: Callable[[str], None], every: float = 5.0):
-        self.show, self.every = show, every
-        self.began = self.shown = time.monotonic()
+    def __init__(self, done: int, show: Callable[[str], None]):
+        self.display, self.began = Display(show), time.monotonic()
         self.first, self.tokens, self.steps, self.seconds = done, 0, 0, 0.0
         self.compiling = True
 
     def update(self, step: int, total: int, tokens: int, losses: dict[str, float]) -> None:
-        """Records a step of about `total`; prints a line after the first step, and then every few seconds."""
+        """Records a step of about `total`, and shows it: the first and the last step, and others now and then."""
         now, first = time.monotonic(), self.compiling
         if first:  # it compiles, so it is not timed
             self.compiling, self.began, self.first = False, now, step
             tokens = 0
         self.tokens += tokens
         self.seconds, self.steps = now - self.began, step - self.first
-        if now - self.shown < self.every and step < total and not first:
-            return
-        self.shown = now
+        self.display(step, total, lambda: self._line(step, total, losses), at_once=first or step >= total)
+
+    def _line(self, step: int, total: int, losses: dict[str, float]) -> str:
         rate = f"{self.tokens / self.seconds:,.0f} tokens/s" if self.steps else "compiled"
         left = f"{duration(self.seconds / self.steps * (total - step))} left" if self.steps else ""
         worst = sorted(losses.items(), key=lambda item: -item[1])
         shown = "  ".join(f"{name} {loss:.3f}" for name, loss in (worst[:6] if len(worst) > 6 else losses.items()))
         more = f"  and {len(worst) - 6} lower" if len(worst) > 6 else ""
-        self.show(f"step {step}/{total}  {rate}  {left}  loss: {shown}{more}")
+        return f"step {step}/{total}  {rate}  {left}  loss: {shown}{more}"
 
 
 def can_draw(show: Callable[[str], None]) -> bool:

@@ -15,6 +15,7 @@ from para_jax.checks import COUNT, KEEP, SEED
 from para_jax.data.examples import Example, check_ids
 from para_jax.data.lengths import check_lengths
 from para_jax.errors import ParaJaxError
+from para_jax.progress import say
 from para_jax.training.settings import Settings
 
 Logger = Callable[[Mapping[str, Any]], None]  # is called with a line of metrics.jsonl
@@ -39,7 +40,7 @@ class Tuning:
     resume: bool = False
     overwrite: bool = False
     chat_templates: Mapping[str, str] = field(default_factory=dict)
-    show: Callable[[str], None] = print
+    show: Callable[[str], None] = say
     loggers: Iterable[Logger] = ()
 
     def check_numbers(self) -> None:
