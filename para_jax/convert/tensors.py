@@ -15,6 +15,8 @@ from para_jax.torch_files import as_numpy, read_torch
 
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+# The endings of the names of byte tensors, which `convert/mxfp4.py` reads.
+PACKED = ("_blocks", "_scales")
 
 
 class TensorFiles(Protocol):
@@ -73,11 +75,12 @@ class SafetensorsFiles:
                 raise ParaJaxError(f"{path} is damaged: {error}") from error
             header.pop("__metadata__", None)
             for key, entry in sorted(header.items()):
-                if entry["dtype"] not in DTYPES:
+                known = {**DTYPES, "U8": "uint8"} if key.endswith(PACKED) else DTYPES
+                if entry["dtype"] not in known:
                     if key.endswith(spare):
                         continue
                     raise ParaJaxError(f"{path}: {key} is {entry['dtype']}; supported: {', '.join(sorted(DTYPES))}")
-                self.shape[key], self.dtype[key] = tuple(entry["shape"]), DTYPES[entry["dtype"]]
+                self.shape[key], self.dtype[key] = tuple(entry["shape"]), known[entry["dtype"]]
                 self._place[key] = path, start + entry["data_offsets"][0]
 
     def read(self, key: str) -> np.ndarray:
