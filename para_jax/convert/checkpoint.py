@@ -17,7 +17,6 @@ from jax.sharding import PartitionSpec as P
 from para_jax.adapters.adapter import named_leaves
 from para_jax.adapters.files import TEMPLATE
 from para_jax.config import CONFIG, GENERATION, BackboneConfig, checkpoint_folder
-from para_jax.convert.mxfp4 import Widened
 from para_jax.convert.renamed import Renamed, as_named, check_tensors
 from para_jax.convert.tensors import INDEX, open_tensors
 from para_jax.convert.wrapped import Unread, cast
@@ -71,7 +70,7 @@ def load_weights(folder: Path, shapes: W, check_finite: bool = False) -> W:
     layers = range(config.num_hidden_layers)
     outside, inside = table(config), [table(config, layer) for layer in layers]
     names = _shapes(config)
-    files = as_named(folder, Widened(open_tensors(folder, names_of(config).spare)), config, names)
+    files = as_named(folder, open_tensors(folder, names_of(config).spare), config, names)
     check_tensors(folder, files, config, names)
     abstract = named_leaves(shapes)
     shardings: dict[str, Any] = {name: x.sharding for name, x in abstract.items()}

@@ -13,48 +13,9 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 
-from para_jax.convert.tensors import PACKED, TensorFiles
-from para_jax.errors import ParaJaxError
-
-BLOCKS, SCALES = PACKED
+BLOCKS, SCALES = PACKED = ("_blocks", "_scales")
 POSITIVE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # the eight FP4 numbers without a sign
 BYTES = 16  # in a group
-
-
-class Widened:
-    """The tensors of files, with those in MXFP4 under the name and shape of the tensors that they stand for.
-
-    Attributes:
-      packed: the names of tensors in MXFP4.
-    """
-
-    def __init__(self, files: TensorFiles):
-        """Raises ParaJaxError if blocks and scales do not fit."""
-        self.files = files
-        names = {name: name.removesuffix(end) for name in files.shape for end in PACKED if name.endswith(end)}
-        self.packed = set(names.values())
-        self.shape = {name: shape for name, shape in files.shape.items() if name not in names}
-        self.dtype = {name: dtype for name, dtype in files.dtype.items() if name not in names}
-        for name in sorted(self.packed):
-            blocks, scales = (files.shape.get(f"{name}{end}", ()) for end in PACKED)
-            if len(blocks) != 4 or blocks[-1] != BYTES or blocks[:-1] != scales:
-                raise ParaJaxError(
-                    f"{name} in MXFP4 takes {BLOCKS} [experts, outputs, groups, {BYTES}] and {SCALES} [experts, "
-                    f"outputs, groups]; the files have {[*blocks]} and {[*scales]}"
-                )
-            experts, outputs, groups, _ = blocks
-            self.shape[name], self.dtype[name] = (experts, 2 * BYTES * groups, outputs), "bfloat16"
-
-    def read(self, key: str) -> np.ndarray:
-        """One tensor. One in MXFP4 is widened one expert at a time."""
-        if key not in self.packed:
-            return self.files.read(key)
-        blocks, scales = (self.files.read(f"{key}{end}") for end in PACKED)
-        experts, inputs, outputs = self.shape[key]
-        found = np.empty((experts, outputs, inputs), ml_dtypes.bfloat16)
-        for expert in range(experts):
-            found[expert] = widened(blocks[expert], scales[expert])
-        return found.swapaxes(1, 2)
 
 
 def widened(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:

@@ -16,6 +16,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from para_jax import Backbone, BackboneConfig, ParaJaxError
 from para_jax.adapters.adapter import named_leaves
+from para_jax.cli import main
 from para_jax.convert.checkpoint import save_backbone
 from para_jax.convert.mxfp4 import BLOCKS, SCALES, widened
 from para_jax.sharding import make_mesh
@@ -77,7 +78,7 @@ def test_read_as_the_widened_folder(folders: dict[str, Path], dtype: str, option
 
 def test_written_in_floating_point(folders: dict[str, Path], tmp_path: Path) -> None:
     """transformers opens what is written, and computes what it computes from MXFP4."""
-    save_backbone(Backbone.from_pretrained(folders["mxfp4"], dtype="bfloat16"), tmp_path / "a", like=folders["mxfp4"])
+    assert main(["convert", "--model", str(folders["mxfp4"]), "--out", str(tmp_path / "a")]) == 0
     assert "quantization_config" not in json.loads((tmp_path / "a" / "config.json").read_text())
     written, expected = (load_file(f / "model.safetensors") for f in (tmp_path / "a", folders["bfloat16"]))
     assert written.keys() == expected.keys()
@@ -122,7 +123,7 @@ def test_parts_that_do_not_fit(folders: dict[str, Path], tmp_path: Path) -> None
 def test_one_tensor_at_a_time(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Each tensor in MXFP4 is widened once."""
     counted: list[int] = []
-    monkeypatch.setattr("para_jax.convert.mxfp4.widened", lambda *x: (counted.append(1), widened(*x))[1])
+    monkeypatch.setattr("para_jax.convert.tensors.widened", lambda *x: (counted.append(1), widened(*x))[1])
     jax.block_until_ready(Backbone.from_pretrained(folders["mxfp4"], stacked=False))
     config = BackboneConfig.from_hf(FIELDS)
     assert config.experts is not None

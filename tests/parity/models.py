@@ -232,9 +232,9 @@ def cases(draw: st.DrawFn, family: str) -> Case:
     fields["rope_parameters"] = rope
     if rope.get("rope_type") == "dynamic" and "alpha" not in rope:
         fields["max_position_embeddings"] = pick(8, 13, 512)
-    # Apertus's class takes its own RoPE where there is no rope_scaling.
+    # These classes take RoPE of their own where there is no rope_scaling.
     none = family in ("gemma3_text", "gemma4_text", "gemma4_unified_text", "olmo3") or (
-        family == "apertus" and rope["rope_type"] == "default"
+        family in ("apertus", "gpt_oss") and rope["rope_type"] == "default"
     )
     old = None if none else pick(None, "type", "rope_type")
     return Case(fields, draw(st.integers(0, 2**16)), old, pick(False, True), pick(False, True))
