@@ -50,6 +50,7 @@ class BackboneConfig(Architecture):
         `max_position_embeddings` and is added to the embeddings; None if there is no such table.
       attention_scale: the scale of attention scores; None for head_dim ** -0.5.
       attn_logit_softcapping, final_logit_softcapping: c, if scores or logits x become c tanh(x / c).
+      attention_sinks: whether each head has a learned score that joins the softmax of every query and has no value.
       embedding_scale, residual_scale, logits_scale: factors of embeddings, of the outputs of attention and
         feed-forward, and of logits.
       value_norm: whether values have a norm, which has no weights.

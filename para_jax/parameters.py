@@ -29,6 +29,7 @@ class Part:
       rows: for a fused tensor, the start and stop row of this part and the tensor's number of rows.
       site: the projection that the part belongs to.
       heads: the number of equal blocks of a fused tensor, for which `rows` is given.
+      leading: the number of axes before that of rows, such as the axis of experts.
       transposed: whether the tensor is the transposed weight.
     """
 
@@ -38,29 +39,34 @@ class Part:
     rows: tuple[int, int, int] | None = None
     site: str = ""
     heads: int = 1
+    leading: int = 0
     transposed: bool = False
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:
         """The shape of the whole tensor."""
-        shape = self.shape if self.rows is None else (self.heads * self.rows[2], *self.shape[1:])
-        return shape[::-1] if self.transposed else shape
+        at, shape = self.leading, self.shape
+        if self.rows is not None:
+            shape = (*shape[:at], self.heads * self.rows[2], *shape[at + 1 :])
+        return (*shape[:-2], shape[-1], shape[-2]) if self.transposed else shape
 
     def of(self, tensor: np.ndarray) -> np.ndarray:
-        """Slices the part out of its tensor."""
-        x = tensor.T if self.transposed else tensor
+        """Slices the part out of its tensor. The result is a view where NumPy has one."""
+        x, at = tensor.swapaxes(-1, -2) if self.transposed else tensor, self.leading
         if self.rows is None:
             return x
         start, stop, total = self.rows
-        return x.reshape(self.heads, total, *x.shape[1:])[:, start:stop].reshape(self.shape)
+        blocks = x.reshape(*x.shape[:at], self.heads, total, *x.shape[at + 1 :])
+        return blocks[(slice(None),) * (at + 1) + (slice(start, stop),)].reshape(self.shape)
 
     def whole(self, parts: list[np.ndarray]) -> np.ndarray:
         """The tensor that has these parts, in order; inverse of `of`."""
-        x = parts[0]
+        x, at = parts[0], self.leading
         if len(parts) > 1:
-            x = np.concatenate([part.reshape(self.heads, -1, *x.shape[1:]) for part in parts], 1)
-            x = x.reshape(-1, *x.shape[2:])
-        return x.T if self.transposed else x
+            before, after = x.shape[:at], x.shape[at + 1 :]
+            x = np.concatenate([part.reshape(*before, self.heads, -1, *after) for part in parts], at + 1)
+            x = x.reshape(*before, -1, *after)
+        return x.swapaxes(-1, -2) if self.transposed else x
 
 
 @dataclass(frozen=True)
@@ -330,6 +336,8 @@ def _layer(config: Architecture, kind: LayerKind, at: str, sites: Mapping[str, S
         yield qkv("qkv_bias", axes=("kv_heads", None, None))
     if "o_proj" in config.biases:
         yield _bias("out_bias", paths["o_proj"], d, "o_proj")
+    if config.attention_sinks:
+        yield Parameter("sinks", (Part(f"{at}.self_attn.sinks", (k * g,), (k, g)),), ("kv_heads", None))
     if config.layer_scale:
         yield Parameter("layer_scale", (Part(f"{at}.layer_scalar", (1,), (1,)),), (None,), "norm")
     if config.per_layer_inputs:
@@ -385,6 +393,17 @@ def _experts(config: Architecture, at: str) -> Iterator[Parameter]:
     axes_out: Axes = (None, "model", "inner")
     module = f"{at}.{names.experts}"
     yield _single("router", f"{at}.{names.router}", (count, d), (None, None))
+    if experts.biases:
+        yield _bias("router_bias", f"{at}.{names.router}", count)
+    if names.interleaved:
+        yield _interleaved("gate_up", f"{module}.gate_up_proj", (count, f, d), axes_in)
+        whole = Part(f"{module}.down_proj", *((count, d, f),) * 2, site="down_proj", leading=1, transposed=True)
+        yield Parameter("down", (whole,), axes_out, quantizable=True)
+        if experts.biases:
+            yield _interleaved("gate_up_bias", f"{module}.gate_up_proj_bias", (count, f), axes_in[:-1])
+            bias = Part(f"{module}.down_proj_bias", *((count, d),) * 2, site="down_proj", leading=1)
+            yield Parameter("down_bias", (bias,), (None, None), "zeros")
+        return
     if names.expert is None:  # one tensor for all experts
         parts = (Part(f"{module}.gate_up_proj", (count, 2 * f, d), (count, 2, f, d)),)
         yield Parameter("gate_up", parts, axes_in, quantizable=True)
@@ -401,6 +420,17 @@ def _experts(config: Architecture, at: str) -> Iterator[Parameter]:
     yield Parameter("gate_up", tuple(both), axes_in, quantizable=True, reshaped=(count, 2, f, d))
     every = tuple(part(e, down, "down_proj", d, f) for e in range(count))
     yield Parameter("down", every, axes_out, quantizable=True)
+
+
+def _interleaved(name: str, tensor: str, shape: tuple[int, ...], axes: Axes) -> Parameter:
+    """The gate and up projections of all experts, or their biases, whose outputs take turns in one tensor."""
+    count, f, *inputs = shape
+    weight = bool(inputs)
+    parts = tuple(
+        Part(tensor, shape, (count, 1, f, *inputs), (i, i + 1, 2), site, heads=f, leading=1, transposed=weight)
+        for i, site in enumerate(MLP_SITES[:2])
+    )
+    return Parameter(name, parts, axes, "normal" if weight else "zeros", quantizable=weight, joined_along=1)
 
 
 def _bias(name: str, module: str, size: int, site: str = "", axis: Axis | None = None) -> Parameter:
@@ -429,7 +459,7 @@ def _fused(
         size = math.prod(view)
         rows = (start, start + size // heads, total) if fused else None
         tensor, shapes = f"{fused or paths[site]}.{kind}", ((size, *last), (*view, *last))
-        parts.append(Part(tensor, *shapes, rows, site, heads, transposed and inputs is not None))
+        parts.append(Part(tensor, *shapes, rows, site, heads, transposed=transposed and inputs is not None))
         start += size // heads
     init: Literal["normal", "zeros"] = "zeros" if inputs is None else "normal"
     return Parameter(name, tuple(parts), axes, init, inputs is not None, joined_along)

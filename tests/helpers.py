@@ -132,6 +132,8 @@ FAMILY_OPTIONS: dict[str, dict[str, Any]] = {
     "gpt2": {},
     "opt": {},
     "nanochat": {"final_logit_softcapping": 4.0},
+    # At the limit of published models no number of so small a one is clamped.
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4, "swiglu_limit": 1.0},
 }  # fmt: skip
 FAMILY_OPTIONS["gemma4_unified_text"] = {
     key: value for key, value in FAMILY_OPTIONS["gemma4_text"].items() if "per_layer" not in key
@@ -155,7 +157,7 @@ FAMILY_METHODS: dict[str, MethodConfig] = {
 # These have every kind of part that a family has, which tests/laws/test_families.py checks.
 SOME_FAMILIES = (
     "gemma2", "olmo2", "mixtral", "granite", "qwen2_moe", "ministral3", "cohere", "phi", "gpt_neox", "gpt2", "nanochat",
-    "gemma4_text",
+    "gemma4_text", "gpt_oss",
 )  # fmt: skip
 
 

@@ -53,28 +53,33 @@ def attention(
     seen: Seen,
     scale: float,
     softcap: float | None = None,
+    sinks_kg: Float[Array, "k g"] | None = None,
 ) -> Float[Array, "b t kghd"]:
     """softmax(scale q k^T) v over the keys that each query sees.
 
-    With `softcap` c, a score x becomes c tanh(x / c) (Gemma 2). A padding query that sees no key gets the mean of all
-    values, which nothing reads. Rows longer than `BLOCK` are computed in blocks of queries, to save memory.
+    With `softcap` c, a score x becomes c tanh(x / c) (Gemma 2). With `sinks_kg`, every query of a head has one more
+    score, without a key and a value (GPT-OSS). A padding query that sees no key gets the mean of all values, or zero
+    with a sink, which nothing reads. Rows longer than `BLOCK` are computed in blocks of queries, to save memory.
     """
     b, t, *heads = q_btkgh.shape
     if t <= BLOCK:
-        return _block(q_btkgh, k_bksh, v_bksh, seen, scale, softcap)
+        return _block(q_btkgh, k_bksh, v_bksh, seen, scale, softcap, sinks_kg)
     n, padding = -(-t // BLOCK), -t % BLOCK
     q = jnp.pad(q_btkgh, [(0, 0), (0, padding), *[(0, 0)] * len(heads)]).reshape(b, n, BLOCK, *heads).swapaxes(0, 1)
     columns = jnp.pad(seen.column_t, (0, padding), constant_values=-1).reshape(n, BLOCK)
 
     @jax.checkpoint
     def one(block: tuple[Array, Array]) -> Array:
-        return _block(block[0], k_bksh, v_bksh, seen._replace(column_t=block[1]), scale, softcap)
+        return _block(block[0], k_bksh, v_bksh, seen._replace(column_t=block[1]), scale, softcap, sinks_kg)
 
     mixed = jax.lax.map(one, (q, columns))
     return mixed.swapaxes(0, 1).reshape(b, n * BLOCK, -1)[:, :t]
 
 
-def _block(q_btkgh: Array, k_bksh: Array, v_bksh: Array, seen: Seen, scale: float, softcap: float | None) -> Array:
+def _block(
+    q_btkgh: Array, k_bksh: Array, v_bksh: Array, seen: Seen, scale: float, softcap: float | None,
+    sinks_kg: Array | None,
+) -> Array:  # fmt: skip
     b, t, k, g, hd = q_btkgh.shape
     # With group and time merged, both einsums are plain batched matmuls. Otherwise XLA transposes, at five times the
     # cost of the matmul on CPU.
@@ -84,6 +89,18 @@ def _block(q_btkgh: Array, k_bksh: Array, v_bksh: Array, seen: Seen, scale: floa
         score = softcap * jnp.tanh(score / softcap)
     visible_bqs = jnp.tile(seen.mask(), (1, g, 1))
     score = jnp.where(visible_bqs[:, None], score, jnp.finfo(jnp.float32).min)
-    weight = jax.nn.softmax(score, axis=-1).astype(v_bksh.dtype)
-    mixed = jnp.einsum("bkqs,bksh->bkqh", weight, v_bksh)
+    weight = jax.nn.softmax(score, axis=-1) if sinks_kg is None else _softmax_with(jnp.repeat(sinks_kg, t, 1), score)
+    mixed = jnp.einsum("bkqs,bksh->bkqh", weight.astype(v_bksh.dtype), v_bksh)
     return mixed.reshape(b, k, g, t, hd).transpose(0, 3, 1, 2, 4).reshape(b, t, k * g * hd)
+
+
+def _softmax_with(sinks_kq: Float[Array, "k q"], score: Float[Array, "b k q s"]) -> Float[Array, "b k q s"]:
+    """The softmax of each query's scores and sink, without the probability of the sink.
+
+    >>> _softmax_with(jnp.zeros((1, 1)), jnp.log(jnp.array([[[[1.0, 2.0]]]]))).tolist()
+    [[[[0.25, 0.5]]]]
+    """
+    sink = sinks_kq.astype(score.dtype)[None, :, :, None]
+    largest = jax.lax.stop_gradient(jnp.maximum(jnp.max(score, axis=-1, keepdims=True), sink))
+    weight = jnp.exp(score - largest)
+    return weight / (jnp.sum(weight, axis=-1, keepdims=True) + jnp.exp(sink - largest))

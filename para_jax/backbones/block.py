@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from para_jax.backbones import rope
-from para_jax.backbones.experts import gated, through_experts
+from para_jax.backbones.experts import Projections, clamped_swiglu, gated, through_experts
 from para_jax.backbones.linear import Weight, layer_norm, matmul, rms_norm
 from para_jax.backbones.options import wide
 from para_jax.config import BackboneConfig
@@ -48,6 +48,7 @@ class Block:
     The last axes are (outputs, inputs). Quantized projections have scales, such as `qkv_scale` (k, g + 2, hd, groups).
     Layers without gates have up (f, d) instead of gate_up. Layers with e experts have router (e, d), gate_up
     (e, 2, f, d) and down (e, d, f); with a shared expert, also shared_router (1, d), shared_gate_up and shared_down.
+    Layers with attention sinks have sinks (k, g).
     `kind` has the layer's sizes; `dtype` is that of matmul inputs; `mesh` is what the weights are sharded over.
     """
 
@@ -62,6 +63,11 @@ class Block:
         """The number of the layer whose keys and values this one takes."""
         assert self.kind.shares is not None
         return self.kind.shares
+
+    @property
+    def sinks(self) -> Float[Array, "k g"] | None:
+        """The attention sink of each query head, if the family has them."""
+        return self.weights["sinks"][...] if self.config.attention_sinks else None
 
     def attention_input(self, x_btd: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         """The input of the q, k and v projections."""
@@ -195,10 +201,16 @@ class Block:
         # Applied to ones, `adjust` gives the scale itself. It is float32, so that nothing is rounded.
         scale = jnp.ones((*normed.shape[:2], experts.width), jnp.float32)
         scale = scale if adjust is None else adjust("up_proj", normed, scale)
-        probability = jax.nn.softmax(matmul(routed, self.weights["router"][...], dtype=jnp.float32), axis=-1)
-        act, weights = FUNCTIONS[self.config.hidden_act], (self._weight("gate_up"), self._weight("down"))
+        # Not `_project`, for which `router_scale` would be the scale of a quantized weight.
+        score = matmul(routed, self.weights["router"][...], dtype=jnp.float32)
+        score = score + self.weights["router_bias"][...].astype(jnp.float32)[None, None] if experts.biases else score
+        probability = jax.nn.softmax(score, axis=-1)
+        usual = partial(gated, FUNCTIONS[self.config.hidden_act])
+        inner = usual if experts.clamped is None else partial(clamped_swiglu, *experts.clamped)
+        biases = [self.weights[f"{x}_bias"][...] if experts.biases else None for x in ("gate_up", "down")]
+        weights = Projections(self._weight("gate_up"), self._weight("down"), *biases)
         factor = self.weights["expert_scale"][...] if experts.beside else None
-        return through_experts(normed, probability, scale, factor, *weights, experts, act, self.mesh).astype(dtype)
+        return through_experts(normed, probability, scale, factor, weights, experts, inner, self.mesh).astype(dtype)
 
 
 def xielu(parameters: Float[Array, "4"], x: Float[Array, "*b f"]) -> Float[Array, "*b f"]:

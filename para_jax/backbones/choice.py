@@ -42,8 +42,8 @@ def choose(name: str, config: BackboneConfig, dtype: jnp.dtype, device: Any = No
     """The kernel with this name, or for "auto" the one that suits the device, by default JAX's first local device.
 
     To test a kernel, this compiles its forward and backward pass with the model's windows, heads and dtype, except on a
-    CPU; `probing.refusal` caches the result. If the kernel of "auto" does not compile, plain attention replaces it and
-    `logging` gets a warning.
+    CPU; `probing.refusal` caches the result. If the kernel of "auto" does not compile, or lacks a part of this
+    backbone's attention, plain attention replaces it and `logging` gets a warning.
 
     Raises ParaJaxError for an unknown name, or if the named kernel does not support this backbone or device.
     """
@@ -58,7 +58,7 @@ def choose(name: str, config: BackboneConfig, dtype: jnp.dtype, device: Any = No
         why = f"attention={wanted!r} {unsupported or failed}"
         if name != "auto":
             raise ParaJaxError(f"{why}; choose attention='plain' or 'auto'")
-        if failed:
+        if failed or _lacks(wanted, config):
             _warn(f"{why}; attention='plain' is used instead")
         return Choice("plain", why, bool(failed))
     if name != "auto":
@@ -82,8 +82,8 @@ def _unsupported(kernel: Kernel, config: BackboneConfig, dtype: jnp.dtype, devic
         return "runs on TPUs" if device.platform == "gpu" else ""
     if kernel == "plain":
         return ""
-    if config.attn_logit_softcapping is not None:
-        return "has no soft-capping"
+    if lacks := _lacks(kernel, config):
+        return lacks
     if dtype != jnp.bfloat16:
         return f"supports bfloat16 only, not {dtype}"
     if device.platform != "gpu":
@@ -98,12 +98,20 @@ def _unsupported(kernel: Kernel, config: BackboneConfig, dtype: jnp.dtype, devic
     return "" if fits else f"supports heads of up to {most} features, in multiples of 8"
 
 
+def _lacks(kernel: Kernel, config: BackboneConfig) -> str:
+    """Which part of this backbone's attention a kernel does not compute; "" if it computes all."""
+    parts = {"soft-capping": config.attn_logit_softcapping is not None, "attention sinks": config.attention_sinks}
+    lacking = [part for part, needed in parts.items() if needed and kernel == "cudnn"]
+    return f"has no {' and no '.join(lacking)}" if lacking else ""
+
+
 def _compile_error(kernel: Kernel, config: BackboneConfig, dtype: jnp.dtype, device: Any) -> str:
     """The compiler's error for a kernel, with package versions; "" if it compiles."""
     about = {
         "windows": sorted({kind.window or 0 for kind in config.layer_kinds}),
         "heads": sorted({config.heads(kind) for kind in config.layer_kinds}),
         "softcap": config.attn_logit_softcapping,
+        "sinks": config.attention_sinks,
         "dtype": str(dtype),
         "lengths": LENGTHS[kernel],
     }
@@ -127,6 +135,7 @@ def _trace(kernel: Kernel, config: BackboneConfig, dtype: jnp.dtype, device: Any
                 Seen(valid, jnp.arange(valid.shape[1]), window, ids if packed else None),
                 0.1,
                 softcap,
+                sinks_kg=jnp.zeros(of[:2], dtype) if config.attention_sinks else None,
             )
             for qkv, (valid, ids) in zip(rows, masks, strict=True)
             for window, of, packed in forms

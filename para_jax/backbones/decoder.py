@@ -264,7 +264,7 @@ class Backbone(nnx.Module):
             else:
                 shared = {source: at.is_layer(source, keys_values, old) for source, old in shared.items()}
                 cache = None if cache is None else cache.write(at, column, *keys_values)
-            mixed = kinds.attend(self.config, at, self.attention, q, keys_values, seen, self.mesh)
+            mixed = kinds.attend(self.config, at, self.attention, q, keys_values, seen, block.sinks, self.mesh)
             x = split_rows(block.after_attention(x, normed, mixed, adjust, layer_input), self.mesh)
             return (x, cache, shared), adjustment.for_decoding()
 
@@ -310,7 +310,7 @@ class Backbone(nnx.Module):
                 source = at
                 cache = cache.write(at, column, *keys_values)
                 cache = cache.with_row_major_layout(self.mesh) if self.stacked else cache
-            mixed = kinds.attend(self.config, at, "plain", q, cache.read(source), seen, self.mesh)
+            mixed = kinds.attend(self.config, at, "plain", q, cache.read(source), seen, block.sinks, self.mesh)
             x_btd = block.after_attention(x_btd, normed, mixed, adjustment.apply, layer_input)
             return (split_rows(x_btd, self.mesh), cache), None
 

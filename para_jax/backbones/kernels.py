@@ -2,7 +2,7 @@
 
     plain   XLA (attention.py), on all devices
     cudnn   cuDNN flash attention via jax.nn.dot_product_attention: NVIDIA GPUs from Ampere on, bfloat16, heads of up to
-            128 features (256 from Hopper on), no soft-capping
+            128 features (256 from Hopper on), neither soft-capping nor sinks
     splash  JAX's Pallas kernel for TPUs; interpreted on a CPU, which is slow and for tests
 
 Decode steps always use plain attention, because a kernel gains nothing for one query per row.
@@ -40,6 +40,7 @@ def prompt_attention(
     scale: float,
     softcap: float | None = None,
     mesh: Mesh | None = None,
+    sinks_kg: Float[Array, "k g"] | None = None,
 ) -> Float[Array, "b t kghd"]:
     """Attention where queries and keys have the same columns, beginning with the first.
 
@@ -50,18 +51,18 @@ def prompt_attention(
         return fused(q_btkgh, k_bksh, v_bksh, seen, scale, "cudnn")
     if kernel == "splash":
         if mesh is None:
-            return splash(q_btkgh, k_bksh, v_bksh, seen, scale, softcap)
+            return splash(q_btkgh, k_bksh, v_bksh, seen, scale, softcap, sinks_kg)
         # XLA shards jnp code, but not a Pallas kernel.
         rows = rows_axes(mesh, q_btkgh.shape[0])
         by_head = P(rows, "tensor")
         return jax.shard_map(
-            lambda q, k, v, valid, segment: splash(
-                q, k, v, seen._replace(valid_bs=valid, segment_bt=segment), scale, softcap
+            lambda q, k, v, valid, segment, sinks: splash(
+                q, k, v, seen._replace(valid_bs=valid, segment_bt=segment), scale, softcap, sinks
             ),
-            mesh=mesh, in_specs=(P(rows, None, "tensor"), by_head, by_head, P(rows), P(rows)),
+            mesh=mesh, in_specs=(P(rows, None, "tensor"), by_head, by_head, P(rows), P(rows), P("tensor")),
             out_specs=P(rows, None, "tensor"), check_vma=False,
-        )(q_btkgh, k_bksh, v_bksh, seen.valid_bs, seen.segment_bt)  # fmt: skip
-    return attention(q_btkgh, k_bksh, v_bksh, seen, scale, softcap)
+        )(q_btkgh, k_bksh, v_bksh, seen.valid_bs, seen.segment_bt, sinks_kg)  # fmt: skip
+    return attention(q_btkgh, k_bksh, v_bksh, seen, scale, softcap, sinks_kg)
 
 
 def fused(
@@ -95,8 +96,9 @@ def fused(
 
 
 def splash(
-    q_btkgh: Array, k_bksh: Array, v_bksh: Array, seen: Seen, scale: float, softcap: float | None = None
-) -> Array:
+    q_btkgh: Array, k_bksh: Array, v_bksh: Array, seen: Seen, scale: float, softcap: float | None = None,
+    sinks_kg: Array | None = None,
+) -> Array:  # fmt: skip
     """Attention via JAX's splash attention. Padding is its own segment, so that no token sees it."""
     # Imported here, because Pallas is slow to import and not available on every platform.
     from jax.experimental.pallas.ops.tpu import splash_attention as sa
@@ -119,10 +121,14 @@ def splash(
         attn_logits_soft_cap=softcap,
     )  # fmt: skip
 
-    def run(interpret: bool, q: Array, k: Array, v: Array, segment: Array) -> Any:
+    def run(interpret: bool, q: Array, k: Array, v: Array, segment: Array, sinks: Array | None) -> Any:
         kernel = make(interpret=interpret)
-        return jax.vmap(lambda q, k, v, ids: kernel(q, k, v, segment_ids=sa.SegmentIds(ids, ids)))(q, k, v, segment)
 
-    arguments = (q, padded(k_bksh), padded(v_bksh), segment)
+        def one(q: Array, k: Array, v: Array, ids: Array) -> Any:
+            return kernel(q, k, v, segment_ids=sa.SegmentIds(ids, ids), sinks=sinks)
+
+        return jax.vmap(one)(q, k, v, segment)
+
+    arguments = (q, padded(k_bksh), padded(v_bksh), segment, None if sinks_kg is None else sinks_kg.reshape(-1))
     mixed = jax.lax.platform_dependent(*arguments, cpu=partial(run, True), default=partial(run, False))
     return mixed[..., :t, :hd].swapaxes(1, 2).reshape(b, t, -1)

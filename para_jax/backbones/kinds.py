@@ -37,24 +37,25 @@ def attend(
     q_btkgh: Float[Array, "b t k g hd"],
     keys_values: KeysValues,
     seen: Seen,
+    sinks_kg: Float[Array, "k g"] | None,
     mesh: jax.sharding.Mesh | None,
 ) -> Float[Array, "b t kghd"]:
-    """Attention with the window of the layer's kind."""
+    """Attention with the window of the layer's kind, and the layer's sinks if it has some."""
     scale = q_btkgh.shape[-1] ** -0.5 if config.attention_scale is None else config.attention_scale
 
-    def with_window(window: int | None) -> Callable[[Array, Array, Array], Array]:
-        mask = seen._replace(window=window)
-        return lambda q, k, v: prompt_attention(kernel, q, k, v, mask, scale, config.attn_logit_softcapping, mesh)
+    def with_window(window: int | None) -> Callable[..., Array]:
+        mask, softcap = seen._replace(window=window), config.attn_logit_softcapping
+        return lambda q, k, v, sinks: prompt_attention(kernel, q, k, v, mask, scale, softcap, mesh, sinks)
 
     # Kernels need a static window, so scanned layers of several kinds get a branch per window.
     windows = [kind.window for kind in config.layer_kinds]
     different = list(dict.fromkeys(windows))
     if len(different) == 1:
-        return with_window(windows[0])(q_btkgh, *keys_values)
+        return with_window(windows[0])(q_btkgh, *keys_values, sinks_kg)
     if isinstance(at.kind, int):
-        return with_window(windows[at.kind])(q_btkgh, *keys_values)
+        return with_window(windows[at.kind])(q_btkgh, *keys_values, sinks_kg)
     branch = jnp.array([different.index(window) for window in windows])[at.kind]
-    return jax.lax.switch(branch, [with_window(window) for window in different], q_btkgh, *keys_values)
+    return jax.lax.switch(branch, [with_window(window) for window in different], q_btkgh, *keys_values, sinks_kg)
 
 
 def to_share(config: BackboneConfig, dtype: jnp.dtype, b: int, t: int) -> dict[int, KeysValues]:

@@ -21,6 +21,7 @@ from para_jax.convert.renamed import Renamed, as_named, check_tensors
 from para_jax.convert.tensors import INDEX, open_tensors
 from para_jax.convert.wrapped import Unread, cast
 from para_jax.errors import ParaJaxError, check_known
+from para_jax.families.wrappers import QUANTIZED as FORMATS
 from para_jax.families.wrappers import Wrapper, wrapper_of
 from para_jax.families.writing import hf_fields, with_dtype
 from para_jax.files import as_json, copy, new_folder, safetensors, write_file
@@ -77,7 +78,8 @@ def load_weights(folder: Path, shapes: W, check_finite: bool = False) -> W:
     def read(entry: Parameter, at: str = "") -> Iterator[tuple[str, jax.Array]]:
         """One leaf by name, or the two leaves that it is quantized to: values and scales."""
         is_quantized = abstract[f"{at}{entry.name}"].dtype != compute
-        tensors = [part.of(files.read(part.name)) for part in entry.parts]
+        stored = {name: files.read(name) for name in dict.fromkeys(part.name for part in entry.parts)}
+        tensors = [part.of(stored[part.name]) for part in entry.parts]
 
         @cache  # several devices may need the same block
         def convert(*ends: tuple[int, int]) -> tuple[np.ndarray, ...]:
@@ -211,8 +213,9 @@ def save_backbone(
     same_dtype = original is not None and {*original.dtype.values()} == {str(written)}
     if original is not None:
         pieces += [Piece(x.nbytes, partial(dict, {x.name: x})) for x in original.rest(None if same_dtype else written)]
-    # auto_map names Python files of the original folder, which are not copied; transformers has the class.
-    fields = {key: value for key, value in fields.items() if key != "auto_map"}
+    # auto_map names Python files of the original folder, which are not copied; transformers has the class. The weights
+    # are written in floating point, whatever they were read from.
+    fields = {key: value for key, value in fields.items() if key not in ("auto_map", *FORMATS)}
     with new_folder(folder, CONFIG, overwrite=overwrite) as partial_folder:
         _write(partial_folder, pieces, shard_size)
         fields = fields if same_dtype else with_dtype(fields, str(written))

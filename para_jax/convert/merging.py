@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -68,7 +69,8 @@ def merge_adapter(backbone: W, adapter: Adapter) -> W:
                     at = peft_path(layer, part.site, shape)
                     site_tensors = {name: tensors[f"{at}.{name}"] for name in method.places(layer, part.site, shape)}
                     with np.errstate(over="ignore", invalid="ignore"):  # `_check_finite` checks the result
-                        x = _check_finite(at, x, method.merged(x, site_tensors, modules[part.site]))
+                        one = partial(method.merged, tensors=site_tensors, module=modules[part.site])
+                        x = _check_finite(at, x, np.stack([one(own) for own in x]) if part.leading else one(x))
                 merged.append(x)
             ours[...] = entry.join(merged)
     pairs = zip(leaves.values(), jax.tree.leaves(backbone), strict=True)

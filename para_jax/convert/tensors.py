@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 from typing import Any, Protocol
 
-import ml_dtypes  # noqa: F401  (teaches NumPy the name bfloat16)
+import ml_dtypes
 import numpy as np
 
 from para_jax.config import read_json
+from para_jax.convert.mxfp4 import BLOCKS, BYTES, PACKED, SCALES, widened
 from para_jax.errors import ParaJaxError
 from para_jax.torch_files import as_numpy, read_torch
 
@@ -28,7 +29,7 @@ class TensorFiles(Protocol):
 
 
 def open_tensors(folder: Path, spare: tuple[str, ...] = ()) -> TensorFiles:
-    """Opens the safetensors files of a folder, or else PyTorch's .bin files.
+    """Opens the safetensors files of a folder, or else PyTorch's .bin files. Tensors in MXFP4 are widened.
 
     Tensors whose names end with one of `spare` may have any dtype; they are left out if it is not supported.
 
@@ -48,7 +49,7 @@ def open_tensors(folder: Path, spare: tuple[str, ...] = ()) -> TensorFiles:
                 ) from error
         missing = [name for name in files if not (folder / name).is_file()]
         if not missing:
-            return kind(folder, files, spare)
+            return Widened(kind(folder, files, spare))
         if files != [single]:
             raise ParaJaxError(f"{folder} lacks {', '.join(missing)}, which {index} names; download it again")
     raise ParaJaxError(f"{folder} has no weights: neither model.safetensors nor pytorch_model.bin, nor their index")
@@ -73,11 +74,12 @@ class SafetensorsFiles:
                 raise ParaJaxError(f"{path} is damaged: {error}") from error
             header.pop("__metadata__", None)
             for key, entry in sorted(header.items()):
-                if entry["dtype"] not in DTYPES:
+                known = {**DTYPES, "U8": "uint8"} if key.endswith(PACKED) else DTYPES
+                if entry["dtype"] not in known:
                     if key.endswith(spare):
                         continue
                     raise ParaJaxError(f"{path}: {key} is {entry['dtype']}; supported: {', '.join(sorted(DTYPES))}")
-                self.shape[key], self.dtype[key] = tuple(entry["shape"]), DTYPES[entry["dtype"]]
+                self.shape[key], self.dtype[key] = tuple(entry["shape"]), known[entry["dtype"]]
                 self._place[key] = path, start + entry["data_offsets"][0]
 
     def read(self, key: str) -> np.ndarray:
@@ -101,3 +103,40 @@ class TorchFiles:
     def read(self, key: str) -> np.ndarray:
         """One tensor, as a view of the file."""
         return as_numpy(self._tensors[key])
+
+
+class Widened:
+    """The tensors of files, with those in MXFP4 under the name and shape of the tensors that they stand for.
+
+    Attributes:
+      packed: the names of tensors in MXFP4.
+    """
+
+    def __init__(self, files: TensorFiles):
+        """Raises ParaJaxError if blocks and scales do not fit."""
+        self.files = files
+        of_bytes = [name for name, dtype in files.dtype.items() if dtype == "uint8"]
+        names = {name: name.removesuffix(end) for name in of_bytes for end in PACKED if name.endswith(end)}
+        self.packed = set(names.values())
+        self.shape = {name: shape for name, shape in files.shape.items() if name not in names}
+        self.dtype = {name: dtype for name, dtype in files.dtype.items() if name not in names}
+        for name in sorted(self.packed):
+            blocks, scales = (files.shape.get(f"{name}{end}", ()) for end in PACKED)
+            if len(blocks) != 4 or blocks[-1] != BYTES or blocks[:-1] != scales:
+                raise ParaJaxError(
+                    f"{name} in MXFP4 takes {BLOCKS} [experts, outputs, groups, {BYTES}] and {SCALES} [experts, "
+                    f"outputs, groups]; the files have {[*blocks]} and {[*scales]}"
+                )
+            experts, outputs, groups, _ = blocks
+            self.shape[name], self.dtype[name] = (experts, 2 * BYTES * groups, outputs), "bfloat16"
+
+    def read(self, key: str) -> np.ndarray:
+        """One tensor. One in MXFP4 is widened one expert at a time."""
+        if key not in self.packed:
+            return self.files.read(key)
+        blocks, scales = (self.files.read(f"{key}{end}") for end in PACKED)
+        experts, inputs, outputs = self.shape[key]
+        found = np.empty((experts, outputs, inputs), ml_dtypes.bfloat16)
+        for expert in range(experts):
+            found[expert] = widened(blocks[expert], scales[expert])
+        return found.swapaxes(1, 2)

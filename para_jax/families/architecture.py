@@ -115,6 +115,9 @@ class Experts:
       shared: the inner features of the shared expert, which every token uses and a sigmoid gate scales; 0 for none.
       beside: whether a layer has a dense feed-forward too, whose output is added. Router and experts then read the
         residual stream, each with a norm, and the weights of a token's experts have a factor for each expert.
+      biases: whether the router and all projections of the experts have biases.
+      clamped: (alpha, limit) of GPT-OSS's gate (`backbones/experts.py`) instead of the activation; None if there is
+        none.
     """
 
     count: int
@@ -123,6 +126,8 @@ class Experts:
     normalized: bool
     shared: int = 0
     beside: bool = False
+    biases: bool = False
+    clamped: tuple[float, float] | None = None
 
 
 class Names(NamedTuple):
@@ -131,7 +136,8 @@ class Names(NamedTuple):
     Attributes:
       qkv, gate_up: the fused modules, if any.
       by_head: whether the outputs of `qkv` are ordered by head: query, key and value of the first head, and so on.
-      expert: the gate, up and down projections of an expert.
+      expert: the gate, up and down projections of an expert; None if one tensor has those of all experts.
+      interleaved: whether these tensors are (experts, inputs, outputs), and the outputs of gate and up take turns.
       modules: the modules of sites and norms whose names differ from Llama's; "norm" is the final norm.
       stem, layers: the path of the decoder, and the name of its list of layers.
       embed, positions: the embeddings of tokens, and of positions if they are learned.
@@ -145,6 +151,7 @@ class Names(NamedTuple):
     router: str = ""
     experts: str = ""
     expert: tuple[str, str, str] | None = ("gate_proj", "up_proj", "down_proj")
+    interleaved: bool = False
     modules: Mapping[str, str] = MappingProxyType({})
     by_head: bool = False
     stem: str = "model"
@@ -231,6 +238,7 @@ class Architecture:
     position_offset: int | None = None
     attention_scale: float | None = None
     attn_logit_softcapping: float | None = None
+    attention_sinks: bool = False
     final_logit_softcapping: float | None = None
     embedding_scale: float = 1.0
     residual_scale: float = 1.0

@@ -31,7 +31,7 @@ def architecture_from_hf(fields: Mapping[str, Any], name: str = "") -> Architect
     heads = config.num_attention_heads
     kv_heads = of_most_layers(config, "num_key_value_heads") or heads
     head_dim = of_most_layers(config, "head_dim") or config.hidden_size // heads
-    act = getattr(config, family.activation)
+    act = getattr(config, family.activation) if family.activation else Architecture.hidden_act
     if act not in (*ACTIVATIONS, *family.activations):
         raise unknown(f"{family.activation} in config.json", act, (*ACTIVATIONS, *family.activations))
     kinds = family.kinds(config, layer_kinds(config, text.family, head_dim))
@@ -88,8 +88,7 @@ def read_by_transformers(text: Text) -> Any:
     sizes = {size: defaults(made)[size] for size in SIZES} if text.sparse else {}
     check_values({**sizes, **fields}, text.own.options, text.own.optional)
     for key in QUANTIZED:
-        if fields.get(key):
-            raise ParaJaxError(f"config.json has a {key}; only float32, float16 and bfloat16 are read")
+        _check_format(key, fields.get(key), text.own.packed)
     same = {key: fields.get(other) for key, other in text.own.same.items()}
     for key, value in {**ONLY, **text.only, **same}.items():
         if fields.get(key) is not None and fields[key] != value:
@@ -107,6 +106,15 @@ def read_by_transformers(text: Text) -> Any:
         raise ParaJaxError(f"config.json is not understood by transformers: {one_line(error)}") from error
 
 
+def _check_format(key: str, value: Any, packed: tuple[str, ...]) -> None:
+    """Raises ParaJaxError if an option of `QUANTIZED` names another format of weights than `packed`."""
+    method = value.get("quant_method") if isinstance(value, Mapping) else None
+    if value and method not in packed:
+        of = "" if method is None else f" of quant_method {method!r}"
+        *formats, last = ("float32", "float16", "bfloat16", *packed)
+        raise ParaJaxError(f"config.json has a {key}{of}; only {', '.join(formats)} and {last} are read")
+
+
 def _keys(text: Text) -> Keys:
     """The sorted keys of a decoder's options."""
     from transformers import CONFIG_MAPPING
@@ -114,7 +122,7 @@ def _keys(text: Text) -> Keys:
     family = text.own
     others = {key for other in FAMILIES.values() for key in (*other.only, *other.reads)}
     own = {*text.neutral, *text.only, *family.same, *family.reads, *family.options.values()}
-    own |= {family.activation, family.eps}
+    own |= {family.activation, family.eps, *QUANTIZED}
     return sort_keys(text.fields, CONFIG_MAPPING[text.made], own, others)
 
 

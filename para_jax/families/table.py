@@ -30,7 +30,7 @@ class Family:
       only: options with one supported setting.
       same: options that must equal another option.
       neutral: options that have no effect here, in addition to those of all families.
-      activation: the option that names the feed-forward's activation.
+      activation: the option that names the feed-forward's activation; "" if there is none.
       activations: activations that only this family has.
       eps: the option for the epsilon of norms.
       options: the family's names of options that have another name in most families.
@@ -38,6 +38,7 @@ class Family:
       names: the tensor names that differ from Llama's.
       rope: the RoPE settings that only this family reads.
       kinds: makes the kinds of its layers from transformers' config and the kinds that all families have.
+      packed: the quant_method values of `quantization_config` whose tensors are read (`convert/mxfp4.py`).
     """
 
     models: str
@@ -55,6 +56,7 @@ class Family:
     names: Names = LLAMA_NAMES
     rope: tuple[str, ...] = ()
     kinds: Callable[[Any, Sequence[LayerKind]], Sequence[LayerKind]] = lambda config, kinds: kinds
+    packed: tuple[str, ...] = ()
 
 
 def _biases(attention: Any, out: Any, mlp: Any = False) -> tuple[str, ...]:
@@ -437,5 +439,24 @@ FAMILIES: dict[str, Family] = {
         "NanoChatForCausalLM",
         {"norm_weights": False, "embedding_norm": True, "qk_norm": "head", "qk_norm_last": True, "gated": False},
         names=Names(modules={"up_proj": "mlp.fc1", "down_proj": "mlp.fc2"}),
+    ),
+    "gpt_oss": Family(
+        "GPT-OSS 20B, 120B",
+        "GptOssForCausalLM",
+        lambda c: {
+            "attention_sinks": True,
+            "experts": Experts(
+                c.num_local_experts,
+                c.num_experts_per_tok,
+                c.intermediate_size,
+                normalized=True,
+                biases=True,
+                clamped=(c.swiglu_alpha, c.swiglu_limit),
+            ),
+        },
+        reads=("swiglu_alpha", "swiglu_limit"),
+        activation="",
+        names=Names(router="mlp.router", experts="mlp.experts", expert=None, interleaved=True),
+        packed=("mxfp4",),
     ),
 }  # fmt: skip

@@ -13,7 +13,8 @@ from para_jax import AdapterBank, IA3Config, ParaJaxError
 from para_jax.adapters.adapter import Adapter, abstract_layers
 from para_jax.adapters.method import Prompt
 from para_jax.adjustment import Adjustment
-from tests.helpers import SMALL, random_adapter
+from para_jax.convert.merging import merge_adapter
+from tests.helpers import SMALL, family_backbone, random_adapter
 
 D = SMALL.hidden_size
 PROMPT = Prompt(jnp.zeros((2, D)), jnp.zeros((2, D)), jnp.ones(2, bool))
@@ -113,6 +114,18 @@ def test_names_of_tensors() -> None:
     assert set(bank["a"].tensors()) == {"vectors.k_proj", "vectors.v_proj", "vectors.down_proj"}
     assert bank["a"].tensors()["vectors.down_proj"].shape == (2, SMALL.intermediate_size)
     assert set(bank["b"].tensors()) == {"short", "matrix"}
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_merged_into_experts(family: str) -> None:
+    """The up projections of all experts, with their biases, before anything is clamped."""
+    backbone = family_backbone(family, stacked=True)
+    adapter = random_adapter(GROUPS, backbone.config, seed=3)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 62, (2, 7), dtype=np.int32))
+    bank = AdapterBank.stack({"a": adapter}, backbone.config)
+    adapted, bare = backbone(tokens, bank=bank, tenants=["a", "a"]), backbone(tokens)
+    merged = merge_adapter(backbone, adapter)(tokens)
+    assert jnp.abs(merged - adapted).max() < 1e-5 * jnp.abs(adapted).max() < 1e-3 * jnp.abs(adapted - bare).max()
 
 
 @pytest.mark.parametrize(

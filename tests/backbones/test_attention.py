@@ -31,7 +31,11 @@ def drawn(t: int, seed: int = 0) -> tuple[list[jax.Array], np.ndarray]:
     return [jnp.asarray(x) for x in arrays], valid
 
 
-def textbook(q, k, v, valid, window, scale, softcap) -> np.ndarray:
+# The sinks of all heads: above most scores, below, and so far above that all that is seen counts for nothing.
+SINKS = np.array([[1.5, -2.0], [0.0, 90.0]], np.float32)
+
+
+def textbook(q, k, v, valid, window, scale, softcap, sinks=None) -> np.ndarray:
     """A loop over rows, heads and queries, float64."""
     b, t, kh, g, hd = q.shape
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
@@ -43,14 +47,21 @@ def textbook(q, k, v, valid, window, scale, softcap) -> np.ndarray:
             continue
         score = k[row, head, keys] @ q[row, at, head, group] * scale
         score = score if softcap is None else softcap * np.tanh(score / softcap)
-        weight = np.exp(score - score.max())
-        out[row, at, head, group] = weight / weight.sum() @ v[row, head, keys]
+        most = score.max() if sinks is None else max(score.max(), sinks[head, group])
+        weight = np.exp(score - most)
+        total = weight.sum() + (0 if sinks is None else np.exp(sinks[head, group] - most))
+        out[row, at, head, group] = weight / total @ v[row, head, keys]
     return out.reshape(b, t, -1)
 
 
-CASES = [(None, None), (5, None), (None, 1.5), (9, 0.7)]
-# Of a kernel that is interpreted, with neither and with both; with --whole all.
-SLOW_CASES = [pytest.param(*case, marks=pytest.mark.whole if i in (1, 2) else ()) for i, case in enumerate(CASES)]
+# The window, the limit of scores, and the sinks.
+CASES = [(None, None, None), (5, None, None), (None, 1.5, None), (9, 0.7, SINKS), (5, None, SINKS)]
+# Of a kernel that is interpreted, with neither and with all; with --whole all.
+SLOW_CASES = [pytest.param(*case, marks=pytest.mark.whole if i in (1, 2, 4) else ()) for i, case in enumerate(CASES)]
+
+
+def as_array(sinks: np.ndarray | None) -> jax.Array | None:
+    return None if sinks is None else jnp.asarray(sinks)
 
 
 def close(ours: jax.Array, expected: np.ndarray, valid: np.ndarray) -> None:
@@ -59,14 +70,14 @@ def close(ours: jax.Array, expected: np.ndarray, valid: np.ndarray) -> None:
     assert np.abs(np.asarray(ours) - expected)[valid].max() < 1e-5 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize(("window", "softcap"), CASES)
+@pytest.mark.parametrize(("window", "softcap", "sinks"), CASES)
 @pytest.mark.parametrize("block", [512, 8])
-def test_plain(window: int | None, softcap: float | None, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plain(window, softcap, sinks, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As one block, and as several of which the last is not full."""
     monkeypatch.setattr(plain, "BLOCK", block)
     (q, k, v), valid = drawn(19)
-    ours = attention(q, k, v, Seen(jnp.asarray(valid), jnp.arange(19), window), 0.3, softcap)
-    close(ours, textbook(q, k, v, valid, window, 0.3, softcap), valid)
+    ours = attention(q, k, v, Seen(jnp.asarray(valid), jnp.arange(19), window), 0.3, softcap, as_array(sinks))
+    close(ours, textbook(q, k, v, valid, window, 0.3, softcap, sinks), valid)
 
 
 def test_long_rows_do_not_hold_their_scores() -> None:
@@ -91,13 +102,13 @@ def test_fused(window: int | None) -> None:
     close(fused(q, k, v, seen, 0.3, "xla"), textbook(q, k, v, valid, window, 0.3, None), valid)
 
 
-@pytest.mark.parametrize(("window", "softcap"), SLOW_CASES)
-def test_splash_interpreted(window: int | None, softcap: float | None) -> None:
+@pytest.mark.parametrize(("window", "softcap", "sinks"), SLOW_CASES)
+def test_splash_interpreted(window, softcap, sinks) -> None:
     (q, k, v), valid = drawn(150)
     seen = Seen(jnp.asarray(valid), jnp.arange(150), window)
 
     def loss(attend, q, k, v):
-        out = attend(q, k, v, seen, 0.3, softcap)
+        out = attend(q, k, v, seen, 0.3, softcap, as_array(sinks))
         return jnp.sum(jnp.where(valid[..., None], jnp.sin(3 * out), 0)), out
 
     (ours, theirs) = (
@@ -117,8 +128,8 @@ def test_split_over_a_mesh() -> None:
         q, k, v, valid = (jnp.concatenate([jnp.asarray(x)] * 2)[:rows] for x in (q, k, v, valid))
         seen = Seen(valid, jnp.arange(40), 9)
 
-        def loss(kernel, mesh, q, k, v, seen=seen, valid=valid):
-            out = prompt_attention(kernel, q, k, v, seen, 0.3, None, mesh)
+        def loss(kernel, mesh, q, k, v, seen=seen, valid=valid, rows=rows):
+            out = prompt_attention(kernel, q, k, v, seen, 0.3, None, mesh, as_array(SINKS if rows == 4 else None))
             return jnp.sum(jnp.where(valid[..., None], jnp.sin(3 * out), 0))
 
         ours, theirs = (
@@ -131,13 +142,14 @@ def test_split_over_a_mesh() -> None:
 
 
 @pytest.mark.parametrize("stacked", [pytest.param(False, marks=pytest.mark.whole), True])
-def test_a_backbone_that_uses_it(stacked: bool) -> None:
-    """Prefill and decode of a model with windows in some layers and soft-capping."""
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])
+def test_a_backbone_that_uses_it(family: str, stacked: bool) -> None:
+    """Prefill and decode of a model with windows in some layers, and soft-capping or sinks."""
     backbones = [
-        Backbone(BackboneConfig.from_hf(family_fields("gemma2")), jax.random.key(0), "float32", stacked, None, kernel)
+        Backbone(BackboneConfig.from_hf(family_fields(family)), jax.random.key(0), "float32", stacked, None, kernel)
         for kernel in ("splash", "plain")
     ]
-    weights = jax.tree.leaves(family_backbone("gemma2", stacked=stacked))
+    weights = jax.tree.leaves(family_backbone(family, stacked=stacked))
     backbones = [jax.tree.unflatten(jax.tree.structure(b), weights) for b in backbones]
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 62, (2, 9), dtype=np.int32))
     mask = jnp.asarray(np.arange(9)[None] >= np.array([[0], [4]]))
@@ -160,7 +172,9 @@ def shaped(*shape, dtype=jnp.bfloat16):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=here)
 b, t, k, g, hd = 2, 1100, 2, 4, 64
 def loss(window, softcap, q, keys, values, valid):
-    return jnp.sum(splash(q, keys, values, Seen(valid, jnp.arange(t), window), 0.125, softcap).astype(jnp.float32))
+    sinks = jnp.zeros((k, g), q.dtype) if window else None
+    seen = Seen(valid, jnp.arange(t), window)
+    return jnp.sum(splash(q, keys, values, seen, 0.125, softcap, sinks).astype(jnp.float32))
 for window, softcap in ((300, 50.0), *(((None, None), (300, None)) if "whole" in sys.argv else ())):
     step = jax.jit(jax.value_and_grad(lambda *x: loss(window, softcap, *x), argnums=(0, 1, 2)))
     arguments = shaped(b, t, k, g, hd), shaped(b, k, t, hd), shaped(b, k, t, hd), shaped(b, t, dtype=bool)
@@ -172,7 +186,8 @@ def split(*shape, spec, dtype=jnp.bfloat16):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 def loss(q, keys, values, valid):
     seen = Seen(valid, jnp.arange(t))
-    return jnp.sum(prompt_attention("splash", q, keys, values, seen, 0.125, None, mesh).astype(jnp.float32))
+    mixed = prompt_attention("splash", q, keys, values, seen, 0.125, None, mesh, jnp.zeros((k, g), q.dtype))
+    return jnp.sum(mixed.astype(jnp.float32))
 heads = P("fsdp", "tensor")
 text = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2))).lower(
     split(b, t, k, g, hd, spec=P("fsdp", None, "tensor")), split(b, k, t, hd, spec=heads),
@@ -214,22 +229,23 @@ def packed_case(t: int) -> tuple[list[jax.Array], np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize(
-    ("way", "window", "softcap"),
+    ("way", "window", "softcap", "sinks"),
     [("plain", *CASES[0]), ("plain", *CASES[3]), ("blocks", *CASES[1]), ("blocks", *CASES[2]), ("fused", *CASES[0]),
      ("fused", *CASES[1]), ("splash", *CASES[0]), ("splash", *CASES[3])],
 )  # fmt: skip
-def test_packed_sequences_do_not_see_each_other(way, window, softcap, monkeypatch) -> None:
+def test_packed_sequences_do_not_see_each_other(way, window, softcap, sinks, monkeypatch) -> None:
     """Each sequence of a row is what it is in a row of its own."""
     t = 150 if way == "splash" else 23
     if way == "blocks":
         monkeypatch.setattr(plain, "BLOCK", 8)
     (q, k, v), valid, segment = packed_case(t)
     seen = Seen(jnp.asarray(valid), jnp.arange(t), window, jnp.asarray(segment))
-    attend = {"fused": partial(fused, implementation="xla"), "splash": partial(splash, softcap=softcap)}
-    attend |= dict.fromkeys(("plain", "blocks"), partial(attention, softcap=softcap))
+    parts = {"softcap": softcap, "sinks_kg": as_array(sinks)}
+    attend = {"fused": partial(fused, implementation="xla"), "splash": partial(splash, **parts)}
+    attend |= dict.fromkeys(("plain", "blocks"), partial(attention, **parts))
     ours = np.asarray(attend[way](q, k, v, seen, 0.3))
     for number in range(5):
         own = valid & (segment == number)
-        expected = textbook(q, k, v, own, window, 0.3, softcap)
+        expected = textbook(q, k, v, own, window, 0.3, softcap, sinks)
         if own.any():
             assert np.abs(ours - expected)[own].max() < 1e-5 * np.abs(expected).max()

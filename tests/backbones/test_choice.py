@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +31,18 @@ def test_the_choice() -> None:
         choose("cudnn", SMALL, FLOAT32)
     with pytest.raises(ParaJaxError, match="runs on NVIDIA GPUs, not on cpu"):
         choose("cudnn", SMALL, BFLOAT16)
-    with pytest.raises(ParaJaxError, match="soft-capping"):
-        choose("cudnn", BackboneConfig.from_hf(family_fields("gemma2")), BFLOAT16)
+    for family, part in (("gemma2", "soft-capping"), ("gpt_oss", "attention sinks")):
+        with pytest.raises(ParaJaxError, match=f"'cudnn' has no {part}; choose attention='plain' or 'auto'"):
+            choose("cudnn", BackboneConfig.from_hf(family_fields(family)), BFLOAT16)
+
+
+def test_plain_for_a_part_that_the_kernel_lacks(caplog: pytest.LogCaptureFixture) -> None:
+    """On a GPU "auto" says which, in one line."""
+    gpu: Any = SimpleNamespace(platform="gpu")
+    config = BackboneConfig.from_hf(family_fields("gpt_oss"))
+    for _ in range(2):
+        assert choose("auto", config, BFLOAT16, gpu) == ("plain", "attention='cudnn' has no attention sinks", False)
+    assert caplog.messages == ["attention='cudnn' has no attention sinks; attention='plain' is used instead"]
 
 
 def kept(folder: Path) -> list[dict]:

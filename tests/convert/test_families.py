@@ -14,7 +14,7 @@ import pytest
 
 from para_jax import BackboneConfig, ParaJaxError
 from para_jax.backbones.block import FUNCTIONS
-from para_jax.families.architecture import ACTIVATIONS, LayerKind, Rope
+from para_jax.families.architecture import ACTIVATIONS, Experts, LayerKind, Rope
 from para_jax.families.keys import NEUTRAL, OF_MODELS, ONLY, READ, reads
 from para_jax.families.reading import architecture_from_hf, ignored_line
 from para_jax.families.table import FAMILIES
@@ -31,6 +31,17 @@ def sizes(vocabulary: int, d: int, f: int, layers: int, heads: int, kv: int, con
     }  # fmt: skip
 
 
+GPT_OSS: dict[str, Any] = {
+    **sizes(201088, 2880, 2880, 0, 64, 8, 131072), "attention_bias": True, "eos_token_id": 200002,
+    "head_dim": 64, "hidden_act": "silu", "num_experts_per_tok": 4, "output_router_logits": False,
+    "pad_token_id": 199999,
+    "quantization_config": {"modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router",
+                                                       "model.embed_tokens", "lm_head"], "quant_method": "mxfp4"},
+    "rms_norm_eps": 1e-5, "rope_scaling": {"beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0, "truncate": False,
+                                           "original_max_position_embeddings": 4096, "rope_type": "yarn"},
+    "rope_theta": 150000, "router_aux_loss_coef": 0.9, "sliding_window": 128, "swiglu_limit": 7.0,
+    "tie_word_embeddings": False,
+}  # fmt: skip
 # The number of parameters that the hub counts, and config.json.
 PUBLISHED: dict[str, tuple[int, dict[str, Any]]] = {
     "Llama 2 7B": (6_738_415_616, {
@@ -279,6 +290,14 @@ PUBLISHED: dict[str, tuple[int, dict[str, Any]]] = {
         **sizes(262144, 2304, 9216, 30, 8, 4, 262144), "head_dim": 256, "global_head_dim": 512, "sliding_window": 1024,
         "attention_k_eq_v": True, "num_global_key_value_heads": 1, "tie_word_embeddings": True,
     }),
+    "GPT-OSS 20B": (20_914_757_184, {
+        "model_type": "gpt_oss", **GPT_OSS, "num_hidden_layers": 24, "num_local_experts": 32,
+        "layer_types": ["sliding_attention", "full_attention"] * 12,
+    }),
+    "GPT-OSS 120B": (116_829_156_672, {
+        "model_type": "gpt_oss", **GPT_OSS, "num_hidden_layers": 36, "num_local_experts": 128,
+        "layer_types": ["sliding_attention", "full_attention"] * 18,
+    }),
     "nanochat d20": (560_988_160, {
         "model_type": "nanochat", **sizes(65536, 1280, 5120, 20, 10, 10, 2048), "attention_bias": False,
         "final_logit_softcapping": 15.0, "hidden_act": "relu2", "pad_token_id": 1, "rms_norm_eps": 1e-6,
@@ -339,6 +358,8 @@ BESIDES: list[tuple[str, dict[str, Any], list[str]]] = [
     ("GPT-2", {"task_specific_params": {"text-generation": {"do_sample": True}}, "n_inner": None}, []),
     ("Pythia 160M", {"attention_bias": True, "attention_probs_dropout_prob": 0.1, "rope_ratio": 2}, ["rope_ratio"]),
     ("OPT 125M", {"activation_dropout": 0.1, "enable_bias": True}, []),
+    ("GPT-OSS 20B", {"hidden_act": "tanh", "experts_per_token": 4, "initial_context_length": 4096},
+     ["experts_per_token", "initial_context_length"]),
 ]  # fmt: skip
 
 
@@ -489,6 +510,10 @@ def test_what_the_options_mean() -> None:
     hunyuan, ministral = (of(name).layer_kinds[0].rope for name in ("Hunyuan 1.8B", "Ministral 3 3B"))
     assert hunyuan == Rope(10000.0 * 1000.0 ** (128 / 126))
     assert ministral is not None and ministral.query_scaling == (0.1, 16384)
+    oss = of("GPT-OSS 20B")
+    assert oss.attention_sinks and oss.biases == ("q_proj", "k_proj", "v_proj", "o_proj")
+    assert oss.experts == Experts(32, 4, 2880, True, biases=True, clamped=(1.702, 7.0))
+    assert [kind.window for kind in oss.layer_kinds] == [128, None]
     pythia, gpt2, opt, nanochat = (of(name) for name in ("Pythia 160M", "GPT-2", "OPT 125M", "nanochat d20"))
     assert pythia.layer_kinds[0].rope == Rope(10000.0, partial_rotary_factor=0.25)
     assert (gpt2.intermediate_size, gpt2.max_position_embeddings, gpt2.position_offset) == (3072, 1024, 0)

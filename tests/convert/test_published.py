@@ -378,6 +378,22 @@ MODELS: dict[str, tuple[dict[str, Any], list[str]]] = {
          "max_position_embeddings": 2048, "model_type": "opt", "num_attention_heads": 4, "num_hidden_layers": 4,
          "pad_token_id": 1, "prefix": "</s>", "torch_dtype": "float16", "transformers_version": "4.21.0.dev0",
          "use_cache": True, "vocab_size": 160, "word_embed_proj_dim": 32}, []),
+    "openai/gpt-oss-20b": (
+        {key: value for key, value in LATER.items() if key not in ("bos_token_id", "torch_dtype")}
+        | {"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "attention_bias": True,
+           "eos_token_id": 200002, "experts_per_token": 4, "head_dim": 8, "initial_context_length": 4096,
+           "layer_types": ["sliding_attention", "full_attention"] * 2, "num_experts_per_tok": 4,
+           "num_local_experts": 32, "output_router_logits": False, "pad_token_id": 199999,
+           "quantization_config": {
+               "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router",
+                                          "model.embed_tokens", "lm_head"], "quant_method": "mxfp4"},
+           "rope_scaling": {"beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0,
+                            "original_max_position_embeddings": 4096, "rope_type": "yarn", "truncate": False},
+           "rope_theta": 150000, "router_aux_loss_coef": 0.9, "sliding_window": 128, "swiglu_limit": 7.0,
+           "tie_word_embeddings": False}, ["experts_per_token", "initial_context_length"]),
+    "a GPT-OSS with few options": (
+        {**LATER, "model_type": "gpt_oss", "attention_bias": True, "head_dim": 8, "num_local_experts": 32,
+         "sliding_window": 128, "unsloth_fixed": True}, []),
     "nanochat-students/nanochat-d20": (
         {key: value for key, value in LATER.items() if key != "rope_theta"}
         | {"architectures": ["NanoChatForCausalLM"], "model_type": "nanochat", "final_logit_softcapping": 15.0,

@@ -99,7 +99,10 @@ def parts(family: str) -> set[tuple]:
         found.add(("inner", kind.intermediate_size is None))
         if kind.rope:
             found |= {("scaled queries", kind.rope.query_scaling is None), ("backwards", kind.rope.backwards)}
-    return found | ({("shared expert", config.experts.shared > 0)} if config.experts else set())
+    if config.experts:
+        found |= {("shared expert", config.experts.shared > 0), ("biases of experts", config.experts.biases)}
+        found.add(("clamped", config.experts.clamped is not None))
+    return found
 
 
 def test_some_families_have_every_part() -> None:

@@ -37,7 +37,7 @@ NO_HEAD_DIM = (
     "phi3", "olmo3", "granite", "qwen2_moe", "exaone4", "cohere", "cohere2", "stablelm", "apertus", "starcoder2", "phi",
     "gpt_neox", "gpt2", "opt", "nanochat",
 )  # fmt: skip
-MIXTURES = ("mixtral", "qwen3_moe", "qwen2_moe", "gemma4_text")
+MIXTURES = ("mixtral", "qwen3_moe", "qwen2_moe", "gemma4_text", "gpt_oss")
 # What transformers 4 calls options of RoPE in GPT-NeoX.
 OLD_NAMES = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
 WHOLE_HEADS = (*NO_HEAD_DIM, "helium")
@@ -139,7 +139,7 @@ def cases(draw: st.DrawFn, family: str) -> Case:
             fields[key] = pick(0.7, 2.5, 1.0)
     if family in ("mistral", "mixtral", "phi3", "ministral3", "starcoder2"):
         fields["sliding_window"] = window
-    if family in ("olmo3", "cohere2", "exaone4"):
+    if family in ("olmo3", "cohere2", "exaone4", "gpt_oss"):
         fields |= {"sliding_window": window or 5, "layer_types": list(mixed[:layers])}
         if family == "exaone4" and pick(False, True):
             fields |= {"sliding_window": None, "layer_types": ["full_attention"] * layers}
@@ -195,7 +195,7 @@ def cases(draw: st.DrawFn, family: str) -> Case:
             # What it has of this option Gemma 3 does not look at.
             "attn_logit_softcapping": pick(1.5, None) if family == "gemma2" else None,
         }
-    else:
+    elif FAMILIES[family].activation:
         fields[FAMILIES[family].activation] = pick(
             *FAMILIES[family].activations, "silu", "gelu", "gelu_pytorch_tanh", "relu2"
         )
@@ -213,13 +213,15 @@ def cases(draw: st.DrawFn, family: str) -> Case:
         full.pop("truncate", None)
         rope = {"sliding_attention": draw(ropes(head_dim, ("default", "linear"), THETAS)), "full_attention": full}
     experts, chosen = pick((4, 2), (5, 3), (3, 1))
-    if family == "mixtral":
+    if family in ("mixtral", "gpt_oss"):
         fields |= {"num_local_experts": experts, "num_experts_per_tok": chosen}
     if family in ("qwen3_moe", "qwen2_moe"):
         fields |= {"num_experts": experts, "num_experts_per_tok": chosen, "norm_topk_prob": pick(True, False)}
         fields["moe_intermediate_size"] = pick(9, 16)
     if family == "qwen2_moe":
         fields["shared_expert_intermediate_size"] = pick(11, 9)
+    if family == "gpt_oss":
+        fields |= {"swiglu_limit": pick(0.5, 7.0), "swiglu_alpha": pick(1.702, 0.9)}
     if family == "nanochat":
         fields["final_logit_softcapping"] = pick(3.0, None)
     fields = {FAMILIES[family].options.get(key, key): value for key, value in fields.items() if key}
@@ -230,9 +232,9 @@ def cases(draw: st.DrawFn, family: str) -> Case:
     fields["rope_parameters"] = rope
     if rope.get("rope_type") == "dynamic" and "alpha" not in rope:
         fields["max_position_embeddings"] = pick(8, 13, 512)
-    # Apertus's class takes its own RoPE where there is no rope_scaling.
+    # These classes take RoPE of their own where there is no rope_scaling.
     none = family in ("gemma3_text", "gemma4_text", "gemma4_unified_text", "olmo3") or (
-        family == "apertus" and rope["rope_type"] == "default"
+        family in ("apertus", "gpt_oss") and rope["rope_type"] == "default"
     )
     old = None if none else pick(None, "type", "rope_type")
     return Case(fields, draw(st.integers(0, 2**16)), old, pick(False, True), pick(False, True))
@@ -268,7 +270,7 @@ def make_model(case: Case, family: str) -> Any:
         for name, x in saved.items():
             if "norm" in name or ".ln_" in name or name.endswith(("scale", "layer_scalar")):
                 x.add_(torch.empty_like(x).uniform_(-0.5, 0.5))
-            elif name.endswith("bias") or "act_fn" in name or "gate.weight" in name or "experts" in name:
+            elif name.endswith(("bias", "sinks")) or any(part in name for part in ("act_fn", "gate.weight", "experts")):
                 x.normal_(0, 0.3)
     return model
 

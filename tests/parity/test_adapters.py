@@ -36,7 +36,7 @@ USUAL = {"lora": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"
          "ia3": (["k_proj", "v_proj", "down_proj"], ["down_proj"])}  # fmt: skip
 UNGATED = {"lora": ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"], "ia3": USUAL["ia3"]}
 OWN = {
-    **FUSED, "mixtral": EXPERTS, "qwen3_moe": EXPERTS, "arcee": UNGATED, "apertus": UNGATED,
+    **FUSED, "mixtral": EXPERTS, "qwen3_moe": EXPERTS, "gpt_oss": EXPERTS, "arcee": UNGATED, "apertus": UNGATED,
     "starcoder2": {"lora": ["q_proj", "k_proj", "v_proj", "o_proj", "c_fc", "c_proj"],
                    "ia3": (["k_proj", "v_proj", "c_fc", "c_proj"], ["c_proj"])},
     "phi": {"lora": ["q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"],
