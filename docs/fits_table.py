@@ -70,6 +70,7 @@ NOTEBOOKS: list[tuple[str, str, str, Any, int, int, int, int]] = [
     ("your_model", "Qwen2.5 0.5B", "LoRA of q and v", "decode", 2, 100, 512, 136),
     ("many_tenants", TINY, "LoRA", "decode", 256, 256, 32, 48),
     ("many_tenants", "Qwen2.5 0.5B", "PARA", "decode", 256, 256, 32, 48),
+    ("many_tenants", "Qwen2.5 0.5B", "LoRA", "decode", 64, 64, 32, 48),
     ("many_tenants", "Qwen2.5 0.5B", "LoRA", "decode", 256, 256, 32, 48),
     ("fanlora", TINY, "LoRA", "train", 5, 16, 64, 0),
     ("fanlora", TINY, "LoRA", "decode", 5, 250, 64, 12),
@@ -102,16 +103,16 @@ def models() -> None:
 
 def notebooks() -> None:
     """The programs of each notebook; those of `mesh` on Kaggle's eight chips, all others on one."""
-    print("| notebook | model | what | peak: v5e | v6e |\n|---|---|---|---|---|")
+    print("| notebook | model | method | work | v5e | v6e |\n|---|---|---|---|---|---|")
     for notebook, model, method, mode, tenants, rows, length, new_tokens in NOTEBOOKS:
         job = Job(config_of(model), METHODS[method], mode, tenants, rows, length, max(1, new_tokens))
         chips = [KAGGLE, KAGGLE.replace("v5e", "v6e")] if notebook == "mesh" else [COLAB, COLAB_V6E]
         every = [plan_in_subprocess([job], topology, tries=1) for topology in chips]
         peaks = [f"{made['plan']['peak'] / 1e6:,.0f} MB{'' if made['fits'] else ': too much'}" for made in every]
-        what = f"a step of {rows} rows of {length} tokens of each of {tenants} tenants, {method}"
+        work = f"train, {tenants} x {rows} rows of {length} tokens"
         if mode == "decode":
-            what = f"decoding {rows} rows of {tenants} tenants, {length} tokens and {new_tokens} new ones, {method}"
-        print(f"| {notebook} | {model} | {what} | {' | '.join(peaks)} |", flush=True)
+            work = f"decode {rows} rows, {length} + {new_tokens} tokens"
+        print(f"| {notebook} | {model} | {method} | {work} | {' | '.join(peaks)} |", flush=True)
 
 
 if __name__ == "__main__":
