@@ -91,8 +91,8 @@ class Display:
 
     def close(self) -> None:
         """Leaves the bar as it is."""
-        if self.bar in _bars:
-            _bars.remove(self.bar)
+        if self.bar is not None:
+            _bars[:] = [bar for bar in _bars if bar is not self.bar]
             self.bar.close()
 
 
