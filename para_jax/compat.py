@@ -19,6 +19,8 @@ Dict: Any = getattr(nnx, "Dict", dict)  # flax 0.12.0
 ADDED_ROPE = ("rope_type", "default")  # transformers 5.18.0
 # Gemma 1's config.json has this name for the tanh approximation.
 GEMMA_ACTIVATIONS = {"gelu": "gelu_pytorch_tanh"}  # transformers 5.18.0
+# Constants of transformers' code that are now the options swiglu_alpha and swiglu_limit of GPT-OSS.
+SWIGLU = {"swiglu_alpha": 1.702, "swiglu_limit": 7.0}  # transformers 5.19.0
 
 
 def compiles_ahead() -> bool:

@@ -88,6 +88,8 @@ def drawn(config: BackboneConfig, seed: int, stacked: bool, spread: float) -> Ba
     return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
 
 
+# An option from transformers 5.19 on.
+OF_SWIGLU: dict[str, Any] = {"swiglu_limit": 1.0} if hasattr(CONFIG_MAPPING["gpt_oss"], "swiglu_limit") else {}
 # What a family has beyond Llama's options, at settings that differ from layer to layer where it can.
 FAMILY_OPTIONS: dict[str, dict[str, Any]] = {
     "llama": {"attention_bias": True, "mlp_bias": True},
@@ -133,7 +135,7 @@ FAMILY_OPTIONS: dict[str, dict[str, Any]] = {
     "opt": {},
     "nanochat": {"final_logit_softcapping": 4.0},
     # At the limit of published models no number of so small a one is clamped.
-    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4, "swiglu_limit": 1.0},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4, **OF_SWIGLU},
 }  # fmt: skip
 FAMILY_OPTIONS["gemma4_unified_text"] = {
     key: value for key, value in FAMILY_OPTIONS["gemma4_text"].items() if "per_layer" not in key

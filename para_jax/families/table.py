@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from para_jax.compat import GEMMA_ACTIVATIONS
+from para_jax.compat import GEMMA_ACTIVATIONS, SWIGLU
 from para_jax.errors import ParaJaxError
 from para_jax.families.architecture import ATTENTION_SITES, MLP_SITES, Experts, LayerKind, Names
 from para_jax.families.kinds import gemma4_kinds
@@ -73,6 +73,16 @@ def _cohere(config: Any, **more: Any) -> dict[str, Any]:
     """Layer norms, and parallel attention and feed-forward."""
     scale = 1.0 if config.logit_scale is None else config.logit_scale
     return {"norm": "layer", "parallel": True, "rope_pairs": "neighbours", "logits_scale": scale, **more}
+
+
+def _gpt_oss(config: Any) -> dict[str, Any]:
+    """Attention sinks, and experts with biases and a clamped gate."""
+    alpha, limit = (getattr(config, name, constant) for name, constant in SWIGLU.items())
+    experts = Experts(
+        config.num_local_experts, config.num_experts_per_tok, config.intermediate_size, normalized=True, biases=True,
+        clamped=(alpha, limit),
+    )  # fmt: skip
+    return {"attention_sinks": True, "experts": experts}
 
 
 def _gemma4(config: Any) -> dict[str, Any]:
@@ -443,18 +453,8 @@ FAMILIES: dict[str, Family] = {
     "gpt_oss": Family(
         "GPT-OSS 20B, 120B",
         "GptOssForCausalLM",
-        lambda c: {
-            "attention_sinks": True,
-            "experts": Experts(
-                c.num_local_experts,
-                c.num_experts_per_tok,
-                c.intermediate_size,
-                normalized=True,
-                biases=True,
-                clamped=(c.swiglu_alpha, c.swiglu_limit),
-            ),
-        },
-        reads=("swiglu_alpha", "swiglu_limit"),
+        _gpt_oss,
+        reads=tuple(SWIGLU),
         activation="",
         names=Names(router="mlp.router", experts="mlp.experts", expert=None, interleaved=True),
         packed=("mxfp4",),

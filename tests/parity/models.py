@@ -22,7 +22,7 @@ from para_jax.adapters.rows import Rows
 from para_jax.convert.checkpoint import save_backbone
 from para_jax.families.kinds import PARTIAL
 from para_jax.families.table import FAMILIES
-from tests.helpers import NO_GROUPS
+from tests.helpers import NO_GROUPS, OF_SWIGLU
 
 TOLERANCE = 1e-4  # of the largest logit
 ROWS, TIME, STEPS = 3, 12, 3
@@ -220,7 +220,7 @@ def cases(draw: st.DrawFn, family: str) -> Case:
         fields["moe_intermediate_size"] = pick(9, 16)
     if family == "qwen2_moe":
         fields["shared_expert_intermediate_size"] = pick(11, 9)
-    if family == "gpt_oss":
+    if family == "gpt_oss" and OF_SWIGLU:
         fields |= {"swiglu_limit": pick(0.5, 7.0), "swiglu_alpha": pick(1.702, 0.9)}
     if family == "nanochat":
         fields["final_logit_softcapping"] = pick(3.0, None)
