@@ -69,9 +69,10 @@ class Display:
         stream = sys.stdout if show is say else sys.stderr if show is to_stderr else None
         self.in_place = stream is not None and ("ipykernel" in sys.modules or _is_terminal(stream))
 
-    def __call__(self, done: int, total: int | None, line: Callable[[], str], at_once: bool = False) -> None:
+    def __call__(
+        self, now: float, done: int, total: int | None, line: Callable[[], str], at_once: bool = False
+    ) -> None:
         """Shows `line()`, unless another was shown a moment ago. The last state is for the caller to show `at_once`."""
-        now = time.monotonic()
         if not at_once and now - self.shown < (REDRAWN if self.in_place else EVERY):
             return
         self.shown = now
@@ -118,19 +119,20 @@ class Pace:
 
         The first call is not timed, because the first batch waits for the model and compiles.
         """
+        now = time.monotonic()
         if self.first is None:
-            self.first = done, time.monotonic()
+            self.first = done, now
         ends_bar = self.display.bar is not None and done == total
-        self.display(done, total, lambda: self._line(done, total), at_once=ends_bar)
+        self.display(now, done, total, lambda: self._line(now, done, total), at_once=ends_bar)
         if done == total:
             self.display.close()
 
-    def _line(self, done: int, total: int | None) -> str:
+    def _line(self, now: float, done: int, total: int | None) -> str:
         assert self.first is not None
         since, began = self.first
         line = f"{done}{f'/{total}' if total else ''} {self.what}"
         if done > since:
-            rate = (done - since) / (time.monotonic() - began)
+            rate = (done - since) / (now - began)
             left = f"  {duration((total - done) / rate)} left" if total and done < total else ""
             line += f"  {rate:.3g} a second{left}"
         return line

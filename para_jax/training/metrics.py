@@ -109,7 +109,7 @@ class Progress:
             tokens = 0
         self.tokens += tokens
         self.seconds, self.steps = now - self.began, step - self.first
-        self.display(step, total, lambda: self._line(step, total, losses), at_once=first or step >= total)
+        self.display(now, step, total, lambda: self._line(step, total, losses), at_once=first or step >= total)
 
     def _line(self, step: int, total: int, losses: dict[str, float]) -> str:
         rate = f"{self.tokens / self.seconds:,.0f} tokens/s" if self.steps else "compiled"

@@ -233,4 +233,5 @@ def test_reading_says_how_far_it_is(tokenizer: Any, monkeypatch: pytest.MonkeyPa
         "0/3 rows read",
         "1/3 rows read  0.167 a second  12s left",
         "2/3 rows read  0.167 a second  6s left",
+        "3/3 rows read  0.167 a second",
     ]
