@@ -91,8 +91,12 @@ class Backbone(nnx.Module):
         self.attention = choose(attention, config, compute).kernel
         self.stacked = default_stacked() if stacked is None else stacked
         top, *layers = jax.random.split(key, 1 + config.num_hidden_layers)
-        for name, weight in random_weights(table(config), config, compute, top).items():
-            setattr(self, name, weight)
+        weights = random_weights(table(config), config, compute, top)
+        self.embed, self.positions = weights["embed"], weights.get("positions")
+        self.norm, self.norm_bias = weights.get("norm"), weights.get("norm_bias")
+        self.head, self.head_bias = weights.get("head"), weights.get("head_bias")
+        self.layer_embed, self.layer_inputs = weights.get("layer_embed"), weights.get("layer_inputs")
+        self.layer_inputs_norm = weights.get("layer_inputs_norm")
 
         def make(layer: int, key: Array) -> Any:
             return random_weights(table(config, layer), config, compute, key, quantize=quantize)
