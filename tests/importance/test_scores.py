@@ -172,7 +172,7 @@ def test_progress_says_how_long(
     importance_scores("ablation", backbone, adapter, rows, batch_size=2, variants=8, show=lines.append)
     assert lines[0] == "1/12 passes of 29 variants on 5 rows"  # which compiles, and is not timed
     assert lines[1].startswith("2/12 passes of 29 variants on 5 rows  ") and lines[1].endswith(" left")
-    assert lines[-1].startswith("11/12 passes of 29 variants on 5 rows  ")
+    assert lines[-1].startswith("12/12 passes of 29 variants on 5 rows  ") and lines[-1].endswith(" a second")
 
 
 def test_what_cannot_be_scored(backbone: Backbone, adapter: Adapter, rows: list[Example]) -> None:
