@@ -30,6 +30,11 @@ def describe(verb: str, error: BaseException, several: bool = False) -> str:
     what = in_one_line(error)
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in what:
         return f"out of memory ({what}); use fewer or shorter rows at once, or --quantize int8"
+    if "DotThunk" in what and "BF16" in what:  # jaxlib 0.7, on processors with AMX
+        return (
+            f"this jaxlib cannot multiply bfloat16 on this processor ({what}); choose --dtype float32, upgrade jax, or "
+            "set XLA_FLAGS=--xla_cpu_max_isa=AVX512"
+        )
     place = traceback.extract_tb(error.__traceback__)[-1:]
     where = f" in {os.path.basename(place[0].filename)}:{place[0].lineno}" if place else ""
     saved = f"{_saved(verb, error)} and what para-jax env prints, to {_tracker()}"

@@ -53,6 +53,11 @@ def test_a_traceback_for_those_who_want_it(monkeypatch, capsys) -> None:
         (OSError(), 1, "OSError\n"),
         (ModuleNotFoundError("x", name="tiktoken.core"), 1, "the package tiktoken is not installed; install it with"),
         (MemoryError(), 1, "out of memory (MemoryError); use fewer or shorter rows at once, or --quantize int8\n"),
+        (
+            RuntimeError("UNIMPLEMENTED: Unsupported element type for DotThunk::Execute: BF16 x BF16 = F32"),
+            1,
+            "this jaxlib cannot multiply bfloat16 on this processor (RuntimeError: UNIMPLEMENTED: Unsupported",
+        ),
         (RuntimeError("RESOURCE_EXHAUSTED: 5 GB"), 1, "out of memory (RuntimeError: RESOURCE_EXHAUSTED: 5 GB); use"),
         (RuntimeError("x" * 5000), 1, f"this is a bug in para_jax, not your mistake: RuntimeError: {'x' * 300}... in"),
     ],

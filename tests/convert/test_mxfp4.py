@@ -20,7 +20,7 @@ from para_jax.cli import main
 from para_jax.convert.checkpoint import save_backbone
 from para_jax.convert.mxfp4 import BLOCKS, SCALES, widened
 from para_jax.sharding import make_mesh
-from tests.helpers import drawn, family_fields
+from tests.helpers import OF_SWIGLU, drawn, family_fields
 from tests.parity.models import plain
 
 FIELDS = {**family_fields("gpt_oss"), "hidden_size": 64, "intermediate_size": 32}
@@ -86,11 +86,12 @@ def test_written_in_floating_point(folders: dict[str, Path], tmp_path: Path) -> 
         assert np.array_equal(written[name].view(np.int16), x.view(np.int16)), name
     tokens = np.random.default_rng(1).integers(0, 62, (2, 9))
     logits = []
-    for folder in (tmp_path / "a", folders["mxfp4"]):
+    # transformers before 5.19 mixes dtypes in the weights that it dequantizes itself.
+    for folder in (tmp_path / "a", *([folders["mxfp4"]] if OF_SWIGLU else [])):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", **plain("gpt_oss")).eval()
         with torch.inference_mode():
             logits.append(model(torch.tensor(tokens)).logits.numpy())
-    assert np.array_equal(*logits)
+    assert all(np.array_equal(x, logits[0]) for x in logits)
     ours = np.asarray(Backbone.from_pretrained(folders["mxfp4"], dtype="float32")(jnp.asarray(tokens)))
     assert np.abs(ours - logits[0]).max() < 1e-5 * np.abs(logits[0]).max()
 
