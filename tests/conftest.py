@@ -25,12 +25,12 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 # Nor is much optimized, here and in the processes that tests start: LLVM's passes are half of all compiling.
 QUICK = "JAX_DISABLE_MOST_OPTIMIZATIONS"
 os.environ[QUICK] = "1"
-JAXLIB, flags = Version(version("jaxlib")), ""
+jaxlib_version, flags = Version(version("jaxlib")), ""
 # XLA's older way to make the code of a fusion compiles in a third of the time. Workers are told what --optimize says.
 OPTIMIZE = "PARA_JAX_TESTS_OPTIMIZE"
-if os.environ.setdefault(OPTIMIZE, str(int("--optimize" in sys.argv))) == "0" and JAXLIB < Version("0.11"):
+if os.environ.setdefault(OPTIMIZE, str(int("--optimize" in sys.argv))) == "0" and jaxlib_version < Version("0.11"):
     flags += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-if JAXLIB < Version("0.8"):  # it cannot multiply bfloat16 on processors with AMX; cli/faults.py tells users
+if jaxlib_version < Version("0.8"):  # it cannot multiply bfloat16 on processors with AMX; cli/faults.py tells users
     flags += " --xla_cpu_max_isa=AVX512"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "").removesuffix(flags) + flags
 
