@@ -10,6 +10,8 @@ It is read as the tensor <name> (e, i, o) that transformers widens them to. Ever
 
 from __future__ import annotations
 
+from functools import cache
+
 import ml_dtypes
 import numpy as np
 
@@ -25,10 +27,11 @@ def widened(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
     >>> widened(blocks, scales)[0, :3].astype(np.float32).tolist()
     [-12.0, 2.0, -12.0]
     """
-    pairs = PAIRS[scales.astype(np.uint16)[..., None] << 8 | blocks]
+    pairs = _pairs()[scales.astype(np.uint16)[..., None] << 8 | blocks]
     return pairs.view(ml_dtypes.bfloat16).reshape(len(blocks), -1)
 
 
+@cache
 def _pairs() -> np.ndarray:
     """For every scale and byte, in this order, its two numbers in one integer."""
     fp4 = np.array([*POSITIVE, *(-x for x in POSITIVE)], np.float32)
@@ -38,6 +41,3 @@ def _pairs() -> np.ndarray:
         power = np.ldexp(np.float32(1), np.arange(256) - 127)
         numbers = (power[:, None, None] * both).astype(ml_dtypes.bfloat16)
     return numbers.view(np.uint32).reshape(-1)
-
-
-PAIRS = _pairs()
